@@ -1,0 +1,289 @@
+"""Model folders, read and written: one tensor at a time, strict, and never half.
+
+A model folder is Hugging Face's own: `config.json`, one or more safetensors files, tokenizer files.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+import lora
+from cli import UserError
+from model import Config, Transformer
+from quantize import QUANTIZERS
+
+INDEX = "model.safetensors.index.json"
+MANIFEST = "manifest.json"
+SHARD_BYTES = 5 * 10**9
+
+# What a model folder holds beside its weights; whatever is there travels with them.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def read_json(path):
+    """The parsed JSON object in `path`. Raises UserError if it is missing, broken or something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return value
+
+
+def read_config(checkpoint_dir):
+    """The `Config` of a model folder. Raises UserError if there is none or its model is not supported."""
+    folder = Path(checkpoint_dir)
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: --checkpoint_dir must be a model folder (convert_hf_checkpoint.py)")
+    try:
+        return Config.from_dict(read_json(folder / "config.json"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+
+class Weights:
+    """The tensors of a model folder: `shapes` by name, and `read(name)`.
+
+    Files are memory-mapped for one read at a time: pages of a map that stays open would count as used memory.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        self.shapes, self._files = {}, {}
+        for path in self._paths(folder):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name in self._files:
+                        raise UserError(f"{path}: tensor {name} is in {self._files[name].name} too")
+                    self._files[name] = path
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    @staticmethod
+    def _paths(folder):
+        if not (folder / INDEX).is_file():
+            paths = sorted(folder.glob("*.safetensors"))
+            if not paths:
+                raise UserError(f"{folder} holds no *.safetensors file: make it with convert_hf_checkpoint.py")
+            return paths
+        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UserError(f"{folder / INDEX} names {name}, which is not a file in that folder")
+        return [folder / name for name in names]
+
+    def read(self, name):
+        """The tensor `name`, as stored, in memory of its own. Raises UserError if it holds NaN or infinity."""
+        with _opened(self._files[name]) as file:
+            tensor = file.get_tensor(name)
+            if not all(extreme.isfinite() for extreme in tensor.aminmax()):
+                raise UserError(f"{self._files[name]}: tensor {name} holds NaN or infinity")
+            return tensor.clone()
+
+    def check(self, expected):
+        """Compare with the shapes that a model needs. Raises UserError that names the first few that differ."""
+        ignored = (
+            ("rotary_emb.inv_freq",) if "lm_head.weight" in expected else ("rotary_emb.inv_freq", "lm_head.weight")
+        )
+        surplus = [n for n in self.shapes if n not in expected and not n.endswith(ignored)]
+        missing = [n for n in expected if n not in self.shapes]
+        misshapen = [
+            f"{n} {self.shapes[n]} instead of {tuple(expected[n])}"
+            for n in expected
+            if n in self.shapes and self.shapes[n] != tuple(expected[n])
+        ]
+        for what, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise UserError(f"the weights do not fit config.json: {what} {', '.join(names[:3])}{more}")
+
+
+@contextlib.contextmanager
+def _opened(path):
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): download or convert it again") from None
+
+
+def load_model(checkpoint_dir, dtype, device="cpu", quantize=None, adapter_dir=None):
+    """A frozen `Transformer` in evaluation mode with the weights of a model folder.
+
+    dtype: a torch dtype for the weights; quantised ones are multiplied in the dtype of their input.
+    quantize: a key of `quantize.QUANTIZERS` for the linear layers in the blocks; embedding and head stay as they are.
+    adapter_dir: an adapter to put over it, ours or PEFT's (its matrices are fp32).
+
+    The model is built without memory; then each tensor is read, cast, quantised on its device and put in place before
+    the next is touched, so the peak is the finished model and one tensor. Raises UserError for what does not fit.
+    """
+    if quantize is not None and quantize not in QUANTIZERS:
+        raise UserError(f"--quantize {quantize}: expected one of {', '.join(QUANTIZERS)}")
+    config = read_config(checkpoint_dir)
+    weights = Weights(checkpoint_dir)
+    with torch.device("meta"):
+        model = Transformer(config)
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    try:
+        weights.check(expected)
+    except UserError as error:
+        raise UserError(f"{checkpoint_dir}: {error}") from None
+    for name in expected:
+        tensor = weights.read(name).to(device)
+        _put(model, name, tensor, dtype, QUANTIZERS.get(quantize))
+    model.tie_weights()
+    model.requires_grad_(False)
+    if adapter_dir is not None:
+        lora.load_adapter(model, adapter_dir)
+    return model.eval()
+
+
+def _put(model, name, tensor, dtype, quantizer):
+    """Put one tensor in its place in the model; a block's linear layer becomes a quantised one on the way."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if quantizer and leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head:
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias))
+    else:
+        setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Write a folder that appears whole or not at all: fill the one this yields.
+
+    It is a temporary one beside `path`. When the block ends well, a manifest of SHA-256 hashes is added, all is
+    flushed to disk, and it takes the name `path` (and the place of what had it). Otherwise it is removed.
+    """
+    path = Path(path)
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+        for file in (*temporary.iterdir(), temporary):
+            flush(file)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_manifest(folder):
+    """Raise UserError if a file in `folder` is missing or has changed since `new_folder` wrote it."""
+    folder = Path(folder)
+    for name, expected in read_json(folder / MANIFEST).items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing: this checkpoint is damaged, take an earlier one")
+        if sha256(folder / name) != expected:
+            raise UserError(f"{folder / name} has changed since it was written: take an earlier checkpoint")
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_weights(folder, layout, read, shard_bytes=SHARD_BYTES):
+    """Write tensors to `folder` as safetensors, several files and an index where they are larger than `shard_bytes`.
+
+    layout: (dtype, shape) by name. read: a function from a name to its tensor, called once each, in order; no more
+    than one tensor is held at a time.
+    """
+    shards, size = [{}], 0
+    for name, (dtype, shape) in layout.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (dtype, shape)
+        size += nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        _write_shard(Path(folder, file_name), shard, read)
+        weight_map.update(dict.fromkeys(shard, file_name))
+    if len(shards) > 1:
+        total = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        Path(folder, INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(path, layout, read):
+    """One safetensors file: the header's length (8 bytes), the header (JSON), the tensors end to end.
+
+    The library's own writer wants all tensors of a file in memory at once.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in layout.items():
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, (dtype, shape) in layout.items():
+            tensor = read(name).detach()
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), name
+            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def save_model(model, folder, source):
+    """Write a dense model's weights, in their dtypes, to `folder`, with the side files of the folder `source`."""
+    parameters = dict(model.named_parameters())
+    layout = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in parameters.items()}
+    write_weights(folder, layout, parameters.__getitem__)
+    copy_side_files(source, folder)
+
+
+def copy_side_files(source, folder):
+    """Copy what belongs to a model beside its weights: configuration and tokenizer."""
+    for name in SIDE_FILES:
+        if Path(source, name).is_file():
+            shutil.copyfile(Path(source, name), Path(folder, name))

@@ -1,0 +1,94 @@
+"""The command line of every script: flags from a dataclass, and mistakes answered in one line.
+
+A script declares its flags as the fields of a dataclass called `Settings`, described under "Args:" in its
+docstring, and checks their ranges in `__post_init__` by raising `UserError`. It parses them before its heavy
+imports, so that a mistyped flag is answered at once and not after seconds of importing torch:
+
+    if __name__ == "__main__":
+        settings = cli.parse(Settings)
+    import torch
+    ...
+    if __name__ == "__main__":
+        cli.run(main, settings)
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its text is one line: what, where (file, line, key, tensor), what to do."""
+
+
+def parse(settings_class, args=None):
+    """The settings given on the command line (or in the list `args`): flags over `--config` YAML over defaults.
+
+    Exits with status 2 and one line on standard error if they are not good.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with any of the settings below.")
+    parser.add_class_arguments(settings_class, fail_untyped=True)
+    try:
+        values = parser.parse_args(args).as_dict()
+        values.pop("config")
+        return settings_class(**values)
+    except argparse.ArgumentError as error:
+        fail(_explain(str(error), settings_class))
+    except UserError as error:
+        fail(error)
+
+
+def run(main, settings):
+    """Call `main(settings)`; a `UserError` becomes one line and exit status 2, Ctrl-C exit status 130."""
+    try:
+        main(settings)
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message):
+    """Print one line on standard error and exit with status 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _explain(message, settings_class):
+    """jsonargparse's message, some of which are a screen long, as one line that names the flag and the choices."""
+    flags = {field.name: field.type for field in dataclasses.fields(settings_class)}
+    unknown = re.search(r"unrecognized arguments: (--?)?([\w-]+)", message, re.IGNORECASE)
+    unknown = unknown or re.search(r"(Key|Option) ()'(\w+)' is not (accepted|expected)", message)
+    if unknown:
+        name = unknown[unknown.lastindex if "unrecognized" in message.lower() else 3]
+        close = difflib.get_close_matches(name, flags, n=1)
+        return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; --help lists them all")
+    key = re.search(r'Parser key "(\w+)"', message)
+    value = re.search(r"(?:Got value|Given value|value): (.*)", message)
+    if key and value and key[1] in flags:
+        return f"--{key[1]} {value[1]}: expected {_describe(flags[key[1]])}"
+    required = re.search(r'Key "(\w+)" is required', message)
+    if required:
+        return f"--{required[1]} is required"
+    return message
+
+
+def _describe(annotation):
+    """A type in words: `Literal["a", "b"] | None` is "one of a, b, null"."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin is list:
+        return f"a list such as [a,b] of {_describe(args[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names.get(annotation, "a path")

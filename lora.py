@@ -1,0 +1,266 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) over dense and quantised linear layers alike.
+
+An adapter wraps a frozen linear layer, sits in its place in the model, and trains a few fp32 parameters. Files are
+PEFT's: `adapter_model.safetensors` and `adapter_config.json`, which PEFT loads and which load from PEFT.
+
+To add an adapter: a class like `DoRALinear` and a line in `ADAPTERS`.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cli import UserError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."  # PEFT's, before every name in an adapter file
+
+
+def dense_weight(layer, dtype):
+    """The weight (out, in) that a linear layer multiplies by, dequantised if need be, without gradient."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight.detach().to(dtype)
+    return layer.dequantize(dtype)
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + scale * B A x. A (r, in) starts random and B (out, r) zero, so it starts as the base itself.
+
+    A and B are fp32 whatever the model's dtype: in bf16 most of AdamW's steps would round to nothing.
+    """
+
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
+        super().__init__()
+        self.base, self.dropout = base, dropout
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.scale = alpha / (math.sqrt(r) if rslora else r)  # rsLoRA: Kalajdzievski 2023, arXiv 2312.03732
+        device = base.weight.device if isinstance(base, nn.Linear) else base.codes.device
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def low_rank(self, x):
+        """scale * B A dropout(x), multiplied in x's dtype."""
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
+
+    def forward(self, x):
+        return self.base(x) + self.low_rank(x)
+
+    @torch.no_grad()
+    def merged_weight(self):
+        """The one weight, (out, in) fp32, that does what base and adapter do together."""
+        return dense_weight(self.base, torch.float32) + self.scale * (self.lora_B @ self.lora_A)
+
+
+class DoRALinear(LoRALinear):
+    """Weight-decomposed LoRA (Liu et al. 2024, arXiv 2402.09353): W' = m V / |V| by row, V = W + scale * B A.
+
+    m (out,) starts as |W|. As in section 4.3 of the paper |V| counts as a constant in the gradient.
+    """
+
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
+        super().__init__(base, r, alpha, dropout, rslora)
+        self.lora_magnitude_vector = nn.Parameter(self.row_norms())
+
+    @torch.no_grad()
+    def row_norms(self):
+        return LoRALinear.merged_weight(self).norm(dim=1)
+
+    def forward(self, x):
+        y = self.base(x)
+        bare = y if self.base.bias is None else y - self.base.bias.to(y.dtype)
+        ratio = (self.lora_magnitude_vector / self.row_norms()).to(y.dtype)
+        return y + (ratio - 1) * bare + ratio * self.low_rank(x)  # exactly y at the start, where ratio is 1
+
+    @torch.no_grad()
+    def merged_weight(self):
+        return super().merged_weight() * (self.lora_magnitude_vector / self.row_norms())[:, None]
+
+
+ADAPTERS = {"lora": LoRALinear, "dora": DoRALinear}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapters a model has: kind, rank and scale, and the linear layers they sit on.
+
+    targets: names such as "q_proj" (the end of a module's name, or all of it), or one regular expression for it.
+    rank_pattern, alpha_pattern: other ranks and alphas for the modules whose names end as a key says (PEFT's).
+    """
+
+    kind: str = "lora"
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: tuple | str = PROJECTIONS
+    rank_pattern: dict = field(default_factory=dict)
+    alpha_pattern: dict = field(default_factory=dict)
+
+    def adapt(self, base, name):
+        """The adapter over the linear layer `base`, which is called `name` in the model."""
+        r = _match_pattern(self.rank_pattern, name, self.r)
+        alpha = _match_pattern(self.alpha_pattern, name, self.alpha)
+        return ADAPTERS[self.kind](base, r, alpha, self.dropout, self.rslora)
+
+    def covers(self, name):
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, name) is not None
+        return any(name == target or name.endswith("." + target) for target in self.targets)
+
+
+def _match_pattern(pattern, name, default):
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def linear_layers(model):
+    """Name and module of every layer that an adapter could wrap: all linear ones, quantised or not."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+
+
+def add_lora(model, config):
+    """Freeze the model and wrap its linear layers as `config` says. Its trainable parameters are the adapter's."""
+    layers = linear_layers(model)
+    for target in () if isinstance(config.targets, str) else config.targets:
+        if not any(AdapterConfig(targets=(target,)).covers(name) for name in layers):
+            choices = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+            raise UserError(f"--lora_targets: the model has no projection {target!r}, only {', '.join(choices)}")
+    wrap(model, config, [name for name in layers if config.covers(name)])
+
+
+def wrap(model, config, names):
+    """Freeze the model and put an adapter over each linear layer in `names`."""
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, config.adapt(model.get_submodule(name), name))
+
+
+def adapters(model):
+    """Name and module of every adapter in the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+# ------------------------------------------------------------------------------------------------- PEFT's files
+
+
+def save_adapter(model, config, folder, base_model):
+    """Write the model's adapters to `folder` as PEFT would; `base_model` is the path or repo id to note in it."""
+    tensors = {
+        PREFIX + _peft_name(name, key): parameter.detach().cpu().contiguous()
+        for name, module in adapters(model).items()
+        for key, parameter in module.named_parameters(recurse=False)
+    }
+    save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_model),
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "use_dora": config.kind == "dora",
+        "target_modules": config.targets if isinstance(config.targets, str) else list(config.targets),
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+    Path(folder, "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_adapter(model, folder):
+    """Freeze the model and put the adapter in `folder`, ours or PEFT's, over it. Returns its `AdapterConfig`.
+
+    Raises UserError if a tensor is missing, surplus, misshapen or not finite.
+    """
+    config, tensors = read_adapter(folder)
+    layers = linear_layers(model)
+    wanted = [name for name in layers if config.covers(name)]
+    for name in tensors:
+        if name not in wanted:
+            raise UserError(f"{folder}: it adapts {name}, which the base model or adapter_config.json does not have")
+    for name in wanted:
+        if name not in tensors:
+            raise UserError(f"{folder}: no tensors for {name}, which adapter_config.json says it adapts")
+    wrap(model, config, wanted)
+    for name, module in adapters(model).items():
+        fill_adapter(module, tensors[name], f"{folder}: {name}")
+    return config
+
+
+@torch.no_grad()
+def fill_adapter(module, tensors, where):
+    """Copy `tensors`, by parameter name, into one adapter. Raises UserError, naming `where`, if they do not fit."""
+    parameters = dict(module.named_parameters(recurse=False))
+    if parameters.keys() != tensors.keys():
+        raise UserError(f"{where}: it should have the tensors {', '.join(parameters)}, it has {', '.join(tensors)}")
+    for key, parameter in parameters.items():
+        if parameter.shape != tensors[key].shape:
+            shapes = f"{tuple(tensors[key].shape)} where the model needs {tuple(parameter.shape)}"
+            raise UserError(f"{where}.{key} is {shapes}: it belongs to another base model or rank")
+        if not tensors[key].isfinite().all():
+            raise UserError(f"{where}.{key} holds NaN or infinity: the run that made it had failed")
+        parameter.copy_(tensors[key])
+
+
+def read_adapter(folder):
+    """The adapter files in `folder`: an `AdapterConfig`, and for each module's name its tensors by parameter name."""
+    config_path, tensors_path = Path(folder, "adapter_config.json"), Path(folder, "adapter_model.safetensors")
+    for path in (config_path, tensors_path):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: --adapter_dir must be a folder such as out/RUN/final")
+    try:
+        config = _read_peft_config(json.loads(config_path.read_text()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{config_path}: {error}") from None
+    try:
+        stored = load_file(tensors_path)
+    except SafetensorError as error:
+        raise UserError(f"{tensors_path} is damaged ({error}): copy or train it again") from None
+    tensors = {}
+    for name, tensor in stored.items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", name)
+        if match is None:
+            raise UserError(f"{tensors_path}: tensor {name} is not one of a LoRA adapter")
+        tensors.setdefault(match[1], {})[match[2]] = tensor
+    return config, tensors
+
+
+def _peft_name(name, key):
+    return f"{name}.{key}" if key == "lora_magnitude_vector" else f"{name}.{key}.weight"
+
+
+def _read_peft_config(values):
+    """PEFT's adapter_config.json as an AdapterConfig. Raises ValueError for what would compute something else."""
+    if values.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type {values.get('peft_type')!r} is not supported, only LORA is")
+    for key in ("modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters"):
+        if values.get(key):
+            raise ValueError(f"{key} is not supported")
+    if values.get("bias", "none") != "none":
+        raise ValueError(f"bias {values['bias']!r} is not supported, only none is")
+    if values.get("layers_to_transform") or values.get("exclude_modules"):
+        raise ValueError("layers_to_transform and exclude_modules are not supported: list the modules' full names")
+    targets = values["target_modules"]
+    return AdapterConfig(
+        kind="dora" if values.get("use_dora") else "lora",
+        r=values["r"],
+        alpha=values["lora_alpha"],
+        dropout=values.get("lora_dropout", 0.0),
+        rslora=values.get("use_rslora", False),
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        rank_pattern=values.get("rank_pattern") or {},
+        alpha_pattern=values.get("alpha_pattern") or {},
+    )
