@@ -4,23 +4,22 @@ A model folder is Hugging Face's own: `config.json`, one or more safetensors fil
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import lora
 from cli import UserError
+from files import read_json
 from model import Config, Transformer
 from quantize import QUANTIZERS
 
 INDEX = "model.safetensors.index.json"
-MANIFEST = "manifest.json"
 SHARD_BYTES = 5 * 10**9
 
 # What a model folder holds beside its weights; whatever is there travels with them.
@@ -41,19 +40,6 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 
 
 # ------------------------------------------------------------------------------------------------------- reading
-
-
-def read_json(path):
-    """The parsed JSON object in `path`. Raises UserError if it is missing, broken or something else."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return value
 
 
 def read_config(checkpoint_dir):
@@ -177,58 +163,6 @@ def _put(model, name, tensor, dtype, quantizer):
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-@contextlib.contextmanager
-def new_folder(path):
-    """Write a folder that appears whole or not at all: fill the one this yields.
-
-    It is a temporary one beside `path`. When the block ends well, a manifest of SHA-256 hashes is added, all is
-    flushed to disk, and it takes the name `path` (and the place of what had it). Otherwise it is removed.
-    """
-    path = Path(path)
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
-        for file in (*temporary.iterdir(), temporary):
-            flush(file)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def check_manifest(folder):
-    """Raise UserError if a file in `folder` is missing or has changed since `new_folder` wrote it."""
-    folder = Path(folder)
-    for name, expected in read_json(folder / MANIFEST).items():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: this checkpoint is damaged, take an earlier one")
-        if sha256(folder / name) != expected:
-            raise UserError(f"{folder / name} has changed since it was written: take an earlier checkpoint")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_weights(folder, layout, read, shard_bytes=SHARD_BYTES):
     """Write tensors to `folder` as safetensors, several files and an index where they are larger than `shard_bytes`.
 
@@ -280,6 +214,38 @@ def save_model(model, folder, source):
     layout = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in parameters.items()}
     write_weights(folder, layout, parameters.__getitem__)
     copy_side_files(source, folder)
+
+
+def save_optimizer(optimizer, folder):
+    """Write what an optimiser has gathered for each parameter, whichever optimiser it is, without pickle.
+
+    Tensors go to `optimizer.safetensors`, plain numbers to `optimizer.json`; parameters are counted in their order.
+    """
+    tensors, numbers = {}, {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state[parameter].items():
+            if torch.is_tensor(value):
+                tensors[f"{index}.{key}"] = value.detach().cpu().clone()  # 8-bit states share their value tables
+            else:
+                numbers[f"{index}.{key}"] = value
+    save_file(tensors, Path(folder, "optimizer.safetensors"))
+    Path(folder, "optimizer.json").write_text(json.dumps(numbers) + "\n")
+
+
+def load_optimizer(optimizer, folder):
+    """Put what `save_optimizer` wrote to `folder` into an optimiser over the same parameters."""
+    parameters = _parameters(optimizer)
+    with _opened(Path(folder, "optimizer.safetensors")) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    state.update(read_json(Path(folder, "optimizer.json")))
+    for name, value in state.items():
+        index, _, key = name.partition(".")
+        parameter = parameters[int(index)]
+        optimizer.state[parameter][key] = value.to(parameter.device) if torch.is_tensor(value) else value
+
+
+def _parameters(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def copy_side_files(source, folder):

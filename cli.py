@@ -32,6 +32,7 @@ def parse(settings_class, args=None):
 
     Exits with status 2 and one line on standard error if they are not good.
     """
+    args = _complete_switches(sys.argv[1:] if args is None else args, settings_class)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with any of the settings below.")
     parser.add_class_arguments(settings_class, fail_untyped=True)
@@ -60,6 +61,16 @@ def fail(message):
     """Print one line on standard error and exit with status 2."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
+
+
+def _complete_switches(args, settings_class):
+    """`--resume` alone means `--resume=true`, as a user expects of a flag that is true or false."""
+    switches = {"--" + field.name for field in dataclasses.fields(settings_class) if field.type is bool}
+    values = [*args[1:], "--"]
+    return [
+        f"{arg}=true" if arg in switches and value.startswith("--") else arg
+        for arg, value in zip(args, values, strict=True)
+    ]
 
 
 def _explain(message, settings_class):

@@ -19,9 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cli import UserError
+from files import read_json
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # PEFT's, before every name in an adapter file
+
+# Settings of PEFT's that change what an adapter computes, and that we do not have.
+UNSUPPORTED = (
+    "modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters",
+    "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+    "monteclora_config",
+)  # fmt: skip
 
 
 def dense_weight(layer, dtype):
@@ -73,7 +81,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def row_norms(self):
-        return LoRALinear.merged_weight(self).norm(dim=1)
+        return LoRALinear.merged_weight(self).norm(dim=1).clamp(min=1e-38)  # a row may be zero: 0 / 0 is NaN
 
     def forward(self, x):
         y = self.base(x)
@@ -134,7 +142,10 @@ def add_lora(model, config):
         if not any(AdapterConfig(targets=(target,)).covers(name) for name in layers):
             choices = dict.fromkeys(name.rpartition(".")[2] for name in layers)
             raise UserError(f"--lora_targets: the model has no projection {target!r}, only {', '.join(choices)}")
-    wrap(model, config, [name for name in layers if config.covers(name)])
+    names = [name for name in layers if config.covers(name)]
+    if not names:
+        raise UserError(f"--lora_targets: no linear layer of the model is called {config.targets!r}")
+    wrap(model, config, names)
 
 
 def wrap(model, config, names):
@@ -222,8 +233,8 @@ def read_adapter(folder):
         if not path.is_file():
             raise UserError(f"{path} does not exist: --adapter_dir must be a folder such as out/RUN/final")
     try:
-        config = _read_peft_config(json.loads(config_path.read_text()))
-    except (ValueError, KeyError, AttributeError) as error:
+        config = _read_peft_config(read_json(config_path))
+    except ValueError as error:
         raise UserError(f"{config_path}: {error}") from None
     try:
         stored = load_file(tensors_path)
@@ -246,13 +257,18 @@ def _read_peft_config(values):
     """PEFT's adapter_config.json as an AdapterConfig. Raises ValueError for what would compute something else."""
     if values.get("peft_type") != "LORA":
         raise ValueError(f"peft_type {values.get('peft_type')!r} is not supported, only LORA is")
-    for key in ("modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters"):
+    for key in UNSUPPORTED:
         if values.get(key):
             raise ValueError(f"{key} is not supported")
+    if values.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        raise ValueError(f"init_lora_weights {values['init_lora_weights']!r} is not supported: it alters the base model")
     if values.get("bias", "none") != "none":
         raise ValueError(f"bias {values['bias']!r} is not supported, only none is")
     if values.get("layers_to_transform") or values.get("exclude_modules"):
         raise ValueError("layers_to_transform and exclude_modules are not supported: list the modules' full names")
+    for key in ("r", "lora_alpha", "target_modules"):
+        if not values.get(key):
+            raise ValueError(f"{key} is missing")
     targets = values["target_modules"]
     return AdapterConfig(
         kind="dora" if values.get("use_dora") else "lora",

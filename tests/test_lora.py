@@ -1,0 +1,526 @@
+"""Adapters against PEFT, and over every kind of linear layer against what they say they compute."""
+
+import json
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FAMILIES
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import lora
+from checkpoint import load_model
+from cli import UserError
+from lora import ADAPTERS, PROJECTIONS, AdapterConfig, DoRALinear, LoRALinear
+from quantize import QUANTIZERS
+
+KINDS = pytest.mark.parametrize("kind", ADAPTERS)
+
+# Adapters that PEFT must agree with.
+VARIANTS = {
+    "lora": AdapterConfig(r=4, alpha=8),
+    "rslora": AdapterConfig(r=4, alpha=8, rslora=True),
+    "dora": AdapterConfig("dora", r=4, alpha=8),
+    "rsdora": AdapterConfig("dora", r=4, alpha=6, rslora=True, targets=("q_proj", "down_proj")),
+    "patterns": AdapterConfig(
+        r=4,
+        alpha=8,
+        rank_pattern={"q_proj": 7, r"layers\.1\.mlp\.(up|down)_proj": 2, "model.layers.0.self_attn.q_proj": 3},
+        alpha_pattern={"q_proj": 5, "self_attn.v_proj": 1.5},
+    ),
+    "dora patterns": AdapterConfig("dora", r=4, alpha=8, rank_pattern={"o_proj": 1}, alpha_pattern={"proj": 3}),
+    "regular expression": AdapterConfig(r=3, alpha=8, targets=r".*\.[02]\..*(q|up)_proj"),
+    "head": AdapterConfig("dora", r=3, alpha=8, targets=("lm_head", "model.layers.1.self_attn.k_proj")),
+}
+variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def distance(a, b):
+    """|a - b| / |b|"""
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12)).item()
+
+
+def randomise(model):
+    """Adapters as after some training: B and m no longer where they started."""
+    with torch.no_grad():
+        for module in lora.adapters(model).values():
+            module.lora_B.normal_(std=0.3)
+            if isinstance(module, DoRALinear):
+                module.lora_magnitude_vector.mul_(torch.rand(module.out_features) + 0.5)
+
+
+def adapted(folder, config, dtype=torch.float32, quantize=None):
+    model = load_model(folder, dtype, quantize=quantize)
+    lora.add_lora(model, config)
+    randomise(model)
+    return model
+
+
+def base_of_transformers(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+
+
+def peft_config(config):
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        use_dora=config.kind == "dora",
+        target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        task_type="CAUSAL_LM",
+    )
+
+
+def by_our_names(peft_model):
+    """PEFT's trainable parameters under our names."""
+    names = {}
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            name = name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default")
+            names[name] = parameter
+    return names
+
+
+def trainable(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def inputs():
+    tokens = torch.randint(512, (2, 10))
+    return tokens, torch.randint(512, (2, 10))
+
+
+# ------------------------------------------------------------------------------------------------------- PEFT
+
+
+@variant
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_logits_and_gradients_are_pefts(tiny_checkpoint, family, config):
+    from peft import get_peft_model
+
+    if "lm_head" in config.targets and family == "qwen3":
+        pytest.skip("its head is the embedding")
+    ours = adapted(tiny_checkpoint(family), config)
+    theirs = get_peft_model(base_of_transformers(tiny_checkpoint(family)), peft_config(config))
+    parameters, expected = trainable(ours), by_our_names(theirs)
+    assert parameters.keys() == expected.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            expected[name].copy_(parameter)
+    tokens, targets = inputs()
+    logits = theirs(input_ids=tokens).logits
+    assert distance(ours(tokens), logits) < 1e-5
+    assert distance(load_model(tiny_checkpoint(family), torch.float32)(tokens), logits) > 1e-2
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    ours(tokens, targets).backward()
+    for name, parameter in parameters.items():
+        assert distance(parameter.grad, expected[name].grad) < 1e-5, name
+
+
+@variant
+def test_peft_loads_what_we_save(tiny_checkpoint, tmp_path, config):
+    from peft import PeftModel
+
+    ours = adapted(tiny_checkpoint("llama"), config)
+    lora.save_adapter(ours, config, tmp_path, "some/base")
+    theirs = PeftModel.from_pretrained(base_of_transformers(tiny_checkpoint("llama")), tmp_path).eval()
+    tokens, _ = inputs()
+    with torch.no_grad():
+        assert distance(ours(tokens), theirs(input_ids=tokens).logits) < 1e-5
+    assert theirs.peft_config["default"].base_model_name_or_path == "some/base"
+
+
+@variant
+def test_we_load_what_peft_saves(tiny_checkpoint, tmp_path, config):
+    from peft import get_peft_model
+
+    theirs = get_peft_model(base_of_transformers(tiny_checkpoint("llama")), peft_config(config)).eval()
+    with torch.no_grad():
+        for name, parameter in by_our_names(theirs).items():
+            if not name.endswith("lora_A"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tiny_checkpoint("llama"), torch.float32, adapter_dir=tmp_path)
+    tokens, _ = inputs()
+    with torch.no_grad():
+        assert distance(ours(tokens), theirs(input_ids=tokens).logits) < 1e-5
+
+
+@variant
+def test_saved_and_loaded_is_the_same(tiny_checkpoint, tmp_path, config):
+    ours = adapted(tiny_checkpoint("llama"), config)
+    lora.save_adapter(ours, config, tmp_path, "base")
+    again = load_model(tiny_checkpoint("llama"), torch.float32)
+    assert lora.load_adapter(again, tmp_path) == config
+    tokens, _ = inputs()
+    assert torch.equal(ours(tokens), again(tokens))
+    before, after = trainable(ours), trainable(again)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    with open(tmp_path / "adapter_config.json") as file:
+        assert json.load(file)["peft_type"] == "LORA"
+
+
+# ------------------------------------------------------------------------------------------------- at the start
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantizer", [None, "bnb.nf4", "bnb.nf4-dq", "bnb.int8"])
+@torch.no_grad()
+def test_step_0_is_the_base_bit_for_bit(tiny_checkpoint, kind, dtype, quantizer):
+    model = load_model(tiny_checkpoint("llama"), dtype, quantize=quantizer)
+    tokens, _ = inputs()
+    base = model(tokens)
+    lora.add_lora(model, AdapterConfig(kind, r=4, alpha=64, targets=(*PROJECTIONS, "lm_head")))
+    assert torch.equal(model.eval()(tokens), base)
+    assert torch.equal(model.train()(tokens), base)
+    randomise(model)
+    assert not torch.equal(model.eval()(tokens), base)
+
+
+@KINDS
+@pytest.mark.parametrize("quantizer", [None, "bnb.nf4"])
+def test_only_the_adapters_train_and_they_are_fp32(tiny_checkpoint, kind, quantizer):
+    model = adapted(tiny_checkpoint("llama"), AdapterConfig(kind, r=4), torch.bfloat16, quantizer)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    per_layer = 2 if kind == "lora" else 3
+    assert len(trainable(model)) == per_layer * 7 * model.config.num_hidden_layers
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name), name
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0)
+    model.train()(*inputs()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == torch.float32 and parameter.grad.count_nonzero() > 0, name
+        else:
+            assert parameter.grad is None, name
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != ("lora_" in name), name
+    assert model(inputs()[0]).dtype == torch.bfloat16
+
+
+def test_a_small_step_is_not_rounded_away(tiny_checkpoint):
+    """In bf16, most weights of size 1 would not move by 1e-4 at all."""
+    model = load_model(tiny_checkpoint("llama"), torch.bfloat16)
+    lora.add_lora(model, AdapterConfig(r=4))
+    module = model.model.layers[0].self_attn.q_proj
+    nn.init.normal_(module.lora_A)
+    nn.init.normal_(module.lora_B)
+    before = module.lora_A.clone()
+    model(*inputs()).backward()
+    torch.optim.AdamW([module.lora_A], lr=1e-4, weight_decay=0).step()
+    assert ((module.lora_A - before).abs() > 0.5e-4).float().mean() > 0.9
+
+
+def test_no_gradient_of_the_frozen_weights_is_computed(tiny_checkpoint):
+    """Counted in products: a backward pass through frozen layers costs one forward pass, not two."""
+
+    def ratio(model):
+        tokens, targets = inputs()
+        with FlopCounterMode(display=False) as forward:
+            loss = model(tokens, targets)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        return backward.get_total_flops() / forward.get_total_flops()
+
+    full = load_model(tiny_checkpoint("llama"), torch.float32).requires_grad_(True)
+    assert ratio(full) > 1.9
+    assert ratio(adapted(tiny_checkpoint("llama"), AdapterConfig(r=1))) < 1.2
+
+
+def test_the_start_of_a_and_b():
+    base = nn.Linear(400, 300, bias=False)
+    module = LoRALinear(base, 8, 16)
+    assert module.lora_A.shape == (8, 400) and module.lora_B.shape == (300, 8)
+    assert module.lora_B.count_nonzero() == 0
+    bound = 400**-0.5  # PEFT's: kaiming_uniform with a = sqrt(5) is uniform within 1 / sqrt(in)
+    assert 0.95 * bound < module.lora_A.abs().max() <= bound
+    assert module.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert (module.in_features, module.out_features) == (400, 300)
+
+
+# ---------------------------------------------------------------------------------------------------- the layers
+
+
+def some_base(quantizer, bias, dtype=torch.float32):
+    weight = torch.randn(40, 64, dtype=dtype) / 8
+    bias = nn.Parameter(torch.randn(40, dtype=dtype), requires_grad=False) if bias else None
+    if quantizer:
+        return QUANTIZERS[quantizer](weight, bias)
+    linear = nn.Linear(64, 40, bias=bias is not None)
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
+    return linear
+
+
+@KINDS
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("quantizer", [None, "bnb.nf4", "bnb.int8"])
+def test_merged_weight_is_what_forward_does(kind, bias, quantizer):
+    base = some_base(quantizer, bias)
+    module = ADAPTERS[kind](base, 4, 8.0).eval()
+    assert distance(module.merged_weight(), lora.dense_weight(base, torch.float32)) < 1e-6
+    randomise(nn.ModuleList([module]))
+    x = torch.randn(2, 5, 64)
+    merged = module.merged_weight()
+    assert merged.shape == (40, 64) and merged.dtype == torch.float32 and not merged.requires_grad
+    assert distance(F.linear(x, merged, base.bias), module(x)) < 1e-5
+    assert distance(base(x), module(x)) > 1e-2
+
+
+@KINDS
+@pytest.mark.parametrize("quantizer", [None, "bnb.nf4"])
+def test_merged_weight_is_fp32_whatever_the_base(kind, quantizer):
+    module = ADAPTERS[kind](some_base(quantizer, False, torch.bfloat16), 4, 8.0)
+    randomise(nn.ModuleList([module]))
+    x = torch.randn(2, 5, 64)
+    assert module.merged_weight().dtype == torch.float32
+    assert distance(F.linear(x, module.merged_weight()), module(x.bfloat16())) < 0.02
+
+
+@KINDS
+def test_input_gradient_is_that_of_the_merged_weight(kind):
+    module = ADAPTERS[kind](some_base("bnb.nf4", True), 4, 8.0)
+    randomise(nn.ModuleList([module]))
+    x = torch.randn(3, 64, requires_grad=True)
+    y = module(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert distance(x.grad, grad @ module.merged_weight()) < 1e-5
+
+
+def test_dora_keeps_row_norms_at_its_magnitude():
+    module = DoRALinear(some_base(None, False), 4, 8.0)
+    randomise(nn.ModuleList([module]))
+    assert distance(module.merged_weight().norm(dim=1), module.lora_magnitude_vector) < 1e-5
+
+
+def test_dora_over_a_row_of_zeros():
+    """Padded vocabularies have some; 0 / 0 would make the whole model NaN."""
+    base = some_base(None, False)
+    base.weight[3] = 0
+    module = DoRALinear(base, 4, 8.0)
+    x = torch.randn(5, 64)
+    assert torch.equal(module(x), base(x))
+    randomise(nn.ModuleList([module]))
+    y = module(x)
+    y.square().sum().backward()
+    assert y.isfinite().all() and module.merged_weight().isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in trainable(module).values())
+
+
+@KINDS
+@torch.no_grad()
+def test_dropout_only_while_training(kind):
+    base = some_base(None, True)
+    module = ADAPTERS[kind](base, 4, 8.0, dropout=0.5)
+    randomise(nn.ModuleList([module]))
+    x = torch.randn(5, 64)
+    module.eval()
+    assert torch.equal(module(x), module(x))
+    assert distance(module(x), F.linear(x, module.merged_weight(), base.bias)) < 1e-5
+    module.train()
+    assert not torch.equal(module(x), module(x))
+    mean = torch.stack([module(x) for _ in range(4000)]).mean(0)
+    assert distance(mean, module.eval()(x)) < 0.1  # right on average; what it drops it makes up for
+
+
+@torch.no_grad()
+def test_dropout_leaves_the_base_alone():
+    module = LoRALinear(some_base(None, True), 4, 8.0, dropout=0.5).train()
+    x = torch.randn(5, 64)
+    assert torch.equal(module(x), module.base(x))
+
+
+@pytest.mark.parametrize("config, expected", [(dict(r=4, alpha=8), 2.0), (dict(r=16, alpha=8, rslora=True), 2.0)])
+def test_scale(config, expected):
+    assert AdapterConfig(**config).adapt(some_base(None, False), "model.q_proj").scale == expected
+
+
+# --------------------------------------------------------------------------------------------------- the targets
+
+
+@pytest.mark.parametrize(
+    "targets, count",
+    [
+        (("q_proj",), 3),
+        (("gate_proj", "up_proj", "down_proj"), 9),
+        (PROJECTIONS, 21),
+        (("lm_head",), 1),
+        (("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj"), 2),
+        (("layers.1.self_attn.o_proj",), 1),
+        (("q_proj", "lm_head", "layers.0.self_attn.q_proj"), 4),
+        (r"model\.layers\.[01]\..*", 14),
+    ],
+)
+def test_targets(tiny_checkpoint, targets, count):
+    model = load_model(tiny_checkpoint("mistral"), torch.float32)
+    before = dict(model.named_modules())
+    lora.add_lora(model, AdapterConfig(r=2, targets=targets))
+    adapters = lora.adapters(model)
+    assert len(adapters) == count and len(trainable(model)) == 2 * count
+    for name, module in adapters.items():
+        assert module.base is before[name]
+        if isinstance(targets, tuple):
+            assert any(name.endswith(target) for target in targets)
+
+
+def test_a_name_is_matched_whole(tiny_checkpoint):
+    """`proj` is no projection, though the names of all end so."""
+    model = load_model(tiny_checkpoint("mistral"), torch.float32)
+    for targets in (("proj",), ("q_proj", "_proj"), ("c_attn",), ("norm",), ("embed_tokens",), r".*c_attn"):
+        with pytest.raises(UserError, match=re.escape(str(targets[-1] if isinstance(targets, tuple) else targets))):
+            lora.add_lora(model, AdapterConfig(targets=targets))
+    assert not lora.adapters(model)
+
+
+def test_unknown_target_names_the_choices(tiny_checkpoint):
+    model = load_model(tiny_checkpoint("llama"), torch.float32)
+    with pytest.raises(UserError) as error:
+        lora.add_lora(model, AdapterConfig(targets=("q_proj", "qproj")))
+    assert all(name in str(error.value) for name in ("'qproj'", "q_proj", "down_proj", "lm_head"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_of_every_family_can_be_adapted(tiny_checkpoint, family):
+    model = load_model(tiny_checkpoint(family), torch.float32)
+    layers = lora.linear_layers(model)
+    assert {name.rpartition(".")[2] for name in layers} == {*PROJECTIONS, "lm_head"}
+
+
+# ------------------------------------------------------------------------------------------------ damaged files
+
+
+@pytest.fixture
+def adapter(tiny_checkpoint, tmp_path):
+    config = AdapterConfig("dora", r=4, targets=("q_proj", "up_proj"))
+    lora.save_adapter(adapted(tiny_checkpoint("llama"), config), config, tmp_path, "base")
+    return tmp_path
+
+
+NAME = "base_model.model.model.layers.1.self_attn.q_proj"
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value != "absent"}))
+
+
+def truncate(folder, name, size):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def without(name):
+    return lambda folder: change_tensors(folder, lambda tensors: tensors.pop(name))
+
+
+def with_tensor(name, make):
+    return lambda folder: change_tensors(folder, lambda tensors: tensors.update({name: make(tensors)}))
+
+
+def poison(value):
+    def change(tensors):
+        tensors[f"{NAME}.lora_B.weight"][3, 1] = value
+
+    return lambda folder: change_tensors(folder, change)
+
+
+def rename_all(old, new):
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return lambda folder: change_tensors(folder, change)
+
+
+def without_module(tensors):
+    for key in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"):
+        del tensors[f"{NAME}.{key}"]
+
+
+DAMAGES = {
+    "one tensor missing": (without(f"{NAME}.lora_A.weight"), "layers.1.self_attn.q_proj.*lora_A"),
+    "magnitude missing": (without(f"{NAME}.lora_magnitude_vector"), "layers.1.self_attn.q_proj.*magnitude"),
+    "module missing": (lambda folder: change_tensors(folder, without_module), "layers.1.self_attn.q_proj"),
+    "all missing": (lambda folder: change_tensors(folder, dict.clear), "layers.0.self_attn.q_proj"),
+    "surplus module": (
+        with_tensor("base_model.model.model.layers.1.mlp.gate_proj.lora_A.weight", lambda _: torch.zeros(4, 48)),
+        "layers.1.mlp.gate_proj",
+    ),
+    "surplus layer": (
+        with_tensor("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", lambda _: torch.zeros(4, 48)),
+        "layers.9.mlp.up_proj",
+    ),
+    "surplus kind": (with_tensor(f"{NAME}.lora_bias", lambda _: torch.zeros(48)), "lora_bias"),
+    "full weights": (with_tensor("base_model.model.lm_head.weight", lambda _: torch.zeros(2, 2)), "lm_head.weight"),
+    "NaN": (poison(float("nan")), "q_proj.lora_B.*NaN"),
+    "infinity": (poison(float("inf")), "q_proj.lora_B.*infinity"),
+    "another rank": (with_tensor(f"{NAME}.lora_B.weight", lambda _: torch.zeros(48, 5)), r"q_proj.lora_B.*\(48, 5\)"),
+    "transposed": (with_tensor(f"{NAME}.lora_A.weight", lambda _: torch.zeros(48, 4)), r"q_proj.lora_A.*\(48, 4\)"),
+    "wrong prefix": (rename_all("base_model.model.", ""), "model.layers.0.*lora_A.weight"),
+    "prefix twice": (rename_all("base_model.model.", "base_model.model.base_model.model."), "base_model.model.model"),
+    "adapter name inside": (rename_all("lora_A.weight", "lora_A.default.weight"), "lora_A.default.weight"),
+    "truncated": (lambda folder: truncate(folder, "adapter_model.safetensors", -10), "adapter_model.safetensors"),
+    "header truncated": (lambda folder: truncate(folder, "adapter_model.safetensors", 50), "adapter_model.safetensors"),
+    "empty file": (lambda folder: truncate(folder, "adapter_model.safetensors", 0), "adapter_model.safetensors"),
+    "config truncated": (lambda folder: truncate(folder, "adapter_config.json", 60), "adapter_config.json"),
+    "config a list": (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "adapter_config.json"),
+    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
+    "no tensors": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors does"),
+    "dora off": (lambda folder: change_config(folder, use_dora=False), "lora_magnitude_vector"),
+    "another target": (lambda folder: change_config(folder, target_modules=["k_proj", "up_proj"]), "self_attn.q_proj"),
+    "unknown target": (lambda folder: change_config(folder, target_modules=["c_attn"]), "proj"),
+    "prompt tuning": (lambda folder: change_config(folder, peft_type="PROMPT_TUNING"), "PROMPT_TUNING"),
+    "no peft_type": (lambda folder: change_config(folder, peft_type="absent"), "peft_type"),
+    "no r": (lambda folder: change_config(folder, r="absent"), "json: r is missing"),
+    "no alpha": (lambda folder: change_config(folder, lora_alpha=None), "lora_alpha is missing"),
+    "no targets": (lambda folder: change_config(folder, target_modules=None), "target_modules is missing"),
+    "bias": (lambda folder: change_config(folder, bias="all"), "bias 'all'"),
+    "saved modules": (lambda folder: change_config(folder, modules_to_save=["lm_head"]), "modules_to_save"),
+    "some layers": (lambda folder: change_config(folder, layers_to_transform=[1]), "layers_to_transform"),
+    "fan": (lambda folder: change_config(folder, fan_in_fan_out=True), "fan_in_fan_out"),
+    "pissa": (lambda folder: change_config(folder, init_lora_weights="pissa"), "pissa"),
+    "aLoRA": (lambda folder: change_config(folder, alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
+}
+
+
+@pytest.mark.parametrize("damage, named", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_adapter_is_refused_in_one_line(tiny_checkpoint, adapter, damage, named):
+    load_model(tiny_checkpoint("llama"), torch.float32, adapter_dir=adapter)
+    damage(adapter)
+    with pytest.raises(UserError, match=named) as error:
+        load_model(tiny_checkpoint("llama"), torch.float32, adapter_dir=adapter)
+    assert "\n" not in str(error.value) and str(adapter) in str(error.value)
+
+
+def test_adapter_of_another_model_is_refused(tiny_checkpoint, adapter):
+    with pytest.raises(UserError, match="lora_B.*another base model"):
+        load_model(tiny_checkpoint("mistral"), torch.float32, adapter_dir=adapter)
+
+
+def test_adapter_in_half_precision_is_trained_in_fp32(tiny_checkpoint, adapter):
+    def halve(tensors):
+        tensors.update({name: tensor.half() for name, tensor in tensors.items()})
+
+    change_tensors(adapter, halve)
+    model = load_model(tiny_checkpoint("llama"), torch.bfloat16, adapter_dir=adapter)
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}

@@ -1,0 +1,615 @@
+"""Text to token ids and back, and the prompt styles: training and inference render a dialog through the same function.
+
+A tokenizer is what the checkpoint's own files say: a `tokenizer.json` (run by the `tokenizers` library) or else a
+SentencePiece `tokenizer.model`. Two things are done here, because the libraries do not promise them:
+
+- A user's text never becomes a special token: "</s>" or "<|im_end|>" in it stays ordinary text. Special tokens are
+  looked for in template text alone.
+- SentencePiece puts a space before a text (the dummy prefix) and takes it away when decoding. Here `start` says whether
+  it does, so a text can also be continued, and a text's own leading spaces survive the round trip.
+
+To add a prompt style write a function `(tokenizer, messages) -> list[Segment]` and a line in `STYLES`.
+"""
+
+import codecs
+import datetime
+import functools
+import hashlib
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from cli import UserError
+
+
+class Tokenizer:
+    """The tokenizer of a Hugging Face model folder; UserError if the folder has none or one that cannot be read.
+
+    vocab_size: the largest id + 1. bos_id, bos_token: BOS and its text, or None. eos_id, eos_token: EOS and its text.
+    eos_ids: all ids that end a text, by the tokenizer's files, config.json and generation_config.json.
+    add_bos: whether this checkpoint's sequences start with BOS. chat_template: the checkpoint's Jinja source, or None.
+    special_tokens: {name such as "bos_token": text}. has_prefix: whether a text gets a dummy prefix.
+    template_pattern: a compiled regex, the added tokens that template text is searched for.
+    """
+
+    def __init__(self, checkpoint_dir):
+        folder = self.folder = Path(checkpoint_dir)
+        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        if (folder / "tokenizer.json").is_file():
+            self._model = _TokenizerJson(folder / "tokenizer.json")
+        elif (folder / "tokenizer.model").is_file():
+            self._model = _SentencePiece(folder / "tokenizer.model", legacy=config.get("legacy"))
+        else:
+            raise UserError(
+                f"{folder}: no tokenizer.json or tokenizer.model; copy the model's there, or let transformers write one: "
+                "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+            )
+        names = self._model.names | {key: config[key] for key in config if key.endswith("_token")}
+        self.special_tokens = {key: _content(token) for key, token in names.items() if isinstance(token, str | dict)}
+        self._added = self._collect_added_tokens(config)
+        self._by_id = {token["id"]: token for token in self._added.values()}
+        self._special_ids = {id for id, token in self._by_id.items() if token.get("special")}
+        tokens = self._added.values()
+        self.template_pattern = _pattern(tokens)
+        self._user_pattern = _pattern(token for token in tokens if token["id"] not in self._special_ids)
+        self._special_pattern = _pattern(token for token in tokens if token["id"] in self._special_ids)
+        self.vocab_size = max(self._model.size, *(id + 1 for id in self._by_id), 0)
+        self.has_prefix = self._model.prefix != "never"
+        self._find_bos_and_eos(config)
+        self.chat_template = self._find_chat_template(config)
+
+    def _collect_added_tokens(self, config):
+        """{text: {"id", "content", how it is matched}}: the model's own, then what the other files add or change."""
+        added = {token["content"]: token for token in self._model.added}
+        for text, id in _read_json(self.folder / "added_tokens.json").items():
+            added.setdefault(text, {"id": id, "content": text})
+        for id, token in config.get("added_tokens_decoder", {}).items():
+            added[token["content"]] = token | {"id": int(id)}
+        special = list(self.special_tokens.values())
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            more = config.get(key) or []
+            special += map(_content, more.values() if isinstance(more, dict) else more)
+        for text in special:
+            token = added.get(text, {"id": self._model.piece_to_id(text), "content": text})
+            if token["id"] is not None:
+                added[text] = token | {"special": True}
+        return added
+
+    def _find_bos_and_eos(self, config):
+        def id_of(text):
+            return self._added[text]["id"] if text in self._added else None
+
+        self.bos_token, self.eos_token = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
+        self.bos_id = id_of(self.bos_token)
+        ids = [id_of(self.eos_token)]
+        for name in ("config.json", "generation_config.json"):
+            more = _read_json(self.folder / name).get("eos_token_id")
+            ids += more if isinstance(more, list) else [more]
+        ids = [id for id in ids if id is not None]
+        if not ids:
+            raise UserError(f"{self.folder}: no end-of-sequence token; set eos_token in tokenizer_config.json")
+        self.eos_id, self.eos_ids = ids[0], set(ids)
+        self.eos_token = self.token_bytes(self.eos_id).decode("utf-8", "replace")
+        says = config.get("add_bos_token")
+        self.add_bos = self.bos_id is not None and (self._model.adds(self.bos_id) if says is None else bool(says))
+
+    def _find_chat_template(self, config):
+        path = self.folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        return template
+
+    def encode(self, text, special=False, start=True):
+        """`text` as ids, without BOS or EOS.
+
+        special: the text is a template's: special tokens written out in it become their ids. Otherwise it is a user's,
+        and they stay ordinary text. start: the text begins a sequence, so the dummy prefix goes before it; False: it
+        continues one. (Byte-level vocabularies have no dummy prefix; there `start` changes nothing.)
+        """
+        return self.encode_parts(self.split(text, special), start)[0]
+
+    def split(self, text, special=False):
+        """`text` cut at its added tokens (special: as in `encode`): a list of ordinary texts (str) and ids (int)."""
+        if surrogate := re.search("[\ud800-\udfff]", text):
+            raise UserError(f"text with {surrogate[0]!r}, half a surrogate pair: it is not Unicode; mend its source")
+        pieces = (self.template_pattern if special else self._user_pattern).split(text)
+        # Every second piece is an added token, perhaps with blanks that it swallows.
+        return [self._added.get(p, self._added.get(p.strip()))["id"] if i % 2 else p for i, p in enumerate(pieces) if p]
+
+    def encode_parts(self, parts, start=True):
+        """The ids of what `split` returned, and whether a text that follows them would get a dummy prefix.
+
+        Neighbouring texts are encoded as one, so that it makes no difference where a template ends and a user begins.
+        """
+        ids = []
+        for is_text, group in itertools.groupby(parts, key=lambda part: isinstance(part, str)):
+            if is_text:
+                ids += self._encode_text("".join(group), start)
+                start = False
+            else:
+                ids += group
+                start = self._model.prefix == "always"
+        return ids, start
+
+    def _encode_text(self, text, start):
+        ids = self._model.encode(text, start)
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        # The vocabulary itself spells a special token (a mere <unk> also leads here): cut it after its first letter.
+        cuts = [0, *(match.start() + 1 for match in self._special_pattern.finditer(text)), len(text)]
+        pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+        return [id for i, piece in enumerate(pieces) for id in self._model.encode(piece, start and i == 0)]
+
+    def decode(self, ids, skip_special=True, start=True):
+        """The text of a list of ids. start=False keeps the dummy prefix: the ids continue a text."""
+        decoder = StreamDecoder(self, skip_special, start)
+        return "".join(map(decoder.push, ids)) + decoder.flush()
+
+    def token_bytes(self, id, skip_special=False):
+        """What a token stands for, as UTF-8 bytes (perhaps part of a character); empty for an id without a token."""
+        if id in self._by_id:
+            return b"" if skip_special and id in self._special_ids else self._by_id[id]["content"].encode()
+        piece = self._model.piece(id) or ""
+        if self._model.byte_level:
+            return b"".join(_BYTE_OF.get(letter) or letter.encode() for letter in piece)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # SentencePiece's byte fallback
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("▁", " ").encode()
+
+    def file_hash(self):
+        """SHA-256 (hex) of the files that decide the ids. Prepared data carries it, to refuse another tokenizer."""
+        digest = hashlib.sha256()
+        others = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+        for name in sorted((self._model.path.name, *others)):
+            path = self.folder / name
+            if path.is_file():
+                digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
+        digest.update(repr((self.bos_id, self.eos_id)).encode())  # EOS may come from config.json
+        return digest.hexdigest()
+
+
+class StreamDecoder:
+    """Ids to text one by one. The pieces joined equal `tokenizer.decode(ids)`; none holds half a character."""
+
+    def __init__(self, tokenizer, skip_special=True, start=True):
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._at_prefix = start and tokenizer.has_prefix
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id):
+        """The text that this id completes; "" if it is a special token or leaves a character unfinished."""
+        data = self._tokenizer.token_bytes(id, self._skip_special)
+        if data and self._at_prefix:
+            data, self._at_prefix = data.removeprefix(b" "), False
+        return self._utf8.decode(data)
+
+    def flush(self):
+        """The end of the text: a replacement character if it stops in mid-character, otherwise ""."""
+        return self._utf8.decode(b"", final=True)
+
+
+class _TokenizerJson:
+    """A tokenizer.json, byte-level BPE or SentencePiece's kind, less its added tokens and its dummy prefix.
+
+    Those two are the Tokenizer's and `encode`'s work. prefix: "always" (a text after a special token gets one too),
+    "first" (only a sequence's first text) or "never".
+    """
+
+    names = {}
+
+    def __init__(self, path):
+        import tokenizers
+
+        self.path, spec = path, _read_json(path)
+        try:
+            self.added, spec["added_tokens"] = spec["added_tokens"], []
+            self.prefix = _take_prefix(_parts(spec["normalizer"]) + _parts(spec["pre_tokenizer"]))
+            decoders = {part["type"] for part in _parts(spec["decoder"])}
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # the library raises no more specific class
+            raise UserError(f"{path}: not a tokenizer.json that the tokenizers library reads ({error!r})") from error
+        if not decoders & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            raise UserError(f"{path}: neither byte-level BPE nor SentencePiece's kind (decoder {sorted(decoders)})")
+        self.byte_level = "ByteLevel" in decoders
+        self._library.no_truncation()  # a file may bring a limit, which would cut samples silently
+        self._library.no_padding()
+        self.piece, self.piece_to_id = self._library.id_to_token, self._library.token_to_id
+        self.size = self._library.get_vocab_size()
+
+    def encode(self, text, start):
+        text = " " + text if start and self.prefix != "never" else text
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def adds(self, bos_id):
+        """Whether the file's post-processor starts a sequence with this id."""
+        return self._library.encode("").ids[:1] == [bos_id]
+
+
+class _SentencePiece:
+    """A SentencePiece tokenizer.model. legacy (in tokenizer_config.json): a dummy prefix after special tokens too."""
+
+    byte_level = False
+
+    def __init__(self, path, legacy):
+        import sentencepiece
+
+        self.path, proto = path, path.read_bytes()
+        try:
+            model = self._at_start = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            # Protobufs written one after the other merge: these bytes are normalizer_spec.add_dummy_prefix = false.
+            self._inside = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
+        except RuntimeError as error:
+            raise UserError(f"{path}: not a SentencePiece model; put the model's tokenizer.json beside it") from error
+        self.size = model.get_piece_size()
+        self.prefix = "always" if legacy else "first"
+        if model.encode("a") == self._inside.encode("a"):
+            self.prefix = "never"
+        ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+        self.names = {name: self.piece(id) for name, id in ids.items() if id >= 0}
+        control = filter(model.is_control, range(self.size))
+        self.added = [{"id": id, "content": self.piece(id), "special": True} for id in control]
+
+    def piece(self, id):
+        return self._at_start.id_to_piece(id) if 0 <= id < self.size else None
+
+    def piece_to_id(self, text):
+        id = self._at_start.piece_to_id(text)
+        return id if self.piece(id) == text else None  # an unknown piece has the id of <unk>
+
+    def encode(self, text, start):
+        return (self._at_start if start else self._inside).encode(text)
+
+    def adds(self, bos_id):
+        return True
+
+
+def _take_prefix(parts):
+    """Switch off whatever adds a leading space in a tokenizer.json, and say when it was added."""
+    scheme = "never"
+    for part in parts:
+        if part["type"] == "Prepend" and part["prepend"] == "▁":
+            scheme, part["prepend"] = "always", ""
+        elif part["type"] == "Metaspace":
+            old = "always" if part.pop("add_prefix_space", False) else "never"  # the field of older files
+            scheme, part["prepend_scheme"] = part.get("prepend_scheme", old), "never"
+        elif part["type"] == "ByteLevel" and part.get("add_prefix_space"):
+            scheme, part["add_prefix_space"] = "always", False
+    return scheme
+
+
+def _parts(node):
+    """The parts of a normaliser, pre-tokeniser or decoder of tokenizer.json, sequences opened."""
+    if node is None or node["type"] != "Sequence":
+        return [node] if node else []
+    inner = next(value for value in node.values() if isinstance(value, list))
+    return [part for child in inner for part in _parts(child)]
+
+
+def _pattern(tokens):
+    """A regex that finds any of the added tokens, the longest first, as a group with the blanks that they swallow."""
+
+    def one(token):
+        text = re.escape(token["content"])
+        text = rf"(?<!\w){text}(?!\w)" if token.get("single_word") else text
+        return r"\s*" * token.get("lstrip", False) + text + r"\s*" * token.get("rstrip", False)
+
+    found = [one(token) for token in sorted(tokens, key=lambda token: -len(token["content"])) if token["content"]]
+    return re.compile("(" + "|".join(found or ["(?!)"]) + ")")
+
+
+def _content(token):
+    return token if isinstance(token, str) else token["content"]
+
+
+def _byte_alphabet():
+    """The letters for which byte-level BPE writes bytes: Latin-1 where it is visible, U+0100 onwards for the rest."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = sorted(set(range(256)) - set(visible))
+    letters = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return {letter: bytes([byte]) for letter, byte in letters.items()}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _read_json(path):
+    """The object in a JSON file, {} without the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); fetch the file again") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object; fetch the file again")
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompt styles. A sample is a list of messages {"role": "system", "user" or "assistant", "content": text}; a user's may
+# also have an "input", the text that the instruction is about.
+
+
+class Segment(NamedTuple):
+    """A stretch of a rendered dialog.
+
+    kind: "template" (special tokens in it count), "user" (they do not), "answer" (a target; they do not), or "end" (a
+    target; they do): what ends an answer.
+    """
+
+    text: str
+    kind: str
+
+
+def encode_dialog(tokenizer, messages, style):
+    """A dialog that ends with an answer, for training: (ids: list[int], is_target: list[bool]).
+
+    Every answer and the token that ends it are targets. The sequence starts with one BOS if `tokenizer.add_bos`; a
+    style's own BOS is not doubled. It stops after the last answer's end. Answers are encoded apart from the prompt, so
+    no token straddles the two. UserError for messages that the style cannot render.
+    """
+    _check(messages, last="assistant")
+    ids, is_target, _ = _encode_segments(tokenizer, _segments(tokenizer, messages, style))
+    return ids, is_target
+
+
+def encode_prompt(tokenizer, messages, style):
+    """A dialog that ends with a question, for inference: the ids that `encode_dialog` puts before the answer."""
+    _check(messages, last="user")
+    messages = [*messages, {"role": "assistant", "content": ""}]
+    ids, _, prompt_length = _encode_segments(tokenizer, _segments(tokenizer, messages, style))
+    return ids[:prompt_length]
+
+
+def stop_ids(tokenizer, style):
+    """The ids that end an answer in this style: the checkpoint's EOS ids and the style's own end token."""
+    dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ends = [segment.text for segment in _segments(tokenizer, dialog, style) if segment.kind == "end"]
+    return tokenizer.eos_ids | {part for part in tokenizer.split(ends[-1], special=True) if isinstance(part, int)}
+
+
+def _segments(tokenizer, messages, style):
+    if style not in STYLES:
+        raise UserError(f"unknown prompt style {style!r}: choose one of {', '.join(STYLES)}")
+    return STYLES[style](tokenizer, messages)
+
+
+def _check(messages, last):
+    for i, message in enumerate(messages, 1):
+        texts = (message.get("content"), message.get("input") or "")
+        if message.get("role") not in ("system", "user", "assistant") or not all(isinstance(t, str) for t in texts):
+            raise UserError(f"message {i}: needs a role (system, user or assistant) and text as content and input")
+    if not messages or messages[-1]["role"] != last:
+        raise UserError(f"the messages must end with one whose role is {last}")
+
+
+def _encode_segments(tokenizer, segments):
+    """(ids, is_target, number of ids before the last answer), cut after the last target."""
+    ids, is_target, parts, start, prompt_length = [], [], [], True, 0
+
+    def add(more, target):
+        ids.extend(more)
+        is_target.extend([target] * len(more))
+
+    for text, kind in segments:
+        if kind in ("template", "user"):
+            parts += tokenizer.split(text, special=kind == "template")
+            continue
+        space = kind == "answer" and _drop_last_space(tokenizer, parts)
+        more, start = tokenizer.encode_parts(parts, start)
+        add(more, False)
+        parts = []
+        if kind == "answer":
+            if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
+                ids.insert(0, tokenizer.bos_id)
+                is_target.insert(0, False)
+            prompt_length = len(ids)
+            # An answer's own leading space needs a dummy prefix before it, or decoding would take it for one.
+            more, start = tokenizer.encode_parts(tokenizer.split(text), start or space or text[:1] == " ")
+        else:
+            more, start = tokenizer.encode_parts(tokenizer.split(text, special=True), start)
+        add(more, True)
+    return ids, is_target, prompt_length
+
+
+def _drop_last_space(tokenizer, parts):
+    """Whether the prompt ends in a space that the answer's dummy prefix stands for; if so, take it off."""
+    found = tokenizer.has_prefix and parts and isinstance(parts[-1], str) and parts[-1].endswith(" ")
+    if found:
+        parts[-1] = parts[-1][:-1]
+    return bool(found)
+
+
+def _plain(tokenizer, messages):
+    """The question as it stands, the answer directly after it."""
+    [(question, answer)] = _turns(messages, "plain", system=False, many=False)[1]
+    return [Segment(_joined(question), "user"), *_answer(tokenizer, answer)]
+
+
+def _alpaca(tokenizer, messages):
+    """Stanford Alpaca; a system message takes the place of its first sentences."""
+    return _instruction(
+        tokenizer, messages, "alpaca", "### Input:", ", paired with an input that provides further context"
+    )
+
+
+def _dolly(tokenizer, messages):
+    """Databricks' Dolly; a system message takes the place of its first sentences."""
+    return _instruction(tokenizer, messages, "dolly", "Input:", "", end="### End")
+
+
+def _instruction(tokenizer, messages, style, input_title, with_input, end=None):
+    system, [(question, answer)] = _turns(messages, style, many=False)
+    given = question.get("input")
+    intro = f"Below is an instruction that describes a task{with_input if given else ''}. "
+    intro += "Write a response that appropriately completes the request."
+    return [
+        Segment(system or intro, "user"),
+        Segment("\n\n### Instruction:\n", "template"),
+        Segment(question["content"], "user"),
+        *([Segment(f"\n\n{input_title}\n", "template"), Segment(given, "user")] if given else []),
+        Segment("\n\n### Response:\n", "template"),
+        *_answer(tokenizer, answer, end),
+    ]
+
+
+def _vicuna(tokenizer, messages):
+    """Vicuna v1.1."""
+    system, turns = _turns(messages, "vicuna")
+    intro = "A chat between a curious user and an artificial intelligence assistant. "
+    intro += "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    segments = [Segment(system or intro, "user")]
+    for i, (question, answer) in enumerate(turns):
+        segments += [Segment("USER: " if i else " USER: ", "template"), Segment(_joined(question), "user")]
+        segments += [Segment(" ASSISTANT: ", "template"), *_answer(tokenizer, answer)]
+    return segments
+
+
+def _llama2_chat(tokenizer, messages):
+    """Llama-2-chat as in Meta's reference code: BOS before every turn, questions stripped.
+
+    Meta's space between answer and EOS is left out: it would be a token that no answer text contains.
+    """
+    system, turns = _turns(messages, "llama2-chat")
+    segments = []
+    for i, (question, answer) in enumerate(turns):
+        text = _joined(question)
+        if system is not None and i == 0:
+            text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
+        bos = tokenizer.bos_token if i and tokenizer.add_bos else ""
+        segments += [Segment(f"{bos}[INST] ", "template"), Segment(text.strip(), "user")]
+        segments += [Segment(" [/INST] ", "template"), *_answer(tokenizer, answer)]
+    return segments
+
+
+def _mistral_instruct(tokenizer, messages):
+    """Mistral-7B-Instruct v0.1; a system message goes before the first question, as in Mistral's reference code."""
+    system, turns = _turns(messages, "mistral-instruct")
+    segments = []
+    for i, (question, answer) in enumerate(turns):
+        before = f"{system}\n\n" if system and i == 0 else ""
+        segments += [Segment("[INST] ", "template"), Segment(before + _joined(question), "user")]
+        segments += [Segment(" [/INST] ", "template"), *_answer(tokenizer, answer)]
+    return segments
+
+
+def _chatml(tokenizer, messages):
+    """ChatML; no system message unless one is given."""
+    segments = []
+    for message in messages:
+        segments += [Segment(f"<|im_start|>{message['role']}\n", "template")]
+        if message["role"] == "assistant":
+            segments += [*_answer(tokenizer, message["content"], end="<|im_end|>"), Segment("\n", "template")]
+        else:
+            segments += [Segment(_joined(message), "user"), Segment("<|im_end|>\n", "template")]
+    return segments
+
+
+def _checkpoint(tokenizer, messages):
+    """The checkpoint's own chat template, rendered with a mark in place of each content and cut at the marks.
+
+    So a content cannot write special tokens, whatever the template does with it. A template that strips contents is
+    known by the blank that it strips from a mark. Where it ends an answer with no special token, EOS is added.
+    """
+    marks = [{"role": m["role"], "content": f"{_BLANK}mark{i}mark{_BLANK}"} for i, m in enumerate(messages)]
+    rendered = _run_template(tokenizer, marks)
+    pieces = re.split(f"({_BLANK}?)mark([0-9]+)mark({_BLANK}?)", rendered)
+    if sorted(pieces[2::4], key=int) != [str(i) for i in range(len(messages))]:
+        raise UserError(
+            f"{tokenizer.folder}: its chat template drops, repeats or changes a message's content; choose another style"
+        )
+    segments = [Segment(pieces[0], "template")]
+    for left, i, right, template in zip(pieces[1::4], pieces[2::4], pieces[3::4], pieces[4::4], strict=True):
+        message = messages[int(i)]
+        text = _joined(message)
+        text = text if left else text.lstrip()
+        text = text if right else text.rstrip()
+        if message["role"] == "assistant":
+            end, template = _cut_end(tokenizer, template)
+            segments += [Segment(text, "answer"), Segment(end, "end")]
+        else:
+            segments.append(Segment(text, "user"))
+        segments.append(Segment(template, "template"))
+    return segments
+
+
+STYLES = {
+    "plain": _plain,
+    "alpaca": _alpaca,
+    "dolly": _dolly,
+    "vicuna": _vicuna,
+    "llama2-chat": _llama2_chat,
+    "mistral-instruct": _mistral_instruct,
+    "chatml": _chatml,
+    "checkpoint": _checkpoint,
+}
+
+_BLANK = "\u2003"  # an em space: strip() takes it, and no template writes it
+
+
+def _turns(messages, style, system=True, many=True):
+    """(system text or None, [(user message, answer text), …]) for the styles that are made of such turns."""
+    first = messages[0]["content"] if messages[0]["role"] == "system" else None
+    rest = messages if first is None else messages[1:]
+    if first is not None and not system:
+        raise UserError(f"prompt style {style} has no place for a system message: leave it out or choose another style")
+    roles = [message["role"] for message in rest]
+    if roles != ["user", "assistant"] * (len(rest) // 2) or not rest:
+        raise UserError(f"prompt style {style}: user and assistant must take turns, after at most one system message")
+    if len(rest) > 2 and not many:
+        raise UserError(f"prompt style {style} has one question and one answer: choose another for longer dialogs")
+    return first, [(rest[i], rest[i + 1]["content"]) for i in range(0, len(rest), 2)]
+
+
+def _joined(message):
+    """A message's content with its input, if it has one, as a paragraph of its own."""
+    return message["content"] + ("\n\n" + message["input"] if message.get("input") else "")
+
+
+def _answer(tokenizer, text, end=None):
+    """An answer and its end: the token `end` if it is one of the vocabulary's added tokens, otherwise EOS."""
+    known = end is not None and isinstance(tokenizer.split(end, special=True)[0], int)
+    return [Segment(text, "answer"), Segment(end if known else tokenizer.eos_token, "end")]
+
+
+def _cut_end(tokenizer, template):
+    """(what ends the answer, the rest) of the template text after an answer."""
+    blank = len(template) - len(template.lstrip())
+    found = tokenizer.template_pattern.match(template, blank)
+    if not found or found[0].strip() == tokenizer.bos_token:
+        return tokenizer.eos_token, template
+    return template[: found.end()], template[found.end() :]
+
+
+def _run_template(tokenizer, messages):
+    """The text of the checkpoint's chat template for `messages`."""
+    if not tokenizer.chat_template:
+        others = ", ".join(style for style in STYLES if style != "checkpoint")
+        raise UserError(f"{tokenizer.folder}: no chat template in tokenizer_config.json; choose one of {others}")
+    values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False}
+    try:
+        return _compile_template(tokenizer.chat_template).render(**values, **tokenizer.special_tokens)
+    except Exception as error:  # a template is a program: it can fail in any way
+        raise UserError(f"{tokenizer.folder}: its chat template fails on these messages: {error}") from error
+
+
+@functools.cache
+def _compile_template(source):
+    """A Jinja template in a sandbox, with what transformers offers a template."""
+    import jinja2.sandbox
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    sandbox.globals["raise_exception"] = refuse
+    sandbox.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    # transformers' {% generation %} marks the answers, which are known here anyway.
+    source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
+    return sandbox.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source))
