@@ -36,7 +36,7 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names for ours
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -54,21 +54,23 @@ def read_config(checkpoint_dir):
 
 
 class Weights:
-    """The tensors of a model folder: `shapes` by name, and `read(name)`.
+    """The tensors of a model folder: `shapes` and `dtypes` by name (None: not one of ours), and `read(name)`.
 
     Files are memory-mapped for one read at a time: pages of a map that stays open would count as used memory.
     """
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.shapes, self._files = {}, {}
+        self.shapes, self.dtypes, self._files = {}, {}, {}
         for path in self._paths(folder):
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     if name in self._files:
                         raise UserError(f"{path}: tensor {name} is in {self._files[name].name} too")
                     self._files[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    stored = file.get_slice(name)
+                    self.shapes[name] = tuple(stored.get_shape())
+                    self.dtypes[name] = DTYPES.get(stored.get_dtype())
 
     @staticmethod
     def _paths(folder):
@@ -193,10 +195,10 @@ def _write_shard(path, layout, read):
 
     The library's own writer wants all tensors of a file in memory at once.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header, offset, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
     for name, (dtype, shape) in layout.items():
         end = offset + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8

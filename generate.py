@@ -84,7 +84,8 @@ import torch
 from checkpoint import load_model
 from files import read_json
 from model import KVCache
-from tokenizer import STYLES, StreamDecoder, Tokenizer, encode_prompt, stop_ids
+from prompts import STYLES, encode_prompt, stop_ids
+from tokenizer import StreamDecoder, Tokenizer
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -181,9 +182,8 @@ class Writer:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for first in range(0, len(order), s.batch_size):
             rows = order[first : first + s.batch_size]
-            for _ in generate(
-                self.model, [prompts[i] for i in rows], [replies[i] for i in rows], s, [s.seed + i for i in rows]
-            ):
+            batch = ([prompts[i] for i in rows], [replies[i] for i in rows], s, [s.seed + i for i in rows])
+            for _ in generate(self.model, *batch):
                 pass
         return [reply.text for reply in replies]
 

@@ -242,6 +242,8 @@ def read_adapter(folder):
         raise UserError(f"{tensors_path} is damaged ({error}): copy or train it again") from None
     tensors = {}
     for name, tensor in stored.items():
+        if name == f"{PREFIX}lm_head.base_layer.weight":  # PEFT adds a copy of the frozen head, if it adapts it
+            continue
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", name)
         if match is None:
             raise UserError(f"{tensors_path}: tensor {name} is not one of a LoRA adapter")
@@ -261,7 +263,7 @@ def _read_peft_config(values):
         if values.get(key):
             raise ValueError(f"{key} is not supported")
     if values.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"init_lora_weights {values['init_lora_weights']!r} is not supported: it alters the base model")
+        raise ValueError(f"init_lora_weights {values['init_lora_weights']!r} alters the base model: not supported")
     if values.get("bias", "none") != "none":
         raise ValueError(f"bias {values['bias']!r} is not supported, only none is")
     if values.get("layers_to_transform") or values.get("exclude_modules"):

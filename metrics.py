@@ -58,7 +58,7 @@ def parameter_counts(model):
 
 
 def flop_counter():
-    """A context that counts the floating-point operations of the products inside, padding and recomputation included."""
+    """A context that counts the floating-point operations inside it, with those of padding and recomputation."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the others torch knows by itself
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     counts = {

@@ -149,7 +149,8 @@ from tqdm import tqdm
 
 from batching import SampleWriter
 from files import new_folder, sha256
-from tokenizer import STYLES, Tokenizer, encode_dialog
+from prompts import STYLES, encode_dialog
+from tokenizer import Tokenizer
 
 
 def main(s):

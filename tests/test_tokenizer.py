@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer as module
 from cli import UserError
-from tokenizer import STYLES, Segment, StreamDecoder, Tokenizer, encode_dialog, encode_prompt, stop_ids
+from prompts import STYLES, Segment, encode_dialog, encode_prompt, stop_ids
+from tokenizer import StreamDecoder, Tokenizer
 
 mistral_common = pytest.importorskip("mistral_common")
 transformers = pytest.importorskip("transformers")
@@ -570,7 +570,7 @@ def test_a_style_is_a_function_and_a_line(loaded, monkeypatch):
     def shout(tokenizer, messages):
         return [Segment(messages[0]["content"].upper(), "user"), Segment("!", "answer"), Segment("<|im_end|>", "end")]
 
-    monkeypatch.setitem(module.STYLES, "shout", shout)
+    monkeypatch.setitem(STYLES, "shout", shout)
     assert loaded["byte-level"].decode(encode_prompt(loaded["byte-level"], [user("hey")], "shout")) == "HEY"
 
 

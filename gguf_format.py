@@ -1,0 +1,329 @@
+"""GGUF, llama.cpp's file format: its tensors, configuration and tokenizer as those of a Hugging Face model folder.
+
+Architectures llama (Llama, Mistral, SmolLM2 and kin), qwen2 and qwen3; every tensor type that the gguf package can
+dequantise; byte-level BPE and SentencePiece vocabularies. What cannot be told from the file is refused by name. One
+thing it does not say is Mistral v0.1's sliding window, which only matters beyond 4,096 tokens.
+"""
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from checkpoint import Weights
+from cli import UserError
+from model import RoPE, inverse_frequencies
+
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+# Settings that other models of the same architecture name have, and that would change what is computed.
+UNSUPPORTED = (
+    "expert_count", "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "attn_logit_softcapping",
+    "final_logit_softcapping", "logit_scale", "residual_scale", "embedding_scale",
+)  # fmt: skip
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+# ------------------------------------------------------------------------------------------------------- tensors
+
+
+class GGUFWeights(Weights):
+    """The tensors of a .gguf file under Hugging Face's names and in its row order, dequantised; and its `metadata`.
+
+    `dtypes` holds None for quantised ones. `rope_factors` (d/2,) fp32, or None: what RoPE's frequencies are divided by.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            reader = gguf.GGUFReader(path)
+            self.metadata = {key: field.contents() for key, field in reader.fields.items() if field.types}
+        except Exception as error:  # the library checks nothing: a damaged file can end in any exception
+            raise UserError(f"{path} is damaged or no GGUF file ({error!r}): download it again") from None
+        if reader.byte_order != "I":
+            raise UserError(f"{path}: its byte order is not this machine's")
+        if self.metadata.get("split.count", 0) > 1:
+            raise UserError(f"{path} is one part of several: join them with llama.cpp's gguf-split --merge")
+        self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
+        factors = self._tensors.pop("rope_freqs.weight", None)
+        self.rope_factors = None if factors is None else torch.from_numpy(np.array(factors.data, dtype=np.float32))
+        self.shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
+        self.dtypes = {name: STORED.get(tensor.tensor_type.name) for name, tensor in self._tensors.items()}
+        if self.get("general.architecture") not in ("llama", "qwen2", "qwen3"):
+            raise UserError(f"{path}: architecture {self.get('general.architecture')!r} is not supported")
+
+    def get(self, key, *default):
+        """The metadata of `key`, or of `{architecture}.` + key. Raises UserError without it and without a default."""
+        own = f"{self.metadata.get('general.architecture')}.{key}"
+        value = self.metadata.get(key, self.metadata.get(own, *default))
+        if value is None and not default:
+            raise UserError(f"{self.path}: its metadata lack {key}")
+        return value
+
+    def number(self, key, *default):
+        """A number in the metadata. Floats are as short as fp32 allows (1e-5, not 9.999999747e-06)."""
+        value = self.get(key, *default)
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise UserError(f"{self.path}: {key} differs from layer to layer, which is not supported")
+            value = value[0]
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def read(self, name):
+        """The tensor `name`, dequantised to fp32 if it was quantised. Raises UserError if it is not finite."""
+        tensor = self._tensors[name]
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise UserError(f"{self.path}: type {tensor.tensor_type.name} of {tensor.name} is not supported") from None
+        values = torch.from_numpy(np.array(values)).view(self.shapes[name])
+        if not values.isfinite().all():
+            raise UserError(f"{self.path}: tensor {tensor.name} holds NaN or infinity")
+        if re.search(r"\.[qk]_proj\.", name) and self.get("general.architecture") == "llama":
+            heads = self.number("attention.head_count")
+            values = _half_split(values, self.number("attention.head_count_kv", heads) if ".k_proj" in name else heads)
+        return values.to(self.dtypes[name] or torch.float32)
+
+
+def _hugging_face_name(name):
+    base, _, leaf = name.rpartition(".")
+    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", base)
+    if layer and layer[2] in LAYER_NAMES:
+        return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{leaf}"
+    return f"{NAMES.get(base, base)}.{leaf}"
+
+
+def _half_split(rows, heads):
+    """The rows of q or k from Meta's RoPE layout (pairs 2i, 2i + 1 of a head) to Hugging Face's (i, i + d/2)."""
+    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+
+def config_json(weights):
+    """The config.json, a dict, that describes the model in a `GGUFWeights`."""
+    get, path = weights.number, weights.path
+    for key in UNSUPPORTED:
+        if get(key, 0):
+            raise UserError(f"{path}: {key} = {get(key)} is not supported")
+    heads, hidden_size = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", hidden_size // heads)
+    if {get("rope.dimension_count", head_dim), get("attention.value_length", head_dim)} != {head_dim}:
+        raise UserError(f"{path}: RoPE over a part of the head, or values of another size, are not supported")
+    family = get("general.architecture")
+    if family == "llama" and get("attention.sliding_window", None):
+        family = "mistral"
+    config = {
+        "architectures": [CLASSES[family] + "ForCausalLM"],
+        "model_type": family,
+        "vocab_size": weights.shapes.get("model.embed_tokens.weight", (0,))[0],
+        "hidden_size": hidden_size,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": get("context_length"),
+        "tie_word_embeddings": "lm_head.weight" not in weights.shapes,
+        "attention_bias": family == "llama" and "model.layers.0.self_attn.o_proj.bias" in weights.shapes,
+        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in weights.shapes,
+        **_rope(weights, head_dim),
+    }
+    if family == "mistral":
+        config["sliding_window"] = get("attention.sliding_window")
+    return config | _special_ids(weights)
+
+
+def _rope(weights, head_dim):
+    """`rope_theta` and `rope_scaling` of config.json, which transformers before and after 5 read."""
+    theta, kind = weights.number("rope.freq_base", 10000.0), weights.get("rope.scaling.type", "none")
+    factor = weights.number("rope.scaling.factor", weights.number("rope.scale_linear", 1.0))
+    if kind not in ("none", "linear"):
+        raise UserError(f"{weights.path}: RoPE scaling {kind!r} is not supported, only linear and Llama 3's are")
+    if weights.rope_factors is not None:
+        return {"rope_theta": theta, "rope_scaling": _llama3_scaling(weights, theta, head_dim)}
+    scaling = {"rope_type": "linear", "factor": factor} if factor not in (0.0, 1.0) else None
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _llama3_scaling(weights, theta, head_dim):
+    """The parameters of Llama 3's RoPE scaling, of which the file holds the result: a factor for each frequency.
+
+    Scaled together, the original context and the two frequency factors give the same; the usual 1 and 4 are tried.
+    """
+    factors, factor = weights.rope_factors, weights.rope_factors.max().item()
+    plain = inverse_frequencies(RoPE(theta), head_dim, factors.device)
+    for context in (2**power for power in range(5, 21)):
+        found = inverse_frequencies(RoPE(theta, "llama3", factor, 1.0, 4.0, context), head_dim, factors.device)
+        if factors.shape == plain.shape and torch.allclose(plain / found, factors, rtol=1e-4):
+            names = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": context}
+            return {"rope_type": "llama3", "factor": factor, **names}
+    raise UserError(f"{weights.path}: the factors in rope_freqs.weight are not those of Llama 3, nothing else is known")
+
+
+def _special_ids(weights):
+    """bos_token_id and so on, for config.json; without them SentencePiece vocabularies have llama.cpp's defaults."""
+    defaults = {"bos": 1, "eos": 2} if weights.get("tokenizer.ggml.model") == "llama" else {}
+    ids = {name: weights.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name)) for name in ("bos", "eos")}
+    return {f"{name}_token_id": id for name, id in ids.items()}
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizer
+
+# How byte-level BPE cuts a text into words before it merges, by the name that the file gives it; each pattern cuts
+# what the one before it has left. From the models' own tokenizer.json files.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2, LLAMA3 = GPT4.replace("DIGITS", ""), GPT4.replace("DIGITS", "{1,3}")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {
+    "gpt-2": [GPT2],
+    "smollm": [r"\p{N}", GPT2],
+    "qwen2": [QWEN2],
+    "deepseek-r1-qwen": [QWEN2],
+    "llama-bpe": [LLAMA3],
+    "tekken": [TEKKEN],
+}
+WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")  # a word in the vocabulary is its token, whatever the merges say
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, SentencePiece's own numbers
+
+
+def write_tokenizer(weights, folder):
+    """Write the vocabulary in a `GGUFWeights`, and all that belongs to it, as Hugging Face's files to `folder`."""
+    model = weights.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        raise UserError(f"{weights.path}: tokenizer {model!r} is not supported, only gpt2 and llama are")
+    tokens = weights.get("tokenizer.ggml.tokens")
+    if len(tokens) > weights.shapes["model.embed_tokens.weight"][0]:
+        raise UserError(f"{weights.path}: {len(tokens)} tokens are more than the embedding has rows")
+    types = weights.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    ids = _special_ids(weights)
+    settings = {"clean_up_tokenization_spaces": False, "model_max_length": weights.get("context_length")}
+    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        id = weights.get(f"tokenizer.ggml.{key}_token_id", ids.get(f"{name}_token_id"))
+        if id is not None:
+            settings[f"{name}_token"] = tokens[id]
+    if "eos_token" not in settings:
+        raise UserError(f"{weights.path}: its metadata lack tokenizer.ggml.eos_token_id")
+    write = _write_bpe if model == "gpt2" else _write_sentencepiece
+    settings |= write(weights, tokens, types, folder)
+    if weights.get("tokenizer.chat_template", None):
+        settings["chat_template"] = weights.get("tokenizer.chat_template")
+    _write_json(folder, "tokenizer_config.json", settings)
+    ends = [ids["eos_token_id"], weights.get("tokenizer.ggml.eot_token_id", None)]
+    _write_json(folder, "generation_config.json", ids | {"eos_token_id": sorted({end for end in ends if end is not None})})
+
+
+def _write_bpe(weights, tokens, types, folder):
+    """tokenizer.json of a byte-level BPE vocabulary; returns its part of tokenizer_config.json."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    pre = _pre_tokenizer_name(weights)
+    merges = [tuple(merge.split(" ", 1)) for merge in weights.get("tokenizer.ggml.merges")]
+    vocabulary = {token: id for id, token in enumerate(tokens) if types[id] != UNUSED}  # no fillers such as [PAD151700]
+    try:
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS_FIRST))
+    except Exception as error:  # the library raises no more specific class
+        raise UserError(f"{weights.path}: its vocabulary and merges do not fit ({error})") from None
+    if PRE_TOKENIZERS[pre] == [QWEN2]:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
+    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_letters])
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, type in zip(tokens, types, strict=True):
+        if type in (CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=type == CONTROL, normalized=False)])
+    add_bos = weights.get("tokenizer.ggml.add_bos_token", pre in WHOLE_WORDS_FIRST)
+    if add_bos:
+        bos = weights.get("tokenizer.ggml.bos_token_id")
+        template = processors.TemplateProcessing(
+            single=f"{tokens[bos]}:0 $A:0", pair=f"{tokens[bos]}:0 $A:0 {tokens[bos]}:1 $B:1",
+            special_tokens=[(tokens[bos], bos)],
+        )  # fmt: skip
+        tokenizer.post_processor = template
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos}
+
+
+def _pre_tokenizer_name(weights):
+    name = weights.get("tokenizer.ggml.pre", "default")
+    if name == "default":  # files from before May 2024 do not say it
+        name = "gpt-2" if weights.get("general.architecture") == "llama" else "qwen2"
+        print(f"note: {weights.path.name} does not name its pre-tokeniser: {name}'s is taken")
+    if name not in PRE_TOKENIZERS:
+        raise UserError(f"{weights.path}: pre-tokeniser {name!r} is not known, only {', '.join(PRE_TOKENIZERS)} are")
+    return name
+
+
+def _write_sentencepiece(weights, tokens, types, folder):
+    """tokenizer.model of a SentencePiece vocabulary; returns its part of tokenizer_config.json."""
+    import sentencepiece
+
+    scores = weights.get("tokenizer.ggml.scores")
+    pieces = [
+        _field(1, _field(1, token.encode()) + _field(2, float(score)) + _field(3, int(type)))
+        for token, score, type in zip(tokens, scores, types, strict=True)
+    ]
+    ids = _special_ids(weights)
+    unknown, bos, eos = types.index(UNKNOWN), ids["bos_token_id"], ids["eos_token_id"]
+    trainer = _field(3, 2) + _field(4, len(tokens)) + _field(35, BYTE in types)  # BPE, vocab_size, byte_fallback
+    trainer += _field(40, unknown) + _field(41, bos) + _field(42, eos) + _field(43, -1)  # 43: pad_id, none
+    trainer += _field(45, tokens[unknown].encode()) + _field(46, tokens[bos].encode()) + _field(47, tokens[eos].encode())
+    normalizer = _field(1, b"identity") + _field(3, weights.get("tokenizer.ggml.add_space_prefix", True))
+    normalizer += _field(4, weights.get("tokenizer.ggml.remove_extra_whitespaces", False))
+    model = b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise UserError(f"{weights.path}: its vocabulary is no SentencePiece model ({error})") from None
+    (folder / "tokenizer.model").write_bytes(model)
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": weights.get("tokenizer.ggml.add_bos_token", True),
+        "add_eos_token": weights.get("tokenizer.ggml.add_eos_token", False),
+        "legacy": False,
+    }
+
+
+def _field(number, value):
+    """One field of a protobuf message (protobuf.dev/programming-guides/encoding); SentencePiece's files are one."""
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    return _varint(number << 3) + _varint(int(value) & 2**64 - 1)
+
+
+def _varint(value):
+    """Seven bits a byte, the lowest first; the eighth bit says that more follow."""
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+def _write_json(folder, name, value):
+    Path(folder, name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

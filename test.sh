@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Lint and all tests, as CI runs them. Arguments go to pytest: bash test.sh -k lora
+set -euo pipefail
+cd "$(dirname "$0")"
+
+[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+source .venv/bin/activate
+if ! cat requirements.txt requirements-dev.txt | cmp -s - .venv/installed-for-tests.txt; then
+    python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+    cat requirements.txt requirements-dev.txt >.venv/installed-for-tests.txt
+fi
+
+ruff check .
+ruff format --check .
+python -m pytest -n "${TEST_WORKERS:-2}" --durations=10 "$@"
