@@ -39,10 +39,10 @@ class Samples:
             self.target_counts, self.sources = tensors["target_counts"], tensors["sources"]
         except (OSError, KeyError, SafetensorError) as error:
             raise UserError(f"{path} is missing or damaged ({error}): make it again with prepare_data.py") from None
-        ends = (self.offsets[0].item(), self.offsets[-1].item())
-        if ends != (0, len(self.tokens)) or len(self.tokens) != len(self.is_target):
+        self.lengths, ends = self.offsets.diff() - 1, [*self.offsets[:1].tolist(), *self.offsets[-1:].tolist()]
+        sizes = (len(self.is_target), len(self.target_counts), len(self.sources))
+        if ends != [0, len(self.tokens)] or sizes != (ends[1], *[len(self.lengths)] * 2) or (self.lengths < 1).any():
             raise UserError(f"{path} is damaged (its offsets do not fit): make it again with prepare_data.py")
-        self.lengths = self.offsets.diff() - 1
 
     def __len__(self):
         return len(self.lengths)
@@ -78,7 +78,7 @@ class SampleWriter:
         self.tokens.extend(ids)
         self.is_target.extend(is_target)
         self.offsets.append(len(self.tokens))
-        self.target_counts.append(sum(is_target))
+        self.target_counts.append(sum(is_target[1:]))  # nothing comes before the first token to predict it from
         self.sources.append(source)
 
     def save(self, path):

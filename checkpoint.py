@@ -4,6 +4,7 @@ A model folder is Hugging Face's own: `config.json`, one or more safetensors fil
 """
 
 import contextlib
+import ctypes
 import json
 import shutil
 from pathlib import Path
@@ -53,6 +54,21 @@ def read_config(checkpoint_dir):
         raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
+def shard_paths(folder, index, pattern):
+    """The weight files of a folder: those that its index names, or without an index those that match `pattern`."""
+    if not (folder / index).is_file():
+        paths = sorted(folder.glob(pattern))
+        if not paths:
+            raise UserError(f"{folder} holds no {pattern} file: make it with convert_hf_checkpoint.py")
+        return paths
+    weight_map = read_json(folder / index).get("weight_map")
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else ["no files"]
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder / index} names {name}, which is not a file in that folder")
+    return [folder / name for name in names]
+
+
 class Weights:
     """The tensors of a model folder: `shapes` and `dtypes` by name (None: not one of ours), and `read(name)`.
 
@@ -62,7 +78,7 @@ class Weights:
     def __init__(self, folder):
         folder = Path(folder)
         self.shapes, self.dtypes, self._files = {}, {}, {}
-        for path in self._paths(folder):
+        for path in shard_paths(folder, INDEX, "*.safetensors"):
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     if name in self._files:
@@ -71,19 +87,6 @@ class Weights:
                     stored = file.get_slice(name)
                     self.shapes[name] = tuple(stored.get_shape())
                     self.dtypes[name] = DTYPES.get(stored.get_dtype())
-
-    @staticmethod
-    def _paths(folder):
-        if not (folder / INDEX).is_file():
-            paths = sorted(folder.glob("*.safetensors"))
-            if not paths:
-                raise UserError(f"{folder} holds no *.safetensors file: make it with convert_hf_checkpoint.py")
-            return paths
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise UserError(f"{folder / INDEX} names {name}, which is not a file in that folder")
-        return [folder / name for name in names]
 
     def read(self, name):
         """The tensor `name`, as stored, in memory of its own. Raises UserError if it holds NaN or infinity."""
@@ -144,6 +147,7 @@ def load_model(checkpoint_dir, dtype, device="cpu", quantize=None, adapter_dir=N
     for name in expected:
         tensor = weights.read(name).to(device)
         _put(model, name, tensor, dtype, QUANTIZERS.get(quantize))
+        _give_back_memory()
     model.tie_weights()
     model.requires_grad_(False)
     if adapter_dir is not None:
@@ -159,7 +163,20 @@ def _put(model, name, tensor, dtype, quantizer):
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias))
     else:
-        setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+        cast = tensor.to(dtype)
+        if dtype == torch.float16 and not cast.isfinite().all():
+            raise UserError(f"tensor {name} holds values too large for float16: use --precision bf16-true")
+        setattr(module, leaf, nn.Parameter(cast, requires_grad=False))
+
+
+def _give_back_memory():
+    """Return what was freed to the system. glibc keeps it, in holes between the results that larger ones never fit.
+
+    A model of 557 MB in bf16, 251 MB in NF4, peaked at 327 MB above the bare process; without this at 400 to 1,590
+    MB, another figure in each run (on the CPU, glibc 2.36).
+    """
+    with contextlib.suppress(AttributeError, TypeError):  # other C libraries have no such function, or need none
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # ------------------------------------------------------------------------------------------------------- writing

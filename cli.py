@@ -33,15 +33,17 @@ def parse(settings_class, args=None):
     Exits with status 2 and one line on standard error if they are not good.
     """
     args = _complete_switches(sys.argv[1:] if args is None else args, settings_class)
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with any of the settings below.")
     parser.add_class_arguments(settings_class, fail_untyped=True)
     try:
         values = parser.parse_args(args).as_dict()
         values.pop("config")
         return settings_class(**values)
+    except UnicodeDecodeError as error:
+        fail(_explain(f"Unexpected config: {error}", settings_class, args))
     except argparse.ArgumentError as error:
-        fail(_explain(str(error), settings_class))
+        fail(_explain(str(error), settings_class, args))
     except UserError as error:
         fail(error)
 
@@ -69,11 +71,11 @@ def _complete_switches(args, settings_class):
     values = [*args[1:], "--"]
     return [
         f"{arg}=true" if arg in switches and value.startswith("--") else arg
-        for arg, value in zip(args, values, strict=True)
+        for arg, value in zip(args, values, strict=False)
     ]
 
 
-def _explain(message, settings_class):
+def _explain(message, settings_class, args):
     """jsonargparse's message, some of which are a screen long, as one line that names the flag and the choices."""
     flags = {field.name: field.type for field in dataclasses.fields(settings_class)}
     unknown = re.search(r"unrecognized arguments: (--?)?([\w-]+)", message, re.IGNORECASE)
@@ -86,10 +88,15 @@ def _explain(message, settings_class):
     value = re.search(r"(?:Got value|Given value|value): (.*)", message)
     if key and value and key[1] in flags:
         return f"--{key[1]} {value[1]}: expected {_describe(flags[key[1]])}"
-    required = re.search(r'Key "(\w+)" is required', message)
+    required = re.search(r'Key "(\w+)" is required|arguments are required: (.+)', message)
     if required:
-        return f"--{required[1]} is required"
-    return message
+        return f"--{(required[1] or required[2]).replace(', ', ', --')} is required"
+    broken = re.match("(?:Problems parsing|Unexpected) config: *(.*)", message, re.DOTALL)
+    if broken:
+        files = " or ".join(re.findall(r"--config[= ](.+?)(?= --|$)", " ".join(args)))
+        why = broken[1].replace('in "<unicode string>", ', "at ")
+        return f"--config {files} is not a YAML file of settings: {why or 'it is empty'}"
+    return re.sub(r'Parser key "(\w+)"', r"--\1", message)
 
 
 def _describe(annotation):

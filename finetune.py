@@ -134,12 +134,13 @@ def main(s):
     check_model(s, train)
     newest = newest_checkpoint(s)
     fabric = start_fabric(s)
-    if fabric.is_global_zero:
-        record_run(s)
     model, adapter = build_model(s, fabric.device, newest)
     optimizer = fabric.setup_optimizers(build_optimizer(s, model))
     if newest:
         load_optimizer(optimizer, newest)
+        fabric.strategy.precision.load_state_dict(read_json(newest / "scaler.json"))
+    if fabric.is_global_zero:
+        record_run(s)
     trainable, frozen = parameter_counts(model)
     fabric.print(f"{trainable:,} trainable parameters beside {frozen:,} frozen ones")
 
@@ -149,26 +150,31 @@ def main(s):
                 save_weights(folder, s, info, model, adapter)
                 if with_optimizer:
                     save_optimizer(optimizer, folder)
+                    scaler = fabric.strategy.precision.state_dict()  # {} but for 16-mixed
+                    (folder / "scaler.json").write_text(json.dumps(scaler) + "\n")
                     (folder / "settings.json").write_text(json.dumps(plain(s), indent=2) + "\n")
 
-    metrics, flops = train_loop(fabric, s, model, optimizer, train, val, newest, save)
+    metrics, flops_per_token = train_loop(fabric, s, model, optimizer, train, val, newest, save)
     save("final", with_optimizer=False)
     if fabric.is_global_zero:
-        report(s.out_dir, model, metrics, flops)
+        report(s.out_dir, model, metrics, flops_per_token)
 
 
 def train_loop(fabric, s, model, optimizer, train, val, newest, save):
-    """All steps of the run. Returns its `Metrics` and the floating-point operations counted in the first step."""
+    """All steps of the run. Returns its `Metrics` and how many floating-point operations a token its first step took."""
     per_epoch = math.ceil(len(train) / s.global_batch_size)
     total = s.max_steps or math.ceil(s.epochs * per_epoch)
     start = int(newest.name.removeprefix("step-")) if newest else 0
     metrics = Metrics(s.out_dir / "metrics.csv", start, enabled=fabric.is_global_zero)
-    counter = flop_counter()
+    counter, flops_per_token = flop_counter(), 0.0
     model.train()
     with tqdm(total=total, initial=start, unit="step", disable=not fabric.is_global_zero) as bar:
         for step, micro_batches in planned_steps(s, train, start, total):
             with counter if step == start else contextlib.nullcontext():
                 row = train_step(fabric, s, model, optimizer, train, micro_batches, step, learning_rate(s, step, total))
+            if step == start:
+                flops = torch.tensor(counter.get_total_flops(), device=fabric.device)
+                flops_per_token = fabric.all_reduce(flops, reduce_op="sum").item() / row["tokens"]
             done = step + 1
             if s.eval_interval and len(val) and (done == total or done % s.eval_interval == 0):
                 row.update(validate(fabric, s, model, val))
@@ -176,7 +182,7 @@ def train_loop(fabric, s, model, optimizer, train, val, newest, save):
             show_progress(bar, row)
             if s.save_interval and done % s.save_interval == 0:
                 save(f"step-{done:06d}", with_optimizer=True)
-    return metrics, counter.get_total_flops()
+    return metrics, flops_per_token
 
 
 def train_step(fabric, s, model, optimizer, samples, micro_batches, step, rate):
@@ -341,9 +347,7 @@ def newest_checkpoint(s):
     newest = complete[-1].parent
     check_manifest(newest)
     before, now = read_json(newest / "settings.json"), plain(s)
-    changed = [
-        f"--{k} was {before.get(k)} and is {now[k]}" for k in now if before.get(k) != now[k] and k not in HARMLESS
-    ]
+    changed = [name for name in now if before.get(name) != now[name] and name not in HARMLESS]
     if changed:
         differences = ", ".join(f"--{name} {now[name]} (it was {before.get(name)})" for name in changed)
         raise UserError(f"{newest} cannot be resumed with {differences}")

@@ -58,7 +58,8 @@ class LoRALinear(nn.Module):
     def low_rank(self, x):
         """scale * B A dropout(x), multiplied in x's dtype."""
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
+        x = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # (..., r): scaled where it is small
+        return F.linear(x, self.lora_B.to(x.dtype))
 
     def forward(self, x):
         return self.base(x) + self.low_rank(x)

@@ -82,12 +82,12 @@ def estimated_flops(model, tokens, targets):
     return tokens * in_blocks + targets * per_weight * head
 
 
-def report(out_dir, model, metrics, counted_flops):
+def report(out_dir, model, metrics, flops_per_token):
     """Print what the run came to and write it to `summary.json` and `loss.png` in `out_dir`.
 
-    counted_flops: floating-point operations counted in the first row's step.
+    flops_per_token: floating-point operations as they were counted.
     """
-    rows, first = metrics.rows, metrics.rows[0]
+    rows = metrics.rows
     seconds, tokens = (sum(row[name] for row in rows) for name in ("seconds", "tokens"))
     estimated = estimated_flops(model, tokens, sum(row["targets"] for row in rows))
     trainable, frozen = parameter_counts(model)
@@ -95,20 +95,20 @@ def report(out_dir, model, metrics, counted_flops):
         "trainable_parameters": trainable,
         "frozen_parameters": frozen,
         "steps": int(rows[-1]["step"]),
-        "loss_first": first["loss"],
+        "loss_first": rows[0]["loss"],
         "loss_last": rows[-1]["loss"],
         "val_loss": rows[-1].get("val_loss"),
         "training_seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "padding": 1 - tokens / sum(row["tokens"] / (1 - row["padding"]) for row in rows),
         "estimated_tflops_per_second": estimated / seconds / 1e12,
-        "measured_tflops_per_second": counted_flops / first["tokens"] * tokens / seconds / 1e12,
+        "measured_tflops_per_second": flops_per_token * tokens / seconds / 1e12,
         "peak_memory_gb": max(row["memory_gb"] for row in rows),
     }
     (out_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_losses(metrics, out_dir / "loss.png")
     for name, value in summary.items():
-        print(f"{name.replace('_', ' '):30} {value:,.4g}" if isinstance(value, float) else f"{name:30} {value}")
+        print(f"{name.replace('_', ' '):30} {f'{value:,.4g}' if isinstance(value, float) else value}")
     print(f"written to {out_dir}: final/, metrics.csv, loss.png, summary.json")
 
 

@@ -210,24 +210,28 @@ def tokenize(tokenizer, messages, style, max_seq_length):
         return None, None, "empty answer"
     if len(ids) <= max_seq_length:
         return ids, is_target, "whole"
-    # Cut the longest text that is not an answer from its start, by bisection on how many characters stay.
+    # Cut the longest text that is not an answer from its start, by bisection on how many characters stay; where none
+    # may stay, the next longest.
     places = [(m, key) for m in messages if m["role"] != "assistant" for key in ("content", "input") if m.get(key)]
-    message, key = max(places, key=lambda place: len(place[0][place[1]]))
-    text, fits, most, best = message[key], 0, len(message[key]), None
-    while fits <= most:
-        kept = (fits + most) // 2
-        message[key] = text[len(text) - kept :]
-        ids, is_target = encode_dialog(tokenizer, messages, style)
-        if len(ids) <= max_seq_length:
-            best, fits = (ids, is_target), kept + 1
-        else:
-            most = kept - 1
-    return (*best, "prompt cut") if best else (None, None, "answer too long")
+    for message, key in sorted(places, key=lambda place: -len(place[0][place[1]])):
+        text, fits, most, best = message[key], 0, len(message[key]), None
+        while fits <= most:
+            kept = (fits + most) // 2
+            message[key] = text[len(text) - kept :]
+            ids, is_target = encode_dialog(tokenizer, messages, style)
+            if len(ids) <= max_seq_length:
+                best, fits = (ids, is_target), kept + 1
+            else:
+                most = kept - 1
+        if best:
+            return *best, "prompt cut"
+    return None, None, "answer too long"
 
 
 def write_parts(folder, samples, val_fraction, seed):
     """Write train.safetensors and val.safetensors, a random split; returns how many samples and tokens are in each."""
-    in_val = set(random.Random(seed).sample(range(len(samples)), round(val_fraction * len(samples))))
+    held_back = min(round(val_fraction * len(samples)), len(samples) - 1)  # one at least is there to train on
+    in_val = set(random.Random(seed).sample(range(len(samples)), held_back))
     sizes = {}
     for part in ("train", "val"):
         writer = SampleWriter()

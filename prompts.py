@@ -60,6 +60,8 @@ def _segments(tokenizer, messages, style):
 
 
 def _check(messages, last):
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError("messages must be a list of objects with role and content")
     for i, message in enumerate(messages, 1):
         texts = (message.get("content"), message.get("input") or "")
         if message.get("role") not in ("system", "user", "assistant") or not all(isinstance(t, str) for t in texts):

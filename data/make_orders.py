@@ -1,22 +1,24 @@
-"""Write the data set `orders`: messages to a village shop, each with the order as one line of JSON.
+"""Write the data set `orders`: messages to a village shop, each with the order in it as one line of JSON.
 
     python data/make_orders.py        # rewrites data/orders/train.jsonl and test.jsonl, byte for byte the same
 
-Everything is drawn from the lists below with a fixed seed. The test part has its own sentence frames, side remarks,
-names, surnames, item words, times and counts: none of them occurs in the training part. What both share is what a rule
-has to be learned for: the days, the ways of writing a time or a number, plural to singular, what is not the order.
+Everything is drawn from the lists below with a fixed seed. The test part has its own sentence frames, remarks, names,
+surnames and goods, and four counts of its own: none of these occurs in the training part. What both share is what has
+to be learned: the days, the ways of writing a number, and what in a message is not part of the order.
 """
 
 import json
 import random
+import re
 from pathlib import Path
 
 SEED = 2024
 SIZES = {"train": 1600, "test": 200}
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four""".split()
-TEST_COUNTS = {7, 14, 19, 22}  # these counts occur in the test part only (mixed there with the others)
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+NUMBERS += [f"{stem}teen" for stem in ("thir", "four", "fif", "six", "seven", "eigh", "nine")]
+NUMBERS += ["twenty", "twenty-one", "twenty-two", "twenty-three", "twenty-four"]
+TEST_COUNTS = {7, 14, 19, 22}  # they occur in the test part only, among the others
 
 # Sentence frames: {o} is the goods and how many, {p} the person, {w} the day with its "on" or "this" (at times an hour,
 # which is not asked for), {d} the bare day. A field that a frame leaves out, or that is drawn as missing, is null.
@@ -28,7 +30,7 @@ order for {p}: {o}, {w} | {o} please, {w}, thanks, {p}
 Hello! I need {o} {w}. My name is {p}. | Can you get {o} ready {w}? It's for {p}.
 This is {p}. I'd like to order {o}, collecting {w}. | {p} wants {o} {w}.
 Is it possible to have {o} {w}? Regards, {p} | We'd love {o} {w}. Ask for {p}.
-{p} - {o} - {w} | {o} for {p} {w} | {p}, {w}, {o} | {w}: {o} ({p})
+{p} - {o} {w} | {o} for {p} {w} | {p}, {w}, {o} | {w}: {o} ({p})
 Good morning, I'm {p} and I need {o} {w}. | Would you keep {o} for me {w}? Cheers, {p}
 Name: {p}. Order: {o}. When: {d}. | {w}, please: {o}. Put it under {p}.
 Hey, it's {p} again, {o} {w} this time. | I'm after {o}. {d} would suit. {p}
@@ -73,34 +75,45 @@ It would be lovely to have {o} {w}. | Bag up {o}, I'm there {w}. | {o}? {d}, if 
 }
 # Remarks that are not the order, though they may hold a name {x}, a day {e}, a number {k} or an hour {h}.
 REMARKS = {
-    "train": """I rang at {h} but nobody answered.|{x} sends greetings.|We live at number {k}.|Say hello to {x}.
-You were closed last {e}.|My car is still broken.|I paid {k} euros last time.|{x} told me about your shop.
-No rush at all.|The last lot was lovely.|It is for my sister {x}'s birthday.|Your sign says you open at {h}.
-Ring me if anything changes.|Is {x} still working with you?|We have been here for {k} years!|I'll bring my own bag.
-Sorry I missed you on {e}.|The parking was awful on {e}.|I have {k} guests to feed.|Don't tell {x}, it's a surprise.
-Cash or card?|Hope the weather holds.|The bus gets in at {h}.|Last time {x} gave me the wrong bag.""".replace(
-        "\n", "|"
-    ),
-    "test": """Has {x} recovered from the flu?|My office shuts at {h}.|I still owe you {k} pounds.|We moved to flat {k}.
-Great chat with {x} the other day.|The market on {e} was a delight.|I hope the queue is short.|Keep the change.
-{x} recommended you warmly.|I tried phoning around {h}.|What a rainy week.|We're a family of {k}.""".replace("\n", "|"),
+    "train": """
+I rang at {h} but nobody answered. | {x} sends greetings. | We live at number {k}. | Say hello to {x}. | {x} is well.
+You were closed last {e}. | My car is still broken. | I paid {k} euros last time. | {x} told me about your shop.
+No rush at all. | The last lot was lovely. | It is for my sister {x}'s birthday. | Your sign says you open at {h}.
+Ring me if anything changes. | Is {x} still working with you? | We have been here for {k} years! | Is it raining?
+Sorry I missed you on {e}. | The parking was awful on {e}. | I have {k} guests to feed. | Don't tell {x}, it's a secret.
+Cash or card? | Hope the weather holds. | The bus gets in at {h}. | Last time {x} gave me the wrong bag.
+I met {x} in town. | {x} and I loved the concert on {e}. | Our street fair on {e} was great. | How is {x} doing?
+Thank {x} for the advice. | Did you get my letter of {e}? | I'll bring my own bag. | {x} says your prices are fair.
+It's {k} miles from here. | Wasn't {e} a hot day? | I heard that {x} is ill. | I will be at work until {h}. | Bless {x}!
+""",
+    "test": """
+Has {x} recovered from the flu? | My office shuts at {h}. | I still owe you {k} pounds. | We moved to flat {k}.
+Great chat with {x} the other day. | The market on {e} was a delight. | I hope the queue is short. | Keep the change.
+{x} recommended you warmly. | I tried phoning around {h}. | What a rainy week. | We're a family of {k}.
+""",
 }
+# First names; to those of the training part come invented ones, a start and an end of STEMS, so that few come often and
+# the spelling has to be copied. Surnames are drawn in the same way.
 NAMES = {
     "train": """Anna Ben Carla Dmitri Elif Farid Greta Hugo Ines Jakub Keiko Liam Mona Nils Oksana Paulo Rania Sven Tara
 Umar Vera Wanda Yusuf Zoë Aïcha Björn Chloé Dörte Émile François Jürgen José Łucja Márta Noémi Örjan Renée Søren Tomáš
-Ana Boris Cyril Diana Edgar Fiona Gavin Hanna Ivan Joyce Kamal Laura Mario Nadia Oscar Petra Quinn Rosa Samir Theo Ulla
-Viktor Wendy Xenia Yara Zaid Agnes Bruno Clara Derek Esther Felix Gloria Henry Irene Jonas Karim Lena Miguel Nora Omar
+Fiona Gavin Joyce Kamal Petra Quinn Samir Theo Viktor Wendy Xenia Yara Zaid Bruno Esther Felix Gloria Karim Miguel Omar
 Priya Ravi Sofia Tariq Ursula Vijay Willem Ximena Yvonne Åsa Çağla Şirin Ilse Kofi Amara Chidi Folake Mei Hiro Linh""",
     "test": """Adele Bastien Celine Duncan Eszter Fatima Gustav Heidi Ismail Jana Kenji Lucía Mehmet Naomi Orla Pavel
 Rashid Selma Tobias Uche Valentina Wojciech Yasmin Zuzana Agnès Bjarne Édith Gülay Håkan Iñigo Jiří Kateřina Małgorzata
 Nuño Päivi Ruža Stéphane Thérèse Václav Zoltán Abebe Conor Dalia Ewan Freya Gwen Hamza Isla Joost Latif Marit""",
 }
 SURNAMES = {
-    "train": """Adeyemi Becker Castillo Dubois Eriksen Fischer Gupta Hassan Ibrahim Jensen Kowalski Lambert Moreau Novak
-Osei Pereira Quispe Rossi Suzuki Thompson Ueda Vargas Walker Yilmaz Zhang Müller Šimek Núñez Bąk Grönlund Farkas""",
+    "train": """Adeyemi Becker Castillo Dubois Eriksen Gupta Ibrahim Kowalski Lambert Novak Osei Quispe Rossi Suzuki
+Thompson Vargas Walker Yilmaz Zhang Müller Šimek Núñez Bąk Grönlund Farkas""",
     "test": """Abbott Bianchi Chaudhry Delgado Engel Fontaine Greco Horvat Iyer Kaplan Lindqvist Mbeki Nakamura O'Brien
 Popescu Rahman Sørensen Tanaka Weiß Żuraw Peña""",
 }
+STEMS = (
+    """Al Am Bel Ber Cas Cor Dan Dor El Em Fer Flo Gal Gwyn Hal Hes Is Iv Jas Jor Kal Kes Lor Lys Mar Mir Nad Nev Ol Or
+Per Pav Ran Ros Sal Ster Tam Thev Ul Vas Ver Wil Wen Yol Yev Zan Zel Bér Jó Łuc Żan Sör Chry Drag Pim Kazh Snež""",
+    "a ana am eth el ia ian ika ina ild is itza ko ler o ob olt on ora os otta rik sen ulo ulla ven win yn ánt ěj ić",
+)
 # One department a line: what the goods may be called before the bar, the goods (their singular) after it.
 GOODS = {
     "train": """rye seeded sourdough plain wholemeal|roll bagel bun baguette crumpet
@@ -131,6 +144,25 @@ herbal peppermint jasmine chilled fizzy|teabag lemonade cordial smoothie
 }
 
 
+def draw_line(rng: random.Random, lines: str) -> str:
+    return rng.choice([entry.strip() for line in lines.strip().split("\n") for entry in line.split(" | ")])
+
+
+def invent_name(rng: random.Random) -> str:
+    while True:
+        name = "".join(rng.choice(half.split()) for half in STEMS)
+        if name not in (NAMES["test"] + SURNAMES["test"]).split():
+            return name
+
+
+def draw_name(rng: random.Random, part: str) -> str:
+    """A first name, at times with a surname."""
+    first, last = rng.choice(NAMES[part].split()), rng.choice(SURNAMES[part].split())
+    if part == "train":
+        first, last = (invent_name(rng) if rng.random() < 0.7 else name for name in (first, last))
+    return f"{first} {last}" if rng.random() < 0.25 else first
+
+
 def draw_day(rng: random.Random) -> tuple[str, str]:
     """A day as it is written and as it is normalised."""
     day = rng.choice(DAYS)
@@ -140,7 +172,8 @@ def draw_day(rng: random.Random) -> tuple[str, str]:
 def draw_hour(rng: random.Random) -> str:
     """An hour within the opening hours, as it is written."""
     hour, half = rng.randint(1, 12), rng.choice(["", "", ":30"])
-    return rng.choice([f"{hour}{half or ':00'}", f"{hour}{half}pm", f"{NUMBERS[hour]} o'clock", f"half past {NUMBERS[hour]}"])
+    spoken = [f"{NUMBERS[hour]} o'clock", f"half past {NUMBERS[hour]}"]
+    return rng.choice([f"{hour}{half or ':00'}", f"{hour}{half}pm", *spoken])
 
 
 def draw_goods(rng: random.Random, part: str) -> tuple[str, str]:
@@ -179,10 +212,7 @@ def misspell(rng: random.Random, frame: str) -> str:
 
 
 def draw(rng: random.Random, part: str) -> dict[str, str]:
-    frame = rng.choice([frame.strip() for line in FRAMES[part].strip().split("\n") for frame in line.split("|")])
-    person, other = rng.sample(NAMES[part].split(), 2)
-    if rng.random() < 0.25:
-        person += " " + rng.choice(SURNAMES[part].split())
+    frame, person = draw_line(rng, FRAMES[part]), draw_name(rng, part)
     said_day, day = draw_day(rng)
     said_goods, goods = draw_goods(rng, part)
     has_day = "{d}" in frame or rng.random() < 0.75
@@ -195,19 +225,14 @@ def draw(rng: random.Random, part: str) -> dict[str, str]:
         frame, when, said_day = frame.lower(), when.lower(), said_day.lower()
     text = frame.format(p=person, o=said_goods, w=when, d=said_day)
     if rng.random() < 0.35:
-        remark = rng.choice(REMARKS[part].split("|"))
+        other = draw_name(rng, part).split()[0]
+        remark = draw_line(rng, REMARKS[part])
         remark = remark.format(x=other, e=rng.choice(DAYS), k=rng.randint(3, 60), h=draw_hour(rng))
         text = f"{remark} {text}" if rng.random() < 0.4 else text + (" " if text[-1] in ".!?" else ". ") + remark
-    text = " ".join(text.split())
-    for wrong, right in [(" ,", ","), (" .", "."), (" ?", "?"), (" !", "!"), (" :", ":"), (",,", ","), (". .", "."), (",.", ".")]:
-        text = text.replace(wrong, right)
-    text = text.replace("..", ".").strip(" ,:-")
+    text = re.sub(r" +", " ", text)  # what a missing {w} leaves behind
+    text = re.sub(r"[ ,.:]*([,.:?!])(?= |$)", r"\1", text).strip(" ,:-")
     text = text if lower else text[0].upper() + text[1:]
-    order = {
-        "name": person if "{p}" in frame else None,
-        "order": goods,
-        "day": day if has_day else None,
-    }
+    order = {"name": person if "{p}" in frame else None, "order": goods, "day": day if has_day else None}
     return {"prompt": text, "completion": json.dumps(order, ensure_ascii=False, separators=(",", ":"))}
 
 

@@ -31,7 +31,7 @@ VARIANTS = {
         rank_pattern={r"layers\.1\.mlp\.(up|down)_proj": 2, "model.layers.0.self_attn.q_proj": 3, "q_proj": 7},
         alpha_pattern={"q_proj": 5, "self_attn.v_proj": 1.5},
     ),
-    "dora patterns": AdapterConfig("dora", r=4, alpha=8, rank_pattern={"o_proj": 1}, alpha_pattern={"proj": 3}),
+    "dora patterns": AdapterConfig("dora", r=4, alpha=8, rank_pattern={"o_proj": 1}, alpha_pattern={"k_proj": 3}),
     "regular expression": AdapterConfig(r=3, alpha=8, targets=r".*\.[02]\..*(q|up)_proj"),
     "head": AdapterConfig("dora", r=3, alpha=8, targets=("lm_head", "model.layers.1.self_attn.k_proj")),
 }

@@ -411,7 +411,7 @@ def test_real_logits(smollm2):
     expected = theirs(tokens).logits
     assert (ours(tokens) - expected).abs().max() < 1e-3
     loss = F.cross_entropy(expected[0, :-1], tokens[0, 1:])
-    assert loss < 4  # it predicts English: a wrong layout of the weights would not
+    assert loss < 5  # it predicts English: a wrong layout of the weights would not
 
 
 @pytest.mark.real

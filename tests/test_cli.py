@@ -1,0 +1,259 @@
+"""The command line: what is accepted, and that every mistake is answered in one line that names it."""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+import cli
+from cli import UserError
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Args:
+        data_dir: Folder of the data, alpha help.
+        learning_rate: The step, beta help.
+        steps: How many, gamma help.
+        precision: Dtype, delta help.
+        quantize: Keep it in 4 bits, epsilon help.
+        targets: Projections, zeta help.
+        resume: Continue, eta help.
+        seed: A number or null, theta help.
+        out_dir: Where it goes, iota help.
+    """
+
+    data_dir: Path
+    learning_rate: float = 2e-4
+    steps: int = 10
+    precision: Literal["32-true", "bf16-true"] = "bf16-true"
+    quantize: Literal["bnb.nf4", "bnb.int8"] | None = None
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    resume: bool = False
+    seed: int | None = None
+    out_dir: Path = Path("out")
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise UserError(f"--steps {self.steps}: must be above 0")
+
+
+@pytest.fixture
+def refused(capsys):
+    """Parses arguments that are wrong; gives the one line of the answer."""
+
+    def parse(*args):
+        with pytest.raises(SystemExit) as exit:
+            cli.parse(Settings, list(args))
+        out, err = capsys.readouterr()
+        assert exit.value.code == 2 and out == ""
+        assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+        assert len(err) < 300 and "Traceback" not in err
+        return err
+
+    return parse
+
+
+def parse(*args):
+    return cli.parse(Settings, list(args))
+
+
+# ------------------------------------------------------------------------------------------------------ accepted
+
+
+def test_defaults_and_types():
+    settings = parse("--data_dir", "some/folder")
+    assert settings == Settings(Path("some/folder"))
+    assert isinstance(settings, Settings) and isinstance(settings.data_dir, Path) and isinstance(settings.out_dir, Path)
+
+
+@pytest.mark.parametrize(
+    "args, name, value",
+    [
+        (["--learning_rate", "1e-3"], "learning_rate", 1e-3),
+        (["--learning_rate=3"], "learning_rate", 3.0),
+        (["--steps", "7"], "steps", 7),
+        (["--steps=7"], "steps", 7),
+        (["--precision", "32-true"], "precision", "32-true"),
+        (["--quantize", "bnb.nf4"], "quantize", "bnb.nf4"),
+        (["--quantize", "null"], "quantize", None),
+        (["--targets", "[k_proj,lm_head]"], "targets", ["k_proj", "lm_head"]),
+        (["--targets", '["k_proj"]'], "targets", ["k_proj"]),
+        (["--resume", "true"], "resume", True),
+        (["--resume"], "resume", True),
+        (["--resume", "--steps", "3"], "resume", True),
+        (["--steps", "3", "--resume"], "resume", True),
+        (["--resume=false"], "resume", False),
+        (["--seed", "5"], "seed", 5),
+        (["--out_dir", "a b/c"], "out_dir", Path("a b/c")),
+    ],
+)
+def test_flags(args, name, value):
+    result = getattr(parse("--data_dir", "d", *args), name)
+    assert result == value and type(result) is type(value)
+
+
+def test_config_file_and_flags_over_it(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("learning_rate: 1.0e-3\nsteps: 7\ntargets: [k_proj]\nquantize: bnb.int8\ndata_dir: there\n")
+    settings = parse("--config", str(path))
+    assert settings == Settings(Path("there"), 1e-3, 7, quantize="bnb.int8", targets=["k_proj"])
+    settings = parse("--config", str(path), "--steps", "9", "--quantize=null", "--data_dir", "here")
+    assert settings == Settings(Path("here"), 1e-3, 9, targets=["k_proj"])
+
+
+def test_print_config_can_be_given_back(capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        parse("--data_dir", "d", "--steps", "3", "--targets", "[a,b]", "--print_config")
+    assert exit.value.code in (0, None)
+    out, err = capsys.readouterr()
+    assert err == ""
+    values = yaml.safe_load(out)
+    assert values.keys() == {field.name for field in dataclasses.fields(Settings)}
+    assert values["steps"] == 3 and values["quantize"] is None
+    (tmp_path / "again.yaml").write_text(out)
+    assert parse("--config", str(tmp_path / "again.yaml")) == Settings(Path("d"), steps=3, targets=["a", "b"])
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("--help")
+    assert exit.value.code in (0, None)
+    out, err = capsys.readouterr()
+    assert err == ""
+    for setting in dataclasses.fields(Settings):
+        assert f"--{setting.name}" in out
+    for word in ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota"):
+        assert f"{word} help" in " ".join(out.split()), word
+    assert "0.0002" in out and "--config" in out
+
+
+# ------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--learnin_rate", "1"], ["--learnin_rate", "did you mean --learning_rate?"]),
+        (["--dataset", "x"], ["--dataset"]),
+        (["--zzz=1"], ["unknown flag --zzz", "--help"]),
+        (["--resum"], ["--resum", "did you mean --resume?"]),
+        (["--steps", "many"], ["--steps many", "a whole number"]),
+        (["--steps", "1.5"], ["--steps 1.5", "a whole number"]),
+        (["--steps", ""], ["--steps", "a whole number"]),
+        (["--steps"], ["--steps"]),
+        (["--learning_rate", "fast"], ["--learning_rate fast", "a number"]),
+        (["--precision", "fp8"], ["--precision fp8", "32-true, bf16-true"]),
+        (["--quantize", "nf4"], ["--quantize nf4", "bnb.nf4, bnb.int8", "null"]),
+        (["--resume", "perhaps"], ["--resume perhaps", "true or false"]),
+        (["--seed", "x"], ["--seed x", "a whole number", "null"]),
+        (["--targets", "q_proj"], ["--targets q_proj", "a list such as [a,b]"]),
+        (["--steps", "0"], ["--steps 0: must be above 0"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_mistake_is_named(refused, args, words):
+    answer = refused("--data_dir", "d", *args)
+    for word in words:
+        assert word in answer, answer
+
+
+def test_missing_required(refused):
+    assert "--data_dir is required" in refused("--steps", "3")
+    assert "--data_dir is required" in refused()
+    assert "--config" in refused("--config")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("learning_rat: 1.0\n", ["learning_rat", "did you mean --learning_rate?"]),
+        ("zzz: 1\n", ["zzz"]),
+        ("steps: many\n", ["--steps many", "a whole number"]),
+        ("precision: fp8\n", ["--precision fp8", "32-true"]),
+        ("steps: 0\n", ["--steps 0"]),
+        ("steps: [1\n", ["recipe.yaml"]),
+        ("steps: 1\n\tprecision: 32-true\n", ["recipe.yaml"]),
+        ("just a text", ["recipe.yaml"]),
+        ("- 1\n- 2\n", ["recipe.yaml"]),
+        ("", ["recipe.yaml"]),
+        ("\0\1", ["recipe.yaml"]),
+        (b"\xff\xfe\x81", ["recipe.yaml"]),
+        (None, ["recipe.yaml"]),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_named(refused, tmp_path, text, words):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    answer = refused("--config", str(path), "--data_dir", "d")
+    for word in words:
+        assert word in answer, answer
+
+
+# --------------------------------------------------------------------------------------------------- while running
+
+
+def test_run_answers_a_user_error_in_one_line(capsys):
+    def main(settings):
+        raise UserError("the file\nis broken")
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main, None)
+    assert exit.value.code == 2
+    assert capsys.readouterr() == ("", "error: the file is broken\n")
+
+
+def test_run_passes_the_settings_and_other_errors_on():
+    seen = []
+    cli.run(seen.append, 5)
+    assert seen == [5]
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
+        cli.run(lambda settings: 1 / 0, None)
+
+
+def test_run_answers_an_interrupt_with_130(capsys):
+    def main(settings):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main, None)
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# -------------------------------------------------------------------------------------------------------- scripts
+
+SCRIPTS = sorted(
+    path.relative_to(Path(cli.__file__).parent)
+    for folder in (".", "eval", "bench")
+    for path in Path(cli.__file__).parent.glob(f"{folder}/*.py")
+    if "cli.parse(" in path.read_text() and path.name != "cli.py"
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_every_script_answers_an_unknown_flag_at_once(run_script, script):
+    started = time.monotonic()
+    code, out, err = run_script(script, "--no_such_flag", "1")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "--no_such_flag" in err, out + err
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_every_script_explains_every_flag(run_script, script):
+    code, out, err = run_script(script, "--help")
+    assert (code, err) == (0, "")
+    flags = [line.split()[0] for line in out.splitlines() if line.startswith("  --")]
+    assert len(flags) > 2
+    options = out[out.index("--config CONFIG") :]
+    for paragraph in options.split("\n  --")[1:]:
+        if not paragraph.startswith(("config", "print_config")):
+            text = paragraph.partition("(")[0].split(maxsplit=2)
+            assert len(text) == 3, f"--{text[0]} is not explained"
