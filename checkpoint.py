@@ -21,6 +21,7 @@ from model import Config, Transformer
 from quantize import QUANTIZERS
 
 INDEX = "model.safetensors.index.json"
+OPTIMIZER = "optimizer.safetensors"  # beside the weights in a checkpoint to resume from
 SHARD_BYTES = 5 * 10**9
 
 # What a model folder holds beside its weights; whatever is there travels with them.
@@ -57,7 +58,7 @@ def read_config(checkpoint_dir):
 def shard_paths(folder, index, pattern):
     """The weight files of a folder: those that its index names, or without an index those that match `pattern`."""
     if not (folder / index).is_file():
-        paths = sorted(folder.glob(pattern))
+        paths = sorted(path for path in folder.glob(pattern) if path.name != OPTIMIZER)
         if not paths:
             raise UserError(f"{folder} holds no {pattern} file: make it with convert_hf_checkpoint.py")
         return paths
@@ -247,14 +248,14 @@ def save_optimizer(optimizer, folder):
                 tensors[f"{index}.{key}"] = value.detach().cpu().clone()  # 8-bit states share their value tables
             else:
                 numbers[f"{index}.{key}"] = value
-    save_file(tensors, Path(folder, "optimizer.safetensors"))
+    save_file(tensors, Path(folder, OPTIMIZER))
     Path(folder, "optimizer.json").write_text(json.dumps(numbers) + "\n")
 
 
 def load_optimizer(optimizer, folder):
     """Put what `save_optimizer` wrote to `folder` into an optimiser over the same parameters."""
     parameters = _parameters(optimizer)
-    with _opened(Path(folder, "optimizer.safetensors")) as file:
+    with _opened(Path(folder, OPTIMIZER)) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     state.update(read_json(Path(folder, "optimizer.json")))
     for name, value in state.items():

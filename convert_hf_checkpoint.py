@@ -12,6 +12,7 @@ memory, and a folder appears when it is complete or not at all.
 import contextlib
 import copy
 import json
+import pickle
 import re
 import zipfile
 from dataclasses import dataclass
@@ -161,7 +162,6 @@ def convert(source, out_dir, dtype):
     if in_place:
         for name in tqdm(shapes, "checking", disable=None):
             weights.read(name)
-        check_tokenizer(source)
         print(f"{source} is a model folder as it stands: nothing to convert")
         return source
     if dtype != "auto":
@@ -171,7 +171,6 @@ def convert(source, out_dir, dtype):
         write(folder, layout, lambda name: weights.read(name).to(layout[name][0]))
         write_side_files(folder)
         write_json(folder / "config.json", config)
-        check_tokenizer(folder)
     print(f"wrote {out_dir}: {describe(layout)}")
     return out_dir
 
@@ -179,7 +178,10 @@ def convert(source, out_dir, dtype):
 def open_source(source):
     """The weights in `source`, its config.json as a dict, and a function that writes its other files to a folder."""
     if source.is_dir():
+        if not any(path.suffix in (".safetensors", ".bin") for path in source.iterdir()):
+            raise UserError(f"{source} holds neither *.safetensors nor pytorch_model*.bin")
         weights = Weights(source) if any(source.glob("*.safetensors")) else BinWeights(source)
+        check_tokenizer(source)
         return weights, read_json(source / "config.json"), lambda folder: copy_side_files(source, folder)
     if not source.is_file():
         raise UserError(f"--source {source} does not exist")
@@ -206,9 +208,11 @@ class BinWeights(Weights):
     def _unpickle(path):
         try:
             tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:  # a damaged pickle can end in any exception
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"{path} is damaged, or holds more than tensors and was not unpickled ({reason})") from None
+        except pickle.UnpicklingError:
+            advice = "it was not unpickled, as that could run code; take the model's safetensors"
+            raise UserError(f"{path} is damaged or holds other things than tensors: {advice}") from None
+        except Exception as error:  # the library's reader ends in whatever the damage leads to
+            raise UserError(f"{path} is damaged ({str(error).partition('. ')[0]}): download it again") from None
         if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
             raise UserError(f"{path} does not hold a model's tensors by name")
         return tensors

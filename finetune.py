@@ -161,7 +161,7 @@ def main(s):
 
 
 def train_loop(fabric, s, model, optimizer, train, val, newest, save):
-    """All steps of the run. Returns its `Metrics` and how many floating-point operations a token its first step took."""
+    """All steps of the run. Returns its `Metrics` and the floating-point operations a token of step 0, if it ran."""
     per_epoch = math.ceil(len(train) / s.global_batch_size)
     total = s.max_steps or math.ceil(s.epochs * per_epoch)
     start = int(newest.name.removeprefix("step-")) if newest else 0
@@ -170,9 +170,10 @@ def train_loop(fabric, s, model, optimizer, train, val, newest, save):
     model.train()
     with tqdm(total=total, initial=start, unit="step", disable=not fabric.is_global_zero) as bar:
         for step, micro_batches in planned_steps(s, train, start, total):
-            with counter if step == start else contextlib.nullcontext():
+            # Never in a resumed run: the counter takes operations apart, which changes their last bits.
+            with counter if step == 0 else contextlib.nullcontext():
                 row = train_step(fabric, s, model, optimizer, train, micro_batches, step, learning_rate(s, step, total))
-            if step == start:
+            if step == 0:
                 flops = torch.tensor(counter.get_total_flops(), device=fabric.device)
                 flops_per_token = fabric.all_reduce(flops, reduce_op="sum").item() / row["tokens"]
             done = step + 1
@@ -209,9 +210,8 @@ def train_step(fabric, s, model, optimizer, samples, micro_batches, step, rate):
     for group in optimizer.param_groups:
         group["lr"] = rate
     norm = fabric.clip_gradients(model, optimizer, max_norm=s.max_grad_norm or math.inf, error_if_nonfinite=False)
-    if (
-        not norm.isfinite() and s.precision != "16-mixed"
-    ):  # there the loss scaler skips the step and tries a lower scale
+    scaler = getattr(fabric.strategy.precision, "scaler", None)  # of 16-mixed: it skips the step and lowers its scale
+    if not norm.isfinite() and scaler is None:
         raise UserError(
             f"step {step + 1}: the gradient's norm is {norm.item()}; lower --learning_rate, or see the data"
         )
@@ -391,7 +391,8 @@ def build_optimizer(s, model):
     groups = [group for group in groups if group["params"]]
     options = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2)}
     if s.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options, fused=True)
+        # Fabric cannot clip gradients under a loss scaler for the fused one, which would unscale them itself.
+        return torch.optim.AdamW(groups, **options, fused=s.precision != "16-mixed")
     optim = bitsandbytes().optim
     kinds = {
         "adamw-8bit": optim.AdamW8bit,

@@ -68,7 +68,7 @@ class Settings:
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
         for name in ("temperature", "top_k", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be 0 or above")
         if not 0 <= self.top_p <= 1:
             raise UserError(f"--top_p {self.top_p}: must be between 0 and 1")
@@ -91,14 +91,12 @@ DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torc
 
 
 def main(s):
-    writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
     start = [{"role": "system", "content": s.system}] if s.system else []
+    dialogs = [[*start, *messages] for messages in read_prompts(s.prompts_file)] if s.prompts_file else []
+    writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
     if s.prompt is not None:
-        for piece in writer.stream([*start, {"role": "user", "content": s.prompt}], s):
-            print(piece, end="", flush=True)
-        print()
+        show(writer.stream([*start, {"role": "user", "content": s.prompt}], s))
     elif s.prompts_file is not None:
-        dialogs = [[*start, *messages] for messages in read_prompts(s.prompts_file)]
         for messages, reply in zip(dialogs, writer.answer_all(dialogs, s), strict=True):
             print(json.dumps({"prompt": messages[-1]["content"], "answer": reply}, ensure_ascii=False))
     else:
@@ -117,19 +115,36 @@ def chat(writer, messages, s):
         if not text.strip():
             messages = list(start)
             continue
-        messages.append({"role": "user", "content": text})
-        answer = ""
-        for piece in writer.stream(messages, s):
-            answer += piece
-            print(piece, end="", flush=True)
-        print()
-        messages.append({"role": "assistant", "content": answer})
+        question = {"role": "user", "content": text}
+        try:
+            answer = show(writer.stream([*messages, question], s))
+        except UserError as error:  # a style for one question alone, or the context is full
+            if messages == start:
+                raise
+            print(f"note: {error}. Going on without what was said before.", file=sys.stderr)
+            messages = list(start)
+            answer = show(writer.stream([*messages, question], s))
+        messages += [question, {"role": "assistant", "content": answer}]
+
+
+def show(pieces):
+    """Print the pieces of a text as they come, and return it whole."""
+    text = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
 
 
 def read_prompts(path):
     """The dialogs in a file of prompts: lists of messages that end with the user's."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON may hold other separators
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from None
     dialogs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         row = {"prompt": line}
@@ -241,7 +256,10 @@ def generate(model, prompts, replies, s, seeds):
     longest, context = max(map(len, prompts)), model.config.max_position_embeddings
     if longest >= context:
         raise UserError(f"a prompt has {longest} tokens, the model's context is {context}: shorten it")
-    limit = min(s.max_new_tokens, context - longest)
+    if not all(prompts):
+        raise UserError("a prompt is empty, and in its style nothing comes before it: the model needs a token")
+    room = [min(s.max_new_tokens, context - len(prompt)) for prompt in prompts]
+    limit = max(room)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     cache = KVCache(
         model.config, len(prompts), longest + limit, dtype, device, padding=padding if padding.any() else None
@@ -255,15 +273,15 @@ def generate(model, prompts, replies, s, seeds):
         logits = model.lm_head(model.hidden_states(tokens, cache)[:, -1]).float()  # (B, V)
         ids = choose(penalize(logits, seen, s.repetition_penalty), s.temperature, s.top_k, s.top_p, generators)
         seen.scatter_(1, ids[:, None], True)
-        for reply, id in zip(replies, ids.tolist(), strict=True):
+        for reply, id, most in zip(replies, ids.tolist(), room, strict=True):
             if not reply.done:
                 reply.push(id)
+            if reply.length == most:
+                reply.finish()
         if all(reply.done for reply in replies):
             break
         yield
         tokens = ids[:, None]
-    for reply in replies:
-        reply.finish()
     yield
 
 
@@ -276,8 +294,8 @@ def penalize(logits, seen, penalty):
 
 def choose(logits, temperature, top_k, top_p, generators):
     """Draw one token for each row of logits (B, V) fp32, with its own generator: ids (B,) int64."""
-    if logits.isnan().any():
-        raise UserError("the model's logits are NaN: its weights or its adapter are damaged")
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are NaN or infinite: its weights or its adapter are damaged")
     if temperature == 0 or top_p == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature

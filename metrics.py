@@ -85,7 +85,7 @@ def estimated_flops(model, tokens, targets):
 def report(out_dir, model, metrics, flops_per_token):
     """Print what the run came to and write it to `summary.json` and `loss.png` in `out_dir`.
 
-    flops_per_token: floating-point operations as they were counted.
+    flops_per_token: floating-point operations as they were counted, 0 if they were not (in a resumed run).
     """
     rows = metrics.rows
     seconds, tokens = (sum(row[name] for row in rows) for name in ("seconds", "tokens"))
@@ -102,7 +102,7 @@ def report(out_dir, model, metrics, flops_per_token):
         "tokens_per_second": tokens / seconds,
         "padding": 1 - tokens / sum(row["tokens"] / (1 - row["padding"]) for row in rows),
         "estimated_tflops_per_second": estimated / seconds / 1e12,
-        "measured_tflops_per_second": flops_per_token * tokens / seconds / 1e12,
+        "measured_tflops_per_second": flops_per_token * tokens / seconds / 1e12 or None,
         "peak_memory_gb": max(row["memory_gb"] for row in rows),
     }
     (out_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -64,7 +64,7 @@ from prepare_data import READERS, to_messages
 def main(s):
     if s.data.suffix not in READERS:
         raise UserError(f"--data {s.data}: expected a file ending in {', '.join(READERS)}")
-    dialogs = [to_messages(row, place, None) for place, row in READERS[s.data.suffix](s.data)][: s.limit]
+    dialogs = [read_dialog(row, place) for place, row in READERS[s.data.suffix](s.data)][: s.limit]
     if not dialogs:
         raise UserError(f"{s.data} holds no sample")
     writer = generate.Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
@@ -89,6 +89,18 @@ def main(s):
         result = {"exact_match": sum(right) / len(right), "samples": len(right), "seconds": seconds, "answers": rows}
         s.out_file.parent.mkdir(parents=True, exist_ok=True)
         s.out_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_dialog(row, place):
+    """The messages of a sample, checked to end with a question and its answer."""
+    messages = to_messages(row, place, None)
+    try:
+        roles = [message["role"] for message in messages if isinstance(message["content"], str)]
+    except (TypeError, KeyError):
+        roles = []
+    if roles[-2:] != ["user", "assistant"]:
+        raise UserError(f"{place}: the messages must end with a question of the user and its answer")
+    return messages
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import cli
 import finetune
 import lora
 import metrics
-from batching import IGNORE, SampleWriter, Samples
+from batching import IGNORE, Samples, SampleWriter
 from checkpoint import load_model
 from cli import UserError
 from files import check_manifest
@@ -312,9 +312,11 @@ def peft_losses(s, steps):
     base = LlamaForCausalLM.from_pretrained(s.checkpoint_dir, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=1.0, betas=(s.beta1, s.beta2), eps=1e-8, weight_decay=s.weight_decay, foreach=False
-    )
+    groups = [  # DoRA's magnitudes do not decay
+        {"params": [p for p in parameters if p.dim() == 2], "weight_decay": s.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(s.beta1, s.beta2), eps=1e-8, foreach=False)
     samples, losses = Samples(s.data_dir / "train.safetensors"), []
     for step, micro_batches in finetune.planned_steps(s, samples, 0, steps):
         summed, count = 0.0, 0
@@ -334,7 +336,8 @@ def peft_losses(s, steps):
                 p.grad.mul_(s.max_grad_norm / norm)
         warm = (step + 1) / (s.warmup_steps + 1)
         cosine = 0.5 + 0.5 * math.cos(math.pi * (step - s.warmup_steps) / (steps - s.warmup_steps))
-        optimizer.param_groups[0]["lr"] = s.learning_rate * (warm if step < s.warmup_steps else cosine)
+        for group in optimizer.param_groups:
+            group["lr"] = s.learning_rate * (warm if step < s.warmup_steps else cosine)
         optimizer.step()
         losses.append(summed.item() / count)
     return losses, model
@@ -388,8 +391,8 @@ def formula_model_dir(tmp_path_factory):
 # Ten losses of the run below. They change only with a change of what is computed, which should be meant: then measure
 # again, and say why in docs/LOG.md.
 GOLDEN = {
-    "lora": [0.0] * 10,
-    "full": [0.0] * 10,
+    "lora": [4.53863, 4.49878, 4.41461, 4.28006, 4.14716, 4.02958, 3.93480, 3.86601, 3.82304, 3.80229],
+    "full": [4.53863, 4.16439, 3.60123, 3.08441, 2.69879, 2.40311, 2.18306, 2.02819, 1.93109, 1.88255],
 }
 
 
@@ -397,7 +400,9 @@ GOLDEN = {
 def test_golden_losses(run, formula_model_dir, monkeypatch, method):
     """Weights, data and adapter by formula, all samples in every step: no library's random numbers are in it."""
     salts = itertools.count(100)
-    monkeypatch.setattr(lora.nn.init, "kaiming_uniform_", lambda t, **_: t.data.copy_(formula(t.shape, next(salts)) / 3))
+    monkeypatch.setattr(
+        lora.nn.init, "kaiming_uniform_", lambda t, **_: t.data.copy_(formula(t.shape, next(salts)) / 3)
+    )
     train = []
     for j in range(8):
         ids = [(i * i * 5 + 11 * j + 7 * i) % 61 + 3 for i in range(4 + 3 * j)]
@@ -634,13 +639,18 @@ def run_and_kill(s, monkeypatch, step):
 )
 def test_a_resumed_run_ends_as_one_never_interrupted(settings, run, monkeypatch, flags):
     """Killed in step 5 of 6, resumed from step 3, in the second epoch: the same bytes, the same rows."""
-    if flags.get("precision") == "16-mixed":  # a loss scale that overflows at first, and that a checkpoint must keep
+    if (
+        flags.get("precision") == "16-mixed"
+    ):  # Fabric has none on a CPU; a loss scale that overflows at first, and that a checkpoint must keep
         start_fabric = finetune.start_fabric
 
         def start(s):
             fabric = start_fabric(s)
-            fabric.strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=2)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-6, growth_interval=2)
+            fabric.strategy.precision = fabric._precision = MixedPrecision("16-mixed", "cpu", scaler)
             return fabric
+
+        from lightning.fabric.plugins.precision import MixedPrecision
 
         monkeypatch.setattr(finetune, "start_fabric", start)
     train, val = random_samples(10), random_samples(3)
@@ -650,8 +660,10 @@ def test_a_resumed_run_ends_as_one_never_interrupted(settings, run, monkeypatch,
     run_and_kill(s, monkeypatch, 4)
     assert column(s.out_dir, "step") == [1, 2, 3, 4] and not (s.out_dir / "final").exists()
     resumed = run(name="killed", resume=True, **options)
+    if flags.get("precision") == "16-mixed":
+        assert {math.isfinite(norm) for norm in column(whole, "grad_norm")} == {True, False}
     assert final_weights(resumed).read_bytes() == final_weights(whole).read_bytes()
-    assert rows(resumed) == rows(whole)
+    assert str(rows(resumed)) == str(rows(whole))  # as text: NaN is not equal to itself
     for name in ("optimizer.safetensors", "optimizer.json"):
         assert (resumed / "step-000006" / name).read_bytes() == (whole / "step-000006" / name).read_bytes()
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, resumed)]

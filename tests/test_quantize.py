@@ -48,6 +48,10 @@ def difficult(kind):
         weight = weight.bfloat16()
     elif kind == "fp16":
         weight = weight.half()
+    elif kind == "between two values":  # where the last bit of a scale decides
+        values = torch.tensor(quantize.NF4_VALUES)
+        middle = torch.cat(((values[1:] + values[:-1]) / 2, torch.ones(1)))
+        weight = middle.repeat(64, 12) * torch.rand(64, 1)
     elif kind == "the values themselves":
         weight = torch.tensor(quantize.NF4_VALUES).repeat(64, 12) * 0.37
     return weight
@@ -55,6 +59,7 @@ def difficult(kind):
 
 KINDS = [
     "normal", "zero blocks", "one value a block", "tiny", "huge", "outliers", "bf16", "fp16", "the values themselves",
+    "between two values",
 ]  # fmt: skip
 
 
@@ -158,9 +163,12 @@ def test_nothing_of_the_weights_size_is_kept_for_backward(name):
 def test_autocast(name):
     layer, _, offset = make(name, bias=True)
     x = torch.randn(2, 3, 128, requires_grad=True)
+    dequantize, asked = layer.dequantize, set()
+    layer.dequantize = lambda dtype: asked.add(dtype) or dequantize(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
+    assert asked == {torch.bfloat16}  # and not to fp32 first
     expected = F.linear(x.detach().bfloat16(), layer.dequantize(torch.bfloat16)) + offset.bfloat16()
     assert torch.equal(y, expected)
     y.backward(torch.ones_like(y))
