@@ -4,7 +4,6 @@ A model folder is Hugging Face's own: `config.json`, one or more safetensors fil
 """
 
 import contextlib
-import ctypes
 import json
 import shutil
 from pathlib import Path
@@ -148,7 +147,7 @@ def load_model(checkpoint_dir, dtype, device="cpu", quantize=None, adapter_dir=N
     for name in expected:
         tensor = weights.read(name).to(device)
         _put(model, name, tensor, dtype, QUANTIZERS.get(quantize))
-        _give_back_memory()
+        lora.give_back_memory()
     model.tie_weights()
     model.requires_grad_(False)
     if adapter_dir is not None:
@@ -168,16 +167,6 @@ def _put(model, name, tensor, dtype, quantizer):
         if dtype == torch.float16 and not cast.isfinite().all():
             raise UserError(f"tensor {name} holds values too large for float16: use --precision bf16-true")
         setattr(module, leaf, nn.Parameter(cast, requires_grad=False))
-
-
-def _give_back_memory():
-    """Return what was freed to the system. glibc keeps it, in holes between the results that larger ones never fit.
-
-    A model of 557 MB in bf16, 251 MB in NF4, peaked at 327 MB above the bare process; without this at 400 to 1,590
-    MB, another figure in each run (on the CPU, glibc 2.36).
-    """
-    with contextlib.suppress(AttributeError, TypeError):  # other C libraries have no such function, or need none
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 # ------------------------------------------------------------------------------------------------------- writing

@@ -15,6 +15,7 @@ imports, so that a mistyped flag is answered at once and not after seconds of im
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import types
@@ -49,11 +50,15 @@ def parse(settings_class, args=None):
 
 
 def run(main, settings):
-    """Call `main(settings)`; a `UserError` becomes one line and exit status 2, Ctrl-C exit status 130."""
+    """Call `main(settings)`; a `UserError` or the system's no becomes one line and exit status 2, Ctrl-C status 130."""
     try:
         main(settings)
     except UserError as error:
         fail(error)
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it once more at exit)
+    except OSError as error:  # no space left, no permission
+        fail(f"{error.filename or 'reading or writing'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -79,15 +79,12 @@ PROBE_LENGTH = 32  # positions on which a merged model is compared with base and
 
 
 def main(s):
-    try:
-        if s.adapter_dir is not None:
-            folder = merge(s)
-        elif s.repo_id is not None:
-            folder = download(s)
-        else:
-            folder = convert(s.source, s.out_dir, s.dtype)
-    except OSError as error:  # no space left, no permission
-        raise UserError(f"{error.filename or s.out_dir or 'writing'}: {error.strerror or error}") from None
+    if s.adapter_dir is not None:
+        folder = merge(s)
+    elif s.repo_id is not None:
+        folder = download(s)
+    else:
+        folder = convert(s.source, s.out_dir, s.dtype)
     then = "prepare_data.py --data my.jsonl" if s.adapter_dir is None else "generate.py"
     print(f"next: python {then} --checkpoint_dir {folder}")
 
@@ -179,7 +176,7 @@ def open_source(source):
     """The weights in `source`, its config.json as a dict, and a function that writes its other files to a folder."""
     if source.is_dir():
         if not any(path.suffix in (".safetensors", ".bin") for path in source.iterdir()):
-            raise UserError(f"{source} holds neither *.safetensors nor pytorch_model*.bin")
+            raise UserError(f"{source} holds neither *.safetensors nor pytorch_model*.bin (a .gguf is given as a file)")
         weights = Weights(source) if any(source.glob("*.safetensors")) else BinWeights(source)
         check_tokenizer(source)
         return weights, read_json(source / "config.json"), lambda folder: copy_side_files(source, folder)

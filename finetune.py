@@ -104,7 +104,7 @@ class Settings:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 0 and below 1")
         if self.method == "full" and self.quantize:
-            raise UserError(f"--quantize {self.quantize} needs --method lora or dora: quantised weights cannot train")
+            raise UserError(f"--quantize {self.quantize} needs --method lora or dora, not full: they cannot train")
         if not self.lora_targets:
             raise UserError("--lora_targets is empty: name at least one projection, such as [q_proj,v_proj]")
 
@@ -131,7 +131,7 @@ HARMLESS = ("resume", "save_interval", "eval_interval", "out_dir")  # settings t
 
 def main(s):
     info, train, val = open_data(s)
-    check_model(s, train)
+    check_model(s, train, val)
     newest = newest_checkpoint(s)
     fabric = start_fabric(s)
     model, adapter = build_model(s, fabric.device, newest)
@@ -311,7 +311,7 @@ def open_data(s):
     return info, train, val
 
 
-def check_model(s, train):
+def check_model(s, train, val):
     """Refuse what cannot work before any weight is read, on a model without memory."""
     config = read_config(s.checkpoint_dir)
     for flag, choices in (("quantize", QUANTIZERS), ("planner", PLANNERS)):
@@ -321,12 +321,15 @@ def check_model(s, train):
         model = Transformer(config)
         if s.method != "full":
             lora.add_lora(model, adapter_config(s))
-    longest = train.lengths.max().item()
+    longest = max(part.lengths.max().item() for part in (train, val) if len(part))
     if longest > config.max_position_embeddings:
         raise UserError(
             f"{s.data_dir} has a sample of {longest} tokens, the model's context is {config.max_position_embeddings}: "
             "run prepare_data.py with a smaller --max_seq_length"
         )
+    largest = max(part.tokens.max().item() for part in (train, val) if len(part))
+    if largest >= config.vocab_size:
+        raise UserError(f"{s.data_dir} has the token {largest}, the model's vocabulary ends at {config.vocab_size - 1}")
 
 
 def adapter_config(s):
@@ -335,6 +338,8 @@ def adapter_config(s):
 
 def newest_checkpoint(s):
     """The folder to resume from, checked whole; None for a new run. Raises UserError if that would overwrite one."""
+    if s.out_dir.exists() and not s.out_dir.is_dir():
+        raise UserError(f"--out_dir {s.out_dir} is a file: choose another")
     if not s.resume:
         if (s.out_dir / "metrics.csv").exists():
             raise UserError(

@@ -7,7 +7,6 @@ The prompt is rendered as in training: the style stands in the `onetune.json` be
 
 import json
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -311,5 +310,4 @@ def choose(logits, temperature, top_k, top_p, generators):
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):
-        cli.run(main, settings)
+    cli.run(main, settings)

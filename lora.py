@@ -6,6 +6,8 @@ PEFT's: `adapter_model.safetensors` and `adapter_config.json`, which PEFT loads 
 To add an adapter: a class like `DoRALinear` and a line in `ADAPTERS`.
 """
 
+import contextlib
+import ctypes
 import json
 import math
 import re
@@ -155,6 +157,17 @@ def wrap(model, config, names):
     for name in names:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, config.adapt(model.get_submodule(name), name))
+        give_back_memory()
+
+
+def give_back_memory():
+    """Return what was freed to the system. glibc keeps it, in holes between the results that larger ones never fit.
+
+    A model of 557 MB in bf16, 251 MB in NF4, peaked at 327 MB above the bare process while it was loaded; without this
+    at 400 to 1,590 MB, another figure in each run. With DoRA at 343 instead of 2,015 MB. (On the CPU, glibc 2.36.)
+    """
+    with contextlib.suppress(AttributeError, TypeError):  # other C libraries have no such function, or need none
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def adapters(model):

@@ -91,6 +91,9 @@ class Config:
             raise ValueError("the weights are already quantised (quantization_config): take the original ones")
         try:
             config = {**config, **FAMILIES[family]}
+            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+                if not config[key] > 0:
+                    raise ValueError(f"{key} is {config[key]}, it must be above 0")
             heads = config["num_attention_heads"]
             attention_bias = config.get("attention_bias", False)
             result = cls(
