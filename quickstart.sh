@@ -41,7 +41,8 @@ fi
 # 5. QLoRA: the base in 4 bits, an adapter on every projection. --resume continues a run that was interrupted.
 [ -f $run/final/adapter_model.safetensors ] ||
     show python finetune.py --checkpoint_dir $model --data_dir prepared/orders --out_dir $run --quantize bnb.nf4 \
-        --learning_rate 2e-3 --global_batch_size 16 --micro_batch_tokens 1024 --eval_interval 25 --save_interval 50 \
+        --lora_alpha 16 --learning_rate 3e-3 --warmup_steps 5 --global_batch_size 16 --micro_batch_tokens 1024 \
+        --eval_interval 25 --save_interval 25 \
         ${steps:+--max_steps $steps} --resume
 
 # 6. The same measure with the adapter. Its folder says which base and which prompt style it belongs to.

@@ -24,53 +24,44 @@ TEST_COUNTS = {7, 14, 19, 22}  # they occur in the test part only, among the oth
 # which is not asked for), {d} the bare day. A field that a frame leaves out, or that is drawn as missing, is null.
 FRAMES = {
     "train": """
-Hi, {p} here. Could I have {o} {w}? | Please put {o} aside for {p}, pick-up {w}.
-{p} would like {o} {w}, please. | {w} I will come by for {o}. {p}
-order for {p}: {o}, {w} | {o} please, {w}, thanks, {p}
+Hi, {p} here. Could I have {o} {w}? | Please put {o} aside for {p}, pick-up {w}. | {p} would like {o} {w}, please.
+{w} I will come by for {o}. {p} | order for {p}: {o}, {w} | {o} please, {w}, thanks, {p}
 Hello! I need {o} {w}. My name is {p}. | Can you get {o} ready {w}? It's for {p}.
 This is {p}. I'd like to order {o}, collecting {w}. | {p} wants {o} {w}.
-Is it possible to have {o} {w}? Regards, {p} | We'd love {o} {w}. Ask for {p}.
-{p} - {o} {w} | {o} for {p} {w} | {p}, {w}, {o} | {w}: {o} ({p})
-Good morning, I'm {p} and I need {o} {w}. | Would you keep {o} for me {w}? Cheers, {p}
-Name: {p}. Order: {o}. When: {d}. | {w}, please: {o}. Put it under {p}.
-Hey, it's {p} again, {o} {w} this time. | I'm after {o}. {d} would suit. {p}
-My cousin {p} will fetch {o} {w}. | My partner {p} comes {w} to collect {o}.
-Please reserve {o} in the name of {p}. {w}. | On behalf of {p} I'm ordering {o} {w}.
-{p} asked me to book {o} {w}. | Evening all, put {p} down for {o} {w}!
-Just {o} from me. {w}. {p} | {o}, {w}. Signed {p}
-Reserve under {p}: {o}. {d} is fine. | {w} we need {o}. I, {p}, will be there.
-{p} is coming {w} and takes {o}. | How about {d}? {o} for {p}.
-{w} {p} will call for {o}. | I can make it {w}. {o}, and my name's {p}.
-{d}: {p} collects {o}. | {d}? I want {o}. Thanks a lot, {p}
-{p} speaking, it's about {d}. I need {o}. | Have {o} waiting {w}. {p}
+Is it possible to have {o} {w}? Regards, {p} | We'd love {o} {w}. Ask for {p}. | {p} - {o} {w} | {o} for {p} {w}
+{p}, {w}, {o} | {w}: {o} ({p}) | Good morning, I'm {p} and I need {o} {w}.
+Would you keep {o} for me {w}? Cheers, {p} | Name: {p}. Order: {o}. When: {d}. | {w}, please: {o}. Put it under {p}.
+Hey, it's {p} again, {o} {w} this time. | I'm after {o}. {d} would suit. {p} | My cousin {p} will fetch {o} {w}.
+My partner {p} comes {w} to collect {o}. | Please reserve {o} in the name of {p}. {w}.
+On behalf of {p} I'm ordering {o} {w}. | {p} asked me to book {o} {w}. | Evening all, put {p} down for {o} {w}!
+Just {o} from me. {w}. {p} | {o}, {w}. Signed {p} | Reserve under {p}: {o}. {d} is fine.
+{w} we need {o}. I, {p}, will be there. | {p} is coming {w} and takes {o}. | How about {d}? {o} for {p}.
+{w} {p} will call for {o}. | I can make it {w}. {o}, and my name's {p}. | {d}: {p} collects {o}.
+{d}? I want {o}. Thanks a lot, {p} | {p} speaking, it's about {d}. I need {o}. | Have {o} waiting {w}. {p}
 Do you have {o}? {p} could come {w}. | If you have {o}, {p} will take them {w}.
-Send word to {p} when {o} can go out {w}. | Dear shop, kindly prepare {o} {w}. Yours, {p}
-Quick one: {o}, {w}, {p}. | We ran out, so {o} {w} please. {p}
-It's for a party: {o} {w}. {p} is paying. | Pls hold {o} 4 {p} {w} thx
-need {o} {w} - {p} | hiya {p} here, {o} pls, {w}
-The school needs {o} {w}, contact is {p}. | Could {p} pick up {o} {w}?
-May I ask for {o} {w}? You know me, {p}. | Same as ever for {p}, {o} {w}.
-Our order: {o}. We come {w}. The name is {p}. | For {d}: {o}. Will be round, {p}.
-Can I get {o} {w}? | I'd like {o} {w}, thank you. | {o} {w} please | We need {o}. Pick-up {w}.
-Please have {o} ready {w}. | {w} I'd want {o}, if you can. | Any chance of {o} {w}?
-{d} works. {o}, and I'd be there. | Is there {o} left? Could come {w}. | Hello, {o} {w}, cheers!
-We are out of stock. {o} {w}, please. | I was told you have {o}. {d} is good for me.
-Could you reserve {o} {w}? Many greetings. | just {o} {w} thx
+Send word to {p} when {o} can go out {w}. | Dear shop, kindly prepare {o} {w}. Yours, {p} | Quick one: {o}, {w}, {p}.
+We ran out, so {o} {w} please. {p} | It's for a party: {o} {w}. {p} is paying. | Pls hold {o} 4 {p} {w} thx
+need {o} {w} - {p} | hiya {p} here, {o} pls, {w} | The school needs {o} {w}, contact is {p}.
+Could {p} pick up {o} {w}? | May I ask for {o} {w}? You know me, {p}. | Same as ever for {p}, {o} {w}.
+Our order: {o}. We come {w}. The name is {p}. | For {d}: {o}. Will be round, {p}. | Can I get {o} {w}?
+I'd like {o} {w}, thank you. | {o} {w} please | We need {o}. Pick-up {w}. | Please have {o} ready {w}.
+{w} I'd want {o}, if you can. | Any chance of {o} {w}? | {d} works. {o}, and I'd be there.
+Is there {o} left? Could come {w}. | Hello, {o} {w}, cheers! | We are out of stock. {o} {w}, please.
+I was told you have {o}. {d} is good for me. | Could you reserve {o} {w}? Many greetings. | just {o} {w} thx
 """,
     "test": """
 Afternoon, {p} on the line, I was hoping for {o} {w}. | You can expect {p} {w} for {o}.
 Let {p} have {o} {w}, would you? | Kindly set {o} aside. {p} drops in {w}.
-Shopping list of {p}: {o}, to be fetched {w} | {w} {p} is going to need {o}.
-Me again ({p})! {o} {w}, as agreed. | Best make that {o}, {w}. Love, {p}
-Customer {p}, goods {o}, ready {w} | Sorry to bother you, but might there be {o} for us {w}? Best wishes, {p}
+Shopping list of {p}: {o}, to be fetched {w} | {w} {p} is going to need {o}. | Me again ({p})! {o} {w}, as agreed.
+Best make that {o}, {w}. Love, {p} | Customer {p}, goods {o}, ready {w}
+Sorry to bother you, but might there be {o} for us {w}? Best wishes, {p}
 The club is short of {o}, so {p} will stop by {w}. | My flatmate {p} picks up {o} {w}.
 To whom it may concern: I require {o} {w}. Sincerely, {p} | Jot down {o} for {p}, would you, {w}.
-{o} is what I want, {w} if you please. {p} | {p} is keen on {o} {w}, ok?
-Write me down, {p}: {o}. I'm free {d}. | I shall call {w} to get {o}; {p} is the name.
-What about {d}? We'd fetch {o}. Kind regards from {p} | By {d} I must have {o}. Yours truly, {p}
-{p} rang and wants {o} {w}. | {d} would be best for {p}. That's {o}.
-Save us {o}, we pass by {w}. | Looking for {o} {w}, many thanks!
-It would be lovely to have {o} {w}. | Bag up {o}, I'm there {w}. | {o}? {d}, if that's alright.
+{o} is what I want, {w} if you please. {p} | {p} is keen on {o} {w}, ok? | Write me down, {p}: {o}. I'm free {d}.
+I shall call {w} to get {o}; {p} is the name. | What about {d}? We'd fetch {o}. Kind regards from {p}
+By {d} I must have {o}. Yours truly, {p} | {p} rang and wants {o} {w}. | {d} would be best for {p}. That's {o}.
+Save us {o}, we pass by {w}. | Looking for {o} {w}, many thanks! | It would be lovely to have {o} {w}.
+Bag up {o}, I'm there {w}. | {o}? {d}, if that's alright.
 """,
 }
 # Remarks that are not the order, though they may hold a name {x}, a day {e}, a number {k} or an hour {h}.
@@ -170,7 +161,7 @@ def draw_day(rng: random.Random) -> tuple[str, str]:
 
 
 def draw_hour(rng: random.Random) -> str:
-    """An hour within the opening hours, as it is written."""
+    """An hour as it is written: it is never part of the answer."""
     hour, half = rng.randint(1, 12), rng.choice(["", "", ":30"])
     spoken = [f"{NUMBERS[hour]} o'clock", f"half past {NUMBERS[hour]}"]
     return rng.choice([f"{hour}{half or ':00'}", f"{hour}{half}pm", *spoken])
@@ -182,9 +173,8 @@ def draw_goods(rng: random.Random, part: str) -> tuple[str, str]:
     item = rng.choice(goods.split())
     if rng.random() < 0.8:
         item = f"{rng.choice(kinds.split())} {item}"
-    plural = (
-        item[:-1] + "ies" if item.endswith("y") else item + ("es" if item.endswith(("sh", "ch", "x", "o")) else "s")
-    )
+    ending = "es" if item.endswith(("sh", "ch", "x", "o")) else "s"
+    plural = item[:-1] + "ies" if item.endswith("y") else item + ending
     while True:
         count = rng.choice([1, 2, 3, 4, 5, 6, 8, 10, 12, rng.randint(1, 24), rng.randint(1, 24)])
         if part == "test" and rng.random() < 0.15:
@@ -219,12 +209,12 @@ def draw(rng: random.Random, part: str) -> dict[str, str]:
     when = rng.choice(["on ", "on ", "this "]) + said_day if has_day else ""
     if has_day and rng.random() < 0.15:
         when += f" {rng.choice(['at', 'around', 'after'])} {draw_hour(rng)}"
-    if rng.random() < 0.08:
+    if rng.random() < 0.05:
         frame = misspell(rng, frame)
     if lower := rng.random() < 0.12:
         frame, when, said_day = frame.lower(), when.lower(), said_day.lower()
     text = frame.format(p=person, o=said_goods, w=when, d=said_day)
-    if rng.random() < 0.35:
+    if rng.random() < 0.2:
         other = draw_name(rng, part).split()[0]
         remark = draw_line(rng, REMARKS[part])
         remark = remark.format(x=other, e=rng.choice(DAYS), k=rng.randint(3, 60), h=draw_hour(rng))

