@@ -17,6 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a target that does not count, as in torch's cross_entropy
+# On a CPU, rows up to this length attend in plain products. Forward and backward of 16 rows of 60 in bf16 took 15 ms
+# against the fused kernel's 68, of 8 rows of 128 25 against 88, of 4 rows of 256 81 against 72 (one thread).
+PLAIN_ATTENTION_LENGTH = 128
 LOSS_CHUNK = 1024  # target positions whose logits exist at one time; 1024 x 32,000 fp32 logits are 131 MB
 
 # What the families that share this structure leave unsaid in config.json. Biases: q, k, v and o as `attention_bias`
@@ -198,7 +201,22 @@ def attend(q, k, v, mask):
     K = k.size(1)
     if T == 1:  # the heads that share keys are the rows of one product: no key is copied
         return F.scaled_dot_product_attention(q.view(B, K, H // K, d), k, v, attn_mask=mask).view(B, H, T, d)
+    if mask is None and q.device.type == "cpu" and T <= PLAIN_ATTENTION_LENGTH:
+        return plain_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=K != H)
+
+
+def plain_attention(q, k, v):
+    """Causal attention written out: the reference of the fused kernels, and on a CPU the faster way for short rows.
+
+    q (B, H, T, d) and k, v (B, K, T, d) give (B, H, T, d). The heads that share keys are rows of one product.
+    """
+    B, H, T, d = q.shape
+    K = k.size(1)
+    scores = (q.reshape(B, K, H // K * T, d) @ k.transpose(-2, -1)).view(B, H, T, T).float() * d**-0.5
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1).to(v.dtype)
+    return (weights.view(B, K, H // K * T, T) @ v).view(B, H, T, d)
 
 
 class KVCache:

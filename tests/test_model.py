@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import lora
 import model as model_module
-from model import IGNORE, Config, KVCache, Transformer, attend
+from checkpoint import load_model
+from model import IGNORE, Config, KVCache, Transformer, attend, plain_attention
 
 family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -125,6 +126,27 @@ def test_the_window_matters_in_the_comparison(tiny_checkpoint):
 
 
 # ----------------------------------------------------------------------------------- one result by different ways
+
+
+@pytest.mark.parametrize("heads, keys, length", [(6, 3, 1), (6, 3, 2), (9, 3, 60), (4, 4, 33), (8, 1, 128)])
+def test_plain_attention_is_the_fused_one(heads, keys, length):
+    q = torch.randn(3, heads, length, 16, requires_grad=True)
+    k, v = (torch.randn(3, keys, length, 16, requires_grad=True) for _ in range(2))
+    grad = torch.randn(3, heads, length, 16)
+    plain = plain_attention(q, k, v)
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-5)
+    for one, other in zip(*(torch.autograd.grad(y, (q, k, v), grad) for y in (plain, fused)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_any_length_attend_alike(tiny_checkpoint, monkeypatch):
+    """The fused kernels, which only longer rows reach on a CPU, give the same as the plain products."""
+    transformer = load_model(tiny_checkpoint("llama"), torch.float32)
+    tokens = torch.randint(0, transformer.config.vocab_size, (2, 40))
+    plain = transformer(tokens)
+    monkeypatch.setattr(model_module, "PLAIN_ATTENTION_LENGTH", 0)
+    torch.testing.assert_close(transformer(tokens), plain, rtol=1e-5, atol=1e-5)
 
 
 @family
