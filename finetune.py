@@ -98,7 +98,7 @@ class Settings:
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_interval", "save_interval", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be 0 or above")
         for name in ("lora_dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
