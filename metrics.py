@@ -113,7 +113,7 @@ def report(out_dir, model, metrics, flops_per_token):
 
 
 def plot_losses(metrics, path):
-    """Training loss, its running mean over 20 steps, and validation loss against the step, as a PNG."""
+    """Training loss, its running mean, and validation loss against the step, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,9 +121,10 @@ def plot_losses(metrics, path):
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     steps, losses = metrics.column("loss")
-    smooth = [statistics.fmean(losses[max(0, i - 19) : i + 1]) for i in range(len(losses))]
+    span = max(2, len(steps) // 20)
+    smooth = [statistics.fmean(losses[max(0, i - span + 1) : i + 1]) for i in range(len(losses))]
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, label="training, each step")
-    axes.plot(steps, smooth, color="tab:blue", label="training, mean of 20 steps")
+    axes.plot(steps, smooth, color="tab:blue", label=f"training, mean of {span} steps")
     axes.plot(*metrics.column("val_loss"), "o-", color="tab:orange", label="validation")
     axes.set(xlabel="optimiser step", ylabel="loss per target token (nats)", title=path.parent.name, ylim=(0, None))
     axes.legend()

@@ -50,7 +50,7 @@ Is there {o} left? Could come {w}. | Hello, {o} {w}, cheers! | We are out of sto
 I was told you have {o}. {d} is good for me. | Could you reserve {o} {w}? Many greetings. | just {o} {w} thx
 """,
     "test": """
-Afternoon, {p} on the line, I was hoping for {o} {w}. | You can expect {p} {w} for {o}.
+Hello there, {p} on the line, I was hoping for {o} {w}. | You can expect {p} {w} for {o}.
 Let {p} have {o} {w}, would you? | Kindly set {o} aside. {p} drops in {w}.
 Shopping list of {p}: {o}, to be fetched {w} | {w} {p} is going to need {o}. | Me again ({p})! {o} {w}, as agreed.
 Best make that {o}, {w}. Love, {p} | Customer {p}, goods {o}, ready {w}
