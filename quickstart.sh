@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 
 model=checkpoints/SmolLM2-135M-Instruct
 run=out/quickstart
-steps=${QUICKSTART_STEPS:-75}
+steps=${QUICKSTART_STEPS:-60}
 limit=${QUICKSTART_LIMIT:-}
 
 show() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
@@ -43,7 +43,7 @@ fi
 [ -f $run/final/adapter_model.safetensors ] ||
     show python finetune.py --checkpoint_dir $model --data_dir prepared/orders --out_dir $run --quantize bnb.nf4 \
         --lora_alpha 16 --learning_rate 3e-3 --warmup_steps 5 --max_steps $steps \
-        --global_batch_size 16 --micro_batch_tokens 512 --eval_interval 40 --save_interval 40 --resume
+        --global_batch_size 16 --micro_batch_tokens 512 --eval_interval 30 --save_interval 30 --resume
 
 # 6. The same measure with the adapter. Its folder says which base and which prompt style it belongs to.
 [ -f $run/after.json ] ||
