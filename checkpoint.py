@@ -20,6 +20,7 @@ from model import Config, Transformer
 from quantize import QUANTIZERS
 
 INDEX = "model.safetensors.index.json"
+NOTES = "onetune.json"  # beside an adapter or a model: what generating must know to match the training
 OPTIMIZER = "optimizer.safetensors"  # beside the weights in a checkpoint to resume from
 SHARD_BYTES = 5 * 10**9
 
@@ -223,6 +224,8 @@ def save_model(model, folder, source):
     layout = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in parameters.items()}
     write_weights(folder, layout, parameters.__getitem__)
     copy_side_files(source, folder)
+    config = with_dtype(read_json(Path(source, "config.json")), next(model.parameters()).dtype)
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_optimizer(optimizer, folder):
@@ -255,6 +258,37 @@ def load_optimizer(optimizer, folder):
 
 def _parameters(optimizer):
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def read_notes(folder):
+    """What a training or a merge left in `onetune.json`: prompt style, base model, quantisation. {} without it."""
+    path = Path(folder, NOTES)
+    return read_json(path) if path.is_file() else {}
+
+
+def find_base(adapter_dir):
+    """The base model of an adapter, as its own files name it: a folder, or the id of a model in checkpoints/."""
+    if not Path(adapter_dir).is_dir():
+        raise UserError(f"--adapter_dir {adapter_dir} does not exist")
+    name = read_notes(adapter_dir).get("checkpoint_dir")
+    name = name or read_json(Path(adapter_dir, "adapter_config.json")).get("base_model_name_or_path")
+    for path in (Path(str(name)), Path("checkpoints", str(name))):
+        if name and path.exists():
+            return path
+    raise UserError(f"{adapter_dir} was trained on {name}, which is not here: say where it is (--help has the flag)")
+
+
+def trained_quantization(adapter_dir, quantize):
+    """How to quantise an adapter's base: as the flag says, "none" for not at all, or without it as in training."""
+    if quantize is None and adapter_dir is not None:
+        quantize = read_notes(adapter_dir).get("quantize")
+    return None if quantize == "none" else quantize
+
+
+def with_dtype(config, dtype):
+    """config.json's values for weights of a torch dtype, the one that transformers then loads them in."""
+    name = str(dtype).removeprefix("torch.")
+    return {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": name}
 
 
 def copy_side_files(source, folder):

@@ -69,7 +69,19 @@ from torch import nn
 from tqdm import tqdm
 
 import lora
-from checkpoint import DTYPES, SIDE_FILES, Weights, copy_side_files, shard_paths, write_weights
+from checkpoint import (
+    DTYPES,
+    NOTES,
+    SIDE_FILES,
+    Weights,
+    copy_side_files,
+    find_base,
+    read_notes,
+    shard_paths,
+    trained_quantization,
+    with_dtype,
+    write_weights,
+)
 from files import new_folder, read_json
 from model import Config, Transformer, attention_mask, rope_angles
 from quantize import QUANTIZERS
@@ -162,7 +174,7 @@ def convert(source, out_dir, dtype):
         print(f"{source} is a model folder as it stands: nothing to convert")
         return source
     if dtype != "auto":
-        config = with_dtype(config, dtype)
+        config = with_dtype(config, getattr(torch, dtype))
     layout = {name: (target_dtype(weights, name, dtype), shape) for name, shape in shapes.items()}
     with new_folder(out_dir) as folder:
         write(folder, layout, lambda name: weights.read(name).to(layout[name][0]))
@@ -253,11 +265,6 @@ def target_dtype(weights, name, dtype):
     return weights.dtypes[name] or torch.float32 if dtype == "auto" else getattr(torch, dtype)
 
 
-def with_dtype(config, dtype):
-    """config.json for weights of another dtype, the one that transformers loads them in."""
-    return {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": dtype}
-
-
 def write(folder, layout, read):
     with tqdm(total=len(layout), desc="writing", disable=None) as bar:
         write_weights(folder, layout, lambda name: bar.update() or read(name))
@@ -336,19 +343,18 @@ class Tuned:
 
 def merge(s):
     """Write the model that does what base and adapter do together. Returns its folder."""
-    notes = read_json(s.adapter_dir / "onetune.json") if (s.adapter_dir / "onetune.json").is_file() else {}
-    quantize = notes.get("quantize") if s.quantize is None else s.quantize
-    quantize = None if quantize == "none" else quantize
+    base = s.source or find_base(s.adapter_dir)
+    notes, quantize = read_notes(s.adapter_dir), trained_quantization(s.adapter_dir, s.quantize)
     if quantize is not None and quantize not in QUANTIZERS:
         raise UserError(f"--quantize {quantize}: expected none or one of {', '.join(QUANTIZERS)}")
-    out_dir, base = s.out_dir or Path(f"{s.adapter_dir}-merged"), find_base(s, notes)
+    out_dir = s.out_dir or Path(f"{s.adapter_dir}-merged")
     refuse_existing(out_dir)
     weights, config, write_side_files = open_source(base)
     shapes = check(weights, config, base)
     tuned = Tuned(config, weights, quantize, s.adapter_dir)
     print(f"reading {base}{f' in {quantize}' if quantize else ''} and {len(tuned.tensors)} adapters in {s.adapter_dir}")
     dtype = torch.float32 if s.dtype == "auto" else getattr(torch, s.dtype)
-    config = with_dtype(config, str(dtype).removeprefix("torch."))
+    config = with_dtype(config, dtype)
     if "lm_head" in tuned.tensors:  # it differs from the embedding now
         config["tie_word_embeddings"] = False
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
@@ -359,26 +365,11 @@ def merge(s):
         write_json(folder / "config.json", config)
         if notes:
             kept = {key: value for key, value in notes.items() if key not in ("quantize", "checkpoint_dir")}
-            write_json(folder / "onetune.json", kept)
+            write_json(folder / NOTES, kept)
         print(f"rounding to {config['torch_dtype']} moves weights by {rounding:.2%} of what the adapter changed")
         compare(tuned, Tuned(config, Weights(folder)))
     print(f"wrote {out_dir}: {describe(layout)}")
     return out_dir
-
-
-def find_base(s, notes):
-    """The base model: --source, or what the adapter's own files name, if that is here."""
-    if s.source is not None:
-        return s.source
-    if not s.adapter_dir.is_dir():
-        raise UserError(f"--adapter_dir {s.adapter_dir} does not exist")
-    name = notes.get("checkpoint_dir") or read_json(s.adapter_dir / "adapter_config.json").get(
-        "base_model_name_or_path"
-    )
-    for path in (Path(str(name)), Path("checkpoints", str(name))):
-        if name and path.exists():
-            return path
-    raise UserError(f"{s.adapter_dir} was trained on {name}, which is not here: say with --source where it is")
 
 
 @torch.no_grad()

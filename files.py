@@ -66,9 +66,11 @@ def check_manifest(folder):
     folder = Path(folder)
     for name, expected in read_json(folder / MANIFEST).items():
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: this checkpoint is damaged, take an earlier one")
+            raise UserError(f"{folder / name} is missing: delete {folder} to go on from an earlier one")
         if sha256(folder / name) != expected:
-            raise UserError(f"{folder / name} has changed since it was written: take an earlier checkpoint")
+            raise UserError(
+                f"{folder / name} has changed since it was written: delete {folder} to go on from an earlier one"
+            )
 
 
 def sha256(path):

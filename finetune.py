@@ -1,6 +1,6 @@
 """Fine-tune a model on prepared data: LoRA, QLoRA or all weights, on one device or several.
 
-    python finetune.py --checkpoint_dir checkpoints/ORG/MODEL --data_dir data/prepared --quantize bnb.nf4
+    python finetune.py --checkpoint_dir checkpoints/ORG/MODEL --data_dir prepared/my --quantize bnb.nf4
 
 The training step is `train_step`. What a run leaves in its folder: `config.yaml` and `source/` (what ran),
 `metrics.csv` and `loss.png`, `step-NNNNNN/` (to resume from), `final/` (the adapter in PEFT's format, or the model).
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,7 @@ from tqdm import tqdm
 
 import lora
 from batching import PLANNERS, Samples, in_order, read_data_info
-from checkpoint import load_model, load_optimizer, read_config, save_model, save_optimizer
+from checkpoint import NOTES, load_model, load_optimizer, read_config, save_model, save_optimizer
 from files import check_manifest, new_folder, read_json
 from metrics import Metrics, flop_counter, parameter_counts, peak_memory, report
 from model import Transformer
@@ -139,7 +140,7 @@ def main(s):
     if newest:
         load_optimizer(optimizer, newest)
         fabric.strategy.precision.load_state_dict(read_json(newest / "scaler.json"))
-    if fabric.is_global_zero:
+    elif fabric.is_global_zero:
         record_run(s)
     trainable, frozen = parameter_counts(model)
     fabric.print(f"{trainable:,} trainable parameters beside {frozen:,} frozen ones")
@@ -321,6 +322,11 @@ def check_model(s, train, val):
         model = Transformer(config)
         if s.method != "full":
             lora.add_lora(model, adapter_config(s))
+    if s.method == "full" and s.precision == "bf16-true":
+        print(
+            "note: small steps on bf16 weights round to nothing; --precision bf16-mixed trains fp32 ones",
+            file=sys.stderr,
+        )
     longest = max(part.lengths.max().item() for part in (train, val) if len(part))
     if longest > config.max_position_embeddings:
         raise UserError(
@@ -430,7 +436,7 @@ def save_weights(folder, s, info, model, adapter):
     else:
         save_model(model, folder, source=s.checkpoint_dir)
     notes = {"prompt_style": info["prompt_style"], "checkpoint_dir": str(s.checkpoint_dir), "quantize": s.quantize}
-    (folder / "onetune.json").write_text(json.dumps(notes, indent=2) + "\n")
+    (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n")
 
 
 def show_progress(bar, row):

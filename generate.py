@@ -22,7 +22,8 @@ class Settings:
     Args:
         checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
         adapter_dir: Adapter to put over it, such as out/RUN/final, ours or PEFT's.
-        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
+        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; "none" for not at all. With
+            an adapter as in its training if not given.
         precision: Dtype of the other weights and of the computation.
         prompt: One prompt, answered as it is generated. Without it and prompts_file a chat starts.
         prompts_file: File of prompts: .txt with one a line, or .jsonl with "prompt", "instruction" and "input",
@@ -80,8 +81,7 @@ if __name__ == "__main__":
 
 import torch
 
-from checkpoint import load_model
-from files import read_json
+from checkpoint import find_base, load_model, read_notes, trained_quantization
 from model import KVCache
 from prompts import STYLES, encode_prompt, stop_ids
 from tokenizer import StreamDecoder, Tokenizer
@@ -166,14 +166,10 @@ class Writer:
     """A loaded model with its tokenizer and prompt style: messages in, answers out."""
 
     def __init__(self, checkpoint_dir, adapter_dir, quantize, precision, style=None):
-        """The arguments are those of the command line; `style` None takes the one of the training."""
-        notes = read_notes(adapter_dir) or read_notes(checkpoint_dir)
-        checkpoint_dir = checkpoint_dir or notes.get("checkpoint_dir")
-        if checkpoint_dir is None:
-            raise UserError(f"{adapter_dir} does not say what it was trained on: give --checkpoint_dir")
-        if adapter_dir and notes.get("quantize") != quantize:
-            trained = f"--quantize {notes['quantize']}" if notes.get("quantize") else "an unquantised base"
-            print(f"note: this adapter was trained with {trained}", file=sys.stderr)
+        """The arguments are those of the command line; `style` and `quantize` None mean as in training."""
+        checkpoint_dir = checkpoint_dir or find_base(adapter_dir)
+        notes = read_notes(adapter_dir or checkpoint_dir) or read_notes(checkpoint_dir)
+        quantize = trained_quantization(adapter_dir, quantize)
         self.tokenizer = Tokenizer(checkpoint_dir)
         self.style = style or notes.get("prompt_style") or ("checkpoint" if self.tokenizer.chat_template else "plain")
         if self.style not in STYLES:
@@ -200,13 +196,6 @@ class Writer:
             for _ in generate(self.model, *batch):
                 pass
         return [reply.text for reply in replies]
-
-
-def read_notes(folder):
-    """What a training or a merge left in `onetune.json`: prompt style, base model, quantisation. {} without it."""
-    if folder is None or not Path(folder, "onetune.json").is_file():
-        return {}
-    return read_json(Path(folder, "onetune.json"))
 
 
 class Reply:

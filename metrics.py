@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import resource
 import statistics
 
@@ -21,15 +22,18 @@ class Metrics:
         self.enabled, self.rows = enabled, []
         if not enabled:
             return
+        kept = []
         if start and path.exists():
             with open(path, newline="") as file:
                 kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-            self.rows = [{key: float(value) for key, value in row.items() if value} for row in kept]
-        self.file = open(path, "w", newline="")  # noqa: SIM115 (open as long as the run)
+        self.rows = [{key: float(value) for key, value in row.items() if value} for row in kept]
+        temporary = path.with_suffix(".tmp")  # takes the place of the old file whole, or not at all
+        self.file = open(temporary, "w", newline="")  # noqa: SIM115 (open as long as the run)
         self.writer = csv.DictWriter(self.file, COLUMNS)
         self.writer.writeheader()
-        self.writer.writerows(kept if self.rows else [])
+        self.writer.writerows(kept)
         self.file.flush()
+        os.replace(temporary, path)
 
     def add(self, row):
         if self.enabled:

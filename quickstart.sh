@@ -6,9 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 model=checkpoints/SmolLM2-135M-Instruct
-run=out/quickstart
-steps=${QUICKSTART_STEPS:-60}
+steps=${QUICKSTART_STEPS:-50}
 limit=${QUICKSTART_LIMIT:-}
+run=out/quickstart${QUICKSTART_STEPS:+-$steps-steps}${limit:+-$limit-samples}
 
 show() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 
@@ -43,7 +43,7 @@ fi
 [ -f $run/final/adapter_model.safetensors ] ||
     show python finetune.py --checkpoint_dir $model --data_dir prepared/orders --out_dir $run --quantize bnb.nf4 \
         --lora_alpha 16 --learning_rate 3e-3 --warmup_steps 5 --max_steps $steps \
-        --global_batch_size 16 --micro_batch_tokens 512 --eval_interval 30 --save_interval 30 --resume
+        --global_batch_size 16 --micro_batch_tokens 512 --eval_interval 25 --save_interval 25 --resume
 
 # 6. The same measure with the adapter. Its folder says which base and which prompt style it belongs to.
 [ -f $run/after.json ] ||

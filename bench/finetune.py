@@ -2,19 +2,21 @@
 
     python bench/finetune.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data_dir prepared/orders
 
-Needs requirements-dev.txt. Each run is a process of its own. The peer is a plain loop over micro-batches in the order
-in which the samples are drawn, padded on the right; ours is `train_step` of finetune.py. Printed for each: the median
-tokens/s (no padding counted) of the steps after the first two, peak memory, first and last loss, gradient norm.
+Needs requirements-dev.txt. Each run is a process of its own. Ours is `train_step` of finetune.py. The peer is a plain
+loop over micro-batches of `--peer_micro_batch` samples, unsorted, padded on the right, with all logits; it is right to
+try several and to publish its best. Printed for each: the median tokens/s (no padding counted) of the steps after the
+first two, peak memory, first and last loss, gradient norm.
 """
 
 import json
-import platform
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -47,8 +49,8 @@ class Settings:
     steps: int = 12
     runs: int = 3
     global_batch_size: int = 16
-    micro_batch_tokens: int = 1024
-    peer_micro_batch: int = 4
+    micro_batch_tokens: int = 512
+    peer_micro_batch: int = 16
     out_file: Path | None = None
     only: Literal["onetune", "transformers + PEFT"] | None = None
 
@@ -123,8 +125,13 @@ def measure(s):
         "first_loss": rows[0][1],
         "last_loss": rows[-1][1],
         "last_grad_norm": rows[-1][2],
-        "settings": {key: str(value) for key, value in asdict(s).items() if key not in ("only", "out_file")},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "settings": {
+            key: value.name if isinstance(value, Path) else value
+            for key, value in asdict(s).items()
+            if key not in ("only", "out_file")
+        },
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
     }
 
 

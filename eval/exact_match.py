@@ -24,7 +24,8 @@ class Settings:
         data: File of samples with answers, as prepare_data.py reads them.
         checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
         adapter_dir: Adapter to put over it.
-        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
+        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; "none" for not at all. With
+            an adapter as in its training if not given.
         precision: Dtype of the other weights and of the computation.
         prompt_style: How prompts are rendered, if not as in training.
         max_new_tokens: Tokens of an answer at most.
@@ -88,7 +89,7 @@ def main(s):
         ]
         result = {"exact_match": sum(right) / len(right), "samples": len(right), "seconds": seconds, "answers": rows}
         s.out_file.parent.mkdir(parents=True, exist_ok=True)
-        s.out_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        s.out_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_dialog(row, place):

