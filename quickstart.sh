@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 model=checkpoints/SmolLM2-135M-Instruct
-steps=${QUICKSTART_STEPS:-50}
+steps=${QUICKSTART_STEPS:-80}
 limit=${QUICKSTART_LIMIT:-}
 run=out/quickstart${QUICKSTART_STEPS:+-$steps-steps}${limit:+-$limit-samples}
 
@@ -36,19 +36,19 @@ fi
 # 4. How many of the unseen test orders the base model gets exactly right.
 [ -f $run/before.json ] ||
     show python eval/exact_match.py --checkpoint_dir $model --quantize bnb.nf4 --prompt_style chatml \
-        --data data/orders/test.jsonl --max_new_tokens 40 --batch_size 100 ${limit:+--limit $limit} \
+        --data data/orders/test.jsonl --max_new_tokens 32 --batch_size 100 ${limit:+--limit $limit} \
         --out_file $run/before.json
 
 # 5. QLoRA: the base in 4 bits, an adapter on every projection. --resume continues a run that was interrupted.
 [ -f $run/final/adapter_model.safetensors ] ||
     show python finetune.py --checkpoint_dir $model --data_dir prepared/orders --out_dir $run --quantize bnb.nf4 \
-        --lora_alpha 16 --learning_rate 3e-3 --warmup_steps 5 --max_steps $steps \
-        --global_batch_size 16 --micro_batch_tokens 512 --eval_interval 25 --save_interval 25 --resume
+        --lora_alpha 16 --learning_rate 2e-3 --warmup_steps 5 --max_steps $steps \
+        --global_batch_size 8 --micro_batch_tokens 512 --eval_interval 40 --save_interval 40 --resume
 
 # 6. The same measure with the adapter. Its folder says which base and which prompt style it belongs to.
 [ -f $run/after.json ] ||
     show python eval/exact_match.py --adapter_dir $run/final --quantize bnb.nf4 --data data/orders/test.jsonl \
-        --max_new_tokens 40 --batch_size 100 ${limit:+--limit $limit} --out_file $run/after.json
+        --max_new_tokens 32 --batch_size 100 ${limit:+--limit $limit} --out_file $run/after.json
 
 # 7. Adapter and base as one model folder that transformers, vLLM and llama.cpp load.
 [ -f $run/merged/config.json ] ||
