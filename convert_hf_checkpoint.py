@@ -11,7 +11,6 @@ memory, and a folder appears when it is complete or not at all.
 
 import contextlib
 import copy
-import json
 import pickle
 import re
 import zipfile
@@ -82,7 +81,7 @@ from checkpoint import (
     with_dtype,
     write_weights,
 )
-from files import new_folder, read_json
+from files import new_folder, read_json, write_json
 from model import Config, Transformer, attention_mask, rope_angles
 from quantize import QUANTIZERS
 from tokenizer import Tokenizer
@@ -268,10 +267,6 @@ def target_dtype(weights, name, dtype):
 def write(folder, layout, read):
     with tqdm(total=len(layout), desc="writing", disable=None) as bar:
         write_weights(folder, layout, lambda name: bar.update() or read(name))
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def describe(layout):

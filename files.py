@@ -25,6 +25,10 @@ def read_json(path):
     return value
 
 
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 @contextlib.contextmanager
 def new_folder(path):
     """Write a folder that appears whole or not at all: fill the one this yields.

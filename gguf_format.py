@@ -6,7 +6,6 @@ thing it does not say is Mistral v0.1's sliding window, which only matters beyon
 """
 
 import functools
-import json
 import re
 import struct
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from checkpoint import Weights
 from cli import UserError
+from files import write_json
 from model import RoPE, inverse_frequencies
 
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -251,10 +251,10 @@ def write_tokenizer(weights, folder):
     settings |= write(weights, tokens, types, folder)
     if weights.get("tokenizer.chat_template", None):
         settings["chat_template"] = weights.get("tokenizer.chat_template")
-    _write_json(folder, "tokenizer_config.json", settings)
+    write_json(Path(folder, "tokenizer_config.json"), settings)
     ends = [ids["eos_token_id"], weights.get("tokenizer.ggml.eot_token_id", None)]
-    _write_json(
-        folder, "generation_config.json", ids | {"eos_token_id": sorted({end for end in ends if end is not None})}
+    write_json(
+        Path(folder, "generation_config.json"), ids | {"eos_token_id": sorted({end for end in ends if end is not None})}
     )
 
 
@@ -348,7 +348,3 @@ def _varint(value):
         encoded.append(value & 127 | 128)
         value >>= 7
     return bytes([*encoded, value])
-
-
-def _write_json(folder, name, value):
-    Path(folder, name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
