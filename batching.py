@@ -2,21 +2,29 @@
 
 A prepared folder holds `train.safetensors`, `val.safetensors` and `data.json`. In the first two all samples lie end to
 end, memory-mapped: `tokens` (all,) int32, `is_target` (all,) bool, `offsets` (N + 1,) int64, `target_counts` (N,) and
-`sources` (N,) int32.
+`sources` (N,) int32. (spool.SampleWriter writes them.)
 
-To add a batching idea: a function like `sorted_in_step` and a line in `PLANNERS`.
+To add a batching idea: a function like `packed_in_step` and a line in `PLANNERS`.
 """
 
-from array import array
+import bisect
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.nn.functional as F
 
 from cli import UserError
-from files import read_json
+from files import check_listed, read_json
+from safetensors_format import read_tensors
 
+DATA_AGAIN = "make it again with prepare_data.py"  # what mends a prepared folder
+COLUMNS = {
+    "tokens": torch.int32, "is_target": torch.bool, "offsets": torch.int64, "target_counts": torch.int32,
+    "sources": torch.int32,
+}  # fmt: skip
 IGNORE = -100  # the target of a position that does not count (model.IGNORE)
 
 
@@ -32,23 +40,54 @@ class Samples:
     """
 
     def __init__(self, path):
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            self.tokens, self.is_target, self.offsets = (tensors[n] for n in ("tokens", "is_target", "offsets"))
-            self.target_counts, self.sources = tensors["target_counts"], tensors["sources"]
-        except (OSError, KeyError, SafetensorError) as error:
-            raise UserError(f"{path} is missing or damaged ({error}): make it again with prepare_data.py") from None
-        self.lengths, ends = self.offsets.diff() - 1, [*self.offsets[:1].tolist(), *self.offsets[-1:].tolist()]
+        path = Path(path)
+        check_listed(path.parent, [path.name], DATA_AGAIN)
+        tensors = read_tensors(path, DATA_AGAIN)
+        for name, dtype in COLUMNS.items():
+            if name not in tensors or tensors[name].dtype != dtype or tensors[name].dim() != 1:
+                raise UserError(f"{path} is damaged (it has no row of {dtype} called {name}): {DATA_AGAIN}")
+        self.tokens, self.is_target, self.offsets = (tensors[n] for n in ("tokens", "is_target", "offsets"))
+        self.target_counts, self.sources = tensors["target_counts"], tensors["sources"]
+        self.lengths, total = self.offsets.diff() - 1, len(self.tokens)
+        ends = [*self.offsets[:1].tolist(), *self.offsets[-1:].tolist()]
         sizes = (len(self.is_target), len(self.target_counts), len(self.sources))
-        if ends != [0, len(self.tokens)] or sizes != (ends[1], *[len(self.lengths)] * 2) or (self.lengths < 1).any():
-            raise UserError(f"{path} is damaged (its offsets do not fit): make it again with prepare_data.py")
+        fit = ends == [0, total] and sizes == (total, *[len(self.lengths)] * 2)
+        # Sums that overflow could make a sample's length positive though it lies outside of the tokens.
+        if not fit or (self.lengths < 1).any() or self.offsets.max() > total or self.offsets.min() < 0:
+            raise UserError(f"{path} is damaged (its offsets do not fit): {DATA_AGAIN}")
+        counts_fit = (self.target_counts <= self.lengths).all()
+        if total and min(map(torch.min, (self.tokens, self.target_counts, self.sources))) < 0 or not counts_fit:
+            raise UserError(f"{path} is damaged (a number is out of range): {DATA_AGAIN}")
 
     def __len__(self):
         return len(self.lengths)
 
-    def micro_batch(self, indices):
-        """The samples `indices`, padded on the right: tokens and targets, both (B, T) int64.
+    @cached_property
+    def numbers(self):
+        """(N,) int64: the place of each sample in the file, from 0, by which messages name it."""
+        return torch.arange(len(self))
+
+    def drop_without_target(self):
+        """Leave out the samples without a target, which would only take time. Returns how many they are.
+
+        The tokens of the others are then copied into memory, if there were any.
+        """
+        kept = self.target_counts > 0
+        if not kept.all():
+            tokens = kept.repeat_interleave(self.lengths + 1)
+            self.tokens, self.is_target = self.tokens[tokens], self.is_target[tokens]
+            columns = self.numbers, self.lengths, self.target_counts, self.sources
+            self.numbers, self.lengths, self.target_counts, self.sources = (column[kept] for column in columns)
+            self.offsets = F.pad((self.lengths + 1).cumsum(0), (1, 0))
+        return len(kept) - len(self)
+
+    def inputs_and_targets(self, i):
+        """Sample i: its tokens but the last, and for each the token to predict or IGNORE: two (length,) int64."""
+        start, end = self.offsets[i].item(), self.offsets[i + 1].item()
+        return shift(self.tokens[start:end].long(), self.is_target[start:end])
+
+    def padded(self, indices):
+        """The samples `indices` in a row each, padded on the right: tokens and targets, both (B, T) int64, and None.
 
         targets[b, t] is the token to predict from tokens[b, :t + 1], or IGNORE.
         """
@@ -56,40 +95,22 @@ class Samples:
         tokens = torch.zeros(len(indices), T, dtype=torch.int64)
         targets = torch.full((len(indices), T), IGNORE, dtype=torch.int64)
         for row, i in enumerate(indices):
-            start, end = self.offsets[i].item(), self.offsets[i + 1].item()
-            sample, wanted = self.tokens[start:end].long(), self.is_target[start + 1 : end]
-            tokens[row, : len(sample) - 1] = sample[:-1]
-            targets[row, : len(sample) - 1] = torch.where(wanted, sample[1:], IGNORE)
-        return tokens, targets
+            inputs, wanted = self.inputs_and_targets(i)
+            tokens[row, : len(inputs)], targets[row, : len(inputs)] = inputs, wanted
+        return tokens, targets, None
+
+    def packed(self, indices):
+        """The samples `indices` end to end in one row: tokens and targets, both (1, T) int64, and the offsets.
+
+        offsets: n + 1 numbers, where each sample begins and the last one ends: what keeps them apart in the model.
+        """
+        tokens, targets = (torch.cat(parts)[None] for parts in zip(*map(self.inputs_and_targets, indices), strict=True))
+        return tokens, targets, [0, *self.lengths[indices].cumsum(0).tolist()]
 
 
-class SampleWriter:
-    """Collects samples and writes them as one prepared file."""
-
-    def __init__(self):
-        self.tokens, self.is_target = array("i"), array("b")
-        self.offsets, self.target_counts, self.sources = array("q", [0]), array("i"), array("i")
-
-    def __len__(self):
-        return len(self.target_counts)
-
-    def add(self, ids, is_target, source):
-        """Add one sample: token ids, for each of them whether it is a target, and the number of its source."""
-        self.tokens.extend(ids)
-        self.is_target.extend(is_target)
-        self.offsets.append(len(self.tokens))
-        self.target_counts.append(sum(is_target[1:]))  # nothing comes before the first token to predict it from
-        self.sources.append(source)
-
-    def save(self, path):
-        columns = {
-            "tokens": torch.tensor(self.tokens, dtype=torch.int32),
-            "is_target": torch.tensor(self.is_target, dtype=torch.bool),
-            "offsets": torch.tensor(self.offsets, dtype=torch.int64),
-            "target_counts": torch.tensor(self.target_counts, dtype=torch.int32),
-            "sources": torch.tensor(self.sources, dtype=torch.int32),
-        }
-        save_file(columns, path)
+def shift(ids, is_target):
+    """Tokens but the last, and for each the token to predict or IGNORE: of ids (n,) int64 and is_target (n,) bool."""
+    return ids[:-1], torch.where(is_target[1:], ids[1:], IGNORE)
 
 
 def read_data_info(data_dir):
@@ -97,49 +118,146 @@ def read_data_info(data_dir):
     path = Path(data_dir, "data.json")
     if not path.is_file():
         raise UserError(f"{path} does not exist: --data_dir must be a folder made by prepare_data.py")
+    check_listed(data_dir, [path.name], DATA_AGAIN)
     info = read_json(path)
-    for key in ("tokenizer_hash", "prompt_style", "sources"):
-        if key not in info:
-            raise UserError(f"{path}: key {key!r} is missing: make the folder again with prepare_data.py")
+    for key, kind in (("tokenizer_hash", str), ("prompt_style", str), ("sources", list)):
+        if not isinstance(info.get(key), kind):
+            raise UserError(f"{path}: key {key!r} is missing or damaged: make the folder again with prepare_data.py")
+    for source in info["sources"]:
+        if not isinstance(source, dict) or not isinstance(source.get("name") or source.get("path"), str):
+            raise UserError(f"{path}: a source has no name: make the folder again with prepare_data.py")
     return info
+
+
+def source_names(info, *parts):
+    """The name of each source that `Samples.sources` numbers, from a parsed data.json; [] if there is just one.
+
+    info: older folders name no source, only its file. A name that several have gets their number, from 1.
+    Raises UserError if a sample of `parts` is from a source that has no name.
+    """
+    names = [source.get("name") or Path(source["path"]).stem for source in info["sources"]]
+    if len(names) < 2:
+        return []
+    if max(part.sources.max().item() for part in parts if len(part)) >= len(names):
+        raise UserError("data.json names fewer sources than its samples are from: make it again with prepare_data.py")
+    return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names, start=1)]
 
 
 # ------------------------------------------------------------------------------------------------------- planning
 
 
-def sorted_in_step(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
-    """Each step a random draw from the whole set, sorted by length only inside the step.
+def packed_in_step(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
+    """Each step a random draw from the whole set, its samples put end to end into rows of at most the budget.
 
-    So every step sees the full mix of tasks and lengths, and the gradient of the step is the same as unsorted; but
-    samples that share a micro-batch are of about one length, which leaves little padding.
+    The default: every step sees the full mix of tasks and lengths, and nothing is padded. Rows are full but for the
+    last one of a step, which has what is left: to fill it too, a step would need another number of samples.
 
-    lengths, target_counts: (N,) tensors. micro_batch_tokens: how many positions a micro-batch may have, padding
-    included; a sample that is longer is a micro-batch by itself.
-    Returns a list of steps; a step is a list of micro-batches, the longest samples first; a micro-batch is a list of
-    sample numbers. The last step of the epoch may be smaller. A pure function of its arguments.
+    lengths, target_counts: (N,) tensors. micro_batch_tokens: how many positions a micro-batch may have; a sample that
+    is longer is a micro-batch by itself.
+    Returns a list of steps; a step is a list of micro-batches; a micro-batch is a list of sample numbers. One step of
+    the epoch may be smaller. A pure function of its arguments, the number of devices not among them.
     """
-    order = torch.randperm(len(lengths), generator=generator(seed, epoch))
-    steps = []
-    for drawn in order.split(global_batch_size):
-        drawn = drawn[lengths[drawn].argsort(descending=True, stable=True)].tolist()
-        micro_batches = []
-        while drawn:
-            rows = max(1, micro_batch_tokens // lengths[drawn[0]].item())
-            micro_batches.append(drawn[:rows])
-            drawn = drawn[rows:]
-        steps.append(micro_batches)
-    return steps
+    steps = draw_steps(lengths, global_batch_size, seed, epoch)
+    return [_fill_rows(_longest_first(drawn, lengths), lengths, micro_batch_tokens) for drawn in steps]
 
 
-PLANNERS = {"sorted_in_step": sorted_in_step}
+def _fill_rows(samples, lengths, budget):
+    """Put samples, given the longest first, each into the fullest row of `budget` positions that has room for it.
+
+    Best-fit decreasing (Johnson 1973). It fills rows of 4,096 positions, in steps of 128 samples, to 99.5% on GSM8K and
+    99.9% on T0 (the last of each step aside); each sample into the emptiest of the fewest rows left 94% and 93%.
+    """
+    rows, room = [], []  # room: (positions free, number of the row), the fullest row first
+    for sample, size in zip(samples, lengths[samples].tolist(), strict=True):
+        place = bisect.bisect_left(room, (size, 0))
+        free, number = room.pop(place) if place < len(room) else (budget, len(rows))
+        if number == len(rows):
+            rows.append([])
+        rows[number].append(sample)
+        bisect.insort(room, (free - size, number))  # below zero for a sample that is too long: nothing joins it
+    return rows
 
 
-def generator(seed, epoch):
-    """A random generator that depends on the seed and the epoch alone."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+def sorted_in_step(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
+    """The same draws, sorted by length inside the step and cut into micro-batches whose rows are padded to one length.
+
+    For attention that cannot keep the samples of one row apart, and for small micro-batches, where a few percent is
+    padding (2.3% on GSM8K at 1,024 positions and steps of 128 samples; 10% at 4,096).
+
+    micro_batch_tokens: how many positions a micro-batch may have, padding included; a sample that is longer is a
+    micro-batch by itself. The longest samples come first. Otherwise as `packed_in_step`.
+    """
+    steps = draw_steps(lengths, global_batch_size, seed, epoch)
+    return [_cut(_longest_first(drawn, lengths), lengths, micro_batch_tokens) for drawn in steps]
 
 
-def in_order(lengths, micro_batch_tokens):
-    """All samples once, the longest first, cut into micro-batches: the plan of a validation."""
+def random_in_step(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
+    """The same draws in the order in which they were drawn, padded: what a plain data loader does.
+
+    To compare with: it takes the same optimiser steps as `sorted_in_step`, with far more padding.
+    """
+    steps = draw_steps(lengths, global_batch_size, seed, epoch)
+    return [_cut(drawn.tolist(), lengths, micro_batch_tokens) for drawn in steps]
+
+
+def grouped(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
+    """Samples sorted by length over the whole epoch and cut into steps of neighbours; the steps in random order.
+
+    To compare with: next to no padding, but not the default, because a step then has samples of one length only, and
+    so mostly of one kind of task. Its loss and its gradient are those of that kind: the loss zig-zags from step to
+    step, and the optimiser is pulled to and fro. Which samples share a step hardly changes from epoch to epoch: those
+    of equal length are shuffled among themselves.
+    """
+    generator = _generator(seed, epoch)
+    order = torch.randperm(len(lengths), generator=generator)
+    steps = torch.tensor(_longest_first(order, lengths)).split(global_batch_size)
+    shuffled = torch.randperm(len(steps), generator=generator).tolist()
+    return [_cut(steps[i].tolist(), lengths, micro_batch_tokens) for i in shuffled]
+
+
+def _cut(samples, lengths, budget):
+    """Cut samples, in the order given, into micro-batches of at most `budget` positions, padding included."""
+    micro_batches, longest = [], 0
+    for sample, size in zip(samples, lengths[samples].tolist(), strict=True):
+        longest = max(longest, size)
+        if not micro_batches or (len(micro_batches[-1]) + 1) * longest > budget:
+            micro_batches.append([])
+            longest = size
+        micro_batches[-1].append(sample)
+    return micro_batches
+
+
+class Planner(NamedTuple):
+    """plan: which samples make up which micro-batch, a function as above. layout: a micro-batch of them as tensors."""
+
+    plan: Callable
+    layout: Callable
+
+
+PLANNERS = {
+    "packed": Planner(packed_in_step, Samples.packed),
+    "sorted_in_step": Planner(sorted_in_step, Samples.padded),
+    "random": Planner(random_in_step, Samples.padded),
+    "grouped": Planner(grouped, Samples.padded),
+}
+
+
+def draw_steps(lengths, global_batch_size, seed, epoch):
+    """The samples of each step of an epoch, drawn at random from the whole set: int64 tensors of their numbers."""
+    return torch.randperm(len(lengths), generator=_generator(seed, epoch)).split(global_batch_size)
+
+
+def _generator(seed, epoch):
+    """One of its own for every epoch of every seed; the global one is left alone."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+
+
+def _longest_first(samples, lengths):
+    """The samples of a tensor as a list, the longest first, those of equal length in the order given."""
+    return samples[lengths[samples].argsort(descending=True, stable=True)].tolist()
+
+
+def in_order(planner, lengths, micro_batch_tokens):
+    """All samples once, cut into micro-batches by a `Planner`: the plan of a validation."""
     N = len(lengths)
-    return sorted_in_step(lengths, None, max(N, 1), micro_batch_tokens, seed=0, epoch=0)[0] if N else []
+    return planner.plan(lengths, None, N, micro_batch_tokens, seed=0, epoch=0)[0] if N else []

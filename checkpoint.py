@@ -3,21 +3,22 @@
 A model folder is Hugging Face's own: `config.json`, one or more safetensors files, tokenizer files.
 """
 
-import contextlib
+import hashlib
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import lora
 from cli import UserError
-from files import read_json
+from files import check_listed, checked, damage_first, read_json
 from model import Config, Transformer
-from quantize import QUANTIZERS
+from quantize import quantizer_of, read_quantization
+from safetensors_format import encode_header, read_header, read_tensors
 
 INDEX = "model.safetensors.index.json"
 NOTES = "onetune.json"  # beside an adapter or a model: what generating must know to match the training
@@ -38,7 +39,9 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 
+CHECKPOINT_AGAIN = "download or convert it again"  # what mends a model folder
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names for ours
+STATES = {**DTYPES, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # and an optimiser's
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -49,53 +52,81 @@ def read_config(checkpoint_dir):
     folder = Path(checkpoint_dir)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: --checkpoint_dir must be a model folder (convert_hf_checkpoint.py)")
+    check_listed(folder, ["config.json"], CHECKPOINT_AGAIN)
     try:
         return Config.from_dict(read_json(folder / "config.json"))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
 def shard_paths(folder, index, pattern):
-    """The weight files of a folder: those that its index names, or without an index those that match `pattern`."""
-    if not (folder / index).is_file():
+    """The weight files of a folder: those that its index names, or without an index those that match `pattern`.
+
+    Raises UserError for an index that names anything but files in its folder.
+    """
+    folder = Path(folder)
+    if not (folder / index).exists():
         paths = sorted(path for path in folder.glob(pattern) if path.name != OPTIMIZER)
         if not paths:
             raise UserError(f"{folder} holds no {pattern} file: make it with convert_hf_checkpoint.py")
         return paths
     weight_map = read_json(folder / index).get("weight_map")
-    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else ["no files"]
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder / index} names {name}, which is not a file in that folder")
-    return [folder / name for name in names]
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / index} names no files: {CHECKPOINT_AGAIN}")
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    for name in sorted(set(names)):
+        if name not in present:
+            raise UserError(f"{folder / index} names {name[:100]!r}, which is not a file in that folder")
+        if not _is_inside(folder, name):
+            raise UserError(f"{folder / index} names {name}, a link that leads out of the folder: copy the file there")
+    return [folder / name for name in sorted(set(names))]
+
+
+def _is_inside(folder, name):
+    """Whether a file of a folder lies in it, or in the store of the hub's cache to whose snapshots the folder belongs.
+
+    There REPO/snapshots/COMMIT holds links to REPO/blobs (huggingface_hub.constants.HF_HUB_CACHE).
+    """
+    folder = folder.resolve()
+    homes = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    return (folder / name).resolve().parent in homes
 
 
 class Weights:
     """The tensors of a model folder: `shapes` and `dtypes` by name (None: not one of ours), and `read(name)`.
 
-    Files are memory-mapped for one read at a time: pages of a map that stays open would count as used memory.
+    They are read, not memory-mapped: that is a copy less, and pages of a map would count as used memory.
+
+    `files.checked` finds a changed byte in a folder that we wrote, by its manifest. One that came from elsewhere has
+    none: there a flipped bit is found in a header, or where it makes NaN or infinity, and otherwise not.
     """
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.shapes, self.dtypes, self._files = {}, {}, {}
+        self.shapes, self.dtypes, self._places = {}, {}, {}
         for path in shard_paths(folder, INDEX, "*.safetensors"):
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if name in self._files:
-                        raise UserError(f"{path}: tensor {name} is in {self._files[name].name} too")
-                    self._files[name] = path
-                    stored = file.get_slice(name)
-                    self.shapes[name] = tuple(stored.get_shape())
-                    self.dtypes[name] = DTYPES.get(stored.get_dtype())
+            start, header = read_header(path, CHECKPOINT_AGAIN)
+            for name, entry in header.items():
+                if name in self._places:
+                    raise UserError(f"{path}: tensor {name} is in {self._places[name][0].name} too")
+                self._places[name] = path, start + entry["data_offsets"][0]
+                self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
 
     def read(self, name):
-        """The tensor `name`, as stored, in memory of its own. Raises UserError if it holds NaN or infinity."""
-        with _opened(self._files[name]) as file:
-            tensor = file.get_tensor(name)
-            if not all(extreme.isfinite() for extreme in tensor.aminmax()):
-                raise UserError(f"{self._files[name]}: tensor {name} holds NaN or infinity")
-            return tensor.clone()
+        """The tensor `name`, as stored. Raises UserError if it holds NaN or infinity, or is of another type."""
+        path, start = self._places[name]
+        if self.dtypes[name] is None:
+            raise UserError(f"{path}: tensor {name} is not in {', '.join(DTYPES)}")
+        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while rest:  # the system reads 2 GB at a time, at most
+                rest = rest[file.readinto(rest) or _ended_early(path) :]
+        if not all(extreme.isfinite() for extreme in tensor.aminmax()):
+            raise UserError(f"{path}: tensor {name} holds NaN or infinity")
+        return tensor
 
     def check(self, expected):
         """Compare with the shapes that a model needs. Raises UserError that names the first few that differ."""
@@ -115,52 +146,63 @@ class Weights:
                 raise UserError(f"the weights do not fit config.json: {what} {', '.join(names[:3])}{more}")
 
 
-@contextlib.contextmanager
-def _opened(path):
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): download or convert it again") from None
+def _ended_early(path):
+    raise UserError(f"{path} is damaged (it ends early): {CHECKPOINT_AGAIN}")
 
 
 def load_model(checkpoint_dir, dtype, device="cpu", quantize=None, adapter_dir=None):
     """A frozen `Transformer` in evaluation mode with the weights of a model folder.
 
     dtype: a torch dtype for the weights; quantised ones are multiplied in the dtype of their input.
-    quantize: a key of `quantize.QUANTIZERS` for the linear layers in the blocks; embedding and head stay as they are.
+    quantize: what --quantize says, for the linear layers in the blocks (quantize.py); embedding and head stay as they
+        are.
     adapter_dir: an adapter to put over it, ours or PEFT's (its matrices are fp32).
 
     The model is built without memory; then each tensor is read, cast, quantised on its device and put in place before
-    the next is touched, so the peak is the finished model and one tensor. Raises UserError for what does not fit.
+    the next is touched, so the peak is the finished model and one tensor. Raises UserError for what does not fit, and
+    for a file that is not as the manifest beside it says.
     """
-    if quantize is not None and quantize not in QUANTIZERS:
-        raise UserError(f"--quantize {quantize}: expected one of {', '.join(QUANTIZERS)}")
     config = read_config(checkpoint_dir)
-    weights = Weights(checkpoint_dir)
     with torch.device("meta"):
         model = Transformer(config)
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    try:
-        weights.check(expected)
-    except UserError as error:
-        raise UserError(f"{checkpoint_dir}: {error}") from None
-    for name in expected:
-        tensor = weights.read(name).to(device)
-        _put(model, name, tensor, dtype, QUANTIZERS.get(quantize))
-        lora.give_back_memory()
-    model.tie_weights()
-    model.requires_grad_(False)
-    if adapter_dir is not None:
-        lora.load_adapter(model, adapter_dir)
+    quantization = read_quantization(quantize, model)
+    weights = _open_weights(checkpoint_dir, {name: parameter.shape for name, parameter in model.named_parameters()})
+    with checked(checkpoint_dir):
+        fill_model(model, weights.read, dtype, device, quantization)
+        if adapter_dir is not None:
+            lora.load_adapter(model, adapter_dir)
     return model.eval()
 
 
-def _put(model, name, tensor, dtype, quantizer):
+def _open_weights(checkpoint_dir, expected):
+    """The `Weights` of a model folder, which must have these shapes by name."""
+    with damage_first(checkpoint_dir):
+        weights = Weights(checkpoint_dir)
+        try:
+            weights.check(expected)
+        except UserError as error:
+            raise UserError(f"{checkpoint_dir}: {error}") from None
+    return weights
+
+
+def fill_model(model, read, dtype, device="cpu", quantization=None):
+    """Give a model without memory its frozen weights: `read(name)` is called for each in turn. As in `load_model`.
+
+    quantization: as `quantize.read_quantization` returns it.
+    """
+    for name in [name for name, _ in model.named_parameters()]:
+        _put(model, name, read(name).to(device), dtype, quantization)
+        lora.give_back_memory()
+    model.tie_weights()
+    model.requires_grad_(False)
+
+
+def _put(model, name, tensor, dtype, quantization):
     """Put one tensor in its place in the model; a block's linear layer becomes a quantised one on the way."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if quantizer and leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head:
+    linear = leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head
+    if linear and (quantizer := quantizer_of(quantization, path)):
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias))
     else:
@@ -177,7 +219,7 @@ def write_weights(folder, layout, read, shard_bytes=SHARD_BYTES):
     """Write tensors to `folder` as safetensors, several files and an index where they are larger than `shard_bytes`.
 
     layout: (dtype, shape) by name. read: a function from a name to its tensor, called once each, in order; no more
-    than one tensor is held at a time.
+    than one tensor is held at a time. Returns the SHA-256 (hex) of each file with tensors, for `files.new_folder`.
     """
     shards, size = [{}], 0
     for name, (dtype, shape) in layout.items():
@@ -187,73 +229,106 @@ def write_weights(folder, layout, read, shard_bytes=SHARD_BYTES):
             size = 0
         shards[-1][name] = (dtype, shape)
         size += nbytes
-    weight_map = {}
+    weight_map, hashes = {}, {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        _write_shard(Path(folder, file_name), shard, read)
+        hashes[file_name] = _write_shard(Path(folder, file_name), shard, read)
         weight_map.update(dict.fromkeys(shard, file_name))
     if len(shards) > 1:
         total = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         Path(folder, INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return hashes
 
 
 def _write_shard(path, layout, read):
-    """One safetensors file: the header's length (8 bytes), the header (JSON), the tensors end to end.
+    """One safetensors file. Returns its hash.
 
-    The library's own writer wants all tensors of a file in memory at once.
+    The library's own writer wants all tensors of a file in memory at once. Beside the writing one thread hashes, and
+    one sends what is written to the disk already: so a save takes about as long as a plain write.
     """
-    header, offset, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
-    for name, (dtype, shape) in layout.items():
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+    names = {dtype: name for name, dtype in STATES.items()}
+    places = {
+        name: (names[dtype], shape, torch.Size(shape).numel() * dtype.itemsize)
+        for name, (dtype, shape) in layout.items()
+    }
+    encoded = encode_header(places, {"format": "pt"})
+    digest = hashlib.sha256(encoded)
+    with open(path, "wb") as file, ThreadPoolExecutor(2) as beside:
+        file.write(encoded)
+        flushed = beside.submit(os.fsync, file.fileno())
         for name, (dtype, shape) in layout.items():
             tensor = read(name).detach()
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), name
-            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            hashed = beside.submit(digest.update, content)
+            file.write(content)
+            if flushed.done():
+                flushed.result()  # or its error
+                flushed = beside.submit(os.fsync, file.fileno())
+            hashed.result()  # before the tensor is gone
+        flushed.result()
+    return digest.hexdigest()
 
 
 def save_model(model, folder, source):
-    """Write a dense model's weights, in their dtypes, to `folder`, with the side files of the folder `source`."""
+    """Write a dense model's weights, in their dtypes, to `folder`, with the side files of the folder `source`.
+
+    Returns the hashes of `write_weights`.
+    """
     parameters = dict(model.named_parameters())
     layout = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in parameters.items()}
-    write_weights(folder, layout, parameters.__getitem__)
+    hashes = write_weights(folder, layout, parameters.__getitem__)
     copy_side_files(source, folder)
     config = with_dtype(read_json(Path(source, "config.json")), next(model.parameters()).dtype)
     Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return hashes
 
 
 def save_optimizer(optimizer, folder):
     """Write what an optimiser has gathered for each parameter, whichever optimiser it is, without pickle.
 
-    Tensors go to `optimizer.safetensors`, plain numbers to `optimizer.json`; parameters are counted in their order.
+    Tensors go to `optimizer.safetensors`, one at a time, plain numbers to `optimizer.json`; parameters are counted in
+    their order. Returns the SHA-256 (hex) of the first by its name, for `files.new_folder`.
     """
     tensors, numbers = {}, {}
     for index, parameter in enumerate(_parameters(optimizer)):
         for key, value in optimizer.state[parameter].items():
             if torch.is_tensor(value):
-                tensors[f"{index}.{key}"] = value.detach().cpu().clone()  # 8-bit states share their value tables
+                tensors[f"{index}.{key}"] = value
             else:
                 numbers[f"{index}.{key}"] = value
-    save_file(tensors, Path(folder, OPTIMIZER))
-    Path(folder, "optimizer.json").write_text(json.dumps(numbers) + "\n")
+    Path(folder, "optimizer.json").write_text(json.dumps(numbers, sort_keys=True) + "\n")
+    # The largest items first, so that each tensor is aligned; by name, as a resumed run gathers them in another order.
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    layout = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
+    return {OPTIMIZER: _write_shard(Path(folder, OPTIMIZER), layout, tensors.__getitem__)}
 
 
 def load_optimizer(optimizer, folder):
-    """Put what `save_optimizer` wrote to `folder` into an optimiser over the same parameters."""
-    parameters = _parameters(optimizer)
-    with _opened(Path(folder, OPTIMIZER)) as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    state.update(read_json(Path(folder, "optimizer.json")))
-    for name, value in state.items():
+    """Put what `save_optimizer` wrote to `folder` into an optimiser over the same parameters.
+
+    Raises UserError unless it is for each of them (or for none, as before the first step), and all of it is finite.
+    """
+    parameters, path = _parameters(optimizer), Path(folder, OPTIMIZER)
+    entries = read_tensors(path, f"delete {folder} to go on from an earlier one")
+    entries |= read_json(Path(folder, "optimizer.json"))
+    state = [{} for _ in parameters]
+    for name, value in entries.items():
         index, _, key = name.partition(".")
-        parameter = parameters[int(index)]
-        optimizer.state[parameter][key] = value.to(parameter.device) if torch.is_tensor(value) else value
+        if not index.isdecimal() or int(index) >= len(state) or not key:
+            raise UserError(f"{path}: {name} is of no parameter of this model: it belongs to another run")
+        state[int(index)][key] = value
+    for number, (parameter, values) in enumerate(zip(parameters, state, strict=True)):
+        if bool(values) != bool(state[0]):
+            raise UserError(f"{path}: parameter {number} has no state, or is the only one: it belongs to another run")
+        for key, value in values.items():
+            if torch.is_tensor(value) and value.dim() > 1 and value.shape != parameter.shape:
+                raise UserError(f"{path}: {number}.{key} is {tuple(value.shape)}: it belongs to another run")
+            if torch.is_tensor(value) and not value.isfinite().all():
+                again = f"delete {folder} and resume an earlier one"
+                raise UserError(f"{path}: {number}.{key} holds NaN or infinity: {again}")
+            optimizer.state[parameter][key] = value.to(parameter.device) if torch.is_tensor(value) else value
 
 
 def _parameters(optimizer):
@@ -263,7 +338,8 @@ def _parameters(optimizer):
 def read_notes(folder):
     """What a training or a merge left in `onetune.json`: prompt style, base model, quantisation. {} without it."""
     path = Path(folder, NOTES)
-    return read_json(path) if path.is_file() else {}
+    check_listed(folder, [NOTES], CHECKPOINT_AGAIN)
+    return read_json(path) if path.exists() else {}
 
 
 def find_base(adapter_dir):
@@ -279,7 +355,10 @@ def find_base(adapter_dir):
 
 
 def trained_quantization(adapter_dir, quantize):
-    """How to quantise an adapter's base: as the flag says, "none" for not at all, or without it as in training."""
+    """How to quantise an adapter's base: as the flag says, "none" for not at all, or without it as in training.
+
+    A plan is kept whole in the adapter's notes, so its file need not be there any more.
+    """
     if quantize is None and adapter_dir is not None:
         quantize = read_notes(adapter_dir).get("quantize")
     return None if quantize == "none" else quantize

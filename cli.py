@@ -15,12 +15,15 @@ imports, so that a mistyped flag is answered at once and not after seconds of im
 import argparse
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 import sys
 import types
 import typing
+from pathlib import Path
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 
@@ -38,6 +41,7 @@ def parse(settings_class, args=None):
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with any of the settings below.")
     parser.add_class_arguments(settings_class, fail_untyped=True)
     try:
+        _check_nesting(args)
         values = parser.parse_args(args).as_dict()
         values.pop("config")
         return settings_class(**values)
@@ -64,9 +68,26 @@ def run(main, settings):
         sys.exit(130)
 
 
+def number_of_bytes(text, flag):
+    """The bytes that a text such as 24GB, 24GiB or 800MB stands for. Raises UserError that names the flag."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM]i?B)", text)
+    if not match or float(match[1]) == 0:
+        raise UserError(f"--{flag} {text}: expected a size such as 24GB, 24GiB or 800MB")
+    return int(float(match[1]) * {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}[match[2]])
+
+
+def number_of_seconds(text, flag):
+    """The seconds that a text such as 24h, 90m or 3600s stands for. Raises UserError that names the flag."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([hms])", text)
+    if not match or float(match[1]) == 0:
+        raise UserError(f"--{flag} {text}: expected a time such as 24h, 90m or 3600s")
+    return float(match[1]) * {"h": 3600, "m": 60, "s": 1}[match[2]]
+
+
 def fail(message):
-    """Print one line on standard error and exit with status 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    """Print one line on standard error and exit with status 2. What a damaged file fills with noise is left out."""
+    line = " ".join(str(message).split())
+    print("error: " + (line if len(line) <= 1000 else f"{line[:600]} […] {line[-300:]}"), file=sys.stderr)
     sys.exit(2)
 
 
@@ -78,6 +99,19 @@ def _complete_switches(args, settings_class):
         f"{arg}=true" if arg in switches and value.startswith("--") else arg
         for arg, value in zip(args, values, strict=False)
     ]
+
+
+def _check_nesting(args):
+    """Raise UserError for a `--config` file nested so deeply that libyaml, which jsonargparse uses, would crash."""
+    given = [b if a == "--config" else a.removeprefix("--config=") for a, b in itertools.pairwise([*args, ""])
+             if a == "--config" or a.startswith("--config=")]  # fmt: skip
+    for path in given:
+        try:
+            yaml.compose(Path(path).read_bytes(), yaml.SafeLoader)  # in Python, where recursion has an end
+        except RecursionError:
+            raise UserError(f"--config {path} is nested too deeply: it is not a YAML file of settings") from None
+        except (OSError, ValueError, yaml.YAMLError):
+            pass  # the parser says it better
 
 
 def _explain(message, settings_class, args):
@@ -111,6 +145,8 @@ def _describe(annotation):
         return "one of " + ", ".join(map(str, args))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(arg) for arg in args)
+    if origin is dict:
+        return "names and values"
     if origin is list:
         return f"a list such as [a,b] of {_describe(args[0])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

@@ -10,9 +10,9 @@ memory, and a folder appears when it is complete or not at all.
 """
 
 import contextlib
-import copy
 import pickle
 import re
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class Settings:
             not the one that the adapter names.
         adapter_dir: LoRA adapter, ours or PEFT's, to merge into its base.
         quantize: How the base was quantised when the adapter was trained, if not as the adapter's onetune.json says:
-            none, bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
+            none, bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or the file of a plan.
         out_dir: Folder to write; by default checkpoints/REPO_ID, checkpoints/NAME or ADAPTER_DIR-merged.
         dtype: Of the weights written. "auto" is that of the source (float16 if it is quantised), and float32 for a
             merged model: rounding to 16 bits loses a part of what the adapter learnt (it is measured and printed).
@@ -63,11 +63,8 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
-import lora
 from checkpoint import (
     DTYPES,
     NOTES,
@@ -81,12 +78,11 @@ from checkpoint import (
     with_dtype,
     write_weights,
 )
-from files import new_folder, read_json, write_json
-from model import Config, Transformer, attention_mask, rope_angles
-from quantize import QUANTIZERS
+from files import checked, flush, new_folder, read_json, write_json
+from merge import Tuned, compare
+from model import Config, Transformer
+from quantize import describe_quantization
 from tokenizer import Tokenizer
-
-PROBE_LENGTH = 32  # positions on which a merged model is compared with base and adapter
 
 
 def main(s):
@@ -104,29 +100,40 @@ def main(s):
 
 
 def download(s):
-    """Fetch a model from the hub. Returns its model folder, checked, and converted if need be."""
+    """Fetch a model from the hub. Returns its model folder, checked, and converted if need be.
+
+    It goes to a hidden folder beside, where a download that was cut off goes on, and appears whole or not at all.
+    """
     import huggingface_hub
 
     out_dir = s.out_dir or Path("checkpoints", s.repo_id)
+    refuse_existing(out_dir)
     with explained_hub_errors(s.repo_id):
         info = huggingface_hub.model_info(s.repo_id, revision=s.revision, files_metadata=True)
     names = files_to_fetch(s.repo_id, {file.rfilename for file in info.siblings})
     size = sum(file.size or 0 for file in info.siblings if file.rfilename in names)
     as_it_stands = s.dtype == "auto" and any(name.endswith(".safetensors") for name in names)
-    folder = out_dir if as_it_stands else Path(f"{out_dir}-source")
-    print(f"downloading {s.repo_id} to {folder}: {len(names)} files, {size / 1e9:.2f} GB")
+    folder = out_dir.with_name(f".{out_dir.name}.download")
+    print(f"downloading {s.repo_id} to {out_dir}: {len(names)} files, {size / 1e9:.2f} GB")
     with explained_hub_errors(s.repo_id):
         huggingface_hub.snapshot_download(s.repo_id, revision=info.sha, local_dir=folder, allow_patterns=names)
+    try:
+        convert(folder, None if as_it_stands else out_dir, s.dtype)
+    except UserError as error:
+        raise UserError(f"{error} (the same command takes what {folder} has: delete it to start afresh)") from None
     if as_it_stands:
-        return convert(folder, None, "auto")
-    converted = convert(folder, out_dir, s.dtype)
-    print(f"{folder} is no longer needed")
-    return converted
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's notes on how far it is
+        for file in folder.iterdir():
+            flush(file)
+        folder.rename(out_dir)
+    else:
+        shutil.rmtree(folder)
+    return out_dir
 
 
 def files_to_fetch(repo_id, names):
     """Which files of a repository make up a model folder: of the weights safetensors, and .bin only without them."""
-    for pattern in (r"model.*\.safetensors(\.index\.json)?", r"pytorch_model.*\.bin(\.index\.json)?"):
+    for pattern in (r"model[^/]*\.safetensors(\.index\.json)?", r"pytorch_model[^/]*\.bin(\.index\.json)?"):
         weights = sorted(name for name in names if re.fullmatch(pattern, name))
         if weights:
             return weights + [name for name in SIDE_FILES if name in names]
@@ -168,15 +175,17 @@ def convert(source, out_dir, dtype):
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     print(f"reading {source}: {config['model_type']}, {count / 1e6:,.1f} million parameters in {len(shapes)} tensors")
     if in_place:
-        for name in tqdm(shapes, "checking", disable=None):
-            weights.read(name)
+        with checked(source):
+            for name in tqdm(shapes, "checking", disable=None):
+                weights.read(name)
         print(f"{source} is a model folder as it stands: nothing to convert")
         return source
     if dtype != "auto":
         config = with_dtype(config, getattr(torch, dtype))
     layout = {name: (target_dtype(weights, name, dtype), shape) for name, shape in shapes.items()}
-    with new_folder(out_dir) as folder:
-        write(folder, layout, lambda name: weights.read(name).to(layout[name][0]))
+    hashes = {}
+    with new_folder(out_dir, hashes) as folder:
+        hashes |= write(folder, layout, lambda name: weights.read(name).to(layout[name][0]))
         write_side_files(folder)
         write_json(folder / "config.json", config)
     print(f"wrote {out_dir}: {describe(layout)}")
@@ -207,7 +216,10 @@ class BinWeights(Weights):
     def __init__(self, folder):
         self._tensors = {}
         for path in shard_paths(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin"):
-            self._tensors.update((name, (path, tensor)) for name, tensor in self._unpickle(path).items())
+            for name, tensor in self._unpickle(path).items():
+                if name in self._tensors:
+                    raise UserError(f"{path}: tensor {name} is in {self._tensors[name][0].name} too")
+                self._tensors[name] = path, tensor
         self.shapes = {name: tuple(tensor.shape) for name, (_, tensor) in self._tensors.items()}
         ours = DTYPES.values()
         self.dtypes = {name: t.dtype if t.dtype in ours else None for name, (_, t) in self._tensors.items()}
@@ -223,6 +235,10 @@ class BinWeights(Weights):
             raise UserError(f"{path} is damaged ({str(error).partition('. ')[0]}): download it again") from None
         if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
             raise UserError(f"{path} does not hold a model's tensors by name")
+        for name, tensor in tensors.items():
+            # With strides of 0 a few bytes would be a tensor of any size.
+            if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise UserError(f"{path}: tensor {name} is not stored whole")
         return tensors
 
     def read(self, name):
@@ -237,7 +253,7 @@ def check(weights, config, where):
     try:
         with torch.device("meta"):
             model = Transformer(Config.from_dict(config))
-    except (ValueError, TypeError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: config.json: {error}") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     try:
@@ -266,7 +282,7 @@ def target_dtype(weights, name, dtype):
 
 def write(folder, layout, read):
     with tqdm(total=len(layout), desc="writing", disable=None) as bar:
-        write_weights(folder, layout, lambda name: bar.update() or read(name))
+        return write_weights(folder, layout, lambda name: bar.update() or read(name))
 
 
 def describe(layout):
@@ -278,84 +294,26 @@ def describe(layout):
 # ------------------------------------------------------------------------------------------------------- merging
 
 
-class Tuned:
-    """A model, and perhaps an adapter over it, of which a module at a time is in memory (in fp32)."""
-
-    def __init__(self, config, weights, quantize=None, adapter_dir=None):
-        """The arguments are those of `load_model`, but that the first two have been read."""
-        self.weights, self.quantizer = weights, QUANTIZERS.get(quantize)
-        self.adapter, self.tensors = None, {}
-        with torch.device("meta"):
-            self.model = Transformer(Config.from_dict(config))
-        if adapter_dir is not None:
-            lora.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
-            self.adapter, self.tensors = lora.read_adapter(adapter_dir)
-        self.linears = lora.linear_layers(self.model)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def read(self, name):
-        tied = name == "lm_head.weight" and self.model.config.tie_word_embeddings
-        return self.weights.read("model.embed_tokens.weight" if tied else name).to(self.device, torch.float32)
-
-    def linear(self, name):
-        """The linear layer `name`: quantised and adapted as in training."""
-        weight, bias = self.read(f"{name}.weight"), None
-        if self.linears[name].bias is not None:
-            bias = nn.Parameter(self.read(f"{name}.bias"), requires_grad=False)
-        if self.quantizer is not None and name != "lm_head":
-            layer = self.quantizer(weight, bias)
-        else:
-            layer = nn.Linear(*weight.T.shape, device="meta")
-            layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), bias
-        if name in self.tensors:
-            layer = self.adapter.adapt(layer, name)
-            lora.fill_adapter(layer, self.tensors[name], name)
-        return layer
-
-    def module(self, name):
-        """The module `name`, a block or a norm, with all that is in it."""
-        module = copy.deepcopy(self.model.get_submodule(name))
-        for path in [path for path, _ in module.named_parameters()]:
-            inner, _, leaf = path.rpartition(".")
-            if f"{name}.{inner}" not in self.linears:
-                setattr(module.get_submodule(inner), leaf, nn.Parameter(self.read(f"{name}.{path}")))
-        for path in lora.linear_layers(module):
-            inner, _, leaf = path.rpartition(".")
-            setattr(module.get_submodule(inner), leaf, self.linear(f"{name}.{path}"))
-        return module
-
-    @torch.no_grad()
-    def logits(self, tokens):
-        """Logits (1, T, V) for tokens (1, T), as `Transformer` computes them, one block after the other."""
-        config, positions = self.model.config, torch.arange(tokens.size(1), device=self.device)
-        x = F.embedding(tokens.to(self.device), self.read("model.embed_tokens.weight"))
-        angles = rope_angles(config, positions, x.dtype)
-        for layer, window in enumerate(tqdm(config.windows, "comparing", disable=None)):
-            mask = attention_mask(len(positions), len(positions), window, None, self.device)
-            x = self.module(f"model.layers.{layer}")(x, angles, mask)
-        return self.linear("lm_head")(self.module("model.norm")(x))
-
-
 def merge(s):
     """Write the model that does what base and adapter do together. Returns its folder."""
     base = s.source or find_base(s.adapter_dir)
     notes, quantize = read_notes(s.adapter_dir), trained_quantization(s.adapter_dir, s.quantize)
-    if quantize is not None and quantize not in QUANTIZERS:
-        raise UserError(f"--quantize {quantize}: expected none or one of {', '.join(QUANTIZERS)}")
     out_dir = s.out_dir or Path(f"{s.adapter_dir}-merged")
     refuse_existing(out_dir)
     weights, config, write_side_files = open_source(base)
     shapes = check(weights, config, base)
     tuned = Tuned(config, weights, quantize, s.adapter_dir)
-    print(f"reading {base}{f' in {quantize}' if quantize else ''} and {len(tuned.tensors)} adapters in {s.adapter_dir}")
+    stored = f" in {describe_quantization(tuned.quantization)}" if tuned.quantization else ""
+    print(f"reading {base}{stored} and {len(tuned.tensors)} adapters in {s.adapter_dir}")
     dtype = torch.float32 if s.dtype == "auto" else getattr(torch, s.dtype)
-    config = with_dtype(config, dtype)
-    if "lm_head" in tuned.tensors:  # it differs from the embedding now
-        config["tie_word_embeddings"] = False
+    config = tuned.merged_config(with_dtype(config, dtype))
+    if not config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     layout = {name: (dtype, shape) for name, shape in shapes.items()}
-    with new_folder(out_dir) as folder:
-        rounding = write_merged(tuned, layout, folder)
+    hashes = {}
+    with new_folder(out_dir, hashes) as folder, checked(base):
+        rounding, written = write_merged(tuned, layout, folder)
+        hashes |= written
         write_side_files(folder)
         write_json(folder / "config.json", config)
         if notes:
@@ -369,40 +327,23 @@ def merge(s):
 
 @torch.no_grad()
 def write_merged(tuned, layout, folder):
-    """Write each weight with its adapter merged into it. Returns how far rounding to `layout`'s dtypes moved them.
+    """Write each weight with its adapter merged into it.
 
-    That is |rounded - merged| / |merged - base| over the adapted weights, Euclidean norms.
+    Returns how far rounding to `layout`'s dtypes moved them, and the hashes of the files. The first is
+    |rounded - merged| / |merged - base| over the adapted weights, Euclidean norms.
     """
     changed = rounded = 0.0
 
     def read(name):
         nonlocal changed, rounded
-        dtype, path = layout[name][0], name.removesuffix(".weight")
-        if path not in tuned.linears or path == name:
-            return tuned.read(name).to(dtype)
-        layer = tuned.linear(path)
-        if path not in tuned.tensors:
-            return lora.dense_weight(layer, torch.float32).to(dtype)
-        weight = layer.merged_weight()
-        changed += (weight - lora.dense_weight(layer.base, torch.float32)).square().sum().item()
-        rounded += (weight - weight.to(dtype).float()).square().sum().item()
+        dtype, (weight, before) = layout[name][0], tuned.merged(name)
+        if before is not None:
+            changed += (weight - before).square().sum().item()
+            rounded += (weight - weight.to(dtype).float()).square().sum().item()
         return weight.to(dtype)
 
-    write(folder, layout, read)
-    return (rounded / changed) ** 0.5 if changed else 0.0
-
-
-def compare(tuned, merged):
-    """Print how far the logits of a merged model are from those of base and adapter, on tokens from all over."""
-    tokens = torch.linspace(0, tuned.model.config.vocab_size - 1, PROBE_LENGTH).long()[None]
-    one, other = tuned.logits(tokens).double(), merged.logits(tokens).double()
-    difference = (one - other).abs().max().item()
-    divergence = F.kl_div(other.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="sum") / PROBE_LENGTH
-    agree = (one.argmax(-1) == other.argmax(-1)).float().mean().item()
-    print(
-        f"merged against base + adapter, {PROBE_LENGTH} positions: logits differ by at most {difference:.1e}, "
-        f"mean KL {divergence.item():.1e}, same likeliest token in {agree:.0%}"
-    )
+    hashes = write(folder, layout, read)
+    return (rounded / changed) ** 0.5 if changed else 0.0, hashes
 
 
 if __name__ == "__main__":

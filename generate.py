@@ -22,8 +22,8 @@ class Settings:
     Args:
         checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
         adapter_dir: Adapter to put over it, such as out/RUN/final, ours or PEFT's.
-        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; "none" for not at all. With
-            an adapter as in its training if not given.
+        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or each layer as in a plan's
+            file; "none" for not at all. With an adapter as in its training if not given.
         precision: Dtype of the other weights and of the computation.
         prompt: One prompt, answered as it is generated. Without it and prompts_file a chat starts.
         prompts_file: File of prompts: .txt with one a line, or .jsonl with "prompt", "instruction" and "input",
@@ -82,9 +82,10 @@ if __name__ == "__main__":
 import torch
 
 from checkpoint import find_base, load_model, read_notes, trained_quantization
-from model import KVCache
+from decode import fastest_decoder
 from prompts import STYLES, encode_prompt, stop_ids
-from tokenizer import StreamDecoder, Tokenizer
+from sampling import Reply, generate, generate_all
+from tokenizer import Tokenizer
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -150,6 +151,8 @@ def read_prompts(path):
         if path.suffix == ".jsonl":
             try:
                 row = json.loads(line)
+            except RecursionError:
+                raise UserError(f"{path}:{number}: nested too deeply") from None
             except ValueError as error:
                 raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
         text = row.get("prompt", row.get("instruction")) if isinstance(row, dict) else None
@@ -162,26 +165,36 @@ def read_prompts(path):
     return dialogs
 
 
+def trained_style(checkpoint_dir, adapter_dir, tokenizer, style=None):
+    """The prompt style that is asked for, or else that of the training, or else the checkpoint's own, or plain."""
+    notes = read_notes(adapter_dir or checkpoint_dir) or read_notes(checkpoint_dir)
+    style = style or notes.get("prompt_style") or ("checkpoint" if tokenizer.chat_template else "plain")
+    if style not in STYLES:
+        raise UserError(f"--prompt_style {style}: expected one of {', '.join(STYLES)}")
+    return style
+
+
 class Writer:
     """A loaded model with its tokenizer and prompt style: messages in, answers out."""
 
-    def __init__(self, checkpoint_dir, adapter_dir, quantize, precision, style=None):
-        """The arguments are those of the command line; `style` and `quantize` None mean as in training."""
+    def __init__(self, checkpoint_dir, adapter_dir, quantize, precision, style=None, model=None):
+        """The arguments are those of the command line; `style` and `quantize` None mean as in training.
+
+        model: one to take that is in memory already; then `quantize` and `precision` say nothing.
+        """
         checkpoint_dir = checkpoint_dir or find_base(adapter_dir)
-        notes = read_notes(adapter_dir or checkpoint_dir) or read_notes(checkpoint_dir)
         quantize = trained_quantization(adapter_dir, quantize)
         self.tokenizer = Tokenizer(checkpoint_dir)
-        self.style = style or notes.get("prompt_style") or ("checkpoint" if self.tokenizer.chat_template else "plain")
-        if self.style not in STYLES:
-            raise UserError(f"--prompt_style {self.style}: expected one of {', '.join(STYLES)}")
+        self.style = trained_style(checkpoint_dir, adapter_dir, self.tokenizer, style)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(checkpoint_dir, DTYPES[precision], device, quantize, adapter_dir)
+        self.model = model or load_model(checkpoint_dir, DTYPES[precision], device, quantize, adapter_dir)
+        self.decoder = fastest_decoder(self.model)
         self.stop_ids = stop_ids(self.tokenizer, self.style)
 
     def stream(self, messages, s):
         """Yield the answer to `messages` piece by piece; `s` has the sampling settings of `Settings`."""
         reply, shown = Reply(self.tokenizer, self.stop_ids, s.stop), 0
-        for _ in generate(self.model, [encode_prompt(self.tokenizer, messages, self.style)], [reply], s, [s.seed]):
+        for _ in generate(self.decoder, [encode_prompt(self.tokenizer, messages, self.style)], [reply], s, [s.seed]):
             yield reply.text[shown : reply.safe_length]
             shown = reply.safe_length
 
@@ -189,113 +202,8 @@ class Writer:
         """The answers to a list of dialogs, in order; the work is done in batches of about equal lengths."""
         prompts = [encode_prompt(self.tokenizer, messages, self.style) for messages in dialogs]
         replies = [Reply(self.tokenizer, self.stop_ids, s.stop) for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for first in range(0, len(order), s.batch_size):
-            rows = order[first : first + s.batch_size]
-            batch = ([prompts[i] for i in rows], [replies[i] for i in rows], s, [s.seed + i for i in rows])
-            for _ in generate(self.model, *batch):
-                pass
+        generate_all(self.decoder, prompts, replies, s)
         return [reply.text for reply in replies]
-
-
-class Reply:
-    """One answer as it grows: `text`, and `done` once a stop id or a stop text has ended it (neither is kept)."""
-
-    def __init__(self, tokenizer, stop_ids, stop_texts=()):
-        self.text, self.done, self.length = "", False, 0
-        self._decoder, self._stop_ids, self._stop_texts = StreamDecoder(tokenizer), stop_ids, stop_texts
-
-    def push(self, id):
-        """Take the next token."""
-        self.length += 1
-        if id in self._stop_ids:
-            self.finish()
-            return
-        self._append(self._decoder.push(id))
-
-    def finish(self):
-        if not self.done:
-            self._append(self._decoder.flush())
-            self.done = True
-
-    def _append(self, piece):
-        self.text += piece
-        found = [position for stop in self._stop_texts if (position := self.text.find(stop)) >= 0]
-        if found:
-            self.text, self.done = self.text[: min(found)], True
-
-    @property
-    def safe_length(self):
-        """How many characters can be shown: what may be the beginning of a stop text is held back."""
-        if self.done:
-            return len(self.text)
-        held = [n for stop in self._stop_texts for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
-        return len(self.text) - max(held, default=0)
-
-
-@torch.inference_mode()
-def generate(model, prompts, replies, s, seeds):
-    """Extend each of `replies` with what follows its prompt, token by token; yields after each one.
-
-    prompts: B lists of ids, none empty. seeds: B numbers. s has max_new_tokens, temperature, top_k, top_p and
-    repetition_penalty. Rows of unequal lengths are padded on the left, and their result does not depend on the others.
-    """
-    device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
-    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
-    if longest >= context:
-        raise UserError(f"a prompt has {longest} tokens, the model's context is {context}: shorten it")
-    if not all(prompts):
-        raise UserError("a prompt is empty, and in its style nothing comes before it: the model needs a token")
-    room = [min(s.max_new_tokens, context - len(prompt)) for prompt in prompts]
-    limit = max(room)
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-    cache = KVCache(
-        model.config, len(prompts), longest + limit, dtype, device, padding=padding if padding.any() else None
-    )
-    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[prompt] = True
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    for _ in range(limit):
-        logits = model.lm_head(model.hidden_states(tokens, cache)[:, -1]).float()  # (B, V)
-        ids = choose(penalize(logits, seen, s.repetition_penalty), s.temperature, s.top_k, s.top_p, generators)
-        seen.scatter_(1, ids[:, None], True)
-        for reply, id, most in zip(replies, ids.tolist(), room, strict=True):
-            if not reply.done:
-                reply.push(id)
-            if reply.length == most:
-                reply.finish()
-        if all(reply.done for reply in replies):
-            break
-        yield
-        tokens = ids[:, None]
-    yield
-
-
-def penalize(logits, seen, penalty):
-    """Make the tokens in `seen` (B, V) less likely: positive logits are divided by `penalty`, negative multiplied."""
-    if penalty == 1.0:
-        return logits
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def choose(logits, temperature, top_k, top_p, generators):
-    """Draw one token for each row of logits (B, V) fp32, with its own generator: ids (B,) int64."""
-    if not logits.isfinite().all():
-        raise UserError("the model's logits are NaN or infinite: its weights or its adapter are damaged")
-    if temperature == 0 or top_p == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    if top_p < 1:
-        ordered, places = probabilities.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before it have reached top_p already
-        probabilities = ordered.masked_fill(outside, 0).gather(1, places.argsort(dim=-1))
-    rows = zip(probabilities, generators, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
 
 
 if __name__ == "__main__":

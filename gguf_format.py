@@ -6,9 +6,12 @@ thing it does not say is Mistral v0.1's sliding window, which only matters beyon
 """
 
 import functools
+import math
+import mmap
 import re
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -50,21 +53,18 @@ class GGUFWeights(Weights):
     def __init__(self, path):
         self.path = path
         try:
-            reader = gguf.GGUFReader(path)
-            self.metadata = {key: field.contents() for key, field in reader.fields.items() if field.types}
-        except Exception as error:  # the library checks nothing: a damaged file can end in any exception
-            raise UserError(f"{path} is damaged or no GGUF file ({error!r}): download it again") from None
-        if reader.byte_order != "I":
-            raise UserError(f"{path}: its byte order is not this machine's")
-        if self.metadata.get("split.count", 0) > 1:
+            self.metadata, tensors = read_structure(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged or no GGUF file ({error}): download it again") from None
+        if self.metadata.get("split.count", 0) not in (0, 1):
             raise UserError(f"{path} is one part of several: join them with llama.cpp's gguf-split --merge")
-        self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
+        self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in tensors}
+        if len(self._tensors) < len(tensors):
+            raise UserError(f"{path} is damaged (two tensors have one name): download it again")
         factors = self._tensors.pop("rope_freqs.weight", None)
-        self.rope_factors = None if factors is None else torch.from_numpy(np.array(factors.data, dtype=np.float32))
-        self.shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
-        self.dtypes = {
-            name: STORED.get(tensor.tensor_type.name, torch.float16) for name, tensor in self._tensors.items()
-        }
+        self.rope_factors = None if factors is None else torch.from_numpy(self._values(factors))
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.dtypes = {name: STORED.get(tensor.type.name, torch.float16) for name, tensor in self._tensors.items()}
         if self.get("general.architecture") not in ("llama", "qwen2", "qwen3"):
             raise UserError(f"{path}: architecture {self.get('general.architecture')!r} is not supported")
 
@@ -88,17 +88,26 @@ class GGUFWeights(Weights):
     def read(self, name):
         """The tensor `name` in fp32. Raises UserError if it is not finite."""
         tensor = self._tensors[name]
-        try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            raise UserError(f"{self.path}: type {tensor.tensor_type.name} of {tensor.name} is not supported") from None
-        values = torch.from_numpy(np.array(values)).view(self.shapes[name])
+        values = torch.from_numpy(self._values(tensor)).view(tensor.shape)
         if not values.isfinite().all():
             raise UserError(f"{self.path}: tensor {tensor.name} holds NaN or infinity")
         if re.search(r"\.[qk]_proj\.", name) and self.get("general.architecture") == "llama":
             heads = self.number("attention.head_count")
             values = _half_split(values, self.number("attention.head_count_kv", heads) if ".k_proj" in name else heads)
         return values
+
+    def _values(self, tensor):
+        """A `StoredTensor` as a writable fp32 array."""
+        *rows, columns = tensor.shape
+        block, size = gguf.GGML_QUANT_SIZES[tensor.type]
+        stored = np.fromfile(self.path, np.uint8, math.prod(tensor.shape) // block * size, offset=tensor.place)
+        dtype = {"F32": np.float32, "F16": np.float16}.get(tensor.type.name, np.uint8)
+        try:
+            # A quantised row is bytes; reinterpreted, they are as many numbers as its shape says.
+            values = gguf.quants.dequantize(stored.reshape(*rows, columns // block * size).view(dtype), tensor.type)
+        except NotImplementedError:
+            raise UserError(f"{self.path}: type {tensor.type.name} of {tensor.name} is not supported") from None
+        return np.array(values, np.float32)
 
 
 def _hugging_face_name(name):
@@ -112,6 +121,114 @@ def _hugging_face_name(name):
 def _half_split(rows, heads):
     """The rows of q or k from Meta's RoPE layout (pairs 2i, 2i + 1 of a head) to Hugging Face's (i, i + d/2)."""
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+# --------------------------------------------------------------------------------------------- what is in the file
+# The gguf package has a reader too, but it believes the file: a length of 2**60 makes it read on and on.
+
+NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+STRING, ARRAY = 8, 9
+VERSIONS = (2, 3)
+MOST_DIMENSIONS = 4  # ggml's
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in the file: the name it has there, its shape in row order, its type, and its first byte."""
+
+    name: str
+    shape: tuple
+    type: gguf.GGMLQuantizationType
+    place: int
+
+
+class _Cursor:
+    """Reads one value after the other and never beyond the end: ValueError."""
+
+    def __init__(self, data):
+        self.data, self.place = data, 0
+
+    def take(self, count):
+        if count > len(self.data) - self.place:
+            raise ValueError(f"at byte {self.place} it claims {count:,} more, it has {len(self.data) - self.place:,}")
+        self.place += count
+        return self.data[self.place - count : self.place]
+
+    def number(self, form):
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def text(self):
+        return self.take(self.number("<Q")).decode()
+
+    def value(self, kind):
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind])
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            raise ValueError(f"at byte {self.place} stands a value of the unknown type {kind}")
+        kind, count = self.number("<I"), self.number("<Q")
+        if kind in NUMBERS:  # in one go: a vocabulary has a hundred thousand scores
+            form = f"<{count}{NUMBERS[kind][1]}" if count <= len(self.data) else None
+            return list(struct.unpack(form, self.take(struct.calcsize(form)))) if form else self.take(count)
+        if kind != STRING:
+            raise ValueError(f"at byte {self.place} stands an array of the unknown type {kind}")
+        if 8 * count > len(self.data) - self.place:
+            self.take(8 * count)
+        return [self.text() for _ in range(count)]
+
+
+def read_structure(path):
+    """The metadata of a .gguf file by key, and its tensors, a list of `StoredTensor`. Raises ValueError, OSError.
+
+    Tensors lie end to end in the file's order, each at a multiple of `general.alignment`, as llama.cpp wants them.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = _Cursor(data)
+        if cursor.take(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        version = cursor.number("<I")
+        if version not in VERSIONS:
+            raise ValueError(f"version {version} is not supported, or its byte order is not this machine's")
+        tensor_count, count = cursor.number("<Q"), cursor.number("<Q")
+        metadata = dict(_unlike((cursor.text(), cursor.value(cursor.number("<I"))) for _ in range(count)))
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 8 or alignment % 8:
+            raise ValueError(f"general.alignment is {alignment!r}")
+        infos = dict(_unlike((cursor.text(), _tensor_info(cursor)) for _ in range(tensor_count)))
+        start = end = cursor.place + -cursor.place % alignment
+        tensors = []
+        for name, (shape, kind, offset) in infos.items():
+            if start + offset != end:
+                raise ValueError(f"{name} is at byte {start + offset} instead of {end}")
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            tensors.append(StoredTensor(name, shape, kind, end))
+            end += math.prod(shape) // block * size
+            if end > len(data):
+                raise ValueError(f"{name} ends at byte {end}, the file at {len(data)}")
+            end += -end % alignment
+    return metadata, tensors
+
+
+def _tensor_info(cursor):
+    """(shape in row order, type, offset) of the next tensor."""
+    dimensions = cursor.number("<I")
+    if not 0 < dimensions <= MOST_DIMENSIONS:
+        raise ValueError(f"a tensor has {dimensions} dimensions")
+    shape = tuple(reversed([cursor.number("<Q") for _ in range(dimensions)]))
+    kind, offset = gguf.GGMLQuantizationType(cursor.number("<I")), cursor.number("<Q")
+    if 0 in shape or shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        raise ValueError(f"a tensor of type {kind.name} has the shape {shape}")
+    return shape, kind, offset
+
+
+def _unlike(pairs):
+    """Yield pairs whose first halves differ; ValueError at one that comes twice."""
+    seen = set()
+    for name, value in pairs:
+        if name in seen:
+            raise ValueError(f"{name} comes twice")
+        seen.add(name)
+        yield name, value
 
 
 # ------------------------------------------------------------------------------------------------- configuration

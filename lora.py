@@ -11,20 +11,25 @@ import ctypes
 import json
 import math
 import re
+import signal
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from cli import UserError
-from files import read_json
+from files import check_listed, read_json
+from kernels import low_rank_linears
+from safetensors_format import read_tensors
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # PEFT's, before every name in an adapter file
+PATTERN_SECONDS = 2
+ADAPTER_AGAIN = "copy or train it again"  # what mends an adapter folder
 
 # Settings of PEFT's that change what an adapter computes, and that we do not have.
 UNSUPPORTED = (
@@ -32,13 +37,6 @@ UNSUPPORTED = (
     "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
     "monteclora_config",
 )  # fmt: skip
-
-
-def dense_weight(layer, dtype):
-    """The weight (out, in) that a linear layer multiplies by, dequantised if need be, without gradient."""
-    if isinstance(layer, nn.Linear):
-        return layer.weight.detach().to(dtype)
-    return layer.dequantize(dtype)
 
 
 class LoRALinear(nn.Module):
@@ -55,7 +53,8 @@ class LoRALinear(nn.Module):
         device = base.weight.device if isinstance(base, nn.Linear) else base.codes.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if not self.lora_A.is_meta:  # there it would do nothing, and take a second to import what it needs for that
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def low_rank(self, x):
         """scale * B A dropout(x), multiplied in x's dtype."""
@@ -64,12 +63,26 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.lora_B.to(x.dtype))
 
     def forward(self, x):
-        return self.base(x) + self.low_rank(x)
+        if not self.trains_by_hand():
+            return self.base(x) + self.low_rank(x)
+        return self.together(x, [self])[0]
+
+    def trains_by_hand(self):
+        """Whether `together` does what `forward` does. When nothing trains, the base may have a faster way."""
+        return torch.is_grad_enabled() and not (self.dropout and self.training)
+
+    @staticmethod
+    def together(x, layers):
+        """What each of `layers` makes of x, in fewer products and with less kept than one after the other."""
+        bases, scales = [layer.base for layer in layers], [layer.scale for layer in layers]
+        factors = [(layer.lora_A, layer.lora_B) for layer in layers]
+        ys = low_rank_linears(x, [base.dequantize for base in bases], scales, factors)
+        return [y if base.bias is None else y + base.bias.to(y.dtype) for y, base in zip(ys, bases, strict=True)]
 
     @torch.no_grad()
     def merged_weight(self):
         """The one weight, (out, in) fp32, that does what base and adapter do together."""
-        return dense_weight(self.base, torch.float32) + self.scale * (self.lora_B @ self.lora_A)
+        return self.base.dequantize(torch.float32) + self.scale * (self.lora_B @ self.lora_A)
 
 
 class DoRALinear(LoRALinear):
@@ -86,15 +99,22 @@ class DoRALinear(LoRALinear):
     def row_norms(self):
         return LoRALinear.merged_weight(self).norm(dim=1).clamp(min=1e-38)  # a row may be zero: 0 / 0 is NaN
 
+    def ratio(self):
+        """m / |V|, the factor of each row: (out,) fp32."""
+        return self.lora_magnitude_vector / self.row_norms()
+
+    def trains_by_hand(self):
+        return False
+
     def forward(self, x):
         y = self.base(x)
         bare = y if self.base.bias is None else y - self.base.bias.to(y.dtype)
-        ratio = (self.lora_magnitude_vector / self.row_norms()).to(y.dtype)
+        ratio = self.ratio().to(y.dtype)
         return y + (ratio - 1) * bare + ratio * self.low_rank(x)  # exactly y at the start, where ratio is 1
 
     @torch.no_grad()
     def merged_weight(self):
-        return super().merged_weight() * (self.lora_magnitude_vector / self.row_norms())[:, None]
+        return super().merged_weight() * self.ratio()[:, None]
 
 
 ADAPTERS = {"lora": LoRALinear, "dora": DoRALinear}
@@ -119,9 +139,12 @@ class AdapterConfig:
 
     def adapt(self, base, name):
         """The adapter over the linear layer `base`, which is called `name` in the model."""
-        r = _match_pattern(self.rank_pattern, name, self.r)
+        r = self.rank(name)
         alpha = _match_pattern(self.alpha_pattern, name, self.alpha)
         return ADAPTERS[self.kind](base, r, alpha, self.dropout, self.rslora)
+
+    def rank(self, name):
+        return _match_pattern(self.rank_pattern, name, self.r)
 
     def covers(self, name):
         if isinstance(self.targets, str):
@@ -212,13 +235,16 @@ def load_adapter(model, folder):
     """
     config, tensors = read_adapter(folder)
     layers = linear_layers(model)
-    wanted = [name for name in layers if config.covers(name)]
+    wanted = _match_names(config, layers, folder)
     for name in tensors:
         if name not in wanted:
             raise UserError(f"{folder}: it adapts {name}, which the base model or adapter_config.json does not have")
     for name in wanted:
         if name not in tensors:
             raise UserError(f"{folder}: no tensors for {name}, which adapter_config.json says it adapts")
+        if "lora_A" in tensors[name]:  # before memory is taken for whatever rank adapter_config.json claims
+            needed = config.rank(name), layers[name].in_features
+            _check_shape(f"{folder}: {name}.lora_A", tensors[name]["lora_A"].shape, needed)
     wrap(model, config, wanted)
     for name, module in adapters(model).items():
         fill_adapter(module, tensors[name], f"{folder}: {name}")
@@ -232,12 +258,45 @@ def fill_adapter(module, tensors, where):
     if parameters.keys() != tensors.keys():
         raise UserError(f"{where}: it should have the tensors {', '.join(parameters)}, it has {', '.join(tensors)}")
     for key, parameter in parameters.items():
-        if parameter.shape != tensors[key].shape:
-            shapes = f"{tuple(tensors[key].shape)} where the model needs {tuple(parameter.shape)}"
-            raise UserError(f"{where}.{key} is {shapes}: it belongs to another base model or rank")
+        _check_shape(f"{where}.{key}", tensors[key].shape, parameter.shape)
+        if tensors[key].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{where}.{key} is {tensors[key].dtype}: expected float32, bfloat16 or float16")
         if not tensors[key].isfinite().all():
             raise UserError(f"{where}.{key} holds NaN or infinity: the run that made it had failed")
         parameter.copy_(tensors[key])
+
+
+def _check_shape(what, shape, needed):
+    if tuple(shape) != tuple(needed):
+        shapes = f"{tuple(shape)} where the model needs {tuple(needed)}"
+        raise UserError(f"{what} is {shapes}: it belongs to another base model or rank")
+
+
+def _match_names(config, names, folder):
+    """Those of `names` that an adapter covers. Raises UserError if its patterns take more than `PATTERN_SECONDS`.
+
+    They may be regular expressions such as (a+)+$, which try endlessly many ways to match. Python asks for signals
+    while it tries; only the main thread gets them, and other threads have no limit.
+    """
+
+    def stop(*_):
+        raise UserError(
+            f"{folder}: the patterns in adapter_config.json take too long to match: list the modules' names"
+        )
+
+    limited = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, stop) if limited else None
+    try:
+        if limited:
+            signal.setitimer(signal.ITIMER_REAL, PATTERN_SECONDS)
+        for name in names:
+            for patterns in (config.rank_pattern, config.alpha_pattern):
+                _match_pattern(patterns, name, None)
+        return [name for name in names if config.covers(name)]
+    finally:
+        if limited:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def read_adapter(folder):
@@ -246,22 +305,21 @@ def read_adapter(folder):
     for path in (config_path, tensors_path):
         if not path.is_file():
             raise UserError(f"{path} does not exist: --adapter_dir must be a folder such as out/RUN/final")
+    check_listed(folder, [config_path.name, tensors_path.name], ADAPTER_AGAIN)
     try:
         config = _read_peft_config(read_json(config_path))
     except ValueError as error:
         raise UserError(f"{config_path}: {error}") from None
-    try:
-        stored = load_file(tensors_path)
-    except SafetensorError as error:
-        raise UserError(f"{tensors_path} is damaged ({error}): copy or train it again") from None
-    tensors = {}
+    stored, tensors = read_tensors(tensors_path, ADAPTER_AGAIN), {}
     for name, tensor in stored.items():
         if name == f"{PREFIX}lm_head.base_layer.weight":  # PEFT adds a copy of the frozen head, if it adapts it
             continue
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", name)
         if match is None:
             raise UserError(f"{tensors_path}: tensor {name} is not one of a LoRA adapter")
-        tensors.setdefault(match[1], {})[match[2]] = tensor
+        if match[2] in tensors.setdefault(match[1], {}):
+            raise UserError(f"{tensors_path}: tensor {name} comes twice, with and without .weight")
+        tensors[match[1]][match[2]] = tensor
     return config, tensors
 
 
@@ -285,6 +343,7 @@ def _read_peft_config(values):
     for key in ("r", "lora_alpha", "target_modules"):
         if not values.get(key):
             raise ValueError(f"{key} is missing")
+    _check_peft_values(values)
     targets = values["target_modules"]
     return AdapterConfig(
         kind="dora" if values.get("use_dora") else "lora",
@@ -296,3 +355,29 @@ def _read_peft_config(values):
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
     )
+
+
+def _check_peft_values(values):
+    """Raise ValueError if an adapter_config.json has values of the wrong kind."""
+    patterns = [values.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise ValueError("rank_pattern and alpha_pattern must be objects")
+    for rank in (values["r"], *patterns[0].values()):
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"a rank of {rank!r} is not a whole number above 0")
+    for alpha in (values["lora_alpha"], *patterns[1].values()):
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise ValueError(f"an alpha of {alpha!r} is not a number")
+    dropout, targets = values.get("lora_dropout", 0.0), values["target_modules"]
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"lora_dropout {dropout!r} is not a number from 0 to below 1")
+    for key in ("use_dora", "use_rslora"):
+        if type(values.get(key, False)) is not bool:
+            raise ValueError(f"{key} {values[key]!r} is not true or false")
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        raise ValueError("target_modules is neither a list of names nor a regular expression")
+    for pattern in (*patterns[0], *patterns[1], *([targets] if isinstance(targets, str) else [])):
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{pattern[:80]!r} is not a regular expression ({error})") from None

@@ -1,13 +1,20 @@
 """What a run measures: a row for every step, memory, arithmetic, and the report at its end."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import resource
 import statistics
+import sys
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from cli import UserError
+from files import whole_file
 
 COLUMNS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "targets", "padding",
@@ -15,31 +22,48 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class Metrics:
-    """The rows of metrics.csv, each flushed as it comes. A resumed run keeps those up to its checkpoint."""
+SHOWN = 10  # sources in a plot or on the screen: as many as there are colours
 
-    def __init__(self, path, start, enabled):
-        self.enabled, self.rows = enabled, []
+
+class Metrics:
+    """The rows of metrics.csv, each on the disk when `add` returns. A resumed run keeps those up to its checkpoint.
+
+    Those after it are computed again, and come out the same; until then they are in metrics-redone.csv, which keeps
+    them. No file is ever changed but by adding a line: another takes its place, whole.
+
+    sources: the number of training targets of each source whose losses are told apart, by its name.
+    """
+
+    def __init__(self, path, start, sources, enabled):
+        self.path, self.sources, self.enabled, self.rows = path, sources, enabled, []
         if not enabled:
             return
-        kept = []
-        if start and path.exists():
-            with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+        columns = [*COLUMNS, *(f"{kind}/{name}" for kind in ("loss", "val_loss") for name in sources)]
+        before, rows = read_rows(path)
+        kept, later = ([row for row in rows if (int(row["step"]) <= start) is early] for early in (True, False))
+        if later:
+            redone = path.with_name("metrics-redone.csv")
+            names, known = read_rows(redone)
+            all_names = [*names, *(name for name in before if name not in names)]
+            write_rows(redone, all_names, [*known, *(row for row in later if row not in known)])[0].close()
+        if len(kept) < start:
+            print(
+                f"note: {path} has {len(kept)} of the {start} steps before, the report lacks the others",
+                file=sys.stderr,
+            )
+        columns += [name for name in before if name not in columns and kept]
         self.rows = [{key: float(value) for key, value in row.items() if value} for row in kept]
-        temporary = path.with_suffix(".tmp")  # takes the place of the old file whole, or not at all
-        self.file = open(temporary, "w", newline="")  # noqa: SIM115 (open as long as the run)
-        self.writer = csv.DictWriter(self.file, COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(kept)
-        self.file.flush()
-        os.replace(temporary, path)
+        self.file, self.writer = write_rows(path, columns, kept)
 
     def add(self, row):
-        if self.enabled:
-            self.rows.append(row)
-            self.writer.writerow(row)
-            self.file.flush()
+        if not self.enabled:
+            return
+        if not self.path.exists():
+            raise UserError(f"{self.path} is gone: the run's folder was removed or renamed, so the run stops")
+        self.rows.append(row)
+        self.writer.writerow(row)
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
     def column(self, name):
         """Steps and values of the rows that have a value for `name`."""
@@ -47,11 +71,89 @@ class Metrics:
         return [row["step"] for row in rows], [row[name] for row in rows]
 
 
+def read_rows(path):
+    """Column names and rows (texts by name) of a CSV file, without a last line that was not finished; or [], []."""
+    if not path.exists():
+        return [], []
+    try:
+        text = path.read_text(encoding="utf-8")
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        rows, names = list(reader), reader.fieldnames or []
+        for row in rows:
+            int(row["step"])
+            [float(value) for value in row.values() if value != ""]  # None where there are too few, a list if too many
+    except (KeyError, ValueError, TypeError, csv.Error):
+        raise UserError(f"{path} is damaged: move it away to go on without its rows") from None
+    return names, rows
+
+
+def write_rows(path, columns, rows):
+    """Put a CSV file of these rows in the place of `path`. Returns it, open to add to, and its writer."""
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+    return file, csv.DictWriter(file, columns)
+
+
+def add_by_source(sums, losses, samples, indices):
+    """Add the losses of a micro-batch's targets to the `sums` (S,) fp64 of their sources, in place; none for S = 0.
+
+    losses: (n,), of the targets of the samples `indices` in their order, which both layouts keep.
+    """
+    if len(sums):
+        sources = samples.sources[indices].repeat_interleave(samples.target_counts[indices])
+        sums.index_add_(0, sources.to(sums.device), losses.to(sums.dtype))
+
+
+def losses_by_source(kind, names, sums, samples, indices):
+    """Loss per target token of each source, "kind/name": number, without those that have no target in `indices`."""
+    counts = targets_by_source(samples, indices, len(names))
+    means = (sums.cpu() / counts).float().tolist()  # rounded: on a GPU the last bits of `sums` come out as they like
+    return {f"{kind}/{name}": mean for name, mean, n in zip(names, means, counts.tolist(), strict=True) if n}
+
+
+def targets_by_source(samples, indices, source_count):
+    """How many targets the samples `indices` have of each of so many sources: (source_count,) int64."""
+    counts = samples.target_counts[indices].double()
+    return samples.sources[indices].bincount(counts, source_count)[:source_count].long()
+
+
 def peak_memory(device):
     """Bytes: the most that tensors took on a GPU, or that the process took on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_memory("VmHWM")
+
+
+def start_measuring(device):
+    """Let the peak start anew, before the model is built. Returns the bytes that are taken already, by the imports."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return 0
+    with contextlib.suppress(OSError):  # not everywhere allowed: then the peak of the imports counts too
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident_memory("VmRSS")
+
+
+def peak_memory_since(before, device):
+    """Bytes that tensors took at most on a GPU, or that the process took above `before` on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident_memory("VmHWM") - before
+
+
+def resident_memory(key):
+    """Bytes of this process in memory: now ("VmRSS"), or the most since that was reset ("VmHWM").
+
+    Not from getrusage, where a child begins at its parent's peak; that is for systems that are no Linux.
+    """
+    try:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return 1024 * int(status[key].split()[0])
 
 
 def parameter_counts(model):
@@ -61,8 +163,20 @@ def parameter_counts(model):
     return sum(n for n, trains in sizes if trains), sum(n for n, trains in sizes if not trains) + quantized
 
 
+def weight_bytes(model):
+    """Bytes of all of a model's weights, adapters included: quantised ones with their scales, shared ones once."""
+    quantized = sum(m.nbytes() for m in model.modules() if hasattr(m, "codes"))
+    return sum(p.nbytes for p in model.parameters()) + quantized
+
+
 def flop_counter():
-    """A context that counts the floating-point operations inside it, with those of padding and recomputation."""
+    """A context that counts the floating-point operations inside it, with those of padding and recomputation.
+
+    Fused attention counts as if every position saw its whole sample, as torch has it; and in a plan for CUDA, where no
+    offset has a value, as if every sample of a packed row were as long as its longest.
+    """
+    import torch.nn.attention.varlen  # noqa: F401 (imported after the counter was made, it would not be counted)
+
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the others torch knows by itself
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     counts = {
@@ -86,12 +200,15 @@ def estimated_flops(model, tokens, targets):
     return tokens * in_blocks + targets * per_weight * head
 
 
-def report(out_dir, model, metrics, flops_per_token):
+def report(out_dir, model, metrics, flops_per_token, memory):
     """Print what the run came to and write it to `summary.json` and `loss.png` in `out_dir`.
 
     flops_per_token: floating-point operations as they were counted, 0 if they were not (in a resumed run).
+    memory: the peak as "predicted" and as "measured" (on a CPU above that of the imports), in bytes.
     """
     rows = metrics.rows
+    if not rows:  # all steps were done before, and metrics.csv was taken away
+        return
     seconds, tokens = (sum(row[name] for row in rows) for name in ("seconds", "tokens"))
     estimated = estimated_flops(model, tokens, sum(row["targets"] for row in rows))
     trainable, frozen = parameter_counts(model)
@@ -108,30 +225,91 @@ def report(out_dir, model, metrics, flops_per_token):
         "estimated_tflops_per_second": estimated / seconds / 1e12,
         "measured_tflops_per_second": flops_per_token * tokens / seconds / 1e12 or None,
         "peak_memory_gb": max(row["memory_gb"] for row in rows),
+        "predicted_memory_gb": memory["predicted"] / 1e9,
+        "measured_memory_gb": memory["measured"] / 1e9,
+        "predicted_over_measured": memory["predicted"] / max(1, memory["measured"]),
     }
-    (out_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    sources = summarize_sources(metrics)
+    written = {**summary, "sources": sources} if sources else summary
+    with whole_file(out_dir / "summary.json") as file:
+        file.write_bytes((json.dumps(written, indent=2) + "\n").encode())
     plot_losses(metrics, out_dir / "loss.png")
     for name, value in summary.items():
         print(f"{name.replace('_', ' '):30} {f'{value:,.4g}' if isinstance(value, float) else value}")
+    print_sources(sources)
     print(f"written to {out_dir}: final/, metrics.csv, loss.png, summary.json")
 
 
+def summarize_sources(metrics):
+    """Of each source its last training loss, its first and last validation loss, and how it "got": better or worse."""
+    result = {}
+    for name in metrics.sources:
+        losses, evaluations = (metrics.column(f"{kind}/{name}")[1] for kind in ("loss", "val_loss"))
+        first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
+        got = (
+            None if len(evaluations) < 2 else "worse" if last > first else "better" if last < first else "no different"
+        )
+        result[name] = {
+            "loss_last": losses[-1] if losses else None, "val_loss_first": first, "val_loss_last": last, "got": got,
+        }  # fmt: skip
+    return result
+
+
+def print_sources(sources):
+    """The first and the last validation loss of at most SHOWN sources, those that got worse before all others."""
+    judged = [name for name in sources if sources[name]["got"]]
+    judged.sort(key=lambda name: sources[name]["val_loss_first"] - sources[name]["val_loss_last"])
+    for name in judged[:SHOWN]:
+        first, last = sources[name]["val_loss_first"], sources[name]["val_loss_last"]
+        print(f"{name + ' validation loss':30} {first:.4g}, then {last:.4g}: {sources[name]['got']}")
+    if len(judged) > SHOWN:
+        print(f"and those of {len(judged) - SHOWN} more sources in summary.json")
+
+
+def running_mean(values, span):
+    """The mean of each value and those before it, `span` of them at most."""
+    return [statistics.fmean(values[max(0, i - span + 1) : i + 1]) for i in range(len(values))]
+
+
 def plot_losses(metrics, path):
-    """Training loss, its running mean, and validation loss against the step, as a PNG."""
+    """Training loss, its running mean, and validation loss against the step, as a PNG; below them by source."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    shown = sorted(metrics.sources, key=metrics.sources.get, reverse=True)[:SHOWN]
+    evaluated = any(metrics.column(f"val_loss/{name}")[0] for name in shown)
+    below = [["loss", "val_loss" if evaluated else "loss"]] if shown else []
+    figure, axes = plt.subplot_mosaic(
+        [["all", "all"], *below], figsize=(11, 9) if shown else (8, 4.5), layout="constrained"
+    )
     steps, losses = metrics.column("loss")
     span = max(2, len(steps) // 20)
-    smooth = [statistics.fmean(losses[max(0, i - span + 1) : i + 1]) for i in range(len(losses))]
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, label="training, each step")
-    axes.plot(steps, smooth, color="tab:blue", label=f"training, mean of {span} steps")
-    axes.plot(*metrics.column("val_loss"), "o-", color="tab:orange", label="validation")
-    axes.set(xlabel="optimiser step", ylabel="loss per target token (nats)", title=path.parent.name, ylim=(0, None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    axes["all"].plot(steps, losses, color="tab:blue", alpha=0.25, label="training, each step")
+    axes["all"].plot(steps, running_mean(losses, span), color="tab:blue", label=f"training, mean of {span} steps")
+    axes["all"].plot(*metrics.column("val_loss"), "o-", color="tab:orange", label="validation")
+    axes["all"].set(title=path.parent.name, ylim=(0, None))
+    axes["all"].legend()
+    for name, color in zip(shown, plt.colormaps["tab10"].colors, strict=False):
+        steps, losses = metrics.column(f"loss/{name}")
+        axes["loss"].plot(steps, running_mean(losses, span), color=color, label=name)
+        if evaluated:
+            axes["val_loss"].plot(*metrics.column(f"val_loss/{name}"), "o-", markersize=4, color=color)
+    if shown:
+        which = (
+            f"the {SHOWN} largest of {len(metrics.sources)} sources" if len(metrics.sources) > SHOWN else "by source"
+        )
+        axes["loss"].set(title=f"training, mean of {span} steps, {which}")
+        figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    if evaluated:
+        axes["val_loss"].sharey(axes["loss"])
+        axes["val_loss"].set(title=f"validation, {which}")
+    for panel in axes.values():
+        panel.set(xlabel="optimiser step", ylabel="loss per target token (nats)")
+        panel.grid(alpha=0.3)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
     plt.close(figure)
+    with whole_file(path) as file:
+        file.write_bytes(image.getvalue())

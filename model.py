@@ -7,6 +7,7 @@ Shapes: B batch, T tokens in this call, S keys (cached ones and these), D hidden
 d head size, V vocabulary.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,11 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from attention import choose_attention
+from kernels import LOSS_CHUNK, compute_dtype, head_loss, linear, rms_norm, rotate, swiglu
+
 IGNORE = -100  # a target that does not count, as in torch's cross_entropy
-# On a CPU, rows up to this length attend in plain products. Forward and backward of 16 rows of 60 in bf16 took 15 ms
-# against the fused kernel's 68, of 8 rows of 128 25 against 88, of 4 rows of 256 81 against 72 (one thread).
-PLAIN_ATTENTION_LENGTH = 128
-LOSS_CHUNK = 1024  # target positions whose logits exist at one time; 1024 x 32,000 fp32 logits are 131 MB
 
 # What the families that share this structure leave unsaid in config.json. Biases: q, k, v and o as `attention_bias`
 # says, unless fixed here; the norm on each query and key head before RoPE is Qwen3's.
@@ -86,7 +86,7 @@ class Config:
     def from_dict(cls, config):
         """Read a parsed config.json. Raises ValueError where the model would not be the one it describes."""
         family = config.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise ValueError(f"model_type {family!r} is not supported, only {', '.join(FAMILIES)} are")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, only silu is")
@@ -94,9 +94,7 @@ class Config:
             raise ValueError("the weights are already quantised (quantization_config): take the original ones")
         try:
             config = {**config, **FAMILIES[family]}
-            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-                if not config[key] > 0:
-                    raise ValueError(f"{key} is {config[key]}, it must be above 0")
+            _check_sizes(config)
             heads = config["num_attention_heads"]
             attention_bias = config.get("attention_bias", False)
             result = cls(
@@ -119,9 +117,46 @@ class Config:
             )
         except KeyError as error:
             raise ValueError(f"key {error} is missing") from None
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(f"a value is of the wrong kind ({error})") from None
         if heads % result.num_key_value_heads or result.head_dim % 2:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, and head_dim even")
+        _check_values(result)
         return result
+
+
+LARGEST = 2**24  # of any size, and 1,000 layers: what a damaged file can ask for must not take time or memory
+
+
+def _check_sizes(config):
+    """Raise ValueError unless the sizes in a config.json are whole numbers within reason."""
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for key in (*needed, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        value = config[key] if key in needed else config.get(key)
+        most = 1000 if key == "num_hidden_layers" else LARGEST
+        if value is not None and not (type(value) is int and 0 < value <= most) or value is None and key in needed:
+            raise ValueError(f"{key} is {value!r}, it must be a whole number above 0 and up to {most:,}")
+
+
+def _check_values(config):
+    """Raise ValueError for what else a `Config` cannot mean."""
+    rope = config.rope
+    positive = {name: getattr(rope, name) for name in ("theta", "factor", "low_freq_factor", "high_freq_factor")}
+    for name, value in {**positive, "rms_norm_eps": config.rms_norm_eps}.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value!r}, it must be a number above 0")
+    windows = {window for window in config.windows if window is not None}
+    if not all(type(size) is int and size > 0 for size in {rope.original_context, *windows}):
+        raise ValueError("original_max_position_embeddings and sliding_window must be whole numbers above 0")
+    if len(config.windows) != config.num_hidden_layers:
+        raise ValueError(
+            f"layer_types names {len(config.windows)} layers, num_hidden_layers {config.num_hidden_layers}"
+        )
+    for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"):
+        if type(getattr(config, name)) is not bool:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, it must be true or false")
+    if config.num_attention_heads * config.head_dim > LARGEST:
+        raise ValueError(f"num_attention_heads times head_dim is above {LARGEST:,}")
 
 
 def _windows(config):
@@ -146,7 +181,29 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that multiplies in its input's dtype, whatever its weight is stored in."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # there it would do nothing, and take a second to import what it needs for that
+            super().reset_parameters()
+
+    def dequantize(self, dtype):
+        """The weight that this layer multiplies by, (out_features, in_features) of `dtype`, without gradient."""
+        return self.weight.detach().to(dtype)
+
+
+def project(x, *layers):
+    """What each of several layers makes of one input; adapters do it together, in fewer products."""
+    adapted = [layer for layer in layers if hasattr(layer, "together") and layer.trains_by_hand()]
+    done = dict(zip(adapted, adapted[0].together(x, adapted), strict=True)) if adapted else {}
+    return [done[layer] if layer in done else layer(x) for layer in layers]
 
 
 @lru_cache
@@ -171,52 +228,17 @@ def rope_angles(config, positions, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x, cos, sin):
-    """Turn x (B, heads, T, d), whose dimension i pairs with i + d/2 (Hugging Face's layout, not Meta's)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def attention_mask(T, S, window, padding, device):
-    """Which of the S keys each of the last T positions may see: bool (B or 1, 1, T, S).
-
-    None where causality alone says it, so that attention can take its fast path. `padding` (B,) counts the
-    positions at the left of each row that hold nothing.
-    """
-    if padding is None and (window is None or S <= window) and T in (1, S):  # noqa: SIM300
-        return None
-    query = torch.arange(S - T, S, device=device)[:, None]
-    key = torch.arange(S, device=device)[None]
-    mask = (key <= query)[None, None]
-    if window is not None:
-        mask = mask & (key > query - window)
-    if padding is not None:  # a padding position sees itself: a softmax over nothing would be NaN
-        mask = mask & (key >= padding[:, None, None, None]) | (key == query)
-    return mask
-
-
-def attend(q, k, v, mask):
-    """Attention of q (B, H, T, d) to k, v (B, K, S, d), causal where `mask` is None: (B, H, T, d)."""
-    B, H, T, d = q.shape
-    K = k.size(1)
-    if T == 1:  # the heads that share keys are the rows of one product: no key is copied
-        return F.scaled_dot_product_attention(q.view(B, K, H // K, d), k, v, attn_mask=mask).view(B, H, T, d)
-    if mask is None and q.device.type == "cpu" and T <= PLAIN_ATTENTION_LENGTH:
-        return plain_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=K != H)
-
-
-def plain_attention(q, k, v):
-    """Causal attention written out: the reference of the fused kernels, and on a CPU the faster way for short rows.
-
-    q (B, H, T, d) and k, v (B, K, T, d) give (B, H, T, d). The heads that share keys are rows of one product.
-    """
-    B, H, T, d = q.shape
-    K = k.size(1)
-    scores = (q.reshape(B, K, H // K * T, d) @ k.transpose(-2, -1)).view(B, H, T, T).float() * d**-0.5
-    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1).to(v.dtype)
-    return (weights.view(B, K, H // K * T, T) @ v).view(B, H, T, d)
+def positions_of(tokens, cache, offsets):
+    """Each token's place in its sample, from 0: (T,), or (B, T) if the rows of the cache are padded."""
+    T, device = tokens.size(1), tokens.device
+    if offsets is not None:
+        starts = torch.tensor(offsets, device=device)
+        # The size is known: asked for it, a CUDA device would be waited for, and one that is not there has no answer.
+        return torch.arange(T, device=device) - starts[:-1].repeat_interleave(starts.diff(), output_size=T)
+    if cache is None:
+        return torch.arange(T, device=device)
+    positions = torch.arange(cache.length, cache.length + T, device=device)
+    return positions if cache.padding is None else (positions - cache.padding[:, None]).clamp(min=0)
 
 
 class KVCache:
@@ -241,6 +263,33 @@ class KVCache:
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def keep(self, rows):
+        """Forget all but these rows of the batch: indices (B',) int64."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+
+    def joined(self, other, more):
+        """A new cache: this one's rows, then those of `other`, moved so that all end together, and room for `more`.
+
+        Keys and values hold for a row wherever it begins: RoPE counts from its padding. Columns that are padding in
+        every row are left out.
+        """
+        parts = [(cache, 0 if cache.padding is None else int(cache.padding.min())) for cache in (self, other)]
+        length = max(cache.length - unused for cache, unused in parts)
+        layers, _, K, _, d = self.k.shape
+        shape = (layers, self.k.size(1) + other.k.size(1), K, length + more, d)
+        result = copy.copy(self)
+        result.k, result.v, result.length = self.k.new_zeros(shape), self.v.new_zeros(shape), length
+        result.padding, first = torch.zeros(shape[1], dtype=torch.int64, device=self.k.device), 0
+        for cache, unused in parts:
+            rows, start = slice(first, first + cache.k.size(1)), length - (cache.length - unused)
+            for old, new in ((cache.k, result.k), (cache.v, result.v)):
+                new[:, rows, :, start:length] = old[:, :, :, unused : cache.length]
+            result.padding[rows] = start - unused if cache.padding is None else cache.padding + (start - unused)
+            first = rows.stop
+        return result
+
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with RoPE."""
@@ -250,22 +299,22 @@ class Attention(nn.Module):
         D, d = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.layer, self.head_dim = layer, d
-        self.q_proj = nn.Linear(D, H * d, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, K * d, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, K * d, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * d, D, bias=config.o_bias)
+        self.q_proj = Linear(D, H * d, bias=config.qkv_bias)
+        self.k_proj = Linear(D, K * d, bias=config.qkv_bias)
+        self.v_proj = Linear(D, K * d, bias=config.qkv_bias)
+        self.o_proj = Linear(H * d, D, bias=config.o_bias)
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, angles, mask, cache):
+    def forward(self, x, angles, attention, cache):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, d)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q = self.q_norm(q).transpose(1, 2)  # (B, H, T, d)
+        k, v = self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, K, T, d)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, d)
-        y = attend(q, k, v, mask)
+        y = attention(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -275,12 +324,12 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, inner, bias=bias)
-        self.up_proj = nn.Linear(D, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, D, bias=bias)
+        self.gate_proj = Linear(D, inner, bias=bias)
+        self.up_proj = Linear(D, inner, bias=bias)
+        self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
@@ -291,8 +340,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, angles, mask, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
+    def forward(self, x, angles, attention, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), angles, attention, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -302,14 +351,15 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        embedding = torch.empty(config.vocab_size, config.hidden_size)  # given, it is not filled with random numbers
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "embed_tokens": nn.Embedding.from_pretrained(embedding, freeze=False),
                 "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self):
@@ -317,48 +367,56 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, targets=None, cache=None, recompute=False):
+    def forward(self, tokens, targets=None, cache=None, recompute=0.0, offsets=None, each=False):
         """Logits (B, T, V) for tokens (B, T) int64; with `targets` (B, T) the sum of their losses, a scalar in fp32.
 
         targets: the token that should follow each position, IGNORE where none counts.
         cache: a `KVCache` to read and extend; `tokens` follow what it holds.
-        recompute: keep only the input of each block for the backward pass and compute its inside again there.
+        recompute: the share of the blocks of which only the input is kept for the backward pass, which computes the
+            inside again.
+        offsets: of samples end to end in one row (B = 1): where each begins and the last one ends. Positions restart.
+        each: with `targets`, return that sum and the loss of each target, (n,) fp32 in the order of the flattened
+            `targets`, without gradient.
         """
-        x = self.hidden_states(tokens, cache, recompute)
-        return self.lm_head(x) if targets is None else self.summed_loss(x, targets)
+        x = self.hidden_states(tokens, cache, recompute, offsets)
+        if targets is None:
+            return self.lm_head(x)
+        loss, losses = self.target_losses(x, targets)
+        return (loss, losses) if each else loss
 
-    def hidden_states(self, tokens, cache=None, recompute=False):
-        """The final, normed hidden states (B, T, D) of tokens (B, T); the rest as in `forward`."""
-        start, padding = (0, None) if cache is None else (cache.length, cache.padding)
-        T = tokens.size(1)
-        positions = torch.arange(start, start + T, device=tokens.device)
-        if padding is not None:
-            positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
-        x = self.model.embed_tokens(tokens)
+    def hidden_states(self, tokens, cache=None, recompute=0.0, offsets=None, tree=None):
+        """The final, normed hidden states (B, T, D) of tokens (B, T).
+
+        tree: an `attention.Tree`, if rows have one beginning and several ends. The rest as in `forward`.
+        """
+        embedding, layers = self.model.embed_tokens, self.model.layers
+        x = embedding(tokens).to(compute_dtype(embedding.weight.dtype, tokens.device.type))
+        positions = positions_of(tokens, cache, offsets) if tree is None else tree.positions
         angles = rope_angles(self.config, positions, x.dtype)
         windows = self.config.windows
-        masks = {window: attention_mask(T, start + T, window, padding, x.device) for window in set(windows)}
-        for block, window in zip(self.model.layers, windows, strict=True):
-            if recompute:
-                x = checkpoint(block, x, angles, masks[window], use_reentrant=False, preserve_rng_state=True)
+        attention = {w: choose_attention(self.config, tokens, x.dtype, cache, w, offsets, tree) for w in set(windows)}
+        recomputed = round(recompute * len(layers))
+        for number, (block, window) in enumerate(zip(layers, windows, strict=True)):
+            if number < recomputed:
+                x = checkpoint(block, x, angles, attention[window], use_reentrant=False, preserve_rng_state=True)
             else:
-                x = block(x, angles, masks[window], cache)
+                x = block(x, angles, attention[window], cache)
         if cache is not None:
-            cache.length += T
+            cache.length += tokens.size(1)
         return self.model.norm(x)
 
-    def summed_loss(self, x, targets):
-        """Sum over the target positions of -log p(target), for x (B, T, D): a scalar in fp32.
+    def target_losses(self, x, targets):
+        """-log p(target) at the target positions, for x (B, T, D): the sum, and each (n,) without gradient, both fp32.
 
-        The head sees only the rows that have a target. Their logits are as large as all other activations
-        together, so with several chunks each is computed again in the backward pass instead of kept.
+        The head sees only the rows that have a target.
         """
         rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
         x, targets = x.flatten(0, 1)[rows], targets.flatten()[rows]
-        if len(rows) <= LOSS_CHUNK:
-            return self._cross_entropy(x, targets)
-        chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        return sum(checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks)
+        if isinstance(self.lm_head, Linear):
+            return head_loss(x, self.lm_head.weight, targets)
+        chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)  # an adapter sits on the head
+        losses = torch.cat([checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
+        return losses.sum(), losses.detach()
 
     def _cross_entropy(self, x, targets):
-        return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
+        return F.cross_entropy(self.lm_head(x).float(), targets, reduction="none")

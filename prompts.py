@@ -6,12 +6,10 @@ A dialog is a list of messages {"role": "system", "user" or "assistant", "conten
 To add a prompt style: a function `(tokenizer, messages) -> list[Segment]` and a line in `STYLES`.
 """
 
-import datetime
-import functools
-import json
 import re
 from typing import NamedTuple
 
+from chat_template import render
 from cli import UserError
 
 
@@ -33,17 +31,30 @@ def encode_dialog(tokenizer, messages, style):
     style's own BOS is not doubled. It stops after the last answer's end. Answers are encoded apart from the prompt, so
     no token straddles the two. UserError for messages that the style cannot render.
     """
-    _check(messages, last="assistant")
+    check_dialog(messages, last="assistant")
     ids, is_target, _ = _encode_segments(tokenizer, _segments(tokenizer, messages, style))
     return ids, is_target
 
 
 def encode_prompt(tokenizer, messages, style):
     """A dialog that ends with a question, for inference: the ids that `encode_dialog` puts before the answer."""
-    _check(messages, last="user")
+    check_dialog(messages, last="user")
     messages = [*messages, {"role": "assistant", "content": ""}]
     ids, _, prompt_length = _encode_segments(tokenizer, _segments(tokenizer, messages, style))
     return ids[:prompt_length]
+
+
+def prompt_text(tokenizer, messages, style):
+    """A dialog that ends with a question, or with the beginning of an answer, as one text without BOS.
+
+    For those who take nothing but text: what a user writes out as a special token is one there.
+    """
+    begun = isinstance(messages, list) and messages and messages[-1].get("role") == "assistant"
+    check_dialog(messages, last="assistant" if begun else "user")
+    messages = messages if begun else [*messages, {"role": "assistant", "content": ""}]
+    segments = _segments(tokenizer, messages, style)
+    last = max(i for i, segment in enumerate(segments) if segment.kind == "answer")
+    return "".join(segment.text for segment in segments[: last + 1])
 
 
 def stop_ids(tokenizer, style):
@@ -59,7 +70,8 @@ def _segments(tokenizer, messages, style):
     return STYLES[style](tokenizer, messages)
 
 
-def _check(messages, last):
+def check_dialog(messages, last):
+    """Raise UserError unless `messages` are a dialog whose last message is by `last`."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError("messages must be a list of objects with role and content")
     for i, message in enumerate(messages, 1):
@@ -273,27 +285,8 @@ def _run_template(tokenizer, messages):
     if not tokenizer.chat_template:
         others = ", ".join(style for style in STYLES if style != "checkpoint")
         raise UserError(f"{tokenizer.folder}: no chat template in tokenizer_config.json; choose one of {others}")
-    values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False}
-    try:
-        return _compile_template(tokenizer.chat_template).render(**values, **tokenizer.special_tokens)
-    except Exception as error:  # a template is a program: it can fail in any way
-        raise UserError(f"{tokenizer.folder}: its chat template fails on these messages: {error}") from error
-
-
-@functools.cache
-def _compile_template(source):
-    """A Jinja template in a sandbox, with what transformers offers a template."""
-    import jinja2.sandbox
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    sandbox.globals["raise_exception"] = refuse
-    sandbox.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    # transformers' {% generation %} marks the answers, which are known here anyway.
-    source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
-    return sandbox.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source))
+    turns = tuple((message["role"], message["content"]) for message in messages)
+    text, problem = render(tokenizer.chat_template, turns, tuple(tokenizer.special_tokens.items()))
+    if problem:
+        raise UserError(f"{tokenizer.folder}: its chat template fails on these messages: {problem}")
+    return text

@@ -4,18 +4,23 @@ The quantising itself is bitsandbytes', called directly, on CPU and CUDA alike. 
 multiply by what it dequantises to, so that the gradient is the exact one of the dequantised weight. NF4 (Dettmers et
 al. 2023, arXiv 2305.14314) is written out in plain torch at the end: slow, readable, and bit for bit the same.
 
+A model's layers may all have the same quantiser, or each its own: then they have a plan, a dict from the path of every
+linear layer in the blocks to a key of `QUANTIZERS` or "none". eval/quality.py --sensitivity writes one to a file.
+
 To add a quantiser: a class with `in_features`, `out_features`, `bias`, `codes`, `forward` and `dequantize(dtype)`,
 made from a weight and an optional bias, and a line in `QUANTIZERS`. bitsandbytes takes seconds to import, so that
 waits until a layer is made.
 """
 
-import copy
 import logging
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from cli import UserError
+from files import read_json, whole_file, write_json
+from kernels import stored_linear
 
 BLOCK = 64  # weights that share one scale in the 4-bit formats
 
@@ -28,19 +33,6 @@ def bitsandbytes():
     return bitsandbytes
 
 
-class _DequantizedLinear(torch.autograd.Function):
-    """x @ W.T for a frozen, quantised W. The backward pass dequantises again: kept, W would undo all the saving."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return F.linear(x, layer.dequantize(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.layer.dequantize(grad.dtype), None
-
-
 class QuantizedLinear(nn.Module):
     """What the quantised layers share: y = x @ dequantize(x.dtype).T + bias, for x (..., in_features)."""
 
@@ -50,9 +42,7 @@ class QuantizedLinear(nn.Module):
         self.bias = bias  # (out_features,), unquantised, or None
 
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = _DequantizedLinear.apply(x, self)
+        y = stored_linear(x, self.dequantize)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype):
@@ -75,9 +65,27 @@ class Linear4bit(QuantizedLinear):
         )
 
     def dequantize(self, dtype):
-        state = copy.copy(self.state)
-        state.dtype = dtype
-        return bitsandbytes().functional.dequantize_4bit(self.codes, state)
+        # The operation itself, which torch.compile can trace; the function around it would break the graph.
+        shape, kind = self.state.shape, self.state.quant_type
+        return torch.ops.bitsandbytes.dequantize_4bit(self.codes, self.block_scales(), BLOCK, kind, shape, dtype)
+
+    def forward(self, x):
+        one_row = x.numel() == self.in_features and self.in_features % BLOCK == 0
+        if x.is_cuda and one_row and not torch.is_grad_enabled():
+            return self.one_row(x)
+        return super().forward(x)
+
+    def one_row(self, x):
+        """The product with one row in bitsandbytes' kernel, which reads the codes alone: x (1, ..., in_features)."""
+        y = bitsandbytes().functional.gemv_4bit(x, self.codes, state=self.state)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def block_scales(self):
+        """The scale of each block of 64 weights, in row order: fp32, also where they are stored in 8 bits."""
+        if not self.state.nested:
+            return self.state.absmax.float()
+        scales = bitsandbytes().functional.dequantize_blockwise(self.state.absmax, self.state.state2)
+        return (scales + self.state.offset).float()
 
     def nbytes(self):
         tensors = [self.codes, self.state.absmax]
@@ -111,6 +119,100 @@ QUANTIZERS = {
     "bnb.fp4-dq": partial(Linear4bit, data_type="fp4", double_quant=True),
     "bnb.int8": Linear8bit,
 }
+
+
+# --------------------------------------------------------------------------------------- which layer has which of them
+
+# What two models share if a plan for the one fits the other: under these names in `model.Config` and in the file.
+SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+
+
+def read_quantization(value, model):
+    """What --quantize says, checked against a `Transformer` that is not quantised yet: None, a key, or a plan.
+
+    value: None or "none"; a key of QUANTIZERS; a plan; or the path of a plan's file, NAME.json. Raises UserError.
+    """
+    if value in (None, "none"):
+        return None
+    if isinstance(value, dict):
+        _check_plan(value, model, "--quantize")
+    elif isinstance(value, str) and value.endswith(".json"):
+        return _read_plan(value, model)
+    elif not isinstance(value, str) or value not in QUANTIZERS:
+        raise UserError(f"--quantize {value}: expected one of {', '.join(QUANTIZERS)}, or a plan's file, NAME.json")
+    return value
+
+
+def quantizer_of(quantization, path):
+    """The quantiser of a linear layer, a function of weight and bias, or None if it stays as it is.
+
+    quantization: as `read_quantization` returns it. path: of a layer in the blocks.
+    """
+    return QUANTIZERS.get(quantization[path] if isinstance(quantization, dict) else quantization)
+
+
+def quantizers_in_block(quantization, number):
+    """What tells blocks apart whose layers have other quantisers: equal for those that have the same."""
+    if not isinstance(quantization, dict):
+        return quantization
+    start = f"model.layers.{number}."
+    return tuple(sorted((path.removeprefix(start), q) for path, q in quantization.items() if path.startswith(start)))
+
+
+def describe_quantization(quantization):
+    """In words, for a line on the terminal."""
+    if not isinstance(quantization, dict):
+        return str(quantization)
+    names = [name for name in ("none", *QUANTIZERS) if name in quantization.values()]
+    counts = (f"{name} in {list(quantization.values()).count(name)}" for name in names)
+    return f"a plan ({', '.join(counts)} layers)"
+
+
+def quantizable_layers(model):
+    """Path and module of every linear layer in the blocks of a model that is not quantised yet."""
+    return {
+        path: module
+        for path, module in model.model.layers.named_modules(prefix="model.layers")
+        if isinstance(module, nn.Linear)
+    }
+
+
+def write_plan(path, plan, config, notes):
+    """Write a plan for a model of this `Config` to a file that --quantize takes. notes: what else to say in it."""
+    with whole_file(path) as file:
+        write_json(file, {**notes, "model": {name: getattr(config, name) for name in SIZES}, "layers": plan})
+
+
+def _read_plan(path, model):
+    values = read_json(path)
+    sizes, plan = values.get("model"), values.get("layers")
+    if not isinstance(sizes, dict) or not isinstance(plan, dict):
+        raise UserError(
+            f"{path} is no plan of quantisers, with model and layers: eval/quality.py --sensitivity makes one"
+        )
+    for name in SIZES:
+        here = getattr(model.config, name)
+        if sizes.get(name) != here:
+            raise UserError(f"{path} is for another model: its {name} is {sizes.get(name)}, here it is {here}")
+    _check_plan(plan, model, path)
+    return plan
+
+
+def _check_plan(plan, model, where):
+    """Raise UserError unless a plan names each linear layer in the model's blocks, no other, and known quantisers."""
+    layers = quantizable_layers(model)
+    unknown, missing = ([n for n in a if n not in b] for a, b in ((plan, layers), (layers, plan)))
+    for what, names in (("names a layer that the model does not have", unknown), ("leaves out a layer", missing)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{where}: the plan {what}: {names[0][:100]}{more}; it is for another model")
+    for name, quantizer in plan.items():
+        if quantizer != "none" and (not isinstance(quantizer, str) or quantizer not in QUANTIZERS):
+            choices = ", ".join(("none", *QUANTIZERS))
+            raise UserError(f"{where}: {name} has {str(quantizer)[:100]}: expected one of {choices}")
 
 
 # ------------------------------------------------------------------------------------ NF4, the readable reference

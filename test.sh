@@ -5,9 +5,10 @@ cd "$(dirname "$0")"
 
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 source .venv/bin/activate
-if ! cat requirements.txt requirements-dev.txt | cmp -s - .venv/installed-for-tests.txt; then
-    python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-    cat requirements.txt requirements-dev.txt >.venv/installed-for-tests.txt
+if ! cat requirements*.txt | cmp -s - .venv/installed-for-tests.txt; then
+    python -m pip install --quiet --disable-pip-version-check \
+        -r requirements.txt -r requirements-data.txt -r requirements-eval.txt -r requirements-dev.txt
+    cat requirements*.txt >.venv/installed-for-tests.txt
 fi
 
 ruff check .

@@ -10,6 +10,7 @@ SentencePiece `tokenizer.model`. Two things are done here, because the libraries
 """
 
 import codecs
+import functools
 import hashlib
 import itertools
 import json
@@ -17,7 +18,11 @@ import re
 from pathlib import Path
 
 from cli import UserError
-from files import read_json
+from files import check_listed, read_json
+
+TOKENIZER_FILES = (
+    "*token*.json", "tokenizer.model", "config.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 class Tokenizer:
@@ -31,7 +36,14 @@ class Tokenizer:
     """
 
     def __init__(self, checkpoint_dir):
-        folder = self.folder = Path(checkpoint_dir)
+        self.folder = Path(checkpoint_dir)
+        check_listed(self.folder, TOKENIZER_FILES, "download or convert it again")
+        try:
+            self._read_files(self.folder)
+        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            raise UserError(f"{self.folder}: its tokenizer files make no sense ({error!r}): get them again") from None
+
+    def _read_files(self, folder):
         config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").is_file():
             self._model = _TokenizerJson(folder / "tokenizer.json")
@@ -71,6 +83,9 @@ class Tokenizer:
             token = added.get(text, {"id": self._model.piece_to_id(text), "content": text})
             if token["id"] is not None:
                 added[text] = token | {"special": True}
+        for text, token in added.items():
+            if type(token["id"]) is not int or not 0 <= token["id"] < 2**31 or not isinstance(text, str):
+                raise ValueError(f"added token {text!r} has the id {token['id']!r}")
         return added
 
     def _find_bos_and_eos(self, config):
@@ -84,6 +99,8 @@ class Tokenizer:
             more = _read_json(self.folder / name).get("eos_token_id")
             ids += more if isinstance(more, list) else [more]
         ids = [id for id in ids if id is not None]
+        if not all(type(id) is int for id in ids):
+            raise ValueError(f"eos_token_id is {ids}")
         if not ids:
             raise UserError(f"{self.folder}: no end-of-sequence token; set eos_token in tokenizer_config.json")
         self.eos_id, self.eos_ids = ids[0], set(ids)
@@ -98,6 +115,8 @@ class Tokenizer:
         template = config.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, str | None):
+            raise ValueError("chat_template is no text")
         return template
 
     def encode(self, text, special=False, start=True):
@@ -111,9 +130,10 @@ class Tokenizer:
 
     def split(self, text, special=False):
         """`text` cut at its added tokens (special: as in `encode`): a list of ordinary texts (str) and ids (int)."""
-        if surrogate := re.search("[\ud800-\udfff]", text):
+        if not text.isascii() and (surrogate := re.search("[\ud800-\udfff]", text)):
             raise UserError(f"text with {surrogate[0]!r}, half a surrogate pair: it is not Unicode; mend its source")
-        pieces = (self.template_pattern if special else self._user_pattern).split(text)
+        pattern = self.template_pattern if special else self._user_pattern
+        pieces = pattern.split(text) if pattern.groups else [text]  # no group: there are no such tokens to look for
         # Every second piece is an added token, perhaps with blanks that it swallows.
         return [self._added.get(p, self._added.get(p.strip()))["id"] if i % 2 else p for i, p in enumerate(pieces) if p]
 
@@ -206,8 +226,12 @@ class _TokenizerJson:
             self.added, spec["added_tokens"] = spec["added_tokens"], []
             self.prefix = _take_prefix(_parts(spec["normalizer"]) + _parts(spec["pre_tokenizer"]))
             decoders = {part["type"] for part in _parts(spec["decoder"])}
+            if spec["model"].get("continuing_subword_prefix"):  # nor has byte-level BPE, and the library panics at some
+                raise ValueError("continuing_subword_prefix is not supported")
             self._library = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except Exception as error:  # the library raises no more specific class
+        except BaseException as error:  # the library raises no more specific class, and its panics are no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UserError(f"{path}: not a tokenizer.json that the tokenizers library reads ({error!r})") from error
         if not decoders & {"ByteLevel", "ByteFallback", "Metaspace"}:
             raise UserError(f"{path}: neither byte-level BPE nor SentencePiece's kind (decoder {sorted(decoders)})")
@@ -218,8 +242,14 @@ class _TokenizerJson:
         self.size = self._library.get_vocab_size()
 
     def encode(self, text, start):
-        text = " " + text if start and self.prefix != "never" else text
-        return self._library.encode(text, add_special_tokens=False).ids
+        return self._words.encode(" " + text if start and self.prefix != "never" else text, False)
+
+    @functools.cached_property
+    def _words(self):
+        def encode(text):
+            return self._library.encode(text, add_special_tokens=False).ids
+
+        return _Words(encode, encode, self._library.get_vocab(), "Ġ" if self.byte_level else "▁")
 
     def adds(self, bos_id):
         """Whether the file's post-processor starts a sequence with this id."""
@@ -258,10 +288,74 @@ class _SentencePiece:
         return id if self.piece(id) == text else None  # an unknown piece has the id of <unk>
 
     def encode(self, text, start):
-        return (self._at_start if start else self._inside).encode(text)
+        return self._words.encode(text, start)
+
+    @functools.cached_property
+    def _words(self):
+        return _Words(self._inside.encode, self._at_start.encode, map(self.piece, range(self.size)), "▁")
 
     def adds(self, bos_id):
         return True
+
+
+class _Words:
+    """The ids of a text word by word, each remembered: a library takes several times as long to work them out.
+
+    A word here is what lies between two spaces that have something visible on both sides; the space before it is its.
+    encode: the library's function for a text that continues one; at_start: for one that begins a sequence. pieces: the
+    vocabulary's; `space` stands for one in them.
+    """
+
+    def __init__(self, encode, at_start, pieces, space):
+        visible, pieces = f"[^{space}ĊčĉċČ\\s]", [piece for piece in pieces if piece]  # the letters: byte-level blanks
+        split_off = not any(map(re.compile(f"[A-Za-z0-9]{_MARK}").search, pieces))
+        self._inside = _Remembered(encode, "", split_off)
+        self._at_start, self._later = (_Remembered(*how, split_off) for how in ((at_start, ""), (encode, " ")))
+        self._at_start.after = self._later.after = self._inside.after = self._inside
+        self._encode = encode, at_start
+        self._apart = not any(map(re.compile(visible + space).search, pieces))
+        self._apart = self._apart and all(self.encode(_PROBE, start) == self._encode[start](_PROBE) for start in (0, 1))
+
+    def encode(self, text, start):
+        """What the library's function returns for the text.
+
+        It is the words' ids, one after the other, if no piece of the vocabulary has a space after something visible
+        (a line's end may have one) and no normaliser minds where a text begins, which is tried once.
+        """
+        if not self._apart:
+            return self._encode[start](text)
+        odd = _ODD_SPACE.search(text) or " " in (text[:1], text[-1:])
+        first, *later = _BETWEEN_WORDS.split(text) if odd else text.split(" ")
+        first = (self._at_start if start else self._inside)[first]
+        return [*first, *itertools.chain.from_iterable(map(self._later.__getitem__, later))]
+
+
+class _Remembered(dict):
+    """The ids of `before` + a word, by the word, worked out once.
+
+    split_off: a punctuation mark and what follows it are looked up apart, in `after`. So they may be if no piece of the
+    vocabulary has such a mark after a letter or digit.
+    """
+
+    def __init__(self, encode, before, split_off):
+        self._encode, self._before, self._split_off = encode, before, split_off
+
+    def __missing__(self, word):
+        mark = self._split_off and _BEFORE_MARK.search(word)
+        ids = self[word[: mark.end()]] + self.after[word[mark.end() :]] if mark else self._encode(self._before + word)
+        if len(word) <= LONGEST_WORD:
+            if len(self) >= MOST_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+_BETWEEN_WORDS = re.compile(r" (?<=\S )(?=\S)")  # a pattern that begins with a letter is searched for faster
+_ODD_SPACE = re.compile(r" (?:\s|(?<=\s ))")
+_MARK = r"[,.?!;:)\"]"
+_BEFORE_MARK = re.compile(f"[A-Za-z0-9](?={_MARK})")
+LONGEST_WORD, MOST_WORDS = 40, 2**17  # characters; about 30 MB
+_PROBE = 'a b  c\n d. "e" 12 3,456.7 it\'s\t f   \n\ng? 日本 語 — é ½ ﬁ (h) U.S. <s> x'
 
 
 def _take_prefix(parts):
@@ -287,7 +381,10 @@ def _parts(node):
 
 
 def _pattern(tokens):
-    """A regex that finds any of the added tokens, the longest first, as a group with the blanks that they swallow."""
+    """A regex that finds any of the added tokens, the longest first, as a group with the blanks that they swallow.
+
+    With no tokens, one without a group that finds nothing.
+    """
 
     def one(token):
         text = re.escape(token["content"])
@@ -295,7 +392,7 @@ def _pattern(tokens):
         return r"\s*" * token.get("lstrip", False) + text + r"\s*" * token.get("rstrip", False)
 
     found = [one(token) for token in sorted(tokens, key=lambda token: -len(token["content"])) if token["content"]]
-    return re.compile("(" + "|".join(found or ["(?!)"]) + ")")
+    return re.compile("(" + "|".join(found) + ")" if found else "(?!)")
 
 
 def _content(token):
@@ -315,4 +412,4 @@ _BYTE_OF = _byte_alphabet()
 
 def _read_json(path):
     """The object in a JSON file, {} without the file."""
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if path.exists() else {}

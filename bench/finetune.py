@@ -1,29 +1,43 @@
-"""Training speed and memory against transformers + PEFT: the same model, samples, steps and adapter, by turns.
+"""Training speed and memory against peers: the same model, samples, steps and adapter, by turns.
 
-    python bench/finetune.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data_dir prepared/orders
+    python bench/finetune.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data_dir prepared/gsm8k --mode lora-qv
+    python bench/finetune.py --report out/bench/finetune.jsonl
 
-Needs requirements-dev.txt. Each run is a process of its own. Ours is `train_step` of finetune.py. The peer is a plain
-loop over micro-batches of `--peer_micro_batch` samples, unsorted, padded on the right, with all logits; it is right to
-try several and to publish its best. Printed for each: the median tokens/s (no padding counted) of the steps after the
-first two, peak memory, first and last loss, gradient norm.
+Each run is a process of its own. Ours is `train_step` of finetune.py; the peers' are in bench/peers.py. A peer that the
+running interpreter lacks gets a virtual environment, made on first use by pip (minutes; PIP_INDEX_URL and its like
+choose where from). All sides get the same token ids in the same steps, AdamW with one constant learning rate, no
+dropout, no weight decay, no clipping, no recomputation. Peers cut a step into micro-batches of a number of samples,
+unsorted, padded on the right; 1 means no padding.
+
+Added to --out_file: a JSON line for every run. Printed: medians over the runs, and in a chart beside that file.
+
+tokens/s      positions trained on, padding not counted: the median step after the first two
+memory        GB, the most that the whole process took (on a GPU: that tensors took)
+first step    seconds from the start of the process to the end of its first optimiser step
+limit         tokens/s x the FLOPs that a token needs at least, over what the machine can do: 4 (6 for all weights) for
+              each weight that multiplies, those of the head only for the targets of the steps that count, because no
+              side needs logits elsewhere
+others        share of the CPUs that other processes took meanwhile: above some percent, measure again
 """
 
 import json
-import os
-import resource
 import statistics
-import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
 
 import cli
+import peers
 from cli import UserError
+from lines import Unavailable, add_line, commit, environment, run_job
+
+OURS = "onetune"
+TITLES = {OURS: OURS, **{name: peer.title for name, peer in peers.PEERS.items()}}
 
 
 @dataclass
@@ -33,163 +47,397 @@ class Settings:
     Args:
         checkpoint_dir: Model folder.
         data_dir: Folder made by prepare_data.py.
-        quantize: bnb.nf4 for QLoRA.
-        steps: Optimiser steps of a run, at least 4.
-        runs: Runs of each side; the median counts.
+        mode: LoRA on q and v (rank 8) or on all projections (rank 16), QLoRA (NF4) likewise, or all weights.
+        dtype: Of the weights.
+        peers: Whom to measure beside ours; [] for nobody.
+        peer_micro_batch: Samples in the peers' micro-batches; each of them is measured.
+        micro_batch_tokens: Positions in our micro-batches; each of them is measured.
+        planner: How our samples are cut into micro-batches (batching.py).
+        compile: Let torch.compile fuse our blocks.
         global_batch_size: Samples in a step.
-        micro_batch_tokens: Our micro-batches.
-        peer_micro_batch: Samples in the peer's micro-batches.
-        out_file: JSON lines, one a run, are added to this file.
-        only: Used by the script itself: run one side and print its line.
+        mask_prompt: Loss on answers only; false for every token.
+        steps: Optimiser steps of a run; the first two do not count.
+        runs: Runs of each side and setting; their median counts.
+        venvs_dir: Folder of the peers' virtual environments, their logs and converted models.
+        out_file: JSON lines are added to this file.
+        report: Measure nothing; make table and chart from such a file again.
+        job: Used by the script itself: our side of one run, as this file describes it.
     """
 
-    checkpoint_dir: Path
-    data_dir: Path
-    quantize: Literal["bnb.nf4"] | None = None
-    steps: int = 12
-    runs: int = 3
+    checkpoint_dir: Path | None = None
+    data_dir: Path | None = None
+    mode: Literal["lora-qv", "lora-all", "qlora-qv", "qlora-all", "full"] = "lora-qv"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    peers: list[Literal["peft", "trl", "litgpt", "torchtune"]] = field(default_factory=lambda: list(peers.PEERS))
+    peer_micro_batch: list[int] = field(default_factory=lambda: [4])
+    micro_batch_tokens: list[int] = field(default_factory=lambda: [1024])
+    planner: str = "packed"
+    compile: bool = False
     global_batch_size: int = 16
-    micro_batch_tokens: int = 512
-    peer_micro_batch: int = 16
-    out_file: Path | None = None
-    only: Literal["onetune", "transformers + PEFT"] | None = None
+    mask_prompt: bool = True
+    steps: int = 6
+    runs: int = 3
+    venvs_dir: Path = ROOT / "bench" / "venvs"
+    out_file: Path = Path("out/bench/finetune.jsonl")
+    report: Path | None = None
+    job: Path | None = None
 
     def __post_init__(self):
-        if self.steps < 4 or self.runs < 1:
-            raise UserError("--steps must be at least 4 and --runs at least 1")
+        if self.report or self.job:
+            return
+        if not self.checkpoint_dir or not self.data_dir:
+            raise UserError("--checkpoint_dir and --data_dir are required (or --report)")
+        if self.steps <= peers.SKIP or self.runs < 1 or self.global_batch_size < 1:
+            raise UserError(f"--steps must be above {peers.SKIP}, --runs and --global_batch_size above 0")
+        if not self.micro_batch_tokens or min(self.micro_batch_tokens) < 1:
+            raise UserError("--micro_batch_tokens must name at least one number, all above 0")
+        for size in self.peer_micro_batch:
+            if size < 1 or self.global_batch_size % size:
+                raise UserError(f"--peer_micro_batch {size}: must divide --global_batch_size {self.global_batch_size}")
 
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
-SIDES = ("onetune", "transformers + PEFT")
-
 
 def main(s):
-    if s.only:
-        print(json.dumps(measure(s)))
+    if s.job:
+        run_ours(s.job)
         return
-    results = {side: [] for side in SIDES}
-    for _ in range(s.runs):
-        for side in SIDES:
-            done = subprocess.run(
-                [sys.executable, *sys.argv, "--only", side], stdout=subprocess.PIPE, text=True, check=True
-            )
-            line = done.stdout.splitlines()[-1]
-            results[side].append(json.loads(line))
-            print(line, flush=True)
-            if s.out_file:
-                s.out_file.parent.mkdir(parents=True, exist_ok=True)
-                with open(s.out_file, "a") as file:
-                    file.write(line + "\n")
-    first = [results[side][0]["first_loss"] for side in SIDES]
-    if abs(first[0] - first[1]) > 0.01 * first[1]:
-        raise UserError(f"the first losses differ, {first[0]} and {first[1]}: the two sides do not do the same")
-    print(f"\n{'':22}{'tokens/s':>10}{'memory':>10}")
-    speeds, peaks = (
-        {side: statistics.median(run[key] for run in results[side]) for side in SIDES}
-        for key in ("tokens_per_second", "peak_gb")
-    )
-    for side in SIDES:
-        print(f"{side:22}{speeds[side]:10.0f}{peaks[side]:7.2f} GB")
-    print(f"{'ratio':22}{speeds[SIDES[0]] / speeds[SIDES[1]]:10.2f}{peaks[SIDES[0]] / peaks[SIDES[1]]:10.2f}")
+    path = s.report or s.out_file
+    if not s.report:
+        compare(s)
+    found = calls(read_lines(path))
+    for call in found if s.report else found[-1:]:
+        print_table(call)
+    chart = path.with_suffix(".png")
+    draw_chart(found, chart)
+    print(f"\nwritten to {chart}")
 
 
-def measure(s):
-    """One run of one side, as a dict for its JSON line."""
-    import torch
+# ------------------------------------------------------------------------------------------------------ comparing
 
-    from batching import Samples, sorted_in_step
 
-    samples = Samples(s.data_dir / "train.safetensors")
-    plan = sorted_in_step(
-        samples.lengths, samples.target_counts, s.global_batch_size, s.micro_batch_tokens, seed=1, epoch=0
-    )
-    step = (ours if s.only == "onetune" else peer)(s, samples)
-    rows = []
-    for number, micro_batches in enumerate(plan[: s.steps]):
-        started = time.perf_counter()
-        loss, norm = step(number, micro_batches)
-        seconds = time.perf_counter() - started
-        tokens = sum(samples.lengths[i].item() for indices in micro_batches for i in indices)
-        if not norm > 0:
-            raise UserError(f"step {number}: the gradient is zero, so nothing was measured")
-        rows.append((tokens / seconds, loss, norm))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
+def compare(s):
+    """Measure every side in every setting, by turns, and add the lines to the file."""
+    job = make_job(s)
+    call = describe_call(s, job)
+    sides = [(OURS, size) for size in s.micro_batch_tokens]
+    sides += [(peer, size) for peer in s.peers for size in s.peer_micro_batch]
+    first_losses = {}
+    for run in range(s.runs):
+        for side, size in list(sides):
+            line = {"side": side, "micro_batch": size, "run": run}
+            try:
+                line |= run_side(s, job, side, size)
+            except Unavailable as error:
+                if side == OURS:
+                    raise UserError(f"{OURS}: {error}") from None
+                line["unavailable"] = str(error)
+                sides.remove((side, size))
+            add_line(s.out_file, line | call)
+            print(in_words(line), flush=True)
+            if "unavailable" not in line:
+                check(line, first_losses)
+
+
+def make_job(s):
+    """What all sides are to do: paths, the mode, and the samples of each step."""
+    from batching import PLANNERS
+
+    if s.planner not in PLANNERS:
+        raise UserError(f"--planner {s.planner}: expected one of {', '.join(PLANNERS)}")
+    samples = open_samples(s.data_dir, s.mask_prompt)
+    if len(samples) < s.steps * s.global_batch_size:
+        raise UserError(
+            f"{s.data_dir} has {len(samples)} samples, --steps {s.steps} of {s.global_batch_size} need more"
+        )
+    arguments = (samples.lengths, samples.target_counts, s.global_batch_size)
+    plans = {  # by tokens in a micro-batch; each draws the same samples for a step
+        size: PLANNERS[s.planner].plan(*arguments, size, seed=1, epoch=0)[: s.steps] for size in s.micro_batch_tokens
+    }
+    drawn, *others = [[sorted(sum(step, [])) for step in plan] for plan in plans.values()]
+    assert all(other == drawn for other in others), "the planner draws other samples for other micro-batches"
+    mode = peers.MODES[s.mode]
     return {
-        "side": s.only,
-        "tokens_per_second": statistics.median(rate for rate, _, _ in rows[2:]),
-        "peak_gb": peak / 1e9,
-        "first_loss": rows[0][1],
-        "last_loss": rows[-1][1],
-        "last_grad_norm": rows[-1][2],
-        "settings": {
-            key: value.name if isinstance(value, Path) else value
-            for key, value in asdict(s).items()
-            if key not in ("only", "out_file")
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "checkpoint_dir": str(s.checkpoint_dir.resolve()),
+        "data_dir": str(s.data_dir.resolve()),
+        "cache_dir": str(s.venvs_dir.resolve()),
+        "mask_prompt": s.mask_prompt,
+        "planner": s.planner,
+        "compile": s.compile,
+        "dtype": s.dtype,
+        **mode._asdict(),
+        "plans": plans,
+        "steps": [[as_lists(samples, i) for i in step] for step in drawn],
     }
 
 
-def ours(s, samples):
+def open_samples(data_dir, mask_prompt):
+    """The training samples of a prepared folder, every token a target if prompts are not to be masked."""
+    import torch
+
+    from batching import Samples
+
+    samples = Samples(Path(data_dir) / "train.safetensors")
+    if not mask_prompt:
+        samples.is_target = torch.ones_like(samples.is_target)
+        samples.target_counts = samples.lengths.int()
+    return samples
+
+
+def as_lists(samples, i):
+    """A sample for the peers: its ids, and labels that are -100 where nothing is to be predicted."""
+    start, end = samples.offsets[i].item(), samples.offsets[i + 1].item()
+    ids, wanted = samples.tokens[start:end].tolist(), samples.is_target[start:end].tolist()
+    labels = [token if target else -100 for token, target in zip(ids, wanted, strict=True)]
+    return {"ids": ids, "labels": [-100, *labels[1:]]}  # nothing comes before the first
+
+
+def run_side(s, job, side, size):
+    """One run of one side in a process of its own: what `peers.measure` returns. Raises Unavailable if it failed."""
+    log = s.venvs_dir / f"{side}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--job"]
+    if side != OURS:
+        command = [environment(s.venvs_dir, side, peers.PEERS[side].requirements, log), peers.__file__]
+    return run_job(command, job | {"side": side, "micro_batch": size}, log)
+
+
+def check(line, first_losses):
+    """Raise UserError if a run trained on nothing, or on something else than the other sides.
+
+    first_losses: the latest by side and setting. The one to equal is transformers + PEFT's, else the first of all.
+    """
+    name = f"{TITLES[line['side']]}, micro-batch {line['micro_batch']}"
+    if not line["grad_norm"] > 0:
+        raise UserError(f"{name}: the gradient's norm is {line['grad_norm']}, so nothing was measured")
+    first_losses[line["side"], line["micro_batch"]] = line["first_loss"]
+    reference = next((side for side in first_losses if side[0] == "peft"), next(iter(first_losses)))
+    for side, loss in first_losses.items():
+        if not abs(loss - first_losses[reference]) <= 0.01 * first_losses[reference]:
+            raise UserError(
+                f"{TITLES[side[0]]}, micro-batch {side[1]}: the first loss is {loss:.4f}, {TITLES[reference[0]]}'s "
+                f"{first_losses[reference]:.4f}: they do not do the same"
+            )
+
+
+# -------------------------------------------------------------------------------------------------------- our side
+
+
+def run_ours(path):
+    job = json.loads(path.read_text())
+    Path(job["result"]).write_text(json.dumps(peers.measure(job, train_ours)))
+
+
+def train_ours(job, clock):
+    """The runner of our side: `finetune.train_step` over the steps of the plan. Returns their losses."""
     import finetune
 
-    settings = finetune.Settings(s.checkpoint_dir, s.data_dir, quantize=s.quantize)
+    lora = job["lora"]
+    options = {"lora_r": lora["r"], "lora_alpha": lora["alpha"], "lora_targets": lora["targets"]} if lora else {}
+    settings = finetune.Settings(
+        Path(job["checkpoint_dir"]),
+        Path(job["data_dir"]),
+        method="lora" if lora else "full",
+        quantize="bnb.nf4" if job["quantize"] else None,
+        precision={"bf16": "bf16-true", "fp32": "32-true"}[job["dtype"]],
+        learning_rate=job["learning_rate"],
+        micro_batch_tokens=job["micro_batch"],
+        planner=job["planner"],
+        max_grad_norm=0.0,
+        **options,
+    )
     fabric = finetune.start_fabric(settings)
     model, _ = finetune.build_model(settings, fabric.device, newest=None)
     optimizer = fabric.setup_optimizers(finetune.build_optimizer(settings, model))
+    if job["compile"]:
+        finetune.compile_blocks(model, fabric.device)
+    samples = open_samples(job["data_dir"], job["mask_prompt"])
     model.train()
+    return [
+        finetune.train_step(
+            fabric, settings, model, optimizer, samples, micro_batches, step, settings.learning_rate
+        )["loss"]
+        for step, micro_batches in enumerate(job["plans"][str(job["micro_batch"])])
+    ]  # fmt: skip
 
-    def step(number, micro_batches):
-        row = finetune.train_step(fabric, settings, model, optimizer, samples, micro_batches, number, 2e-4)
-        return row["loss"], row["grad_norm"]
 
-    return step
+# -------------------------------------------------------------------------------------------------- what is kept
 
 
-def peer(s, samples):
+def describe_call(s, job):
+    """What all lines of this call share: when, on what, with which settings, and what the machine can do at most."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"dtype": torch.bfloat16, "device_map": device}
-    if s.quantize:
-        from transformers import BitsAndBytesConfig
+    import limits
 
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    shapes = limits.matrix_shapes(s.checkpoint_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = ["fp32"] if s.dtype == "fp32" else ["fp32", "bf16"]
+    rates = {dtype: limits.matrix_rate(shapes, 512, dtype, device) for dtype in dtypes}
+    kept = ("mode", "dtype", "planner", "compile", "global_batch_size", "mask_prompt", "steps", "runs")
+    return {
+        "call": datetime.now().isoformat(timespec="seconds"),
+        "settings": {
+            "checkpoint": s.checkpoint_dir.name, "data": s.data_dir.name, **{key: asdict(s)[key] for key in kept},
+        },
+        "machine": limits.machine(),
+        "matrix_flops_per_second": rates,
+        "flops_per_token": flops_per_token(s, job, shapes),
+        "commit": commit(),
+    }  # fmt: skip
+
+
+def flops_per_token(s, job, shapes):
+    """The least that a token of the steps that count takes: the head's product for their targets alone.
+
+    shapes: how many weights (out, in) the model multiplies by, {(out, in): count}.
+    """
+    from checkpoint import read_config
+
+    samples = [sample for step in job["steps"][peers.SKIP :] for sample in step]
+    tokens = sum(len(sample["ids"]) - 1 for sample in samples)
+    targets = sum(label != -100 for sample in samples for label in sample["labels"])
+    config = read_config(s.checkpoint_dir)
+    head = config.vocab_size * config.hidden_size
+    weights = sum(count * rows * columns for (rows, columns), count in shapes.items())
+    return (6 if s.mode == "full" else 4) * (weights - head + head * targets / tokens)
+
+
+def read_lines(path):
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not lines or not all("call" in line for line in lines):
+        raise UserError(f"{path} holds no results of this script")
+    return lines
+
+
+def calls(lines):
+    """The lines of each call of this script, oldest first."""
+    found = {}
+    for line in lines:
+        found.setdefault(line["call"], []).append(line)
+    return list(found.values())
+
+
+# --------------------------------------------------------------------------------------------------- table and chart
+
+MEDIANS = (
+    "tokens_per_second", "peak_gb", "first_step_seconds", "first_loss", "last_loss", "grad_norm", "others_cpu"
+)  # fmt: skip
+
+
+def summarize(call):
+    """A dict for each side and setting of a call: the medians over its runs, their spread, the share of the limit."""
+    found = {}
+    for line in call:
+        if "unavailable" not in line:
+            found.setdefault((line["side"], line["micro_batch"]), []).append(line)
+    rows = []
+    for (side, size), runs in found.items():
+        row = {key: statistics.median(run[key] for run in runs) for key in MEDIANS}
+        speeds = [run["tokens_per_second"] for run in runs]
+        row |= {"side": side, "micro_batch": size, "runs": len(runs), "spread": (min(speeds), max(speeds))}
+        limit = max(runs[0]["matrix_flops_per_second"].values())  # of bf16 weights too: they can be multiplied in fp32
+        row["limit"] = row["tokens_per_second"] * runs[0]["flops_per_token"] / limit
+        rows.append(row)
+    for row in rows:
+        row["best"] = row["tokens_per_second"] == max(
+            other["tokens_per_second"] for other in rows if other["side"] == row["side"]
         )
-    torch.manual_seed(1337)
-    base = AutoModelForCausalLM.from_pretrained(s.checkpoint_dir, **options)
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0, fused=True)
+    return rows
 
-    def step(number, micro_batches):
-        drawn = sorted(i for indices in micro_batches for i in indices)
-        target_count, total = sum(samples.target_counts[i].item() for i in drawn), 0.0
-        for start in range(0, len(drawn), s.peer_micro_batch):
-            tokens, targets = samples.micro_batch(drawn[start : start + s.peer_micro_batch])
-            mask = (torch.arange(tokens.size(1)) < samples.lengths[drawn[start : start + len(tokens)]][:, None]).long()
-            out = model(input_ids=tokens.to(device), attention_mask=mask.to(device))
-            logits = out.logits.flatten(0, 1).float()
-            loss = (
-                torch.nn.functional.cross_entropy(logits, targets.flatten().to(device), reduction="sum") / target_count
-            )
-            loss.backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total, norm.item()
 
-    return step
+def label(row):
+    unit = "tokens" if row["side"] == OURS else "samples" if row["micro_batch"] > 1 else "sample"
+    return f"{TITLES[row['side']]}, {row['micro_batch']} {unit}"
+
+
+def title(call):
+    s, machine = call[0]["settings"], call[0]["machine"]
+    where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+    masked = "answers" if s["mask_prompt"] else "all tokens"
+    what = f"{s['mode']} {s['dtype']}, {s['checkpoint']} on {s['data']} ({masked})"
+    return f"{what}, steps of {s['global_batch_size']}, {where}"
+
+
+def in_words(line):
+    """A run as it ends."""
+    if "unavailable" in line:
+        return f"{label(line)}: not measured: {line['unavailable']}"
+    return (
+        f"{label(line)}: {line['tokens_per_second']:.0f} tokens/s, {line['peak_gb']:.2f} GB, loss "
+        f"{line['first_loss']:.4f} to {line['last_loss']:.4f}"
+    )
+
+
+def print_table(call):
+    rows = summarize(call)
+    print(f"\n{title(call)}, commit {call[0]['commit']}, {call[0]['call']}")
+    print(
+        f"{'':33} {'tokens/s':>9} {'from':>7} {'to':>7} {'limit':>6} {'memory':>7} {'first step':>10} "
+        f"{'first loss':>10} {'last':>7} {'grad norm':>9} {'others':>6}"
+    )
+    for row in sorted(rows, key=lambda row: -row["tokens_per_second"]):
+        low, high = row["spread"]
+        print(
+            f"{'*' if row['best'] else ' '} {label(row):31} {row['tokens_per_second']:9.0f} {low:7.0f} {high:7.0f} "
+            f"{row['limit']:6.1%} {row['peak_gb']:7.2f} {row['first_step_seconds']:8.1f} s {row['first_loss']:10.4f} "
+            f"{row['last_loss']:7.4f} {row['grad_norm']:9.3f} {row['others_cpu']:6.1%}"
+        )
+    for line in call:
+        if "unavailable" in line:
+            print(f"  {in_words(line)}")
+    print_ratios(rows)
+
+
+def print_ratios(rows):
+    """Ours against the fastest peer, and against the fastest one in each setting of the peers' micro-batches."""
+    ours = max((row for row in rows if row["side"] == OURS), key=lambda row: row["tokens_per_second"], default=None)
+    theirs = [row for row in rows if row["side"] != OURS]
+    if not ours or not theirs:
+        return
+    print(f"* the best setting of each side. {label(ours)}, against the fastest peer:")
+    for size in dict.fromkeys(row["micro_batch"] for row in theirs):
+        peer = max((row for row in theirs if row["micro_batch"] == size), key=lambda row: row["tokens_per_second"])
+        print(
+            f"  {label(peer):31} {ours['tokens_per_second'] / peer['tokens_per_second']:5.2f} times the speed, "
+            f"{ours['peak_gb'] / peer['peak_gb']:5.2f} times the memory"
+        )
+
+
+def draw_chart(calls, path):
+    """Bars for speed and memory of every side and setting, a row of two panels for each call, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tables = [(title(call), summarize(call)) for call in calls]
+    tables = [(name, sorted(rows, key=lambda row: row["tokens_per_second"])) for name, rows in tables if rows]
+    if not tables:
+        raise UserError(f"there is nothing to draw in {path}: no run was measured")
+    heights = [len(rows) + 2 for _, rows in tables]  # in bars; 2 for title and axis
+    figure, axes = plt.subplots(
+        len(tables), 2, figsize=(12, 0.35 * sum(heights) + 0.6), layout="constrained", squeeze=False,
+        height_ratios=heights,
+    )  # fmt: skip
+    keys, units = ("tokens_per_second", "peak_gb"), ("tokens/s", "peak memory, GB")
+    for (name, rows), panels in zip(tables, axes, strict=True):
+        colours = ["tab:orange" if row["side"] == OURS else "tab:blue" for row in rows]
+        for panel, key, unit in zip(panels, keys, units, strict=True):
+            bars = panel.barh(range(len(rows)), [row[key] for row in rows], color=colours)
+            panel.bar_label(bars, fmt="{:,.0f}" if key == "tokens_per_second" else "{:.2f}", padding=3)
+            panel.set(xlabel=unit, xmargin=0.12)
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[0].set_yticks(range(len(rows)), [label(row) for row in rows])
+        panels[0].set_title(name, loc="left", fontsize=10)
+        panels[1].set_yticks([])
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

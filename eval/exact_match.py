@@ -3,6 +3,7 @@
 python eval/exact_match.py --checkpoint_dir checkpoints/ORG/MODEL --adapter_dir out/RUN/final --data test.jsonl
 """
 
+import itertools
 import json
 import sys
 import time
@@ -21,11 +22,12 @@ class Settings:
     """The command line.
 
     Args:
-        data: File of samples with answers, as prepare_data.py reads them.
+        data: File of samples with answers, or a mixture's YAML file, as prepare_data.py reads them; of a mixture only
+            the paths, fields and choices count.
         checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
         adapter_dir: Adapter to put over it.
-        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; "none" for not at all. With
-            an adapter as in its training if not given.
+        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or each layer as in a plan's
+            file; "none" for not at all. With an adapter as in its training if not given.
         precision: Dtype of the other weights and of the computation.
         prompt_style: How prompts are rendered, if not as in training.
         max_new_tokens: Tokens of an answer at most.
@@ -59,28 +61,17 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)
 
 import generate
-from prepare_data import READERS, to_messages
+from mixture import find_sources
+from reading import BadRow, read_rows
+from records import to_record
 
 
 def main(s):
-    if s.data.suffix not in READERS:
-        raise UserError(f"--data {s.data}: expected a file ending in {', '.join(READERS)}")
-    dialogs = [read_dialog(row, place) for place, row in READERS[s.data.suffix](s.data)][: s.limit]
-    if not dialogs:
-        raise UserError(f"{s.data} holds no sample")
+    dialogs = first_dialogs(s.data, s.limit)
     writer = generate.Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
-    greedy = generate.Settings(
-        checkpoint_dir=s.checkpoint_dir,
-        adapter_dir=s.adapter_dir,
-        max_new_tokens=s.max_new_tokens,
-        batch_size=s.batch_size,
-        temperature=0,
-    )
     started = time.perf_counter()
-    answers = writer.answer_all([messages[:-1] for messages in dialogs], greedy)
+    answers, wanted, right = match_answers(writer, dialogs, s)
     seconds = time.perf_counter() - started
-    wanted = [messages[-1]["content"] for messages in dialogs]
-    right = [answer.strip() == expected.strip() for answer, expected in zip(answers, wanted, strict=True)]
     print(f"exact match {sum(right)}/{len(right)} = {sum(right) / len(right):.1%} in {seconds:.0f} s")
     if s.out_file:
         rows = [
@@ -92,16 +83,40 @@ def main(s):
         s.out_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_dialog(row, place):
-    """The messages of a sample, checked to end with a question and its answer."""
-    messages = to_messages(row, place, None)
-    try:
-        roles = [message["role"] for message in messages if isinstance(message["content"], str)]
-    except (TypeError, KeyError):
-        roles = []
-    if roles[-2:] != ["user", "assistant"]:
-        raise UserError(f"{place}: the messages must end with a question of the user and its answer")
-    return messages
+def match_answers(writer, dialogs, s):
+    """The greedy answers to dialogs, the expected ones, and for each whether they are the same (spaces around aside).
+
+    s: has checkpoint_dir, adapter_dir, max_new_tokens and batch_size, as the settings above.
+    """
+    greedy = generate.Settings(
+        checkpoint_dir=s.checkpoint_dir,
+        adapter_dir=s.adapter_dir,
+        max_new_tokens=s.max_new_tokens,
+        batch_size=s.batch_size,
+        temperature=0,
+    )
+    answers = writer.answer_all([messages[:-1] for messages in dialogs], greedy)
+    wanted = [messages[-1]["content"] for messages in dialogs]
+    return answers, wanted, [a.strip() == expected.strip() for a, expected in zip(answers, wanted, strict=True)]
+
+
+def first_dialogs(data, limit):
+    """The messages of the first samples of a file or mixture; of all without a limit."""
+    return list(itertools.islice(read_dialogs(find_sources([str(data)])), limit))
+
+
+def read_dialogs(sources):
+    """Yield the messages of each sample, checked to end with a question and its answer."""
+    for source in sources:
+        for row in read_rows(source, progress=lambda share: None):
+            try:
+                messages = to_record(source, row, seed=0)["messages"]
+            except BadRow as error:
+                raise UserError(f"{row.place}: {error}") from None
+            roles = [message.get("role") if isinstance(message.get("content"), str) else None for message in messages]
+            if roles[-2:] != ["user", "assistant"]:
+                raise UserError(f"{row.place}: the messages must end with a question of the user and its answer")
+            yield messages
 
 
 if __name__ == "__main__":

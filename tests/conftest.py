@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -20,6 +21,7 @@ CACHE = ROOT / "tests" / ".cache"
 SEED = int(os.environ.get("ONETUNE_TEST_SEED") or random.SystemRandom().randrange(10**6))
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs behind it ignore Ctrl-C
 torch.set_num_threads(1)  # tensors are tiny: on a busy machine more threads mostly wait for each other
 
 
@@ -205,3 +207,20 @@ def smollm2_dir(smollm2_gguf, run_script):
             status, out, err = run_script("convert_hf_checkpoint.py", "--source", smollm2_gguf, "--out_dir", folder)
             assert status == 0, out + err
     return folder
+
+
+class Ids:
+    """A reply that keeps ids and never ends by itself."""
+
+    def __init__(self):
+        self.ids, self.done = [], False
+
+    @property
+    def length(self):
+        return len(self.ids)
+
+    def push(self, id):
+        self.ids.append(id)
+
+    def finish(self):
+        self.done = True

@@ -1,5 +1,7 @@
 """What a user can get wrong: each is answered in one line that names the thing, and leaves nothing half-written.
 
+The cases are the rows of bad_inputs.yaml; to add one is to add a line there.
+
 Most cases run the real script in this process, as `python script.py …` would; some are true processes.
 """
 
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, tiny_reference, write_tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -63,8 +66,9 @@ def place(good, tmp_path, monkeypatch):
 
 def run_here(script, *args):
     """`python script args` in this process: (exit status, standard output, standard error)."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    out, err, argv, path = io.StringIO(), io.StringIO(), sys.argv, list(sys.path)
     sys.argv = [script, *map(str, args)]
+    sys.path.insert(0, str((ROOT / script).parent))
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -72,7 +76,7 @@ def run_here(script, *args):
     except SystemExit as end:
         code = end.code
     finally:
-        sys.argv = argv
+        sys.argv, sys.path[:] = argv, path
     return code, out.getvalue(), err.getvalue()
 
 
@@ -100,255 +104,101 @@ def check_refusal(code, out, err, *words):
 # --------------------------------------------------------------------------------------------------- how to spoil it
 
 
-def truncate(path, share=0.6):
+def write(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path, letters):
+    path.write_bytes(letters.encode("latin-1"))
+
+
+def repeat(path, text_and_times):
+    text, times = text_and_times
+    path.write_text(text * times)
+
+
+def cut(path, share):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
-def change_json(path, **changes):
-    values = json.loads(path.read_text())
-    values.update(changes)
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def change_json(path, changes):
+    values = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
-def change_tensors(path, change):
+def change_tensors(path, changes):
     tensors = load_file(path)
-    change(tensors)
+    for part, value in changes.items():
+        name = next(name for name in tensors if part in name)
+        if value is None:
+            tensors.pop(name)
+        else:
+            tensors[name].flatten()[0] = float(value) if tensors[name].is_floating_point() else value
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def spoil_tensor(part, value):
-    def change(tensors):
-        name = next(name for name in tensors if part in name)
-        tensors[name].flatten()[0] = value
-
-    return change
+def put_folder(path):
+    path.unlink()
+    path.mkdir()
 
 
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+SPOIL = {
+    "write": write, "bytes": write_bytes, "repeat": repeat, "cut": cut, "flip": flip, "json": change_json,
+    "tensor": change_tensors, "link": lambda path, target: path.symlink_to(path.parents[1] / target),
+}  # fmt: skip
 
 
-def rows(content):
-    return lambda place: write(place.rows, content)
+def spoil(place, row):
+    """Do to the files what a row of the table says."""
+    for name in row.get("remove", []):
+        (place.root / name).unlink()
+    for name in row.get("folder", []):
+        put_folder(place.root / name)
+    for key, function in SPOIL.items():
+        for name, value in row.get(key, {}).items():
+            function(place.root / name, value)
 
 
-def file(name, content):
-    return lambda place: write(place.root / name, content)
-
-
-def config(**changes):
-    return lambda place: change_json(place.model / "config.json", **changes)
-
-
-# Each: the script, what is spoilt (a function of `place`), the flags added to good ones, words of the error.
-# A flag of None is left out.
-PREPARE, TRAIN, GENERATE, MATCH, CONVERT = (
+PREPARE, TRAIN, GENERATE, MATCH, CONVERT, SERVE = (
     "prepare_data.py", "finetune.py", "generate.py", "eval/exact_match.py", "convert_hf_checkpoint.py",
+    "eval/helm_server.py",
 )  # fmt: skip
+
+
+def model_and_data(place):
+    return {"checkpoint_dir": place.model, "data_dir": place.data}
+
 
 GOOD_FLAGS = {
     PREPARE: lambda p: {"data": p.rows, "checkpoint_dir": p.model, "out_dir": p.out},
-    TRAIN: lambda p: {"data_dir": p.data, "checkpoint_dir": p.model, "out_dir": p.out, "max_steps": 1},
+    TRAIN: lambda p: model_and_data(p) | {"out_dir": p.out, "max_steps": 1},
     GENERATE: lambda p: {"checkpoint_dir": p.model, "prompt": "what"},
     MATCH: lambda p: {"checkpoint_dir": p.model, "data": p.rows},
+    "eval/lm_eval_harness.py": lambda p: {"checkpoint_dir": p.model, "eval_tasks": "[hellaswag]"},
     CONVERT: lambda p: {"out_dir": p.out},
+    SERVE: lambda p: {"checkpoint_dir": p.model, "port": 0},
+    "eval/quality.py": lambda p: {"adapter_dir": p.adapter, "data": p.rows, "out_dir": p.out},
+    "bench/accuracy.py": model_and_data,
+    "bench/finetune.py": model_and_data,
+    "bench/fits.py": lambda p: {},
+    "bench/generate.py": model_and_data,
+    "bench/gpu.py": lambda p: {},
+    "bench/limits.py": lambda p: {"checkpoint_dir": p.model},
+    "bench/harness.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
+    "bench/memory.py": model_and_data,
+    "bench/planners.py": model_and_data,
+    "bench/saving.py": lambda p: {},
+    "bench/prepare_data.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
 }
-
-
-def nothing(place):
-    pass
-
-
-LONG = " ".join(["word"] * 600)
-
-CASES = {
-    # prepare_data.py: the flags
-    "no data": (PREPARE, nothing, {"data": None}, ["--data", "required"]),
-    "missing data": (PREPARE, nothing, {"data": "nowhere.jsonl"}, ["nowhere.jsonl"]),
-    "data of unknown format": (PREPARE, file("a.xml", "<rows/>"), {"data": "a.xml"}, ["a.xml", ".jsonl"]),
-    "data is a folder": (PREPARE, nothing, {"data": "model"}, ["model"]),
-    "missing model": (PREPARE, nothing, {"checkpoint_dir": "gone"}, ["gone"]),
-    "model without tokenizer": (PREPARE, lambda p: (p.model / "tokenizer.json").unlink(), {}, ["tokenizer"]),
-    "broken tokenizer": (PREPARE, lambda p: truncate(p.model / "tokenizer.json"), {}, ["tokenizer.json"]),
-    "unknown style": (PREPARE, nothing, {"prompt_style": "alpacca"}, ["--prompt_style", "alpacca", "alpaca"]),
-    "length of 0": (PREPARE, nothing, {"max_seq_length": 0}, ["--max_seq_length 0"]),
-    "length of words": (PREPARE, nothing, {"max_seq_length": "long"}, ["--max_seq_length", "long", "whole number"]),
-    "validate on all": (PREPARE, nothing, {"val_fraction": 1}, ["--val_fraction 1"]),
-    "half of the fields": (PREPARE, nothing, {"prompt_field": "a"}, ["--prompt_field", "--answer_field"]),
-    "unknown flag": (PREPARE, nothing, {"max_seq_len": 5}, ["--max_seq_len", "--max_seq_length"]),
-    "out_dir is no prepared folder": (PREPARE, nothing, {"out_dir": "model"}, ["model"]),
-    # prepare_data.py: the samples
-    "broken JSON line": (PREPARE, rows('{"instruction": "a", "output": "b"}\n{"inst'), {}, ["rows.jsonl:2"]),
-    "JSON line is a number": (PREPARE, rows("5\n"), {}, ["rows.jsonl:1"]),
-    "JSON line of null messages": (PREPARE, rows('{"messages": null}\n'), {}, ["rows.jsonl:1", "messages"]),
-    "messages are text": (PREPARE, rows('{"messages": ["hi", "there"]}\n'), {}, ["rows.jsonl:1", "messages"]),
-    "messages end with a question": (
-        PREPARE, rows('{"messages": [{"role": "user", "content": "a"}]}\n'), {}, ["rows.jsonl:1", "assistant"],
-    ),
-    "messages of an unknown role": (
-        PREPARE, rows('{"messages": [{"role": "tool", "content": "a"}]}\n'), {}, ["rows.jsonl:1", "role"],
-    ),
-    "missing field": (PREPARE, rows('{"instruction": "a"}\n'), {}, ["rows.jsonl:1", "instruction"]),
-    "missing named field": (
-        PREPARE, nothing, {"prompt_field": "instruction", "answer_field": "reply"}, ["rows.jsonl:1", "'reply'"],
-    ),
-    "field of the wrong type": (
-        PREPARE, rows('{"instruction": "a", "output": 42}\n'), {}, ["rows.jsonl:1", "'output'", "text"],
-    ),
-    "half a surrogate pair": (
-        PREPARE, rows('{"instruction": "a", "output": "\\ud83d"}\n'), {}, ["rows.jsonl:1", "surrogate"],
-    ),
-    "empty data": (PREPARE, rows(""), {}, ["rows.jsonl", "0 read"]),
-    "only empty answers": (
-        PREPARE, rows('{"instruction": "a", "output": ""}\n'), {}, ["1 empty answer"],
-    ),
-    "not UTF-8": (PREPARE, rows(b'{"instruction": "\xe9", "output": "b"}\n'), {}, ["rows.jsonl", "UTF-8"]),
-    "CSV that is not UTF-8": (
-        PREPARE, file("a.csv", b"question,answer\n\xe9,b\n"), {"data": "a.csv"}, ["a.csv", "utf-8"],
-    ),
-    "ragged CSV": (
-        PREPARE, file("a.csv", "question,answer\na,b\nc\n"), {"data": "a.csv"}, ["a.csv:3", "columns"],
-    ),
-    "CSV with too many fields": (
-        PREPARE, file("a.csv", "question,answer\na,b,c\n"), {"data": "a.csv"}, ["a.csv:2", "columns"],
-    ),
-    "empty CSV": (PREPARE, file("a.csv", ""), {"data": "a.csv"}, ["a.csv"]),
-    "JSON that is no list": (PREPARE, file("a.json", '{"a": 1}'), {"data": "a.json"}, ["a.json", "list"]),
-    "broken JSON": (PREPARE, file("a.json", '[{"a": 1}'), {"data": "a.json"}, ["a.json"]),
-    # finetune.py: the flags
-    "negative learning rate": (TRAIN, nothing, {"learning_rate": -1}, ["--learning_rate -1"]),
-    "learning rate is NaN": (TRAIN, nothing, {"learning_rate": "nan"}, ["--learning_rate nan"]),
-    "weight decay is NaN": (TRAIN, nothing, {"weight_decay": "nan"}, ["--weight_decay nan"]),
-    "rank 0": (TRAIN, nothing, {"lora_r": 0}, ["--lora_r 0"]),
-    "dropout of 1": (TRAIN, nothing, {"lora_dropout": 1}, ["--lora_dropout 1"]),
-    "batch of half a sample": (TRAIN, nothing, {"global_batch_size": 0.5}, ["--global_batch_size 0.5", "whole number"]),
-    "no steps": (TRAIN, nothing, {"max_steps": 0}, ["--max_steps 0"]),
-    "unknown method": (TRAIN, nothing, {"method": "ia3"}, ["--method", "ia3", "lora", "dora", "full"]),
-    "unknown precision": (TRAIN, nothing, {"precision": "fp8"}, ["--precision", "fp8", "bf16-true"]),
-    "unknown projection": (TRAIN, nothing, {"lora_targets": "[q_proj,c_attn]"}, ["--lora_targets", "c_attn", "q_proj"]),
-    "no projection": (TRAIN, nothing, {"lora_targets": "[]"}, ["--lora_targets"]),
-    "unknown quantizer": (TRAIN, nothing, {"quantize": "bnb.nf5"}, ["--quantize", "bnb.nf5", "bnb.nf4"]),
-    "quantised full": (TRAIN, nothing, {"quantize": "bnb.nf4", "method": "full"}, ["--quantize", "full"]),
-    "unknown planner": (TRAIN, nothing, {"planner": "best"}, ["--planner", "best", "sorted_in_step"]),
-    "unknown flag for training": (TRAIN, nothing, {"lora_rank": 4}, ["--lora_rank", "--lora_"]),
-    "missing config": (TRAIN, nothing, {"config": "gone.yaml"}, ["gone.yaml"]),
-    "config with an unknown key": (
-        TRAIN, file("c.yaml", "learning_rte: 1.0\n"), {"config": "c.yaml"}, ["learning_rte", "learning_rate"],
-    ),
-    "config with a wrong type": (
-        TRAIN, file("c.yaml", "lora_r: many\n"), {"config": "c.yaml"}, ["lora_r", "many"],
-    ),
-    "broken config": (TRAIN, file("c.yaml", "lora_r: [1,\n"), {"config": "c.yaml"}, ["c.yaml"]),
-    "config is no mapping": (TRAIN, file("c.yaml", "- 1\n- 2\n"), {"config": "c.yaml"}, ["c.yaml"]),
-    # finetune.py: the model and the data
-    "no such model": (TRAIN, nothing, {"checkpoint_dir": "gone"}, ["gone"]),
-    "no such data": (TRAIN, nothing, {"data_dir": "gone"}, ["gone", "prepare_data.py"]),
-    "data not prepared": (TRAIN, nothing, {"data_dir": "model"}, ["model", "prepare_data.py"]),
-    "data of another tokenizer": (
-        TRAIN, nothing, {"checkpoint_dir": "other"}, ["another tokenizer", "prepare_data.py"],
-    ),
-    "missing config.json": (TRAIN, lambda p: (p.model / "config.json").unlink(), {}, ["config.json"]),
-    "broken config.json": (TRAIN, lambda p: truncate(p.model / "config.json"), {}, ["config.json"]),
-    "unknown model_type": (TRAIN, config(model_type="gpt2"), {}, ["config.json", "gpt2"]),
-    "config.json lacks a key": (TRAIN, config(hidden_size=None), {}, ["config.json", "hidden_size"]),
-    "config.json has another size": (
-        TRAIN, config(hidden_size=24, head_dim=8), {}, ["instead of"],
-    ),
-    "config.json with text for a number": (
-        TRAIN, config(num_hidden_layers="three"), {}, ["config.json"],
-    ),
-    "truncated model": (TRAIN, lambda p: truncate(p.model / "model.safetensors"), {}, ["model.safetensors"]),
-    "empty model file": (TRAIN, lambda p: truncate(p.model / "model.safetensors", 0), {}, ["model.safetensors"]),
-    "no model file": (TRAIN, lambda p: (p.model / "model.safetensors").unlink(), {}, ["safetensors"]),
-    "model lacks a tensor": (
-        TRAIN, lambda p: change_tensors(p.model / "model.safetensors", lambda t: t.pop("model.norm.weight")), {},
-        ["missing model.norm.weight"],
-    ),
-    "NaN in the model": (
-        TRAIN, lambda p: change_tensors(p.model / "model.safetensors", spoil_tensor("up_proj.weight", torch.nan)), {},
-        ["up_proj.weight", "NaN"],
-    ),
-    "truncated data": (TRAIN, lambda p: truncate(p.data / "train.safetensors"), {}, ["train.safetensors"]),
-    "missing validation data": (TRAIN, lambda p: (p.data / "val.safetensors").unlink(), {}, ["val.safetensors"]),
-    "broken data.json": (TRAIN, lambda p: truncate(p.data / "data.json"), {}, ["data.json"]),
-    "data.json lacks a key": (
-        TRAIN, lambda p: change_json(p.data / "data.json", prompt_style=None), {}, ["data.json", "prompt_style"],
-    ),
-    "a token that the model does not have": (
-        TRAIN, lambda p: change_tensors(p.data / "train.safetensors", spoil_tensor("tokens", 512)), {}, ["512"],
-    ),
-    "sample longer than the context": (
-        TRAIN, config(max_position_embeddings=8), {}, ["context is 8", "--max_seq_length"],
-    ),
-    "out_dir holds a run": (
-        TRAIN, lambda p: (p.out.mkdir(), write(p.out / "metrics.csv", "step\n1\n")), {}, ["result", "--resume"],
-    ),
-    "out_dir is a file": (TRAIN, lambda p: write(p.out, "a file"), {}, ["result"]),
-    # generate.py
-    "no model": (GENERATE, nothing, {"checkpoint_dir": None}, ["--checkpoint_dir", "--adapter_dir"]),
-    "two kinds of prompt": (GENERATE, nothing, {"prompts_file": "rows.jsonl"}, ["--prompt", "--prompts_file"]),
-    "top_p of 2": (GENERATE, nothing, {"top_p": 2}, ["--top_p 2"]),
-    "negative temperature": (GENERATE, nothing, {"temperature": -0.5}, ["--temperature -0.5"]),
-    "temperature is NaN": (GENERATE, nothing, {"temperature": "nan"}, ["--temperature nan"]),
-    "no new tokens": (GENERATE, nothing, {"max_new_tokens": 0}, ["--max_new_tokens 0"]),
-    "empty stop": (GENERATE, nothing, {"stop": '[""]'}, ["--stop"]),
-    "unknown style for a prompt": (GENERATE, nothing, {"prompt_style": "poem"}, ["--prompt_style", "poem"]),
-    "quantizer for generation": (GENERATE, nothing, {"quantize": "gptq"}, ["--quantize", "gptq", "bnb.nf4"]),
-    "adapter is no adapter": (GENERATE, nothing, {"adapter_dir": "data"}, ["adapter_config.json"]),
-    "truncated adapter": (
-        GENERATE, lambda p: truncate(p.adapter / "adapter_model.safetensors"), {"adapter_dir": "adapter"},
-        ["adapter_model.safetensors"],
-    ),
-    "empty adapter": (
-        GENERATE, lambda p: truncate(p.adapter / "adapter_model.safetensors", 0), {"adapter_dir": "adapter"},
-        ["adapter_model.safetensors"],
-    ),
-    "NaN in the adapter": (
-        GENERATE, lambda p: change_tensors(p.adapter / "adapter_model.safetensors", spoil_tensor("lora_B", torch.nan)),
-        {"adapter_dir": "adapter"}, ["lora_B", "NaN"],
-    ),
-    "adapter of another model": (GENERATE, nothing, {"adapter_dir": "other_adapter"}, ["other_adapter", "q_proj"]),
-    "prompt beyond the context": (GENERATE, nothing, {"prompt": LONG}, ["256", "tokens"]),
-    "empty prompt": (GENERATE, nothing, {"prompt": "", "prompt_style": "plain"}, ["prompt is empty"]),
-    "missing prompts": (GENERATE, nothing, {"prompt": None, "prompts_file": "gone.txt"}, ["gone.txt"]),
-    "prompts that are not UTF-8": (
-        GENERATE, file("p.txt", b"caf\xe9\n"), {"prompt": None, "prompts_file": "p.txt"}, ["p.txt", "UTF-8"],
-    ),
-    "broken JSON among the prompts": (
-        GENERATE, file("p.jsonl", '{"prompt": "a"}\n{"prompt"\n'), {"prompt": None, "prompts_file": "p.jsonl"},
-        ["p.jsonl:2"],
-    ),
-    "prompts without a prompt": (
-        GENERATE, file("p.jsonl", '{"text": "a"}\n'), {"prompt": None, "prompts_file": "p.jsonl"},
-        ["p.jsonl:1", '"prompt"'],
-    ),
-    "messages of prompts end with an answer": (
-        GENERATE, file("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n'),
-        {"prompt": None, "prompts_file": "p.jsonl"}, ["user"],
-    ),
-    "input of a prompt is a number": (
-        GENERATE, file("p.jsonl", '{"prompt": "a", "input": 5}\n'),
-        {"prompt": None, "prompts_file": "p.jsonl"}, ["text"],
-    ),
-    # eval/exact_match.py
-    "exact match without a model": (MATCH, nothing, {"checkpoint_dir": None}, ["--checkpoint_dir"]),
-    "exact match on nothing": (MATCH, rows(""), {}, ["rows.jsonl"]),
-    "exact match on a picture": (MATCH, nothing, {"data": "data/lengths.png"}, ["lengths.png", ".jsonl"]),
-    "exact match with broken rows": (MATCH, rows('{"a"\n'), {}, ["rows.jsonl:1"]),
-    "exact match without answers": (
-        MATCH, rows('{"messages": [{"role": "user", "content": "a"}]}\n'), {}, ["rows.jsonl:1", "answer"],
-    ),
-    "exact match with odd messages": (MATCH, rows('{"messages": "hi"}\n'), {}, ["rows.jsonl:1"]),
-    "exact match of no sample": (MATCH, nothing, {"limit": 0}, ["--limit 0"]),
-    # convert_hf_checkpoint.py
-    "nothing to convert": (CONVERT, nothing, {}, ["--repo_id", "--source", "--adapter_dir"]),
-    "merging a truncated adapter": (
-        CONVERT, lambda p: truncate(p.adapter / "adapter_model.safetensors"), {"adapter_dir": "adapter"},
-        ["adapter_model.safetensors"],
-    ),
-    "merging into another model": (CONVERT, nothing, {"adapter_dir": "other_adapter", "source": "model"}, ["q_proj"]),
-    "converting nowhere": (CONVERT, nothing, {"source": "gone"}, ["gone"]),
-}  # fmt: skip
+TABLE = yaml.safe_load((ROOT / "tests" / "bad_inputs.yaml").read_text(encoding="utf-8"))
+ROWS_BY_CASE = {row["case"]: (script, row) for script, rows in TABLE.items() for row in rows}
 
 
 def command(place, script, flags):
@@ -356,13 +206,24 @@ def command(place, script, flags):
     return [script, *(f"--{name}={value}" for name, value in values.items() if value is not None)]
 
 
-@pytest.mark.parametrize("case", CASES)
+def test_the_table_is_whole():
+    """Each case once, none for a script that is not there, and nothing in a row that would be passed over."""
+    assert len(ROWS_BY_CASE) == sum(map(len, TABLE.values())) >= 100
+    assert GOOD_FLAGS.keys() == TABLE.keys()
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("bench/*.py")]
+    parsing = {str(path.relative_to(ROOT)) for path in scripts if "cli.parse(S" in path.read_text()}
+    assert TABLE.keys() == parsing - {"cli.py"}
+    for _, row in ROWS_BY_CASE.values():
+        assert row.keys() - {"case", "says", "flags", "remove", "folder"} <= SPOIL.keys() and row["says"]
+
+
+@pytest.mark.parametrize("case", ROWS_BY_CASE)
 def test_a_mistake_is_answered_in_one_line(place, case):
-    script, spoil, flags, words = CASES[case]
-    spoil(place)
+    script, row = ROWS_BY_CASE[case]
+    spoil(place, row)
     before = state(place.root)
-    result = run_here(*command(place, script, flags))
-    check_refusal(*result, *words)
+    result = run_here(*command(place, script, row.get("flags", {})))
+    check_refusal(*result, *row["says"])
     assert state(place.root) == before
 
 
@@ -377,17 +238,18 @@ def test_the_good_flags_are_good(place, script):
 @pytest.mark.parametrize("case", ["unknown quantizer", "truncated model", "ragged CSV", "two kinds of prompt"])
 def test_a_mistake_in_a_process(place, run_script, case):
     """The same, as a user sees it."""
-    script, spoil, flags, words = CASES[case]
-    spoil(place)
+    script, row = ROWS_BY_CASE[case]
+    spoil(place, row)
     before = state(place.root)
-    name, *args = command(place, script, {k: place.root / v if k == "data" else v for k, v in flags.items()})
-    check_refusal(*run_script(name, *args, env={"OMP_NUM_THREADS": "1"}), *words)
+    flags = {key: place.root / value if key == "data" else value for key, value in row.get("flags", {}).items()}
+    name, *args = command(place, script, flags)
+    check_refusal(*run_script(name, *args, env={"OMP_NUM_THREADS": "1"}), *row["says"])
     assert state(place.root) == before
 
 
 def test_a_mistyped_flag_is_answered_before_torch_is_imported(run_script, monkeypatch):
     """In a second, not in ten."""
-    for script in (PREPARE, TRAIN, GENERATE, MATCH, CONVERT):
+    for script in (PREPARE, TRAIN, GENERATE, MATCH, CONVERT, SERVE):
         monkeypatch.setattr(sys, "argv", [script, "--flag", "1"])
         loaded = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("torch", "lightning")}
         assert loaded

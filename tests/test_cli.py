@@ -257,3 +257,11 @@ def test_every_script_explains_every_flag(run_script, script):
         if not paragraph.startswith(("config", "print_config")):
             text = paragraph.partition("(")[0].split(maxsplit=2)
             assert len(text) == 3, f"--{text[0]} is not explained"
+
+
+def test_an_error_is_one_line_of_bearable_length(capsys):
+    with pytest.raises(SystemExit):
+        cli.fail("where: " + "a\n" * 10**5 + "what to do")
+    err = capsys.readouterr().err
+    assert err.startswith("error: where: a a") and err.endswith("what to do\n") and len(err) < 1100
+    assert err.count("\n") == 1

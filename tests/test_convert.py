@@ -621,6 +621,32 @@ def test_download_of_safetensors(hub, tiny_model_dir, tmp_path, run_script):
     assert Tokenizer(out).encode("Hello") == Tokenizer(tiny_model_dir).encode("Hello")
 
 
+def test_a_download_appears_whole(hub, tiny_model_dir, tmp_path, run_script):
+    """Damaged or cut off, it is not there under its name; the same command goes on, and leaves nothing else behind."""
+    folder = hub.repos["org/model"] = tmp_path / "repo"
+    shutil.copytree(tiny_model_dir, folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    out = tmp_path / "checkpoints" / "model"
+    command = ("convert_hf_checkpoint.py", "--repo_id", "org/model", "--out_dir", out)
+    code, _, err = run_script(*command, env=hub.environment)
+    assert code == 2 and "damaged" in err and f"{out.parent / '.model.download'} has: delete it" in err, err
+    assert [path.name for path in out.parent.iterdir()] == [".model.download"]
+    (out.parent / ".model.download" / "model.safetensors").unlink()  # as if it had been cut off before this file
+    (folder / "model.safetensors").write_bytes(whole)
+    code, _, err = run_script(*command, env=hub.environment)
+    assert code == 0, err
+    assert [path.name for path in out.parent.iterdir()] == ["model"] and not (out / ".cache").exists()
+    assert (out / "model.safetensors").read_bytes() == whole
+    code, _, err = run_script(*command, env=hub.environment)
+    assert code == 2 and f"{out} exists" in err
+
+
+def test_files_of_a_repository_stay_in_its_folder():
+    names = {"config.json", "model/../../evil.safetensors", "model.safetensors", "../tokenizer.json"}
+    assert script.files_to_fetch("a/b", names) == ["model.safetensors", "config.json"]
+
+
 def test_download_of_bin(hub, tiny_checkpoint, tmp_path, run_script):
     hub.repos["org/old"] = bin_folder(tiny_checkpoint("llama"), tmp_path / "repo", shards=2)
     out = tmp_path / "out"

@@ -1,20 +1,27 @@
 """Text from a model: against a plain loop over the full forward pass, and every way of choosing a token by hand."""
 
+import copy
 import json
 import random
 import shutil
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
-from conftest import SEED, write_tiny_tokenizer
+from conftest import SEED, Ids, write_tiny_tokenizer
 
 import generate
 import lora
+import sampling
 from checkpoint import load_model
 from cli import UserError
-from generate import Reply, Settings, Writer, choose, penalize, read_prompts
+from decode import CompiledDecoder, Decoder, StaticDecoder, compiled_library, fastest_decoder
+from generate import Settings, Writer, read_prompts
+from model import Config, KVCache, Transformer
 from prompts import encode_prompt
+from quantize import QUANTIZERS
+from sampling import Batch, Reply, Row, choose, penalize
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 
@@ -37,30 +44,14 @@ def writer(tiny_model_dir):
     return Writer(tiny_model_dir, None, None, "32-true", "plain")
 
 
-class Ids:
-    """A reply that keeps ids and never ends by itself."""
-
-    def __init__(self):
-        self.ids, self.done = [], False
-
-    @property
-    def length(self):
-        return len(self.ids)
-
-    def push(self, id):
-        self.ids.append(id)
-
-    def finish(self):
-        self.done = True
-
-
 def settings(**flags):
     return Settings(checkpoint_dir="any", **{"temperature": 0, "max_new_tokens": 12, **flags})
 
 
 def new_ids(model, prompts, s, seeds=None):
     replies = [Ids() for _ in prompts]
-    for _ in generate.generate(model, prompts, replies, s, seeds or [s.seed] * len(prompts)):
+    decoder = Decoder(model) if isinstance(model, Transformer) else model
+    for _ in sampling.generate(decoder, prompts, replies, s, seeds or [s.seed] * len(prompts)):
         pass
     return [reply.ids for reply in replies]
 
@@ -134,13 +125,316 @@ def test_an_empty_prompt_is_refused(model_of):
         new_ids(model_of("llama"), [[]], settings())
 
 
+# ---------------------------------------------------------------------------------------------------------- decoders
+
+DECODERS = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(CompiledDecoder, marks=pytest.mark.skipif(not compiled_library(), reason="no C++ compiler")),
+        StaticDecoder,
+    ],
+)
+LENGTHS = {1: [9], 3: [1, 12, 5], 8: [3] * 8, 19: list(range(1, 20))}  # one row, one vector, two, and more
+
+
+def decoded_logits(decoder, prompts, forced, keep=()):
+    """Logits (B, V) after the prompts and after each id of `forced` (steps, B); `keep` {step: rows to go on with}."""
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    logits, rows = [decoder.start(tokens, padding, longest + len(forced)).clone()], torch.arange(len(prompts))
+    for step, ids in enumerate(forced):
+        if step in dict(keep):
+            decoder.keep(dict(keep)[step])
+            rows = rows[dict(keep)[step]]
+        logits.append(decoder.step(ids[rows]).clone())
+    return logits
+
+
+def assert_same_logits(kind, model, batch=3, keep=(), tolerance=1e-5):
+    prompts = [random_prompt(length) for length in LENGTHS[batch]]
+    forced = torch.randint(3, 512, (14, batch))
+    expected, got = (decoded_logits(decoder(model), prompts, forced, keep) for decoder in (Decoder, kind))
+    for right, fast in zip(expected, got, strict=True):
+        torch.testing.assert_close(
+            fast.float(), right.float(), rtol=tolerance, atol=tolerance * right.abs().max().item()
+        )
+
+
+@DECODERS
+@pytest.mark.parametrize("family", conftest.FAMILIES)
+def test_a_decoder_computes_what_the_model_does(model_of, kind, family):
+    """Biases, norms on heads, scaled RoPE, windows, tied heads, and every family beyond its window."""
+    assert_same_logits(kind, model_of(family))
+
+
+@DECODERS
+@pytest.mark.parametrize("batch", LENGTHS)
+def test_a_decoder_for_every_size_of_batch(model_of, kind, batch):
+    assert_same_logits(kind, model_of("mistral"), batch)
+
+
+@DECODERS
+def test_rows_can_leave_the_batch(model_of, kind):
+    keep = {4: torch.tensor([0, 2, 3, 7, 18]), 9: torch.tensor([3])}
+    assert_same_logits(kind, model_of("mistral"), 19, keep.items())
+
+
+@DECODERS
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_rows_can_join_the_batch(model_of, kind, family):
+    """Shorter and longer than those that are there, padded and not, after some have left: each as if it were alone."""
+    model = model_of(family)
+    groups = [[random_prompt(n) for n in lengths] for lengths in ([5], [9, 2], [1], [30, 4])]
+    forced = torch.randint(3, 512, (20, 6))
+    decoder, logits, expected = kind(model), [], []
+    row_of = []  # each row of the batch: (its prompt, the ids that followed)
+    for step, ids in enumerate(forced):
+        if step % 4 == 0 and groups:
+            if step == 8:
+                decoder.keep(torch.tensor([0, 2]))
+                row_of = [row_of[0], row_of[2]]
+            prompts = groups.pop(0)
+            longest = max(map(len, prompts))
+            padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+            tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+            read = decoder.join(tokens, padding, 20) if row_of else decoder.start(tokens, padding, longest + 20)
+            row_of += [list(prompt) for prompt in prompts]
+            logits += read.clone()
+            expected += [model(torch.tensor([prompt]))[0, -1] for prompt in prompts]
+        ids = ids[: len(row_of)]
+        logits += decoder.step(ids).clone()
+        for row, id in zip(row_of, ids.tolist(), strict=True):
+            row.append(id)
+            expected.append(model(torch.tensor([row]))[0, -1])
+    torch.testing.assert_close(torch.stack(logits), torch.stack(expected), rtol=1e-5, atol=3e-5)
+
+
+@DECODERS
+def test_a_prompt_is_scored_while_it_is_read(model_of, kind):
+    """In stretches of 128 positions, of the rows that are asked for, beside others, at the start and when joining."""
+    model, prompts = model_of("mistral"), [random_prompt(n) for n in (1, 3, 128, 129, 200)]
+    tokens = torch.tensor([[0] * (200 - len(prompt)) + prompt for prompt in prompts])
+    padding = torch.tensor([200 - len(prompt) for prompt in prompts])
+    decoder, got = kind(model), {}
+
+    def score(row, position, logits):
+        assert len(logits) <= 128 and position == sum(map(len, got.setdefault(row, [])))
+        got[row].append(logits.clone())
+
+    last = decoder.start(tokens, padding, 201, score, [0, 2, 3, 4])
+    for row, prompt in enumerate(prompts):
+        expected = model(torch.tensor([prompt]))[0]
+        torch.testing.assert_close(last[row], expected[-1], rtol=1e-5, atol=3e-5)
+        if row != 1:
+            torch.testing.assert_close(torch.cat(got[row]), expected, rtol=1e-5, atol=3e-5)
+    assert got.keys() == {0, 2, 3, 4}
+    got.clear()
+    decoder.join(tokens[1:2, 197:], torch.zeros(1, dtype=torch.int64), 5, score, [0])
+    torch.testing.assert_close(torch.cat(got[0]), model(torch.tensor([prompts[1]]))[0], rtol=1e-5, atol=3e-5)
+
+
+@DECODERS
+def test_a_decoder_with_more_than_one_thread(model_of, kind):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert_same_logits(kind, wide_model(), 8)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def wide_model(quantize=None, dtype=torch.float32, device="cpu"):
+    """Rows of whole blocks of 64 weights, as in real models, and enough of them for several threads."""
+    config = Config.from_dict(
+        dict(
+            model_type="qwen2", vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5,
+        )
+    )  # fmt: skip
+    model = Transformer(config).to(device)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
+    for block in model.model.layers if quantize else ():
+        for part in (block.self_attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if isinstance(layer, torch.nn.Linear):
+                    setattr(part, name, QUANTIZERS[quantize](layer.weight.detach(), layer.bias))
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+@DECODERS
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_a_decoder_over_quantised_layers(kind, quantize, batch):
+    assert_same_logits(kind, wide_model(quantize), batch)
+
+
+@DECODERS
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind_of_adapter", lora.ADAPTERS)
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4", "bnb.int8"])
+@pytest.mark.parametrize("targets", [lora.PROJECTIONS, ("q_proj", "v_proj", "down_proj", "lm_head")])
+def test_a_decoder_under_an_adapter(kind, kind_of_adapter, quantize, targets, batch):
+    """Not merged: base and adapter are computed side by side, as in training."""
+    model = wide_model(quantize)
+    lora.add_lora(model, lora.AdapterConfig(kind_of_adapter, r=5, alpha=8, targets=targets))
+    for adapter in lora.adapters(model).values():
+        adapter.lora_B.data.normal_(std=0.2)
+    assert_same_logits(kind, model.eval(), batch)
+
+
+@DECODERS
+def test_a_decoder_with_a_kind_of_adapter_that_it_does_not_know(model_of, kind, monkeypatch):
+    class Louder(lora.LoRALinear):
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    monkeypatch.setitem(lora.ADAPTERS, "louder", Louder)
+    model = wide_model()
+    lora.add_lora(model, lora.AdapterConfig("louder", targets=("k_proj", "o_proj")))
+    assert_same_logits(kind, model.eval())
+
+
+@DECODERS
+def test_layers_of_many_formats_in_a_block(kind):
+    """q_proj in NF4 beside a dense k_proj, and rows of 4-bit weights that are no whole blocks."""
+    model, attention = wide_model(), None
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = QUANTIZERS["bnb.nf4"](attention.q_proj.weight.detach(), attention.q_proj.bias)
+    assert_same_logits(kind, model)
+
+
+@DECODERS
+@pytest.mark.parametrize("quantize", ["bnb.nf4", "bnb.int8"])
+def test_a_decoder_over_rows_that_are_no_whole_blocks(tiny_checkpoint, kind, quantize):
+    assert_same_logits(kind, load_model(tiny_checkpoint("llama"), torch.float32, quantize=quantize))
+
+
+@pytest.mark.skipif(not compiled_library(), reason="no C++ compiler")
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
+def test_bf16_weights_are_multiplied_in_fp32(quantize, batch):
+    """The compiled step over bf16 weights is the fp32 model with those weights, not what bf16 sums would give."""
+    model = wide_model(quantize, torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    prompts, forced = [random_prompt(5) for _ in range(batch)], torch.randint(3, 512, (6, batch))
+    right = decoded_logits(Decoder(exact), prompts, forced)
+    fast = CompiledDecoder(model)
+    decoded_logits(fast, prompts, forced[:0])  # the prompt's keys and values come from the model's own pass
+    fast.cache = KVCache(model.config, batch, 20, torch.float32, "cpu")
+    padding = torch.zeros(batch, dtype=torch.int64)
+    exact_cache = Decoder(exact)
+    exact_cache.start(torch.tensor(prompts), padding, 20)
+    fast.cache = exact_cache.cache
+    fast.prepare()
+    for ids, expected in zip(forced, right[1:], strict=True):
+        torch.testing.assert_close(fast.step(ids), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.skipif(not compiled_library(), reason="no C++ compiler")
+def test_several_rows_where_the_processor_multiplies_bf16(monkeypatch):
+    """There several rows go to torch's own products, one row does not."""
+    for room in ("decode", "model"):
+        monkeypatch.setattr(f"{room}.compute_dtype", lambda dtype, device: dtype)
+    model = wide_model(dtype=torch.bfloat16)
+    for batch, tolerance in ((1, 3e-2), (3, 3e-2)):
+        assert_same_logits(CompiledDecoder, model, batch, tolerance=tolerance)
+    decoder = CompiledDecoder(model)
+    decoded_logits(decoder, [random_prompt(2)] * 3, torch.zeros(0, 3, dtype=torch.int64))
+    by_layers = [call for call in decoder.calls if getattr(call.func, "__name__", "") == "_by_layers"]
+    assert len(by_layers) == 2 * 4 + 1
+
+
+@DECODERS
+def test_a_decoder_does_not_write_past_its_room(model_of, kind):
+    decoder = kind(model_of("llama"))
+    with pytest.raises(ValueError, match="room for 4"):
+        decoder.start(torch.tensor([[5, 6, 7]]), torch.zeros(1, dtype=torch.int64), 4)
+        for _ in range(2):
+            decoder.step(torch.tensor([9]))
+
+
+@DECODERS
+@FAMILIES
+def test_greedy_text_is_the_plain_loop_in_every_decoder(model_of, kind, family):
+    model = model_of(family)
+    prompts = [random_prompt(length) for length in (1, 6, 20)]
+    expected = [plain_greedy(model, prompt, 12) for prompt in prompts]
+    assert new_ids(kind(model), prompts, settings()) == expected
+    assert [new_ids(kind(model), [prompt], settings())[0] for prompt in prompts] == expected
+
+
+@DECODERS
+def test_rows_that_have_ended_leave_and_the_others_do_not_notice(model_of, kind):
+    """Answers of 1, 3, 7, 12 and 20 tokens: the batch shrinks on the way."""
+
+    class Ending(Ids):
+        def __init__(self, length):
+            super().__init__()
+            self.most = length
+
+        def push(self, id):
+            super().push(id)
+            self.done = len(self.ids) == self.most
+
+    model, s = model_of("mistral"), settings(max_new_tokens=20, temperature=1.0, top_k=0)
+    prompts, lengths = [random_prompt(n) for n in (3, 9, 1, 7, 5)], [1, 12, 3, 20, 7]
+    seen, decoder = [], kind(model)
+    step = decoder.step
+    decoder.step = lambda ids: seen.append(len(ids)) or step(ids)
+    replies = [Ending(length) for length in lengths]
+    for _ in sampling.generate(decoder, prompts, replies, s, [1, 2, 3, 4, 5]):
+        pass
+    assert [len(reply.ids) for reply in replies] == lengths
+    assert seen == [5] * 6 + [2] * 5 + [1] * 8
+    for prompt, reply, seed in zip(prompts, replies, [1, 2, 3, 4, 5], strict=True):
+        alone = new_ids(model, [prompt], s, [seed])[0]
+        assert alone[: len(reply.ids)] == reply.ids
+
+
+def test_the_fastest_decoder_is_what_the_machine_has(model_of, monkeypatch, capsys):
+    assert type(fastest_decoder(model_of("llama"))) is (CompiledDecoder if compiled_library() else Decoder)
+    assert type(fastest_decoder(wide_model(dtype=torch.float16))) is Decoder
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent" if compiler == "false" else "")
+        compiled_library.cache_clear()
+        assert type(fastest_decoder(model_of("llama"))) is Decoder
+        assert capsys.readouterr().err.count("\n") == 1
+    compiled_library.cache_clear()
+
+
+def test_one_row_in_four_bits_is_the_dequantised_product():
+    """bitsandbytes' own kernel for one row, which CUDA takes; here in its plain form."""
+    for name in ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4"):
+        layer = QUANTIZERS[name](torch.randn(48, 128), torch.randn(48))
+        x = torch.randn(1, 1, 128)
+        torch.testing.assert_close(layer.one_row(x), layer(x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
+def test_a_recorded_step_is_the_plain_one(quantize):
+    model = wide_model(quantize, device="cuda")
+    prompts = [random_prompt(n) for n in (3, 9)]
+    assert new_ids(StaticDecoder(model), prompts, settings()) == new_ids(Decoder(model), prompts, settings())
+
+
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, n=1, seed=None):
     """n draws from logits (V,): ids (n,)."""
     generator = torch.Generator().manual_seed(SEED if seed is None else seed)
-    return choose(logits.expand(n, -1), temperature, top_k, top_p, [generator] * n)
+    return choose_all(logits.expand(n, -1), temperature, top_k, top_p, [generator] * n)
+
+
+def choose_all(logits, temperature, top_k, top_p, generators):
+    """`choose` with the same settings for all rows."""
+    s = settings(temperature=temperature, top_k=top_k, top_p=top_p)
+    return choose(logits, [s] * len(logits), generators)
 
 
 def frequencies(ids, V):
@@ -170,7 +464,7 @@ def test_top_k():
     for all_of_them in (0, 5, 6, 10**6):  # as many as the vocabulary has, or more
         assert chi_square(draw(logits, top_k=all_of_them, n=2000, seed=3), logits.softmax(0)) < 30
     many = torch.randn(50, 40)
-    one = choose(many, 1.0, 1, 1.0, [torch.Generator().manual_seed(0)] * 50)
+    one = choose_all(many, 1.0, 1, 1.0, [torch.Generator().manual_seed(0)] * 50)
     assert torch.equal(one, many.argmax(dim=1))
 
 
@@ -184,7 +478,7 @@ def test_top_p():
     assert chi_square(draw(logits, top_p=1.0, n=2000, seed=5), probabilities) < 30
     many = torch.randn(50, 40)
     for top_p in (0.0, 1e-6):
-        greedy = choose(many, 1.0, 0, top_p, [torch.Generator().manual_seed(0)] * 50)
+        greedy = choose_all(many, 1.0, 0, top_p, [torch.Generator().manual_seed(0)] * 50)
         assert torch.equal(greedy, many.argmax(dim=1))
 
 
@@ -196,8 +490,8 @@ def test_top_k_and_top_p_together():
 
 def test_a_low_temperature_is_nearly_greedy():
     many = torch.randn(50, 40)
-    for temperature in (1e-3, 1e-7):
-        ids = choose(many * 10, temperature, 0, 1.0, [torch.Generator().manual_seed(0)] * 50)
+    for temperature in (1e-3, 1e-7, 1e-40):
+        ids = choose_all(many * 10, temperature, 0, 1.0, [torch.Generator().manual_seed(0)] * 50)
         assert torch.equal(ids, many.argmax(dim=1))
 
 
@@ -207,15 +501,16 @@ def test_damaged_logits_are_an_error(temperature, value):
     logits = torch.randn(2, 9)
     logits[1, 4] = value
     with pytest.raises(UserError, match="logits"):
-        choose(logits, temperature, 0, 1.0, [torch.Generator()] * 2)
+        choose_all(logits, temperature, 0, 1.0, [torch.Generator()] * 2)
 
 
 def test_repetition_penalty_by_hand():
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0], [4.0, 3.0, 0.0, -8.0]])
     seen = torch.tensor([[True, True, False, False], [False, True, True, True]])
     expected = torch.tensor([[1.0, -4.0, 1.0, -1.0], [4.0, 1.5, 0.0, -16.0]])
-    assert torch.equal(penalize(logits, seen, 2.0), expected)
-    assert torch.equal(penalize(logits, seen, 1.0), logits)
+    assert torch.equal(penalize(logits, seen, [2.0, 2.0]), expected)
+    assert torch.equal(penalize(logits, seen, [1.0, 1.0]), logits)
+    assert torch.equal(penalize(logits, seen, [1.0, 2.0]), torch.stack([logits[0], expected[1]]))
 
 
 def test_what_was_generated_counts_as_seen(model_of):
@@ -236,6 +531,82 @@ def test_a_seed_gives_the_same_text_in_every_batch(writer):
     assert writer.answer_all(dialogs, settings(**options | {"seed": 10**7})) != answers[0]
     same = [dialogs[0]] * 5
     assert len(set(writer.answer_all(same, settings(**options)))) > 1  # each prompt has its own numbers
+
+
+def test_every_row_has_its_own_settings(model_of):
+    """What it draws beside others, which join and leave, is what it draws alone; so are its log-probabilities."""
+    model = model_of("llama")
+    kinds = [
+        dict(temperature=0), dict(temperature=0.7, top_k=3), dict(temperature=1.4, top_p=0.8, top_k=100),
+        dict(temperature=1.0, top_k=0, repetition_penalty=1.3), dict(temperature=1.0, top_p=0.0),
+        dict(temperature=0, repetition_penalty=1e9), dict(temperature=3.0, top_k=0), dict(temperature=1e-6),
+    ]  # fmt: skip
+    kinds = [settings(**kind, max_new_tokens=random.randint(1, 15)) for kind in kinds]
+    prompts = [random_prompt(random.randint(1, 12)) for _ in kinds]
+
+    def rows():
+        made = zip(prompts, kinds, strict=True)
+        return [Row(prompt, Ids(), s, 7 + i, i % 3, i % 2 == 0) for i, (prompt, s) in enumerate(made)]
+
+    alone, together, batch = rows(), rows(), Batch(fastest_decoder(model))
+    for row in alone:
+        single = Batch(Decoder(model))
+        single.add([row])
+        while single.going:
+            single.step()
+    waiting = list(together)
+    while waiting or batch.going:
+        if waiting:
+            batch.add([waiting.pop() for _ in range(min(len(waiting), random.randint(1, 3)))])
+        for _ in range(random.randint(0, 4)):
+            if batch.going:
+                batch.step()
+    for one, other in zip(alone, together, strict=True):
+        assert one.reply.ids == other.reply.ids and len(one.reply.ids) == one.settings.max_new_tokens
+        assert [score is None for score in one.prompt_scores] == [
+            True,
+            *[False] * len(one.prompt[1:]),
+        ] * one.score_prompt
+        scores = [row.scores + row.prompt_scores[1:] for row in (one, other)]
+        for mine, theirs in zip(*scores, strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert [id for id, _ in mine.top] == [id for id, _ in theirs.top] and len(mine.top) == one.top
+
+
+def test_log_probabilities_are_those_of_the_plain_model(model_of):
+    """Before temperature, penalty and top_k; a prompt's of each token by those before it."""
+    model, prompt = model_of("mistral"), random_prompt(150)
+    s = settings(temperature=2.0, top_k=5, repetition_penalty=1.5, max_new_tokens=9)
+    row = Row(prompt, Ids(), s, SEED, top=4, score_prompt=True)
+    batch = Batch(fastest_decoder(model))
+    batch.add([row])
+    while batch.going:
+        batch.step()
+    ids = prompt + row.reply.ids
+    logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
+    scores = row.prompt_scores[1:] + row.scores
+    assert row.prompt_scores[0] is None and len(scores) == len(ids) - 1
+    for place, score in enumerate(scores):
+        best = logprobs[place].topk(4)
+        assert score.logprob == pytest.approx(logprobs[place, ids[place + 1]].item(), abs=1e-4)
+        assert [id for id, _ in score.top] == best.indices.tolist()
+        assert [value for _, value in score.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_a_row_of_no_tokens_is_only_read(model_of):
+    """It may fill the whole context; and a row that nobody wants any more leaves."""
+    batch, none = Batch(Decoder(model_of("llama"))), settings()
+    none.max_new_tokens = 0  # generate.py has no use for it
+    full = Row(random_prompt(256), Ids(), none, 1, top=0, score_prompt=True)
+    batch.add([full])
+    assert full.reply.done and not batch.going and len(full.prompt_scores) == 256 and not full.scores
+    with pytest.raises(UserError, match="256"):
+        batch.add([Row(random_prompt(257), Ids(), none, 1)])
+    rows = [Row(random_prompt(3), Ids(), settings(), i) for i in range(3)]
+    batch.add(rows)
+    rows[1].dropped = rows[2].dropped = True
+    batch.step()
+    assert batch.rows == [rows[0]] and len(rows[0].reply.ids) == 2 and len(rows[1].reply.ids) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- stop texts
@@ -275,6 +646,23 @@ def test_stop_texts(writer, text, stop, answer):
     assert len(writer.tokenizer.encode(stop[0])) > 1 or stop[0] in (" ", "\n")
 
 
+def test_pieces_of_an_answer_are_its_text(writer):
+    """A token each, those after the stop text left out; a character in parts is the piece of its last part."""
+    for text, stop in (("Zürich — 日本! on it goes", ["on it"]), ("a\n\nb", ["\n"]), ("日本", []), ("x", ["x"])):
+        reply, ids = Reply(writer.tokenizer, set(), stop), writer.tokenizer.encode(text)
+        for id in ids:
+            if not reply.done:
+                reply.push(id)
+        assert reply.stopped == bool(stop)
+        reply.finish()
+        assert "".join(reply.pieces) == reply.text and len(reply.pieces) <= reply.length <= len(ids)
+        assert reply.stopped == bool(stop)
+    reply = Reply(writer.tokenizer, set())
+    reply.push(writer.tokenizer.encode("日")[0])
+    reply.finish()
+    assert reply.pieces == [reply.text] == ["\ufffd"]
+
+
 def test_a_text_without_stop_is_shown_as_it_comes(writer):
     text = "the answer to the question is 42"
     _, steps, _ = grow(writer.tokenizer, text, ["zzz"])
@@ -295,7 +683,7 @@ def test_a_stream_is_the_answer(writer, monkeypatch):
     text = "Zürich — 日本! Questio"
     ids = writer.tokenizer.encode(text)
 
-    def scripted(model, prompts, replies, s, seeds):
+    def scripted(decoder, prompts, replies, s, seeds):
         for id in ids:
             replies[0].push(id)
             yield
@@ -463,4 +851,5 @@ def test_chat_from_a_pipe(run_script, tiny_model_dir):
     dialog = [{"role": "user", "content": "the answer"}]
     s = settings(max_new_tokens=6)
     (answer,) = Writer(tiny_model_dir, None, None, "32-true").answer_all([dialog], s)
+    answer = answer.replace("\r", "\n")  # as a process's output is read
     assert out.startswith(f"> {answer}\n> ") and out.endswith(f"\n> > {answer}\n> ")

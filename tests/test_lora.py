@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora
 from checkpoint import load_model
 from cli import UserError
+from kernels import compute_dtype
 from lora import ADAPTERS, PROJECTIONS, AdapterConfig, DoRALinear, LoRALinear
+from model import Linear
 from quantize import QUANTIZERS
 
 KINDS = pytest.mark.parametrize("kind", ADAPTERS)
@@ -41,6 +43,15 @@ variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys
 def distance(a, b):
     """|a - b| / |b|"""
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12)).item()
+
+
+def assert_same_gradients(ours, theirs):
+    """All gradients as one vector within 1e-5, each by itself within 1e-4: a key's is a difference of larger numbers,
+    since the softmax does not see what all scores have in common, and so carries more of fp32's rounding."""
+    together = [torch.cat([parameters[name].grad.flatten() for name in theirs]) for parameters in (ours, theirs)]
+    assert distance(*together) < 1e-5
+    for name in theirs:
+        assert distance(ours[name].grad, theirs[name].grad) < 1e-4, name
 
 
 def randomise(model):
@@ -121,8 +132,7 @@ def test_logits_and_gradients_are_pefts(tiny_checkpoint, family, config):
     assert distance(load_model(tiny_checkpoint(family), torch.float32)(tokens), logits) > 1e-2
     F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
     ours(tokens, targets).backward()
-    for name, parameter in parameters.items():
-        assert distance(parameter.grad, expected[name].grad) < 1e-5, name
+    assert_same_gradients(parameters, expected)
 
 
 @variant
@@ -206,7 +216,7 @@ def test_only_the_adapters_train_and_they_are_fp32(tiny_checkpoint, kind, quanti
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != ("lora_" in name), name
-    assert model(inputs()[0]).dtype == torch.bfloat16
+    assert model(inputs()[0]).dtype == compute_dtype(torch.bfloat16, "cpu")
 
 
 def test_a_small_step_is_not_rounded_away(tiny_checkpoint):
@@ -223,23 +233,23 @@ def test_a_small_step_is_not_rounded_away(tiny_checkpoint):
 
 
 def test_no_gradient_of_the_frozen_weights_is_computed(tiny_checkpoint):
-    """Counted in products: a backward pass through frozen layers costs one forward pass, not two."""
+    """Counted in products: training frozen layers costs two forward passes, not three."""
 
     def ratio(model):
         tokens, targets = inputs()
-        with FlopCounterMode(display=False) as forward:
-            loss = model(tokens, targets)
-        with FlopCounterMode(display=False) as backward:
-            loss.backward()
-        return backward.get_total_flops() / forward.get_total_flops()
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            model(tokens, targets)
+        with FlopCounterMode(display=False) as training:
+            model(tokens, targets).backward()
+        return training.get_total_flops() / forward.get_total_flops()
 
     full = load_model(tiny_checkpoint("llama"), torch.float32).requires_grad_(True)
-    assert ratio(full) > 1.9
-    assert ratio(adapted(tiny_checkpoint("llama"), AdapterConfig(r=1))) < 1.2
+    assert ratio(full) > 2.6
+    assert ratio(adapted(tiny_checkpoint("llama"), AdapterConfig(r=1))) < 2.2
 
 
 def test_the_start_of_a_and_b():
-    base = nn.Linear(400, 300, bias=False)
+    base = Linear(400, 300, bias=False)
     module = LoRALinear(base, 8, 16)
     assert module.lora_A.shape == (8, 400) and module.lora_B.shape == (300, 8)
     assert module.lora_B.count_nonzero() == 0
@@ -257,7 +267,7 @@ def some_base(quantizer, bias, dtype=torch.float32):
     bias = nn.Parameter(torch.randn(40, dtype=dtype), requires_grad=False) if bias else None
     if quantizer:
         return QUANTIZERS[quantizer](weight, bias)
-    linear = nn.Linear(64, 40, bias=bias is not None)
+    linear = Linear(64, 40, bias=bias is not None)
     linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
     return linear
 
@@ -268,7 +278,7 @@ def some_base(quantizer, bias, dtype=torch.float32):
 def test_merged_weight_is_what_forward_does(kind, bias, quantizer):
     base = some_base(quantizer, bias)
     module = ADAPTERS[kind](base, 4, 8.0).eval()
-    assert distance(module.merged_weight(), lora.dense_weight(base, torch.float32)) < 1e-6
+    assert distance(module.merged_weight(), base.dequantize(torch.float32)) < 1e-6
     randomise(nn.ModuleList([module]))
     x = torch.randn(2, 5, 64)
     merged = module.merged_weight()

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from conftest import FAMILIES, LINEAR_ROPE, LLAMA3_ROPE
 from safetensors.torch import load_file
 
+import kernels
 import lora
 import model as model_module
-from checkpoint import load_model
-from model import IGNORE, Config, KVCache, Transformer, attend, plain_attention
+from attention import attend
+from model import IGNORE, Config, KVCache, Transformer
 
 family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -109,7 +110,7 @@ def test_bf16_is_as_close_to_fp32_as_transformers(tiny_checkpoint, family):
         exact = reference(folder)(tokens).logits
         theirs = reference(folder, torch.bfloat16)(tokens).logits
         ours = build(folder, torch.bfloat16)(tokens)
-    assert ours.dtype == torch.bfloat16
+    assert ours.dtype == kernels.compute_dtype(torch.bfloat16, "cpu")
     assert distance(ours, exact) < 1.3 * distance(theirs, exact) < 0.05
 
 
@@ -128,27 +129,6 @@ def test_the_window_matters_in_the_comparison(tiny_checkpoint):
 # ----------------------------------------------------------------------------------- one result by different ways
 
 
-@pytest.mark.parametrize("heads, keys, length", [(6, 3, 1), (6, 3, 2), (9, 3, 60), (4, 4, 33), (8, 1, 128)])
-def test_plain_attention_is_the_fused_one(heads, keys, length):
-    q = torch.randn(3, heads, length, 16, requires_grad=True)
-    k, v = (torch.randn(3, keys, length, 16, requires_grad=True) for _ in range(2))
-    grad = torch.randn(3, heads, length, 16)
-    plain = plain_attention(q, k, v)
-    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-5)
-    for one, other in zip(*(torch.autograd.grad(y, (q, k, v), grad) for y in (plain, fused)), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
-def test_rows_of_any_length_attend_alike(tiny_checkpoint, monkeypatch):
-    """The fused kernels, which only longer rows reach on a CPU, give the same as the plain products."""
-    transformer = load_model(tiny_checkpoint("llama"), torch.float32)
-    tokens = torch.randint(0, transformer.config.vocab_size, (2, 40))
-    plain = transformer(tokens)
-    monkeypatch.setattr(model_module, "PLAIN_ATTENTION_LENGTH", 0)
-    torch.testing.assert_close(transformer(tokens), plain, rtol=1e-5, atol=1e-5)
-
-
 @family
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_loss_in_chunks_is_the_loss_in_one(tiny_checkpoint, family, chunk, monkeypatch):
@@ -157,7 +137,7 @@ def test_loss_in_chunks_is_the_loss_in_one(tiny_checkpoint, family, chunk, monke
     whole = model(tokens, targets)
     whole.backward()
     expected = gradients(model)
-    monkeypatch.setattr(model_module, "LOSS_CHUNK", chunk)
+    monkeypatch.setattr(kernels, "LOSS_CHUNK", chunk)
     loss = model(tokens, targets)
     loss.backward()
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
@@ -165,13 +145,54 @@ def test_loss_in_chunks_is_the_loss_in_one(tiny_checkpoint, family, chunk, monke
 
 
 @family
-def test_recompute_changes_nothing(tiny_checkpoint, family):
+def test_a_packed_sample_has_the_loss_and_gradient_that_it_has_alone(tiny_checkpoint, family):
+    """Positions restart, attention stays inside each sample: also beyond the window, and for a sample of length 1."""
+    model = build(tiny_checkpoint(family))
+    lengths = (5, 1, 30, 12)
+    samples = [(random_tokens(1, length), random_targets(1, length)) for length in lengths]
+    alone = [model(*sample) for sample in samples]
+    sum(alone).backward()
+    expected = gradients(model)
+    tokens, targets = (torch.cat(parts, dim=1) for parts in zip(*samples, strict=True))
+    offsets = [0, 5, 6, 36, 48]
+    loss = model(tokens, targets, offsets=offsets)
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+    assert_same_gradients(gradients(model), expected, 1e-5)
+    for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        only = torch.full_like(targets, IGNORE)
+        only[:, start:end] = targets[:, start:end]
+        assert model(tokens, only, offsets=offsets).item() == pytest.approx(alone[i].item(), rel=1e-5)
+
+
+@family
+def test_the_blocks_of_bf16_attend_alike(tiny_checkpoint, family, monkeypatch):
+    """A CPU with bf16 instructions takes blocks of queries; tried here in fp32."""
+    model = build(tiny_checkpoint(family))
+    tokens, offsets = random_tokens(1, 30), [0, 9, 10, 30]
+    one_by_one = model(tokens, offsets=offsets)
+    choose = model_module.choose_attention
+
+    def as_in_bf16(config, tokens, dtype, *rest):
+        return choose(config, tokens, torch.bfloat16, *rest)
+
+    monkeypatch.setattr(model_module, "choose_attention", as_in_bf16)
+    assert distance(model(tokens, offsets=offsets), one_by_one) < 1e-5
+    rows = random_tokens(3, 20)
+    in_blocks = model(rows)
+    monkeypatch.undo()
+    assert distance(in_blocks, model(rows)) < 1e-5
+
+
+@family
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_recompute_changes_nothing(tiny_checkpoint, family, share):
     model = build(tiny_checkpoint(family))
     tokens, targets = random_tokens(2, 12), random_targets(2, 12)
     plain = model(tokens, targets)
     plain.backward()
     expected = gradients(model)
-    loss = model(tokens, targets, recompute=True)
+    loss = model(tokens, targets, recompute=share)
     loss.backward()
     assert loss.item() == plain.item()
     assert_same_gradients(gradients(model), expected, 1e-6)
@@ -398,13 +419,13 @@ def test_windows_of_each_layer(tiny_checkpoint):
 
 
 def test_model_imports_only_torch():
-    """A decoder that can be lifted out: no library but torch, no file of ours."""
+    """A decoder that can be lifted out: no library but torch, and the two files that compute for it."""
     code = "import sys, torch; before = set(sys.modules); import model; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=model_module.__file__.rpartition("/")[0], capture_output=True, text=True
     )
     loaded = [name for name in done.stdout.split() if name.partition(".")[0] not in ("torch", *sys.stdlib_module_names)]
-    assert loaded == ["model"], done.stderr
+    assert loaded == ["attention", "kernels", "model"], done.stderr
 
 
 # -------------------------------------------------------------------------------------------------- the real model

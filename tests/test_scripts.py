@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 import cli
+from quantize import QUANTIZERS
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SAMPLES = [
@@ -108,6 +109,10 @@ FLAGS = {
     "generate.py": "checkpoint_dir adapter_dir quantize precision prompt max_new_tokens temperature top_k top_p seed",
     "convert_hf_checkpoint.py": "repo_id source adapter_dir out_dir",
     "eval/exact_match.py": "data checkpoint_dir adapter_dir",
+    "eval/lm_eval_harness.py": "checkpoint_dir adapter_dir quantize precision eval_tasks save_filepath num_fewshot "
+    "limit bootstrap_iters include_path",
+    "eval/helm_server.py": "checkpoint_dir adapter_dir quantize precision host port",
+    "eval/quality.py": "data data_dir general_text adapter_dir variants sensitivity budget_bytes out_dir",
 }
 
 
@@ -130,7 +135,7 @@ def test_help(script, monkeypatch):
 def test_recipes_parse(path):
     finetune = runpy.run_path(str(ROOT / "finetune.py"))
     settings = cli.parse(finetune["Settings"], ["--config", str(path)])
-    assert settings.quantize in (None, *finetune["QUANTIZERS"]) and settings.planner in finetune["PLANNERS"]
+    assert settings.quantize in (None, *QUANTIZERS) and settings.planner in finetune["PLANNERS"]
     assert str(settings.out_dir).endswith(path.stem)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cli import UserError
 from prompts import STYLES, Segment, encode_dialog, encode_prompt, stop_ids
-from tokenizer import StreamDecoder, Tokenizer
+from tokenizer import StreamDecoder, Tokenizer, _Words
 
 mistral_common = pytest.importorskip("mistral_common")
 transformers = pytest.importorskip("transformers")
@@ -240,6 +240,51 @@ def test_ids_equal_sentencepiece(raw, loaded):
         for kind in ("sentencepiece", "llama-json"):
             assert loaded[kind].encode(text) == expected, (kind, text)
             assert loaded[kind].decode(expected) == raw.decode(expected) == text
+
+
+PARTS = st.sampled_from(
+    [
+        "a",
+        "Word",
+        "don't",
+        "12",
+        "3.5",
+        ",",
+        ".",
+        "!?",
+        '."',
+        "(",
+        " ",
+        "  ",
+        "\n",
+        "\t ",
+        "日本",
+        "é",
+        "\xa0",
+        "_",
+        "'s",
+    ]
+)
+
+
+@given(parts=st.lists(PARTS, max_size=30), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_remembered_words_are_what_the_library_says(loaded, parts, data):
+    """Texts word by word, each remembered, against the library's ids for the whole."""
+    model, start = loaded[data.draw(st.sampled_from(KINDS))]._model, data.draw(st.booleans())
+    assert model._words._apart
+    text = "".join(parts)
+    assert model._words.encode(text, start) == model._words._encode[start](text)
+
+
+def test_a_vocabulary_with_spaces_inside_is_left_to_the_library():
+    def encode(text):
+        return [len(text)]
+
+    assert not _Words(encode, encode, ["a", "▁b"], "▁")._apart  # as the trial shows
+    pieces = {word: i for i, word in enumerate(["a", "a▁b", "▁"])}
+    assert not _Words(list, list, pieces, "▁")._apart and _Words(list, list, ["a", "▁b", "\n▁"], "▁")._apart
+    assert not _Words(list, list, ["a.", "b"], "▁")._later._split_off
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -676,6 +721,13 @@ def test_generation_tags_and_filters(use):
     tokenizer = use("byte-level", template)
     ids, _ = encode_dialog(tokenizer, [user("q"), assistant("a")], "checkpoint")
     assert ids == encode_dialog(tokenizer, [user("q"), assistant("a")], "chatml")[0]
+
+
+def test_a_template_has_one_day(use):
+    """Else the same data would not be the same bytes tomorrow."""
+    tokenizer = use("byte-level", "{{ strftime_now('%d %b %Y') }}" + CHATML)
+    ids, _ = encode_dialog(tokenizer, [user("q"), assistant("a")], "checkpoint")
+    assert tokenizer.decode(ids).startswith("26 Jul 2024")
 
 
 @pytest.mark.parametrize(

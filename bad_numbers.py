@@ -1,0 +1,299 @@
+"""A training step whose loss or gradient is not finite: what it comes from, kept in a file, and run again from there.
+
+`bad_batch.safetensors` holds for each micro-batch k of the step `k.tokens` and `k.targets`, both (B, T) int64, for a
+packed one `k.offsets` (n + 1,) int64; `weights.NAME`, the trainable weights as they were; and as JSON in its metadata
+the other fields of `Step`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from batching import IGNORE, PLANNERS
+from budget import dropout_seed
+from cli import UserError
+from files import whole_file
+from optimizer import StepInBackward
+
+FILE = "bad_batch.safetensors"
+NAMED = 10  # samples in a message
+
+
+class NotFinite(UserError):
+    """A number of the step is not finite, and no weight has changed since that was so."""
+
+    def __init__(self, what, value):
+        super().__init__(f"{what} is {value}")
+        self.what = what
+
+
+def check_finite(what, value):
+    """Raise NotFinite if a scalar tensor is not finite."""
+    if not value.isfinite():
+        raise NotFinite(what, value.item())
+
+
+@dataclass
+class Step:
+    """What is needed to run the step `number` (from 0) forward and backward as it was.
+
+    batches: its micro-batches, of all devices, as (tokens, targets, offsets). names: for each the names of its samples.
+    seeds: for each device where its random numbers start; it has every len(seeds)-th micro-batch. scale: of the loss
+    (16-mixed). message: what was not finite. moved: some weights had stepped before that was seen.
+    """
+
+    number: int
+    batches: list
+    names: list
+    seeds: list
+    scale: float
+    message: str
+    moved: bool
+
+    def target_count(self):
+        return sum((targets != IGNORE).sum().item() for _, targets, _ in self.batches)
+
+    def samples(self):
+        """Each sample by itself: its name, and a micro-batch with no other."""
+        for (tokens, targets, offsets), names in zip(self.batches, self.names, strict=True):
+            for i, name in enumerate(names):
+                if offsets:
+                    part = slice(offsets[i], offsets[i + 1])
+                    yield name, (tokens[:, part], targets[:, part], [0, offsets[i + 1] - offsets[i]])
+                else:
+                    yield name, (tokens[i : i + 1], targets[i : i + 1], None)
+
+
+# ------------------------------------------------------------------------------------------------ when it happens
+
+
+@contextlib.contextmanager
+def explained(fabric, s, model, optimizer, samples, micro_batches, step, sources):
+    """Around a training step. One that is NotFinite is looked into and kept; what that finds ends up in a UserError."""
+    try:
+        yield
+    except NotFinite as error:
+        in_backward = isinstance(optimizer, StepInBackward)
+        scaler = getattr(fabric.strategy.precision, "scaler", None)
+        bad = Step(
+            number=step,
+            batches=[PLANNERS[s.planner].layout(samples, indices) for indices in micro_batches],
+            names=sample_names(s.data_dir, samples, micro_batches, sources),
+            seeds=[dropout_seed(s, step, rank, fabric.world_size) for rank in range(fabric.world_size)],
+            scale=scaler.get_scale() if scaler else 1.0,
+            message=str(error),
+            moved=in_backward and error.what != "the loss",
+        )
+        kept = f"run it again with --config {s.out_dir}/config.yaml --replay {s.out_dir / FILE}"
+        if fabric.is_global_zero:
+            try:
+                write_step(s.out_dir / FILE, bad, model)
+            except (OSError, SafetensorError) as failure:
+                kept = f"it could not be kept to be run again ({failure})"
+        if in_backward:
+            optimizer.stopped = True
+        raise UserError(f"step {step + 1}: {error}; {find_cause(fabric, s, model, bad)}; {kept}") from None
+
+
+def sample_names(data_dir, samples, micro_batches, sources):
+    """For each micro-batch the names of its samples: the number in train.safetensors, the source, the row it is from.
+
+    The last is the id that `samples.jsonl` gives, in folders that have it; the source goes without saying if it is one.
+    """
+    numbers = {samples.numbers[i].item() for indices in micro_batches for i in indices}
+    ids = row_ids(data_dir, numbers)
+
+    def name(i):
+        number = samples.numbers[i].item()
+        more = [sources[samples.sources[i]]] if sources else []
+        more += [str(ids[number])] if number in ids else []
+        return f"{number} ({', '.join(more)})" if more else str(number)
+
+    return [[name(i) for i in indices] for indices in micro_batches]
+
+
+def row_ids(data_dir, numbers):
+    """The ids of training samples by their numbers; {} if there is no samples.jsonl, or none that can be read."""
+    try:
+        with open(Path(data_dir, "samples.jsonl"), encoding="utf-8") as file:
+            ids = (line["id"] for line in map(json.loads, file) if line["part"] == "train")
+            return {number: id for number, id in enumerate(ids) if number in numbers}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def find_cause(fabric, s, model, step):
+    """Which samples of a step, run one by one, are not finite, and where they first turn so, in words."""
+    bad, first = [], None
+    for name, outcome in run_samples(fabric, s, model, step):
+        if not outcome.is_finite():
+            bad.append(name)
+            first = first or outcome.first
+    model.zero_grad()
+    weight = first_bad_weight(model)
+    where = f"; {weight} holds NaN or infinity" if weight else f"; first in {first}" if first else ""
+    if not bad:
+        return f"no single sample does it: it may be the learning rate{where}"
+    return f"training samples {', '.join(bad[:NAMED])}{' and others' if len(bad) > NAMED else ''} do it{where}"
+
+
+def first_bad_weight(model):
+    """The name of the first weight that holds NaN or infinity, None if none does; those of 4 or 8 bits cannot."""
+    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+
+
+# --------------------------------------------------------------------------------------------------- running it again
+
+
+class Outcome(NamedTuple):
+    """Of a micro-batch: its loss, as a share of the step's, each target's, the gradient's norm by weight, in the order
+
+    in which they came, and where the first number that was not finite came up, in words (None: nowhere).
+    """
+
+    loss: torch.Tensor
+    losses: torch.Tensor
+    norms: dict
+    first: str | None
+
+    def is_finite(self):
+        return self.first is None
+
+
+def run_batch(fabric, s, model, batch, target_count, scale=1.0):
+    """Run a micro-batch forward and backward and watch it. Its gradient, `scale` times as large, is left in the model.
+
+    batch: tokens, targets, offsets. What torch.compile made is not used: there is no looking into it.
+    """
+    tokens, targets, offsets = batch
+    norms, found = {}, []
+
+    def look(what, tensor):
+        # Detached: what a recomputed block saves for its gradient must be the same each time that it is run.
+        if not found and torch.is_tensor(tensor) and not tensor.detach().isfinite().all():
+            found.append(what)
+
+    def note_gradient(name, grad):
+        norms[name] = torch.linalg.vector_norm(grad, dtype=torch.float32).item() / scale
+        look(f"the gradient of {name}", grad)
+
+    hooks = [
+        module.register_forward_hook(lambda _, args, output, name=name: look(f"the output of {name}", output))
+        for name, module in model.named_modules()
+        if name
+    ]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hooks += [p.register_hook(lambda grad, name=name: note_gradient(name, grad)) for name, p in trainable]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            with fabric.autocast():
+                summed, losses = model(
+                    tokens.to(fabric.device),
+                    targets.to(fabric.device),
+                    recompute=s.recompute,
+                    offsets=offsets,
+                    each=True,
+                )
+                loss = summed / target_count
+            look("the loss", loss)
+            (loss * scale).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Outcome(loss.detach(), losses, norms, found[0] if found else None)
+
+
+def run_samples(fabric, s, model, step):
+    """Run each sample of a step by itself: its name and its `Outcome`."""
+    for name, batch in step.samples():
+        model.zero_grad()
+        torch.manual_seed(step.seeds[0])
+        yield name, run_batch(fabric, s, model, batch, step.target_count(), step.scale)
+
+
+def replay(fabric, s, model, step):
+    """Run a kept step again and print what comes of it: losses, norms of gradients, the first number not finite.
+
+    model: with the weights that `read_weights` put in.
+    """
+    print(f"step {step.number + 1}, when {step.message}: {len(step.batches)} micro-batches")
+    if step.moved:
+        print("note: with --optimizer_in_backward some weights had stepped before: the numbers differ from that step's")
+    loss, first = torch.zeros((), device=fabric.device), None
+    model.zero_grad()
+    for rank, seed in enumerate(step.seeds):
+        torch.manual_seed(seed)
+        for number in range(rank, len(step.batches), len(step.seeds)):
+            outcome = run_batch(fabric, s, model, step.batches[number], step.target_count(), step.scale)
+            loss, first = loss + outcome.loss, first or outcome.first
+    squares = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).item() / step.scale
+            squares[name.rpartition(".")[0]] += norm**2
+    print(f"loss {loss.item()}, norm of the gradient {math.sqrt(squares.total())}")
+    for name, outcome in run_samples(fabric, s, model, step):
+        norm = math.hypot(*outcome.norms.values())
+        print(f"sample {name}: loss {outcome.losses.mean().item():.6g} per target, norm of its gradient {norm:.6g}")
+    print("norm of the gradient by module:")
+    for name, square in squares.items():
+        print(f"  {name}: {math.sqrt(square):.6g}")
+    print(f"first not finite: {first_bad_weight(model) or first or 'nothing'}")
+
+
+# --------------------------------------------------------------------------------------------------------- the file
+
+
+def write_step(path, step, model):
+    """Write a step and the trainable weights of the model to `path`, whole or not at all."""
+    tensors = {f"weights.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    for k, (tokens, targets, offsets) in enumerate(step.batches):
+        tensors |= {f"{k}.tokens": tokens.contiguous(), f"{k}.targets": targets.contiguous()}
+        if offsets:
+            tensors[f"{k}.offsets"] = torch.tensor(offsets)
+    values = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name != "batches"}
+    with whole_file(path) as file:
+        save_file(tensors, file, metadata={"step": json.dumps(values)})
+
+
+def read_step(path):
+    """The `Step` in a file. Raises UserError if it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            values, names = json.loads(file.metadata()["step"]), set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names if not name.startswith("weights.")}
+        batches = [
+            (tensors[f"{k}.tokens"], tensors[f"{k}.targets"], tensors[f"{k}.offsets"].tolist())
+            if f"{k}.offsets" in tensors
+            else (tensors[f"{k}.tokens"], tensors[f"{k}.targets"], None)
+            for k in range(len(values["names"]))
+        ]
+        return Step(batches=batches, **values)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"--replay {path} is missing, damaged, or no {FILE} ({error})") from None
+
+
+@torch.no_grad()
+def read_weights(path, model):
+    """Put the trainable weights of a kept step into a model. Raises UserError if they are not the model's."""
+    trainable = {f"weights.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    with safe_open(path, "pt") as file:
+        stored = {name for name in file.keys() if name.startswith("weights.")}  # noqa: SIM118 (not a dict)
+        for name in sorted(stored | trainable.keys()):
+            if (
+                name not in stored
+                or name not in trainable
+                or file.get_slice(name).get_shape() != list(trainable[name].shape)
+            ):
+                raise UserError(f"--replay {path}: {name} is not as in this model: give the settings of its run")
+        for name, parameter in trainable.items():
+            parameter.copy_(file.get_tensor(name))

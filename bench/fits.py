@@ -1,0 +1,113 @@
+"""Does a 7B model fit on my card, and with what flags? A table by the planner, for cards that need not be here.
+
+    python bench/fits.py
+
+For each way to train and each length of the samples: the most `--micro_batch_tokens` (whole samples of that length, in
+a packed row, half of their positions targets) for which the predicted peak fits on a card, and the smallest share of
+blocks that it takes to recompute, or "no". A card of 24 GB counts as
+24 x 10^9 bytes, less `plan.CUDA_OVERHEAD`. It needs no weights, no GPU, and minutes of a CPU.
+"""
+
+import bisect
+import itertools
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+
+import cli
+from cli import UserError
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Args:
+        models: Of Llama-2-7B and Mistral-7B.
+        lengths: Positions of a sample.
+        cards: GB of the cards.
+        most_tokens: Where to stop looking: larger micro-batches are no faster.
+    """
+
+    models: list[str] = field(default_factory=lambda: ["Llama-2-7B", "Mistral-7B"])
+    lengths: list[int] = field(default_factory=lambda: [512, 2048, 4096])
+    cards: list[int] = field(default_factory=lambda: [16, 24, 40, 80])
+    most_tokens: int = 16384
+
+    def __post_init__(self):
+        for name in self.models:
+            if name not in MODELS:
+                raise UserError(f"--models {name}: expected some of {', '.join(MODELS)}")
+        if not self.lengths or not self.cards or min(*self.lengths, *self.cards, self.most_tokens) < 1:
+            raise UserError("--lengths, --cards and --most_tokens must be above 0")
+
+
+# The values of their published config.json.
+LLAMA = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+MISTRAL = LLAMA | {
+    "model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+}  # fmt: skip
+MODELS = {"Llama-2-7B": LLAMA, "Mistral-7B": MISTRAL}
+WAYS = {  # flags: method, quantize, optimizer
+    "LoRA": ("lora", None, "adamw"),
+    "LoRA, `--quantize bnb.nf4`": ("lora", "bnb.nf4", "adamw"),
+    "LoRA, `--quantize bnb.nf4-dq`": ("lora", "bnb.nf4-dq", "adamw"),
+    "`--method full --optimizer adamw-8bit`": ("full", None, "adamw-8bit"),
+}
+
+SHARES = (0.0, 0.5, 1.0)  # of blocks that are recomputed
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)
+
+
+def main(s):
+    print("| model | how | length | " + " | ".join(f"{gb} GB" for gb in s.cards) + " |")
+    print("|---|---|---|" + "---|" * len(s.cards))
+    for name, way in itertools.product(s.models, WAYS):
+        predictors = {share: make_predictor(MODELS[name], *WAYS[way], share) for share in SHARES}
+        for length in s.lengths:
+            cells = [what_fits(predictors, length, card, s.most_tokens) for card in s.cards]
+            print("| " + " | ".join(map(str, [name, way, length, *cells])) + " |", flush=True)
+
+
+def make_predictor(values, method, quantize, optimizer, recompute):
+    import torch
+
+    import lora
+    import plan
+    from model import Config
+
+    job = plan.Job(
+        Config.from_dict(values), "meta", torch.bfloat16, quantize=quantize, optimizer=optimizer, recompute=recompute,
+        adapter=lora.AdapterConfig() if method == "lora" else None,
+    )  # fmt: skip
+    return plan.Predictor(job)
+
+
+def what_fits(predictors, length, card, most):
+    """Tokens of the most samples (1, 2, 4, ...) of `length` that fit on a card of so many GB, and the share recomputed.
+
+    The smallest share with which one sample fits is taken.
+    """
+    import plan
+
+    budget = card * 1e9 - plan.CUDA_OVERHEAD
+    counts = [2**n for n in range(max(1, most // length).bit_length())]
+    for share, predictor in predictors.items():
+        peak = lambda n, p=predictor: p.peak(plan.packed_shape(n * length, length, n * length // 2))  # noqa: E731
+        fitting = bisect.bisect_right(counts, budget, key=peak)
+        if fitting:
+            return f"{counts[fitting - 1] * length}" + (f", `--recompute {share:g}`" if share else "")
+    return "no"
+
+
+if __name__ == "__main__":
+    cli.run(main, settings)

@@ -1,0 +1,615 @@
+"""What one GPU does: training and decoding at 7B shapes against its own limits and against transformers + PEFT.
+
+    python bench/gpu.py --out_file gpu.jsonl          # bench/gpu.sh runs the tests that need a GPU before it
+    python bench/gpu.py --shape tiny --device cpu     # all of it in small, to try the script itself
+
+Weights are random and made on the device, nothing is downloaded. Training is finetune.py's own step, decoding
+generate.py's own loop. Every measurement is a line of JSON, the most important ones first. When the time runs out the
+rest are lines that say so; one that runs out of memory or fails is a line, too.
+
+Shares count 2 operations for each weight of a matrix, token and product: 4 N a token for an adapter (forward, and the
+gradient of the input), 6 N for all weights, 2 N more where blocks are computed again. Attention and the adapters
+themselves count for nothing. They are divided by the matrix product measured in the same run, and by the data sheet.
+"plan" is the peak that plan.py predicts for our step over the measured one; on a CPU that is the whole process', so
+there the share says nothing.
+"""
+
+import gc
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+
+import cli
+from cli import UserError
+from lines import add_line, installed_versions
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Args:
+        shape: "7b" for Llama-2-7B and Mistral-7B, "tiny" for a model that a CPU runs in no time.
+        device: Where.
+        tokens: Positions of a micro-batch in training; a step has two.
+        sample_tokens: Positions of a sample.
+        steps: Measured steps of a training run, after two that are not.
+        repetitions: Runs of each side, by turns; the median counts.
+        prompt_tokens: Length of a prompt in decoding.
+        new_tokens: Tokens decoded.
+        seconds: No measurement is started that may not end in this time.
+        commit: Of the code, to be noted in the results.
+        out_file: The lines of JSON are added to this file.
+    """
+
+    shape: Literal["7b", "tiny"] = "7b"
+    device: Literal["cuda", "cpu"] = "cuda"
+    tokens: int = 2048
+    sample_tokens: int = 512
+    steps: int = 4
+    repetitions: int = 3
+    prompt_tokens: int = 128
+    new_tokens: int = 128
+    seconds: int = 540
+    commit: str = "unknown"
+    out_file: Path | None = None
+
+    def __post_init__(self):
+        for name in ("tokens", "sample_tokens", "steps", "repetitions", "prompt_tokens", "new_tokens"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.tokens % self.sample_tokens:
+            raise UserError(f"--tokens {self.tokens} must be a multiple of --sample_tokens {self.sample_tokens}")
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)
+    if settings.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # finetune.py takes a GPU where it sees one
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import budget
+import finetune
+import generate
+import lora
+import plan
+import sampling
+from batching import Samples
+from checkpoint import fill_model
+from decode import fastest_decoder
+from metrics import peak_memory
+from model import Config, Transformer
+from quantize import BLOCK, bitsandbytes, nf4_quantize
+from spool import SampleWriter
+
+LLAMA_2_7B = dict(
+    model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5,
+    rope_theta=10000.0, tie_word_embeddings=False,
+)  # fmt: skip
+MISTRAL_7B = LLAMA_2_7B | dict(
+    model_type="mistral", intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=32768,
+    sliding_window=4096,
+)  # fmt: skip
+TINY = LLAMA_2_7B | dict(
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+SHAPES = {"7b": {"Llama-2-7B": LLAMA_2_7B, "Mistral-7B": MISTRAL_7B}, "tiny": {"tiny": TINY}}
+# Dense bf16 products as the data sheets have them, TFLOP/s, by a part of the device's name.
+NOMINAL_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
+
+OURS, PEFT, PEFT_AUTOCAST = SIDES = ("onetune", "transformers + PEFT", "transformers + PEFT, autocast")
+MICRO_BATCHES = 2  # in an optimiser step
+WARM_UP = 2  # steps
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run."""
+
+    shape: str
+    kind: Literal["lora", "qlora", "full"]
+    recompute: bool
+    side: str
+    seconds = 20  # to be left on the clock when it is started; what it takes at most is about this
+
+    def __str__(self):
+        return f"{self.shape} {self.kind}{', recomputing' if self.recompute else ''}: {self.side}"
+
+    def measure(self, s, limits):
+        return measure_training(s, self, limits)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One batch of prompts answered."""
+
+    shape: str
+    quantize: str | None
+    batch: int
+    seconds = 20
+
+    def __str__(self):
+        return f"{self.shape} decode {self.quantize or 'bf16'}, batch {self.batch}"
+
+    def measure(self, s, limits):
+        return measure_decoding(s, self, limits)
+
+
+@dataclass(frozen=True)
+class Dequantizing:
+    """The two NF4 kernels on a weight of the shape's MLP."""
+
+    shape: str
+    seconds = 10
+
+    def __str__(self):
+        return f"{self.shape} dequantise NF4"
+
+    def measure(self, s, limits):
+        return measure_dequantizing(s, self, limits)
+
+
+def main(s):
+    if s.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device")
+    deadline = time.monotonic() + s.seconds
+    device = torch.device(s.device)
+    limits = measure_limits(device)
+    about = describe(s, device)
+    record(s, about | {"part": "limits", **limits})
+    rows = []
+    for part in parts(s):
+        row = attempt(part, s, limits, deadline)
+        rows.append((part, row))
+        record(s, about | {"part": type(part).__name__.lower(), **vars(part), **row})
+    print_table(rows, limits, about)
+    disagreeing = differing_losses(rows)
+    failed = [str(part) for part, row in rows if row.get("failed")]
+    if disagreeing or failed:
+        raise UserError(
+            f"failed: {', '.join(failed) or 'none'}; first losses differ: {', '.join(disagreeing) or 'none'}"
+        )
+
+
+def parts(s):
+    """All measurements, the most important first."""
+    first, *others = SHAPES[s.shape]
+
+    def trainings(shape, kind, recompute, repetitions):
+        return [Training(shape, kind, recompute, side) for _ in range(repetitions) for side in SIDES]
+
+    yield from trainings(first, "lora", False, s.repetitions)
+    yield from trainings(first, "qlora", False, s.repetitions)
+    yield from [Decoding(first, quantize, batch) for batch in (1, 16) for quantize in (None, "bnb.nf4")]
+    yield from [Training(first, "full", recompute, OURS) for recompute in (True, False)]
+    yield Dequantizing(first)
+    yield from trainings(first, "qlora", True, s.repetitions)
+    yield from trainings(first, "lora", True, s.repetitions)
+    for shape in others:
+        for kind, recompute in itertools.product(("lora", "qlora"), (False, True)):
+            yield from trainings(shape, kind, recompute, 1)
+        yield Training(shape, "full", True, OURS)
+        yield from [Decoding(shape, quantize, batch) for batch in (1, 16) for quantize in (None, "bnb.nf4")]
+
+
+def attempt(part, s, limits, deadline):
+    """The row of a measurement; one that says why if there is none."""
+    if time.monotonic() + part.seconds > deadline:
+        return {"skipped": "no time left"}
+    print(part, file=sys.stderr, flush=True)
+    gc.collect()
+    if s.device == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        return part.measure(s, limits)
+    except torch.OutOfMemoryError:
+        return {"skipped": "out of memory"}
+    except Exception as error:  # the machine is rented by the minute: the other measurements still count
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def record(s, row):
+    print(json.dumps(row), flush=True)
+    if s.out_file:
+        add_line(s.out_file, row)
+
+
+def describe(s, device):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return {
+        "time": datetime.now().isoformat(timespec="seconds"),
+        "device": name,
+        "nominal_tflops": next((rate for key, rate in NOMINAL_TFLOPS.items() if key in name), None),
+        "versions": installed_versions(),
+        "commit": s.commit,
+    }
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_per_call(call, device, calls=10):
+    """Median over 5 rounds of so many calls each, after one that does not count."""
+    times = []
+    for _ in range(6):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        times.append((time.perf_counter() - started) / calls)
+    return statistics.median(times[1:])
+
+
+def measure_limits(device):
+    """The best the machine does, on random data: a bf16 matrix product, and a copy (bytes read and written)."""
+    size, elements = (8192, 2**30) if device.type == "cuda" else (512, 2**22)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = seconds_per_call(lambda: a @ b, device)
+    source = torch.randn(elements, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = seconds_per_call(lambda: target.copy_(source), device)
+    return {"tflops": 2 * size**3 / product / 1e12, "gigabytes_per_second": 2 * source.nbytes / copy / 1e9}
+
+
+# -------------------------------------------------------------------------------------------- random weights and data
+
+
+def random_weight(name, shape, device):
+    """The bf16 weight `name`, the same on every call: ones for a norm, normal with deviation 0.02 otherwise."""
+    if len(shape) == 1:
+        return torch.ones(shape, device=device, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+
+def random_model(shape, device, quantize=None):
+    """A frozen bf16 model of a shape's config.json, made as checkpoint.load_model makes one."""
+    with torch.device("meta"):
+        model = Transformer(Config.from_dict(shape))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    fill_model(model, lambda name: random_weight(name, shapes[name], device), torch.bfloat16, device, quantize)
+    return model.eval()
+
+
+def matrix_weights(shape):
+    """How many weights take part in products: all but the embedding, which is looked up, and the norms."""
+    with torch.device("meta"):
+        model = Transformer(Config.from_dict(shape))
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def random_samples(s, vocab_size):
+    """The samples of one optimiser step, all of one length, every token a target. They go through a prepared file."""
+    tokens = torch.Generator().manual_seed(1)
+    writer = SampleWriter()
+    for _ in range(MICRO_BATCHES * s.tokens // s.sample_tokens):
+        ids = torch.randint(vocab_size, (s.sample_tokens + 1,), generator=tokens).tolist()
+        writer.add(ids, [True] * len(ids), source=0)
+    with tempfile.TemporaryDirectory() as folder:
+        writer.save(Path(folder, "train.safetensors"))
+        return Samples(Path(folder, "train.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def measure_training(s, run, limits):
+    shape, device = SHAPES[s.shape][run.shape], torch.device(s.device)
+    samples = random_samples(s, shape["vocab_size"])
+    step = (our_step if run.side == OURS else peer_step)(s, run, shape, samples, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started, losses, norms = time.perf_counter(), [], []
+    for number in range(WARM_UP + s.steps):
+        if number == WARM_UP:
+            synchronize(device)
+            started = time.perf_counter()
+        loss, norm = step(number)
+        assert norm > 0, "the gradient is zero, so nothing was measured"
+        losses.append(loss)
+        norms.append(norm)
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    rate = s.steps * int(samples.lengths.sum()) / seconds
+    per_token = {"lora": 4, "qlora": 4, "full": 6}[run.kind] + 2 * run.recompute
+    row = {
+        "tokens_per_second": rate,
+        "share": rate * per_token * matrix_weights(shape) / (limits["tflops"] * 1e12),
+        "peak_gb": peak_memory(device) / 1e9,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "grad_norm": norms[-1],
+        "step_seconds": seconds / s.steps,
+        "micro_batch_tokens": s.tokens,
+        "sample_tokens": s.sample_tokens,
+    }
+    return row | prediction(s, run) if run.side == OURS else row
+
+
+def our_settings(s, run):
+    full = run.kind == "full"
+    return finetune.Settings(
+        checkpoint_dir=Path("random"),
+        data_dir=Path("random"),
+        method="full" if full else "lora",
+        quantize="bnb.nf4" if run.kind == "qlora" else None,
+        optimizer="adamw-8bit" if full else "adamw",
+        learning_rate=2e-5 if full else 2e-4,
+        global_batch_size=MICRO_BATCHES * s.tokens // s.sample_tokens,
+        micro_batch_tokens=s.tokens,
+        recompute=float(run.recompute),
+    )
+
+
+def prediction(s, run):
+    """The predicted peak of our step, for its row. If there is none that is said, but the measurement still counts."""
+    try:
+        return {"predicted_gb": predicted_peak(s.shape, run, s.device, s.tokens, s.sample_tokens) / 1e9}
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"no prediction: {type(error).__name__}: {error}"}
+
+
+@lru_cache
+def predicted_peak(size, run, device, tokens, sample_tokens):
+    """Bytes, by plan.py."""
+    settings = our_settings(Settings(size, device, tokens, sample_tokens), run)
+    job = plan.Job(
+        config=Config.from_dict(SHAPES[size][run.shape]),
+        device=device,
+        dtype=torch.bfloat16,
+        quantize=settings.quantize,
+        adapter=None if run.kind == "full" else budget.adapter_config(settings),
+        optimizer=settings.optimizer,
+        recompute=settings.recompute,
+    )
+    return plan.Predictor(job).peak(plan.packed_shape(tokens, sample_tokens, targets=tokens))
+
+
+def our_step(s, run, shape, samples, device):
+    """A function that makes the step of a number with finetune.py's own pieces: loss and norm of the gradient."""
+    settings = our_settings(s, run)
+    fabric = finetune.start_fabric(settings)
+    model = random_model(shape, fabric.device, settings.quantize)
+    if run.kind == "full":
+        model.requires_grad_(True)
+    else:
+        lora.add_lora(model, budget.adapter_config(settings))
+    optimizer = fabric.setup_optimizers(finetune.build_optimizer(settings, model))
+    steps = dict(finetune.planned_steps(settings, samples, 0, WARM_UP + s.steps))
+    model.train()
+
+    def step(number):
+        rate = settings.learning_rate
+        row = finetune.train_step(fabric, settings, model, optimizer, samples, steps[number], number, rate)
+        return row["loss"], row["grad_norm"]
+
+    return step
+
+
+def peer_step(s, run, shape, samples, device):
+    """The same of transformers + PEFT, in a plain loop; with autocast as transformers' Trainer does for `bf16`."""
+    from peft import LoraConfig, get_peft_model
+
+    base = peer_model(shape, device, quantized=run.kind == "qlora")
+    if run.recompute:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    targets = list(lora.PROJECTIONS)
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0, fused=True)
+    micro_batches = torch.arange(len(samples)).split(s.tokens // s.sample_tokens)
+    target_count = samples.target_counts.sum().item()
+
+    def step(number):
+        total = torch.zeros((), device=device)
+        for indices in micro_batches:  # all of one length: there is no padding to mask
+            tokens, targets = (tensor.to(device) for tensor in samples.padded(indices.tolist())[:2])
+            with torch.autocast(device.type, torch.bfloat16, enabled=run.side == PEFT_AUTOCAST):
+                logits = model(input_ids=tokens, use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / target_count
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total.item(), norm.item()
+
+    return step
+
+
+@torch.no_grad()
+def peer_model(shape, device, quantized):
+    """transformers' model of a config.json with the weights of `random_model`, in NF4 as its own loading makes it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**shape)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(random_weight(name, parameter.shape, device))
+    if quantized:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and module is not model.lm_head:
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, peer_nf4(module, device))
+        model.is_loaded_in_4bit = True  # by this PEFT knows its layers
+    return model
+
+
+def peer_nf4(linear, device):
+    layers = bitsandbytes().nn
+    layer = layers.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta"
+    )
+    options = {"quant_type": "nf4", "compress_statistics": False, "requires_grad": False, "module": layer}
+    layer.weight = layers.Params4bit(linear.weight.data, **options).to(device)
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------ decoding and kernels
+
+
+class Tally:
+    """Stands for sampling.Reply, with no tokenizer behind it: it only counts, so no answer ends early."""
+
+    def __init__(self):
+        self.length, self.done = 0, False
+
+    def push(self, id):
+        self.length += 1
+
+    def finish(self):
+        self.done = True
+
+
+def measure_decoding(s, run, limits):
+    shape, device = SHAPES[s.shape][run.shape], torch.device(s.device)
+    model = random_model(shape, device, run.quantize)
+    prompts = torch.randint(shape["vocab_size"], (run.batch, s.prompt_tokens)).tolist()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    decoder = fastest_decoder(model)
+    decode_seconds(decoder, prompts, 4, device)  # warm-up
+    prefill, seconds, steps = decode_seconds(decoder, prompts, s.new_tokens, device)
+    read = weight_bytes(model) * steps / seconds  # bytes a second, if each step reads every weight once
+    return {
+        "tokens_per_second": run.batch * steps / seconds,
+        "share": read / 1e9 / limits["gigabytes_per_second"],
+        "peak_gb": peak_memory(device) / 1e9,
+        "prefill_seconds": prefill,
+        "prompt_tokens": s.prompt_tokens,
+        "new_tokens": steps + 1,
+    }
+
+
+def decode_seconds(decoder, prompts, new_tokens, device):
+    """Seconds to the first token, seconds for those after it, and how many those are. Greedy."""
+    settings = generate.Settings(checkpoint_dir=Path("random"), max_new_tokens=new_tokens, temperature=0)
+    replies = [Tally() for _ in prompts]
+    synchronize(device)
+    started = time.perf_counter()
+    tokens = sampling.generate(decoder, prompts, replies, settings, list(range(len(prompts))))
+    next(tokens)
+    synchronize(device)
+    first = time.perf_counter()
+    steps = sum(1 for _ in tokens)
+    synchronize(device)
+    return first - started, time.perf_counter() - first, steps
+
+
+def weight_bytes(model):
+    """Bytes of the weights that a decoding step must read: those of all products."""
+    layers = lora.linear_layers(model).values()
+    return sum(layer.weight.nbytes if isinstance(layer, nn.Linear) else layer.nbytes() for layer in layers)
+
+
+def measure_dequantizing(s, run, limits):
+    """Microseconds for one gate_proj from NF4 to bf16: bitsandbytes' kernel, and bench/nf4_triton.py's if it runs."""
+    if s.device != "cuda":
+        return {"skipped": "Triton compiles for GPUs only"}
+    from nf4_triton import nf4_dequantize_triton
+
+    shape, device = SHAPES[s.shape][run.shape], torch.device(s.device)
+    size = (shape["intermediate_size"], shape["hidden_size"])
+    # More than the cache holds, taken in turn: in training another layer's weight comes between.
+    weights = [nf4_quantize(torch.randn(size, device=device)) for _ in range(4)]
+    functional = bitsandbytes().functional
+    states = [
+        functional.QuantState(absmax, torch.Size(size), dtype=torch.bfloat16, blocksize=BLOCK, quant_type="nf4")
+        for _, absmax in weights
+    ]
+    ways = {"bitsandbytes": lambda i: functional.dequantize_4bit(weights[i][0][:, None], states[i])}
+    for block, warps in ((512, 4), (1024, 4), (2048, 8)):
+        ways[f"triton {block}, {warps} warps"] = lambda i, b=block, w=warps: nf4_dequantize_triton(
+            *weights[i], size, torch.bfloat16, b, w
+        )
+    reference = ways["bitsandbytes"](0)
+    for name, way in ways.items():
+        assert torch.equal(way(0), reference), f"{name} gives another weight"
+    turn = itertools.cycle(range(len(weights)))
+    seconds = {name: seconds_per_call(lambda: way(next(turn)), device, 40) for name, way in ways.items()}  # noqa: B023
+    moved = reference.nbytes + sum(tensor.nbytes for tensor in weights[0])
+    return {
+        "microseconds": {name: 1e6 * value for name, value in seconds.items()},
+        "shares": {name: moved / value / 1e9 / limits["gigabytes_per_second"] for name, value in seconds.items()},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def differing_losses(rows):
+    """Names of the peer's runs whose first loss is not ours to 1%: the two sides would not do the same."""
+    ours = {}
+    for part, row in rows:
+        if "first_loss" in row and part.side == OURS:
+            ours[part.shape, part.kind] = row["first_loss"]
+    return sorted(
+        {
+            str(part)
+            for part, row in rows
+            if "first_loss" in row and (loss := ours.get((part.shape, part.kind))) is not None
+            if abs(row["first_loss"] - loss) > 0.01 * loss
+        }
+    )
+
+
+def print_table(rows, limits, about):
+    nominal = about["nominal_tflops"]
+    print(
+        f"\n{about['device']}: bf16 product {limits['tflops']:.1f} TFLOP/s ({nominal or 'no figure'} on paper), ",
+        end="",
+    )
+    print(f"copy {limits['gigabytes_per_second']:.0f} GB/s. Shares are of these.")
+    columns = f"{'tokens/s':>10}{'spread':>8}{'share':>8}{'on paper':>9}{'GB':>7}{'plan':>7}{'loss':>8}"
+    print(f"{'median':64}{'runs':>5}{columns}")
+    for part in dict.fromkeys(part for part, _ in rows):
+        measured = [row for other, row in rows if other == part]
+        good = [row for row in measured if "tokens_per_second" in row]
+        if good:
+            print(table_line(part, good, nominal and limits["tflops"] / nominal))
+        for row in measured:
+            if row not in good:
+                print(f"{part!s:64} {row.get('skipped') or row.get('failed') or row}")
+
+
+def table_line(part, rows, paper):
+    """paper: the measured matrix limit as a share of the data sheet's, or None."""
+    rates, shares = ([row[key] for row in rows] for key in ("tokens_per_second", "share"))
+    rate, share = statistics.median(rates), statistics.median(shares)
+    on_paper = f"{share * paper:.1%}" if paper and isinstance(part, Training) else ""
+    loss = f"{rows[0]['first_loss']:.3f}" if "first_loss" in rows[0] else ""
+    peak = max(row["peak_gb"] for row in rows)
+    planned = f"{rows[0]['predicted_gb'] / peak:.3f}" if "predicted_gb" in rows[0] else ""
+    spread = (max(rates) - min(rates)) / rate
+    return (
+        f"{part!s:64}{len(rows):5}{rate:10,.0f}{spread:8.1%}{share:8.1%}{on_paper:>9}{peak:7.2f}{planned:>7}{loss:>8}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, settings)

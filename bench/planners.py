@@ -1,0 +1,164 @@
+"""What a step's choice of samples does to the loss: the same model, data, seed and steps with several planners.
+
+    python bench/planners.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data_dir prepared/mixture
+
+Each run is finetune.py itself, in a process of its own. `grouped` (neighbours in length share a step) is there for its
+zig-zag: compare it with `packed` or `sorted_in_step`, whose steps are drawn from the whole set. The mixture should have
+tasks of unlike lengths.
+
+Added to --out_file: a JSON line for every run. Drawn beside that file: the training losses of all of them.
+
+deviation     nats, the standard deviation of the step losses around their running mean (of 21 steps, centred)
+val_loss      after the last step, if the data have a validation part
+"""
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
+
+import cli
+from cli import UserError
+
+SPAN = 21  # steps in a running mean
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Args:
+        checkpoint_dir: Model folder.
+        data_dir: Folder made by prepare_data.py.
+        planners: How samples are cut into steps and micro-batches (batching.py), a run for each.
+        steps: Optimiser steps of a run.
+        global_batch_size: Samples in a step.
+        micro_batch_tokens: Positions in a micro-batch.
+        learning_rate: The highest learning rate.
+        precision: Dtype of the weights ("true") or of the products over fp32 weights ("mixed").
+        seed: Of adapter and order of the data.
+        out_file: JSON lines are added to this file.
+    """
+
+    checkpoint_dir: Path
+    data_dir: Path
+    planners: list[str] = field(default_factory=lambda: ["packed", "grouped"])
+    steps: int = 200
+    global_batch_size: int = 32
+    micro_batch_tokens: int = 2048
+    learning_rate: float = 2e-4
+    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-true"
+    seed: int = 1337
+    out_file: Path = Path("out/bench/planners.jsonl")
+
+    def __post_init__(self):
+        if not self.planners or len(set(self.planners)) < len(self.planners):
+            raise UserError(f"--planners {self.planners}: name at least one, and none twice")
+        if self.steps < 2:
+            raise UserError(f"--steps {self.steps}: must be 2 or above")
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)
+
+import limits
+import peers
+from batching import PLANNERS
+from lines import add_line, commit
+
+
+def main(s):
+    for planner in s.planners:
+        if planner not in PLANNERS:
+            raise UserError(f"--planners {planner}: expected some of {', '.join(PLANNERS)}")
+    common = {
+        "settings": plain(s),
+        "commit": commit(),
+        "machine": limits.machine(),
+        "versions": peers.installed_versions(),
+    }
+    lines = []
+    for planner in s.planners:
+        lines.append({"planner": planner, **train(s, planner), **common})
+        add_line(s.out_file, lines[-1])
+    for line in lines:
+        validation = "" if line["val_loss"] is None else f", validation loss {line['val_loss']:.4f}"
+        print(
+            f"{line['planner']:15} step loss {line['losses'][0]:.3f} to {line['losses'][-1]:.3f}, "
+            f"{line['deviation']:.4f} around its running mean{validation}, padding {line['padding']:.1%}, "
+            f"{line['training_seconds']:.0f} s"
+        )
+    chart = s.out_file.with_suffix(".png")
+    draw(lines, chart)
+    print(f"written to {s.out_file} and {chart}")
+
+
+def plain(s):
+    """The settings for a JSON line, but for the planners and where the line goes."""
+    kept = {key: value for key, value in asdict(s).items() if key not in ("planners", "out_file")}
+    return kept | {"checkpoint_dir": s.checkpoint_dir.name, "data_dir": s.data_dir.name}
+
+
+def train(s, planner):
+    """One run of finetune.py: its step losses, their deviation, and what its summary says."""
+    flags = {name: value for name, value in asdict(s).items() if name not in ("planners", "steps", "out_file")}
+    flags |= {"planner": planner, "max_steps": s.steps, "eval_interval": s.steps, "save_interval": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, planner)
+        flags["out_dir"] = run
+        command = [sys.executable, ROOT / "finetune.py", *(f"--{name}={value}" for name, value in flags.items())]
+        if subprocess.run(command, stdout=subprocess.PIPE).returncode:
+            raise UserError(f"--planners {planner}: finetune.py failed, for the reason above")
+        with open(run / "metrics.csv", newline="") as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file)]
+        summary = json.loads((run / "summary.json").read_text())
+    kept = {key: summary[key] for key in ("val_loss", "padding", "training_seconds", "tokens_per_second")}
+    return {"deviation": deviation(losses), **kept, "losses": losses}
+
+
+def deviation(losses):
+    """The standard deviation of the losses around their running mean."""
+    return statistics.pstdev(loss - mean for loss, mean in zip(losses, running_mean(losses), strict=True))
+
+
+def running_mean(losses):
+    """For each loss the mean of those in the SPAN of steps around it."""
+    half = SPAN // 2
+    return [statistics.fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
+
+
+def draw(lines, path):
+    """The step losses of all runs, thin, and their running means, as a PNG; the most restless run lies at the back."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    colors = dict(zip([line["planner"] for line in lines], plt.colormaps["tab10"].colors, strict=False))
+    for line in sorted(lines, key=lambda line: -line["deviation"]):
+        steps, color = range(1, len(line["losses"]) + 1), colors[line["planner"]]
+        axes.plot(steps, line["losses"], color=color, linewidth=0.8, alpha=0.6)
+        label = f"{line['planner']}: {line['deviation']:.3f} around the mean of {SPAN} steps"
+        axes.plot(steps, running_mean(line["losses"]), color=color, linewidth=2, label=label)
+    s = lines[0]["settings"]
+    axes.set(
+        title=f"{s['checkpoint_dir']} on {s['data_dir']}, {s['global_batch_size']} samples a step",
+        xlabel="optimiser step", ylabel="training loss per target token (nats)",
+    )  # fmt: skip
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(main, settings)

@@ -1,0 +1,281 @@
+"""From finetune.py's settings to what the run will take: its steps, the `plan.Job` they are, the largest micro-batch.
+
+`s` is always the Settings of finetune.py, `train` and `samples` are `batching.Samples`.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import math
+import re
+import resource
+import sys
+import traceback
+
+import torch
+
+import cli
+import lora
+import plan
+from batching import PLANNERS
+from checkpoint import read_config
+from cli import UserError
+from kernels import compute_dtype
+from metrics import peak_memory, start_measuring
+from quantize import bitsandbytes, describe_quantization
+
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32, "16-mixed": torch.float32}
+RECOMPUTED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # that --plan tries, for the smallest one that fits
+M_MMAP_THRESHOLD, MAPPED = -3, 2**20
+NO_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc")  # in a plain RuntimeError
+
+
+# ----------------------------------------------------------------------------------------------- what the settings mean
+
+
+def adapter_config(s):
+    return lora.AdapterConfig(s.method, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_rslora, tuple(s.lora_targets))
+
+
+def autocast_dtype(s):
+    """The dtype of products under autocast, or None.
+
+    A CPU without bf16 instructions is faster, and more exact, in fp32.
+    """
+    slow = not torch.cuda.is_available() and compute_dtype(torch.bfloat16, "cpu") != torch.bfloat16
+    return None if slow else {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(s.precision)
+
+
+def total_steps(s, train):
+    return s.max_steps or math.ceil(s.epochs * math.ceil(len(train) / s.global_batch_size))
+
+
+def planned_steps(s, samples, start, total):
+    """The number and the micro-batches of each step from `start` to before `total`."""
+    per_epoch = math.ceil(len(samples) / s.global_batch_size)
+    planned = None
+    for step in range(start, total):
+        epoch, place = divmod(step, per_epoch)
+        if planned is None or place == 0:
+            arguments = samples.lengths, samples.target_counts, s.global_batch_size, s.micro_batch_tokens, s.seed, epoch
+            planned = PLANNERS[s.planner].plan(*arguments)
+        yield step, planned[place]
+
+
+def dropout_seed(s, step, rank, world_size):
+    """Where torch's random numbers start on a device for a step (from 0)."""
+    return s.seed + 1_000_003 * (1 + step * world_size + rank)
+
+
+# ---------------------------------------------------------------------------------------------------- what it will take
+
+
+def plan_job(s, gradients="kept"):
+    """What `plan` must know of this run."""
+    return plan.Job(
+        config=read_config(s.checkpoint_dir),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=DTYPES[s.precision],
+        autocast=autocast_dtype(s),
+        quantize=s.quantize,
+        adapter=None if s.method == "full" else adapter_config(s),
+        optimizer=s.optimizer,
+        recompute=s.recompute,
+        gradients="freed" if s.optimizer_in_backward else gradients,
+    )
+
+
+def planned_job(s, train):
+    """The `plan.Job` of this run, and for each step (of its first epoch) the shapes of its micro-batches."""
+    total = min(total_steps(s, train), math.ceil(len(train) / s.global_batch_size))
+    layout = PLANNERS[s.planner].layout
+    steps = [[plan.shape_of(train, layout, rows) for rows in step] for _, step in planned_steps(s, train, 0, total)]
+    return plan_job(s, "kept" if any(len(shapes) > 1 for shapes in steps) else "new"), steps
+
+
+def predicted_peak(s, train):
+    """Bytes at the peak of the run."""
+    job, steps = planned_job(s, train)
+    return plan.Predictor(job).peak(plan.worst([shape for shapes in steps for shape in shapes]))
+
+
+def heaviest_micro_batch(s, samples):
+    """Of all micro-batches of the run, in every epoch, the one with the highest peak, as a list of sample numbers,
+
+    and the most micro-batches that a step has.
+    """
+    packed, padded, most = (0, 0, []), (0, 0, []), 0  # the largest by either way to count: positions, targets, samples
+    for _, step in planned_steps(s, samples, 0, total_steps(s, samples)):
+        most = max(most, len(step))
+        for indices in step:
+            lengths, targets = samples.lengths[indices], samples.target_counts[indices].sum().item()
+            packed = max(packed, (lengths.sum().item(), targets, indices))
+            padded = max(padded, (len(indices) * lengths.max().item(), targets, indices))
+    layout = PLANNERS[s.planner].layout
+    shapes = {plan.shape_of(samples, layout, indices): indices for _, _, indices in (packed, padded)}
+    return shapes[plan.worst(shapes)], most
+
+
+def memory_of_later_steps(s, model, optimizer, gradients):
+    """What a first micro-batch does not find yet and others will: moments of AdamW, and `gradients` before it.
+
+    Returns tensors to be held while it runs; gradients are zeros in their place.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable if gradients else ():
+        parameter.grad = torch.zeros_like(parameter)
+    missing = [parameter for parameter in trainable if not optimizer.state.get(parameter)]
+    sizes = [(plan.moment_bytes(parameter, s.optimizer, parameter.device.type), parameter) for parameter in missing]
+    return [torch.empty(nbytes, dtype=torch.uint8, device=parameter.device) for nbytes, parameter in sizes]
+
+
+@contextlib.contextmanager
+def no_more_than_free(device):
+    """Where Linux would grant a process more than is free, and kill it when that is used, let it refuse instead."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if device.type == "cpu" and sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (plan.address_space() + plan.free_memory("cpu"), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+# ------------------------------------------------------------------------------------------------------------ what fits
+
+
+def most_that_fits(s, train):
+    """The most micro_batch_tokens that fit in the budget (0: none do), and the budget in bytes."""
+    job = plan_job(s)
+    given = s.memory_budget and cli.number_of_bytes(s.memory_budget, "memory_budget")
+    budget = given or plan.free_memory(job.device)
+    return plan.largest_micro_batch(plan.Predictor(job), train, s.global_batch_size, budget), budget
+
+
+def choose_micro_batch(s, train):
+    """Make --micro_batch_tokens a number if it is "auto"."""
+    if s.micro_batch_tokens != "auto":
+        return
+    s.micro_batch_tokens, budget = most_that_fits(s, train)
+    if not s.micro_batch_tokens:
+        hint = "see --plan" if s.recompute == 1 else "raise --recompute, or see --plan"
+        raise UserError(f"the longest sample does not fit in {budget / 1e9:.2f} GB: {hint}")
+    print(f"--micro_batch_tokens {s.micro_batch_tokens}: the most that fits in {budget / 1e9:.2f} GB", file=sys.stderr)
+    s.memory_budget = None  # it has done its work: a run from this one's config.yaml takes the number
+
+
+def check_micro_batches(s, train):
+    """With the optimiser in the backward pass a second micro-batch would find the weights moved. Refuse it now."""
+    steps = planned_steps(s, train, 0, total_steps(s, train))
+    if s.optimizer_in_backward and any(len(micro_batches) > 1 for _, micro_batches in steps):
+        raise UserError(
+            f"--optimizer_in_backward: {s.global_batch_size} samples do not always fit {s.micro_batch_tokens} "
+            "positions; raise --micro_batch_tokens or lower --global_batch_size"
+        )
+
+
+def print_plan(s, train):
+    """What --plan prints: what fits in the budget, if there is one, then the prediction for the run."""
+    if s.memory_budget or s.micro_batch_tokens == "auto":
+        for share in sorted({s.recompute, *(share for share in RECOMPUTED_SHARES if share > s.recompute)}):
+            s.recompute = share
+            tokens, budget = most_that_fits(s, train)
+            fits = f"at most --micro_batch_tokens {tokens} fit" if tokens else "the longest sample does not fit"
+            print(f"in {budget / 1e9:.2f} GB with --recompute {share:g} {fits}")
+            if tokens:
+                break
+        if not tokens:
+            return
+        s.micro_batch_tokens = tokens
+    job, steps = planned_job(s, train)
+    rate, source = (s.plan_tflops or 0) * 1e12, "--plan_tflops"
+    if not rate:
+        rate, source = plan.measured_flops(job.device, job.autocast or job.dtype), "measured in matrix products"
+    base = describe_quantization(s.quantize) if s.quantize else s.precision
+    print(
+        f"--method {s.method} on {base}, --micro_batch_tokens {s.micro_batch_tokens} --recompute {s.recompute:g}, "
+        f"{job.device}"
+    )
+    print(plan.describe(job, steps, rate, source, total_steps(s, train)))
+
+
+# -------------------------------------------------------------------------------------------------------- out of memory
+
+
+@contextlib.contextmanager
+def explained_shortage(s, train, device):
+    """Where memory runs out inside, a UserError says what was needed, what was free, and ways out with their effect."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not NO_MEMORY.search(str(error)):
+            raise
+        taken, free, asked = peak_memory(device), plan.free_memory(device.type), asked_bytes(str(error))
+        more = f"{asked / 1e9:.3g} GB" if asked else "some"
+        traceback.clear_frames(error.__traceback__)  # which hold the activations: planning needs a little memory too
+        raise UserError(
+            f"out of memory: {taken / 1e9:.3g} GB were taken, {more} more asked for, {free / 1e9:.3g} GB free; "
+            + ways_out(s, train, free + taken)
+        ) from None
+
+
+def asked_bytes(message):
+    """The bytes that an allocator says it could not have, None where it does not say."""
+    match = re.search(r"(?:tried to|to) allocate (\d+(?:\.\d+)?) (bytes|[KMG]iB)", message, re.IGNORECASE)
+    return match and float(match[1]) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[match[2]]
+
+
+def ways_out(s, train, available):
+    """At most three changes that lower the predicted peak of the run, each with the peak it leads to, in words.
+
+    available: bytes that the largest micro-batch should fit in, where a smaller one can.
+    """
+    indices, most = heaviest_micro_batch(s, train)
+    shape, longest = plan.shape_of(train, PLANNERS[s.planner].layout, indices), train.lengths.max().item()
+    gradients = "kept" if most > 1 else "new"
+
+    def peak(shape, **flags):
+        return plan.Predictor(plan_job(dataclasses.replace(s, **flags), gradients)).peak(shape)
+
+    now, ways = peak(shape), {}
+    if longest < shape.positions and not s.optimizer_in_backward:
+        predictor, tokens = plan.Predictor(plan_job(s)), max(longest, shape.positions // 2)
+        while tokens > longest and predictor.peak(plan.full_shape(train, tokens)) > available:
+            tokens = max(longest, tokens // 2)
+        ways[f"--micro_batch_tokens {tokens}"] = predictor.peak(plan.full_shape(train, tokens))
+    ways["--recompute 1"] = peak(shape, recompute=1.0)
+    if s.method == "full":
+        ways["--optimizer adamw-8bit"] = peak(shape, optimizer="adamw-8bit")
+    else:
+        ways["--quantize bnb.nf4-dq"] = peak(shape, quantize="bnb.nf4-dq")
+    half = max(1, longest // 2)
+    shorter = plan.Shape(1, half, min(half, shape.targets))
+    if shape.positions == longest:
+        ways[f"prepare_data.py --max_seq_length {half + 1}"] = peak(shorter)
+    effects = [f"{way} ({after / 1e9:.3g} GB)" for way, after in ways.items() if after < 0.99 * now]
+    if not effects:
+        return f"the plan predicts a peak of {now / 1e9:.3g} GB, and no flag lowers it: take a smaller model"
+    return f"instead of a predicted peak of {now / 1e9:.3g} GB: " + ", ".join(effects[:3])
+
+
+# ------------------------------------------------------------------------------------------------ memory of the process
+
+
+def memory_before(s, device):
+    """Bytes that the process takes before the model is built, with imports that come later: they are no training."""
+    from torch import _dynamo  # noqa: F401 (an optimiser imports it when it is made)
+
+    if s.quantize or s.optimizer != "adamw":
+        bitsandbytes()
+    return start_measuring(device)
+
+
+def steady_memory():
+    """Let glibc map every block of MAPPED bytes or more by itself, and so give it back when it is freed.
+
+    Left alone it raises that limit to the largest block yet freed, up to 32 MiB, and then its heap gets holes that the
+    next, larger tensors do not fit: a seventh more memory than is alive. But it is a seventh faster, so this is for
+    those who count on a budget.
+    """
+    with contextlib.suppress(AttributeError, TypeError):  # other C libraries have no such function
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED)

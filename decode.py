@@ -1,0 +1,425 @@
+"""One token after another, fast: the same model, laid out for reading every weight once in a step.
+
+`fastest_decoder(model)` chooses by what the machine has, and all of them compute the same:
+
+- `Decoder`: the model's own forward pass with its `KVCache`. The reference, and what is left without a compiler.
+- `CompiledDecoder`: on a CPU. The products read the weights as they are stored, 16, 8 or 4 bits, and compute in fp32;
+  they and what lies between them are decode_cpu.cpp, compiled once with g++ (3 s) and kept in ~/.cache/onetune.
+- `StaticDecoder`: on CUDA, where a step is some hundred launches of small kernels. Its shapes and addresses never
+  change, so the step is recorded once as a CUDA graph and replayed.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from functools import lru_cache, partial
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from attention import Attend, attend
+from kernels import compute_dtype
+from lora import DoRALinear, LoRALinear
+from model import KVCache, Linear, rope_angles
+from quantize import BLOCK, Linear4bit, Linear8bit
+
+SOURCE = Path(__file__).with_name("decode_cpu.cpp")
+# Not -ffast-math: it would link a start-up routine that changes how the whole process treats tiny numbers.
+FLAGS = "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros"
+FLAGS = [*FLAGS.split(), "-fassociative-math"]
+HEAD_CHUNK = 128  # positions of a prompt whose logits exist at one time
+
+
+def fastest_decoder(model):
+    """The fastest `Decoder` of a model in evaluation mode on this machine. Its weights must not change afterwards."""
+    weight = model.model.embed_tokens.weight
+    if weight.is_cuda:
+        return StaticDecoder(model)
+    if weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and compiled_library() is not None:
+        return CompiledDecoder(model)
+    return Decoder(model)
+
+
+class Decoder:
+    """`start` reads B prompts, `step` takes one token for each: both give the logits of the next, (B, V)."""
+
+    def __init__(self, model):
+        self.model, self.cache = model, None
+
+    @torch.inference_mode()
+    def start(self, tokens, padding, room, score=None, scored=()):
+        """tokens (B, T) int64, of which the first `padding` (B,) are none; room: positions in all, T included.
+
+        score: called with (row, position, logits (n, V)) for stretches of each of the rows `scored`: what the model
+        predicts after the tokens from that position of the prompt on, the last one included.
+        """
+        self.cache = self._new_cache(tokens, padding, room)
+        logits = self._read(tokens, self.cache, score, scored)
+        self.prepare()
+        return logits
+
+    @torch.inference_mode()
+    def join(self, tokens, padding, more, score=None, scored=()):
+        """Read more prompts, which become the last rows of the batch; its logits (B, V) are those rows' alone.
+
+        more: positions that any row may still need after its tokens so far. The rest as in `start`.
+        """
+        cache = self._new_cache(tokens, padding, tokens.size(1))
+        logits = self._read(tokens, cache, score, scored)
+        self.cache = self.cache.joined(cache, more)
+        self.prepare()
+        return logits
+
+    @torch.inference_mode()
+    def step(self, ids):
+        """ids (B,) int64. The logits are good until the next step."""
+        return self._read(ids[:, None], self.cache)
+
+    @torch.inference_mode()
+    def keep(self, rows):
+        """Go on with these rows alone: indices (B',) int64."""
+        self.cache.keep(rows)
+        self.prepare()
+
+    def prepare(self):
+        """Make what a step needs, for the cache as it now is."""
+
+    def _new_cache(self, tokens, padding, room):
+        weight = self.model.model.embed_tokens.weight
+        dtype = compute_dtype(weight.dtype, weight.device.type)
+        padding = padding if padding.any() else None
+        return KVCache(self.model.config, len(tokens), room, dtype, weight.device, padding)
+
+    def _read(self, tokens, cache, score=None, scored=()):
+        """The logits after the last of `tokens` (B, T), which extend the cache; `score` gets those before, too."""
+        hidden = self.model.hidden_states(tokens, cache)
+        for row in scored:
+            first = 0 if cache.padding is None else int(cache.padding[row])
+            for position in range(first, tokens.size(1), HEAD_CHUNK):
+                chunk = hidden[row, position : position + HEAD_CHUNK]
+                score(row, position - first, self.model.lm_head(chunk))
+        return self.model.lm_head(hidden[:, -1])
+
+
+# ------------------------------------------------------------------------------------------------------------- CUDA
+
+
+class StaticCache(KVCache):
+    """A cache whose position is a tensor, and which always returns all of its room: what a CUDA graph can record."""
+
+    def __init__(self, cache):
+        self.k, self.v = cache.k, cache.v
+        self.padding = (
+            torch.zeros_like(self.k[0, :, 0, 0, 0], dtype=torch.int64) if cache.padding is None else cache.padding
+        )
+        self.position = torch.tensor([cache.length], device=self.k.device)
+
+    def update(self, layer, k, v):
+        self.k[layer].index_copy_(2, self.position, k)
+        self.v[layer].index_copy_(2, self.position, v)
+        return self.k[layer], self.v[layer]
+
+    def mask(self, window):
+        """The keys that the new position may see: bool (B, 1, 1, room)."""
+        key = torch.arange(self.k.size(3), device=self.k.device)
+        mask = (key <= self.position) & (key >= self.padding[:, None])
+        if window is not None:
+            mask &= key > self.position - window
+        return mask[:, None, None]
+
+
+class StaticDecoder(Decoder):
+    """A step of fixed shapes, on CUDA recorded as a graph. On a CPU it runs as it is, so that it can be tested."""
+
+    def prepare(self):
+        self.static = StaticCache(self.cache)
+        self.ids = torch.zeros(self.cache.k.size(1), dtype=torch.int64, device=self.cache.k.device)
+        self.graph = None  # recorded in the first step: an answer of one token needs none
+
+    @torch.inference_mode()
+    def step(self, ids):
+        if self.cache.length == self.cache.k.size(3):
+            raise ValueError(f"the cache has room for {self.cache.length} positions, one more is needed")
+        self.ids.copy_(ids)
+        if self.ids.is_cuda:
+            if self.graph is None:
+                self._record()
+            self.graph.replay()
+        else:
+            self.logits = self._static_step()
+        self.static.position += 1
+        self.cache.length += 1
+        return self.logits
+
+    def _static_step(self):
+        model, cache = self.model, self.static
+        x = model.model.embed_tokens(self.ids[:, None]).to(cache.k.dtype)
+        angles = rope_angles(model.config, (cache.position - cache.padding)[:, None], x.dtype)
+        masks = {window: cache.mask(window) for window in set(model.config.windows)}
+        for block, window in zip(model.model.layers, model.config.windows, strict=True):
+            x = block(x, angles, Attend(attend, mask=masks[window]), cache)
+        return model.lm_head(model.model.norm(x)[:, -1])
+
+    def _record(self):
+        side = torch.cuda.Stream()  # libraries allocate on their first calls, which must not be recorded
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._static_step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._static_step()
+
+
+# -------------------------------------------------------------------------------------------------------------- CPU
+
+
+class Matrix(ctypes.Structure):
+    """decode_cpu.cpp's description of a weight."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("format", "rows", "columns")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("data", "block_scales", "values", "row_scales", "bias")]
+
+
+class Attention(ctypes.Structure):
+    """decode_cpu.cpp's description of the attention of a step."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "d", "room", "position")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "padding", "y")]
+    _fields_ += [("eps", ctypes.c_double), ("threads", ctypes.c_int64)]
+
+
+DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+INT8, FOURBIT = 2, 3
+
+
+@lru_cache
+def compiled_library():
+    """decode_cpu.cpp as a ctypes library, compiled if it was not yet. None, with a line of notice, where that fails."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    try:
+        if compiler is None:
+            raise OSError("no C++ compiler (g++)")
+        library = ctypes.CDLL(str(_compile(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"note: {error}: generating without the compiled kernels, which is slower", file=sys.stderr)
+        return None
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    library.linear.argtypes = [address, number, address, number, address, number, number, number, number]
+    library.rms_norm.argtypes = [address, number, address, ctypes.c_double, address, number, number, number]
+    library.swiglu.argtypes = [address, address, number, number, number]
+    library.attend.argtypes = [address, address, address, address, address, number]
+    return library
+
+
+def _compile(compiler):
+    """The path of the library for this source and this processor, compiled unless it is there already."""
+    processor = Path("/proc/cpuinfo")  # -march=native: a home folder may be shared among unlike machines
+    flags = next((line for line in processor.read_text().splitlines() if line.startswith("flags")), "")
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "onetune")
+    path = folder / f"decode-{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(temporary)], check=True, capture_output=True)
+        temporary.replace(path)
+    return path
+
+
+class Weights:
+    """Weights that share an input, for decode_cpu.cpp: `call(x, y)` gives a function that computes y from x.
+
+    layers: linear layers, dense or quantised, without adapters. gains: for each None or a factor (out,) of its rows.
+    """
+
+    def __init__(self, layers, gains=None):
+        self.tensors = []  # what the matrices point to
+        pairs = zip(layers, gains or [None] * len(layers), strict=True)
+        self.matrices = (Matrix * len(layers))(*(self._matrix(layer, gain) for layer, gain in pairs))
+
+    def _matrix(self, layer, gain):
+        scales = values = None
+        if isinstance(layer, Linear):
+            code, data = DENSE_FORMATS[layer.weight.dtype], layer.weight.detach()
+        elif isinstance(layer, Linear8bit):
+            code, data, row_scales = INT8, layer.codes, layer.scales.float() / 127
+            gain = row_scales if gain is None else row_scales * gain
+        else:
+            code, data, scales, values = FOURBIT, layer.codes, layer.block_scales(), layer.state.code.float()
+        bias = None if layer.bias is None else layer.bias.float()
+        tensors = [None if t is None else t.contiguous() for t in (data, scales, values, gain, bias)]
+        self.tensors += tensors
+        return Matrix(code, layer.out_features, layer.in_features, *(t if t is None else t.data_ptr() for t in tensors))
+
+    def call(self, x, y, add=False):
+        """x (B, in), y (B, sum of out) fp32, whose rows may be apart; with `add` the result goes on top of y."""
+        place = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(x), add, torch.get_num_threads())
+        return partial(compiled_library().linear, self.matrices, len(self.matrices), *place)
+
+
+class Product:
+    """Linear layers that share an input, with their adapters; their outputs side by side."""
+
+    @torch.no_grad()
+    def __init__(self, *layers):
+        self.layers = layers
+        self.widths = [layer.out_features for layer in layers]
+        bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
+        self.weights = None  # or one `Weights` for neighbours of one format, and how wide their outputs are
+        if all(map(readable, layers, bases)):
+            ratios = [layer.ratio() if isinstance(layer, DoRALinear) else None for layer in layers]
+            runs = groupby(zip(bases, ratios, strict=True), key=lambda pair: format_of(pair[0]))
+            runs = [list(zip(*run, strict=True)) for _, run in runs]
+            self.weights = [(Weights(*run), sum(base.out_features for base in run[0])) for run in runs]
+            self._lay_out_adapters(ratios)
+
+    def _lay_out_adapters(self, ratios):
+        self.adapted = [i for i, layer in enumerate(self.layers) if isinstance(layer, LoRALinear)]
+        if not self.adapted:
+            return
+        adapters = [self.layers[i] for i in self.adapted]
+        self.down = Weights([dense(adapter.lora_A) for adapter in adapters])
+        self.up = []
+        for i, adapter in zip(self.adapted, adapters, strict=True):
+            gain = torch.full((adapter.out_features,), float(adapter.scale))
+            self.up.append(Weights([dense(adapter.lora_B)], [gain if ratios[i] is None else gain * ratios[i]]))
+
+    def calls(self, x, y, add=False):
+        """The functions that, called in turn, compute y (B, sum of out) from x (B, in)."""
+        if self.weights is None or (len(x) > 1 and self._better_in_bf16()):
+            return [partial(self._by_layers, x, y, add)]
+        parts = y.split([width for _, width in self.weights], dim=1)
+        calls = [weights.call(x, part, add) for (weights, _), part in zip(self.weights, parts, strict=True)]
+        if self.adapted:
+            ranks = [self.layers[i].lora_A.size(0) for i in self.adapted]
+            self.low = low = torch.empty(len(x), sum(ranks))  # kept here: the calls hold nothing but its address
+            calls.append(self.down.call(x, low))
+            parts = [y.split(self.widths, dim=1)[i] for i in self.adapted]
+            for up, inner, part in zip(self.up, low.split(ranks, dim=1), parts, strict=True):
+                calls.append(up.call(inner, part, add=True))
+        return calls
+
+    def _better_in_bf16(self):
+        """Whether this processor multiplies several rows by these weights faster than fp32 can."""
+        in_bf16 = all(isinstance(x, Linear) and x.weight.dtype == torch.bfloat16 for x in self.layers)
+        return in_bf16 and compute_dtype(torch.bfloat16, "cpu") == torch.bfloat16
+
+    def _by_layers(self, x, y, add):
+        """What the compiled products cannot read, each layer computes itself."""
+        for layer, part in zip(self.layers, y.split(self.widths, dim=1), strict=True):
+            result = layer(x.to(self.dtype(layer)))
+            part.add_(result) if add else part.copy_(result)
+
+    @staticmethod
+    def dtype(layer):
+        base = layer.base if isinstance(layer, LoRALinear) else layer
+        return compute_dtype(base.weight.dtype, "cpu") if isinstance(base, Linear) else torch.float32
+
+
+def dense(weight):
+    """A linear layer over a parameter (out, in), without bias."""
+    out_features, in_features = weight.shape
+    layer = Linear(in_features, out_features, bias=False, device="meta")
+    layer.weight = weight
+    return layer
+
+
+def format_of(base):
+    return base.weight.dtype if isinstance(base, Linear) else type(base)
+
+
+def readable(layer, base):
+    """Whether decode_cpu.cpp can do the work of a layer over this base. Exact types: a new kind may do otherwise."""
+    if layer is not base and type(layer) not in (LoRALinear, DoRALinear):
+        return False
+    if type(base) is Linear:
+        return base.weight.dtype in DENSE_FORMATS
+    return type(base) is Linear8bit or (type(base) is Linear4bit and base.in_features % BLOCK == 0)
+
+
+class CompiledDecoder(Decoder):
+    """A step is a list of calls of decode_cpu.cpp, made once for a batch: their buffers and addresses stay.
+
+    Activations, keys and values are fp32.
+    """
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.layers = []
+        for block in model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            self.layers.append(
+                {
+                    "qkv": Product(attention.q_proj, attention.k_proj, attention.v_proj),
+                    "o": Product(attention.o_proj),
+                    "gate_up": Product(mlp.gate_proj, mlp.up_proj),
+                    "down": Product(mlp.down_proj),
+                    "input_norm": block.input_layernorm.weight.detach().float(),
+                    "post_norm": block.post_attention_layernorm.weight.detach().float(),
+                    "q_norm": attention.q_norm.weight.detach().float() if model.config.qk_norm else None,
+                    "k_norm": attention.k_norm.weight.detach().float() if model.config.qk_norm else None,
+                }
+            )
+        self.norm = model.model.norm.weight.detach().float()
+        self.head = Product(model.lm_head)
+
+    def prepare(self):
+        c, cache = self.model.config, self.cache
+        if cache.k.dtype != torch.float32:
+            cache.k, cache.v = cache.k.float(), cache.v.float()
+        B, heads = cache.k.size(1), c.num_attention_heads * c.head_dim
+        self.x, self.normed = torch.empty(B, c.hidden_size), torch.empty(B, c.hidden_size)
+        self.qkv = torch.empty(B, heads + 2 * c.num_key_value_heads * c.head_dim)
+        self.attended, self.gate_up = torch.empty(B, heads), torch.empty(B, 2 * c.intermediate_size)
+        self.inner, self.logits = torch.empty(B, c.intermediate_size), torch.empty(B, c.vocab_size)
+        self.cos, self.sin = rope_angles(c, torch.arange(cache.k.size(3)), torch.float32)
+        self.padding = torch.zeros(B, dtype=torch.int64) if cache.padding is None else cache.padding
+        pointers = (t.data_ptr() for t in (self.qkv, self.cos, self.sin, self.padding, self.attended))
+        self.attention = Attention(
+            B, c.num_attention_heads, c.num_key_value_heads, c.head_dim, cache.k.size(3), cache.length, *pointers,
+            c.rms_norm_eps, torch.get_num_threads(),
+        )  # fmt: skip
+        self.calls = [call for i, layer in enumerate(self.layers) for call in self._block(i, layer)]
+        self.calls += [self._rms_norm(self.norm), *self.head.calls(self.normed, self.logits)]
+
+    def _block(self, i, layer):
+        """The calls that do what `Block` does to x (B, D), in place."""
+        library, threads = compiled_library(), torch.get_num_threads()
+        pointers = (
+            None if t is None else t.data_ptr()
+            for t in (self.cache.k[i], self.cache.v[i], layer["q_norm"], layer["k_norm"])
+        )
+        window = self.model.config.windows[i] or 0
+        return [
+            self._rms_norm(layer["input_norm"]),
+            *layer["qkv"].calls(self.normed, self.qkv),
+            partial(library.attend, ctypes.byref(self.attention), *pointers, window),
+            *layer["o"].calls(self.attended, self.x, add=True),
+            self._rms_norm(layer["post_norm"]),
+            *layer["gate_up"].calls(self.normed, self.gate_up),
+            partial(library.swiglu, self.gate_up.data_ptr(), self.inner.data_ptr(), *self.inner.shape, threads),
+            *layer["down"].calls(self.inner, self.x, add=True),
+        ]
+
+    def _rms_norm(self, weight):
+        x, y, eps = self.x, self.normed, self.model.config.rms_norm_eps
+        place = (x.data_ptr(), x.stride(0), weight.data_ptr(), eps, y.data_ptr(), y.stride(0), *x.shape)
+        return partial(compiled_library().rms_norm, *place)
+
+    @torch.inference_mode()
+    def step(self, ids):
+        if self.cache.length == self.cache.k.size(3):
+            raise ValueError(f"the cache has room for {self.cache.length} positions, one more is needed")
+        self.x.copy_(F.embedding(ids, self.model.model.embed_tokens.weight))
+        self.attention.position = self.cache.length
+        for call in self.calls:
+            call()
+        self.cache.length += 1
+        return self.logits

@@ -1,0 +1,65 @@
+"""The JSON objects of the LLM Efficiency Challenge's API: what HELM asks, checked, and the answers. No HTTP."""
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+from openai_api import StopTexts
+from serving import answer_tokens, prompt_tokens
+
+
+class Strict(BaseModel):
+    """A body of the right types. What it does not know it passes over: HELM's client sends more."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class ProcessRequest(Strict):
+    """The challenge's names, and those that HELM's client uses.
+
+    HELM's top_k_per_token is how many candidates for each token it wants to know of (helm.common.request), 1 unless a
+    scenario asks for more; it does not limit the sampling, as top_k does.
+    """
+
+    prompt: str
+    n: int = Field(1, ge=1, validation_alias=AliasChoices("num_samples", "num_return_sequences"))
+    max_new_tokens: int = Field(50, ge=0)
+    temperature: float = Field(0.8, ge=0)
+    top_k: int = Field(200, ge=0)
+    top_k_per_token: int = Field(1, ge=0, le=100)
+    top_p: float = Field(1.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    echo_prompt: bool | None = None
+    stop: StopTexts = Field([], validation_alias=AliasChoices("stop_sequences", "stop"))
+
+    @property
+    def echo(self):
+        """Only false strips the prompt."""
+        return self.echo_prompt is not False
+
+
+class TokenizeRequest(Strict):
+    text: str
+    truncation: bool = True
+    max_length: int = Field(2048, ge=0)
+
+
+class DecodeRequest(Strict):
+    tokens: list[int]
+
+
+def process_answer(tokenizer, body, tasks, added):
+    """text, tokens and logprob of the first sample, which is all that HELM reads; of all in "samples", if several.
+
+    added: how many ids of the prompt are not of its text: a BOS is not among the tokens. Without one nothing predicts
+    the first token of a prompt: its logprob is 0 and its top_logprob empty.
+    """
+    before = prompt_tokens(tokenizer, tasks[0], added) if body.echo else []
+    samples = []
+    for task in tasks:
+        tokens = [
+            {"text": token.text, "logprob": token.logprob or 0.0, "top_logprob": token.top}
+            for token in (*before, *answer_tokens(tokenizer, task))
+        ]
+        text = (body.prompt if body.echo else "") + task.reply.text
+        samples.append({"text": text, "tokens": tokens, "logprob": sum(token["logprob"] for token in tokens)})
+    return samples[0] | ({"samples": samples} if len(samples) > 1 else {})

@@ -1,0 +1,269 @@
+"""What quantising and merging cost an adapter: every way to keep it, side by side with what was trained.
+
+python eval/quality.py --adapter_dir out/RUN/final --data test.jsonl --data_dir prepared/my --general_text wiki.txt
+python eval/quality.py --adapter_dir out/RUN/final --data_dir prepared/my --sensitivity --bits_per_weight 5
+
+A variant is KIND:FORM. KIND: base, adapter (over the base) or merged (into it). FORM: fp32, bf16, or a --quantize (the
+other weights are bf16 then). The reference is base and adapter as in training, but computed in fp32. Each variant is
+measured in a process of its own, so that its peak of memory is its own. Written to --out_dir: report.json, report.png.
+
+With --sensitivity the linear layers are quantised one at a time instead, and those that suffer most stay wide in a plan
+that fits the budget: sensitivity.json, sensitivity.png, and plan.json for --quantize.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+
+import cli
+from cli import UserError
+
+KINDS = ("base", "adapter", "merged")
+VARIANTS = [
+    "base:bf16", "adapter:fp32", "adapter:bf16", "adapter:bnb.int8", "adapter:bnb.nf4", "adapter:bnb.nf4-dq",
+    "adapter:bnb.fp4", "merged:fp32", "merged:bf16", "merged:bnb.int8", "merged:bnb.nf4",
+]  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Args:
+        checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
+        adapter_dir: Adapter to put over it.
+        quantize: How the base was quantised when the adapter was trained, if not as its onetune.json says: "none", or
+            as in finetune.py.
+        data: File of samples for exact match, as eval/exact_match.py takes it.
+        data_dir: Prepared folder, of whose validation part the target tokens count. Without it those of data do.
+        general_text: Text that has nothing to do with the training, for what was forgotten: .txt, or .jsonl with
+            "text".
+        variants: What to measure; without an adapter the base alone, in the same forms.
+        prompt_style: How prompts are rendered, if not as in training.
+        limit: Samples of data, from the start of the file.
+        max_tokens: Positions of data_dir, and as many of general_text.
+        window: Positions of a sequence of general_text.
+        micro_batch_tokens: Positions in the model at one time.
+        max_new_tokens: Tokens of an answer at most.
+        batch_size: Prompts that are answered at one time.
+        sensitivity: Measure the layers one by one instead, on data_dir, data or general_text, the first that is given.
+        quantizers: With sensitivity, what a layer may be kept in beside bf16.
+        precision: With sensitivity, dtype of the model whose layers are quantised. bf16 takes half the memory; on a GPU
+            its rounding may hide the layers that suffer least.
+        budget_bytes: With sensitivity, what all weights of the model may take, such as 90MB or 5GB: makes a plan.
+        bits_per_weight: With sensitivity, the same for the linear layers in the blocks, in bits for each weight there.
+        out_dir: Folder for what is written.
+    """
+
+    checkpoint_dir: Path | None = None
+    adapter_dir: Path | None = None
+    quantize: str | None = None
+    data: Path | None = None
+    data_dir: Path | None = None
+    general_text: Path | None = None
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
+    prompt_style: str | None = None
+    limit: int | None = None
+    max_tokens: int = 8192
+    window: int = 512
+    micro_batch_tokens: int = 1024
+    max_new_tokens: int = 64
+    batch_size: int = 50
+    sensitivity: bool = False
+    quantizers: list[str] = field(default_factory=lambda: ["bnb.nf4", "bnb.int8"])
+    precision: Literal["32-true", "bf16-true"] = "32-true"
+    budget_bytes: str | None = None
+    bits_per_weight: float | None = None
+    out_dir: Path = Path("out/quality")
+
+    def __post_init__(self):
+        if self.checkpoint_dir is None and self.adapter_dir is None:
+            raise UserError("--checkpoint_dir or --adapter_dir is required")
+        if self.data is None and self.data_dir is None and self.general_text is None:
+            raise UserError("one of --data, --data_dir and --general_text is required")
+        for name in ("data", "general_text"):
+            if getattr(self, name) is not None and not getattr(self, name).is_file():
+                raise UserError(f"--{name} {getattr(self, name)}: no such file")
+        above_zero = ("limit", "max_tokens", "micro_batch_tokens", "max_new_tokens", "batch_size", "bits_per_weight")
+        for name in above_zero:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.out_dir.exists() and not self.out_dir.is_dir():
+            raise UserError(f"--out_dir {self.out_dir} is a file: choose another")
+        if self.window < 2:
+            raise UserError(f"--window {self.window}: must be 2 or above, a token predicts the next")
+        if self.adapter_dir is None:
+            self.variants = list(dict.fromkeys("base:" + v.partition(":")[2] for v in self.variants))
+        for variant in self.variants:
+            if variant.partition(":")[0] not in KINDS or not variant.partition(":")[2]:
+                raise UserError(f"--variants {variant}: expected KIND:FORM, such as adapter:bnb.nf4; a kind is "
+                                f"{', '.join(KINDS)}")  # fmt: skip
+        if not self.variants or len(set(self.variants)) < len(self.variants):
+            raise UserError("--variants: name at least one, and none twice")
+        self._check_sensitivity()
+
+    def _check_sensitivity(self):
+        given = [name for name in ("budget_bytes", "bits_per_weight") if getattr(self, name) is not None]
+        if len(given) == 2:
+            raise UserError("--budget_bytes and --bits_per_weight exclude each other")
+        if given and not self.sensitivity:
+            raise UserError(f"--{given[0]} needs --sensitivity")
+        if self.budget_bytes is not None:
+            cli.number_of_bytes(self.budget_bytes, "budget_bytes")
+        if not self.quantizers or len(set(self.quantizers)) < len(self.quantizers):
+            raise UserError("--quantizers: name at least one, and none twice")
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)
+
+import dataclasses
+import multiprocessing
+import os
+import platform
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import torch
+from tqdm import tqdm
+
+import sensitivity
+from checkpoint import find_base, load_model, read_config, trained_quantization
+from eval import quality_report, quality_texts
+from eval.quality_variants import DTYPES, make_references, measure_variant
+from files import whole_file, write_json
+from lora import load_adapter
+from model import Transformer
+from quantize import QUANTIZERS, read_quantization, write_plan
+
+
+def main(s):
+    s.checkpoint_dir = s.checkpoint_dir or find_base(s.adapter_dir)
+    s.quantize = trained_quantization(s.adapter_dir, s.quantize)
+    check(s)
+    texts, dialogs = quality_texts.read_texts(s)
+    if s.sensitivity:
+        measure_sensitivity(s, next(iter(texts.values())))
+        return
+    report = {"settings": plain(s), "machine": machine(), "samples": len(dialogs)}
+    with tempfile.TemporaryDirectory() as folder:
+        report["reference"] = in_process(make_references, s, folder)
+        report["variants"] = []
+        for variant in tqdm(s.variants, "variants", disable=None):
+            report["variants"].append(in_process(measure_variant, s, variant, folder))
+    s.out_dir.mkdir(parents=True, exist_ok=True)
+    with whole_file(s.out_dir / "report.json") as file:
+        write_json(file, report)
+    quality_report.draw(report, s.out_dir / "report.png")
+    quality_report.show(report)
+    print(f"written to {s.out_dir}: report.json, report.png")
+
+
+def check(s):
+    """Refuse what cannot work before any weight is read, on a model without memory."""
+    with torch.device("meta"):
+        model = Transformer(read_config(s.checkpoint_dir))
+    s.quantize = read_quantization(s.quantize, model)
+    for variant in s.variants:
+        try:
+            form = variant.partition(":")[2]
+            read_quantization(None if form in DTYPES else form, model)
+        except UserError as error:
+            raise UserError(f"--variants {variant}: {str(error).removeprefix('--quantize ')}") from None
+    for name in s.quantizers:
+        if name not in QUANTIZERS:
+            raise UserError(f"--quantizers {name}: expected some of {', '.join(QUANTIZERS)}")
+    if s.adapter_dir is not None:
+        load_adapter(model, s.adapter_dir)
+
+
+def plain(s):
+    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(s).items()}
+
+
+def machine():
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+    }
+
+
+def in_process(function, *arguments):
+    """function(*arguments) in a new process, where nothing was in memory before. What it raises is raised here."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            what = " ".join(str(a) for a in arguments if isinstance(a, str) and ":" in a) or "the reference"
+            raise UserError(f"the process for {what} was killed: most likely memory ran out") from None
+
+
+# --------------------------------------------------------------------------------------------------------- sensitivity
+
+
+def measure_sensitivity(s, text):
+    """Measure the layers, print the worst, and write what was found, with a plan if there is a budget."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"32-true": torch.float32, "bf16-true": torch.bfloat16}[s.precision]
+    model = load_model(s.checkpoint_dir, dtype, device, None, s.adapter_dir)
+    weights = sum(sensitivity.layer_size(model, path) for path in sensitivity.block_layers(model))
+    other = sensitivity.other_bytes(model)
+    budget = layer_budget(s, weights, other)
+    if budget is not None:
+        sensitivity.check_budget(model, s.quantizers, budget)
+    rows = sensitivity.measure_layers(
+        model, text, s.micro_batch_tokens, s.quantizers, lambda paths: tqdm(paths, "layers", disable=None)
+    )
+    found = {"settings": plain(s), "machine": machine(), "weights": weights, "other_bytes": other, "layers": rows}
+    found["plans"] = {
+        name: whole_plan(s, model, text, rows, dict.fromkeys(paths_of(rows), name)) for name in s.quantizers
+    }
+    if budget is not None:
+        plan = sensitivity.choose_plan(rows, budget)
+        found["plans"]["plan.json"] = whole_plan(s, model, text, rows, plan)
+    s.out_dir.mkdir(parents=True, exist_ok=True)
+    with whole_file(s.out_dir / "sensitivity.json") as file:
+        write_json(file, found)
+    if budget is not None:
+        notes = {key: found["plans"]["plan.json"][key] for key in ("bytes", "bits_per_weight", "kl")}
+        write_plan(s.out_dir / "plan.json", plan, model.config, {"total_bytes": notes["bytes"] + other, **notes})
+    quality_report.draw_layers(found, s.out_dir / "sensitivity.png")
+    quality_report.show_layers(found)
+    print(f"written to {s.out_dir}: sensitivity.json, sensitivity.png" + (", plan.json" if budget is not None else ""))
+
+
+def layer_budget(s, weights, other):
+    """What the linear layers in the blocks may take, in bytes, or None. UserError if nothing is left for them."""
+    if s.bits_per_weight is not None:
+        return int(s.bits_per_weight * weights / 8)
+    if s.budget_bytes is None:
+        return None
+    budget = cli.number_of_bytes(s.budget_bytes, "budget_bytes")
+    if budget <= other:
+        raise UserError(
+            f"--budget_bytes {s.budget_bytes}: embedding, head, norms and biases alone take {other:,} bytes"
+        )
+    return budget - other
+
+
+def paths_of(rows):
+    return list(dict.fromkeys(row["layer"] for row in rows))
+
+
+def whole_plan(s, model, text, rows, plan):
+    """What a plan comes to: its bytes in the layers, the sum of what its layers lose alone, and what it loses."""
+    nbytes, alone = sensitivity.plan_cost(rows, plan)
+    weights = sum({row["layer"]: row["weights"] for row in rows}.values())
+    kl = sensitivity.measure_plan(model, text, s.micro_batch_tokens, plan)
+    return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / weights, "kl_of_layers_alone": alone, "kl": kl}
+
+
+if __name__ == "__main__":
+    cli.run(main, settings)

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Runs HELM against a server that runs (eval/helm_server.py) and prints what it measured.
+#
+#     bash eval/run_helm.sh [URL] [CONF] [INSTANCES]      # http://127.0.0.1:8080 eval/helm.conf 10
+#
+# HELM gets a virtual environment of its own on first use (several GB, for PyTorch). HELM_SCENARIOS is a folder with
+# files that it would download, laid out as HELM does below its scenarios/, such as gsm/gsm_data_train. HELM_SUITE names
+# the run, HELM_OUT its folder, HELM_THREADS how many requests are on their way at a time.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+url=${1:-http://127.0.0.1:8080}
+conf=${2:-$here/helm.conf}
+instances=${3:-10}
+suite=${HELM_SUITE:-v1}
+out=${HELM_OUT:-out/helm}
+venv=${HELM_VENV:-$here/../.venv-helm}
+
+if [ ! -f "$conf" ]; then
+    echo "error: $conf: no such file" >&2
+    exit 2
+fi
+if ! "${PYTHON:-python3}" -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)" "$url/health" 2>/dev/null; then
+    echo "error: $url/health does not answer: start eval/helm_server.py, and give its URL as the first argument" >&2
+    exit 2
+fi
+
+[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+if ! cmp -s "$here/requirements-helm.txt" "$venv/installed-requirements.txt"; then
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-helm.txt"
+    cp "$here/requirements-helm.txt" "$venv/installed-requirements.txt"
+fi
+
+mkdir -p "$out/scenarios"
+[ -z "${HELM_SCENARIOS:-}" ] || cp -R "$HELM_SCENARIOS/." "$out/scenarios/"
+HELM_HTTP_MODEL_BASE_URL=$url "$venv/bin/helm-run" --conf-paths "$conf" --suite "$suite" --output-path "$out" \
+    --max-eval-instances "$instances" --num-threads "${HELM_THREADS:-8}" --local-path "$out/local"
+"$venv/bin/helm-summarize" --suite "$suite" --output-path "$out"
+
+"$venv/bin/python" - "$out/runs/$suite" <<'EOF'
+import json
+import pathlib
+import sys
+
+METRICS = ["exact_match", "quasi_exact_match", "final_number_exact_match", "rouge_2", "bbq_metric_overall_accuracy"]
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*/stats.json")):
+    means = {s["name"]["name"]: s.get("mean") for s in json.loads(path.read_text())
+             if s["name"].get("split") == "test" and "perturbation" not in s["name"]}
+    shown = [f"{name} {means[name]:.3f}" for name in METRICS if means.get(name) is not None]
+    print(f"{path.parent.name}: {', '.join(shown)}, {means['num_instances']:.0f} instances, "
+          f"{means['inference_runtime']:.1f} s a request")
+EOF

@@ -1,0 +1,109 @@
+"""Base and adapter as one model: computed in fp32, a module at a time, so that a model need not fit into memory.
+
+The adapter is merged into the base that it was trained on: if that was quantised, into the values that its codes stand
+for.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import lora
+from attention import choose_attention
+from model import Config, Linear, Transformer, rope_angles
+from quantize import quantizer_of, read_quantization
+
+PROBE_LENGTH = 32  # positions on which a merged model is compared with base and adapter
+
+
+class Tuned:
+    """A model, and perhaps an adapter over it, of which a module at a time is in memory (in fp32)."""
+
+    def __init__(self, config, weights, quantize=None, adapter_dir=None):
+        """The arguments are those of `load_model`, but that the first two have been read."""
+        self.weights, self.adapter, self.tensors = weights, None, {}
+        with torch.device("meta"):
+            self.model = Transformer(Config.from_dict(config))
+        self.quantization = read_quantization(quantize, self.model)
+        if adapter_dir is not None:
+            lora.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
+            self.adapter, self.tensors = lora.read_adapter(adapter_dir)
+        self.linears = lora.linear_layers(self.model)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def read(self, name):
+        tied = name == "lm_head.weight" and self.model.config.tie_word_embeddings
+        return self.weights.read("model.embed_tokens.weight" if tied else name).to(self.device, torch.float32)
+
+    def linear(self, name):
+        """The linear layer `name`: quantised and adapted as in training."""
+        weight, bias = self.read(f"{name}.weight"), None
+        if self.linears[name].bias is not None:
+            bias = nn.Parameter(self.read(f"{name}.bias"), requires_grad=False)
+        quantizer = None if name == "lm_head" else quantizer_of(self.quantization, name)
+        if quantizer:
+            layer = quantizer(weight, bias)
+        else:
+            layer = Linear(*weight.T.shape, device="meta")
+            layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), bias
+        if name in self.tensors:
+            layer = self.adapter.adapt(layer, name)
+            lora.fill_adapter(layer, self.tensors[name], name)
+        return layer
+
+    @torch.no_grad()
+    def merged(self, name):
+        """The tensor `name` of the one model that does what base and adapter do together, and that of the base alone.
+
+        Both fp32; the second is None where the adapter changes nothing.
+        """
+        path = name.removesuffix(".weight")
+        if path not in self.linears or path == name:
+            return self.read(name), None
+        layer = self.linear(path)
+        if path not in self.tensors:
+            return layer.dequantize(torch.float32), None
+        return layer.merged_weight(), layer.base.dequantize(torch.float32)
+
+    def merged_config(self, config):
+        """config.json's values for the merged model: with an adapter on it the head is no longer the embedding."""
+        return config | {"tie_word_embeddings": False} if "lm_head" in self.tensors else config
+
+    def module(self, name):
+        """The module `name`, a block or a norm, with all that is in it."""
+        module = copy.deepcopy(self.model.get_submodule(name))
+        for path in [path for path, _ in module.named_parameters()]:
+            inner, _, leaf = path.rpartition(".")
+            if f"{name}.{inner}" not in self.linears:
+                setattr(module.get_submodule(inner), leaf, nn.Parameter(self.read(f"{name}.{path}")))
+        for path in lora.linear_layers(module):
+            inner, _, leaf = path.rpartition(".")
+            setattr(module.get_submodule(inner), leaf, self.linear(f"{name}.{path}"))
+        return module
+
+    @torch.no_grad()
+    def logits(self, tokens):
+        """Logits (1, T, V) for tokens (1, T), as `Transformer` computes them, one block after the other."""
+        config, tokens = self.model.config, tokens.to(self.device)
+        x = F.embedding(tokens, self.read("model.embed_tokens.weight"))
+        angles = rope_angles(config, torch.arange(tokens.size(1), device=self.device), x.dtype)
+        for layer, window in enumerate(tqdm(config.windows, "comparing", disable=None)):
+            attention = choose_attention(config, tokens, x.dtype, None, window, None)
+            x = self.module(f"model.layers.{layer}")(x, angles, attention)
+        return self.linear("lm_head")(self.module("model.norm")(x))
+
+
+def compare(tuned, merged):
+    """Print how far the logits of a merged model are from those of base and adapter, on tokens from all over."""
+    tokens = torch.linspace(0, tuned.model.config.vocab_size - 1, PROBE_LENGTH).long()[None]
+    one, other = tuned.logits(tokens).double(), merged.logits(tokens).double()
+    difference = (one - other).abs().max().item()
+    divergence = F.kl_div(other.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="sum") / PROBE_LENGTH
+    agree = (one.argmax(-1) == other.argmax(-1)).float().mean().item()
+    print(
+        f"merged against base + adapter, {PROBE_LENGTH} positions: logits differ by at most {difference:.1e}, "
+        f"mean KL {divergence.item():.1e}, same likeliest token in {agree:.0%}"
+    )

@@ -1,0 +1,320 @@
+"""What a training step will take, before it is run and without weights: memory by part, arithmetic, time.
+
+The model's own code runs on tensors that have a shape, a dtype and a device but no memory (torch's FakeTensorMode),
+under a `Tracker` (tracker.py) that adds up what would be alive. So nothing here knows how a block or the loss is
+written. Of like blocks in a row two are traced, and the second stands for the others. What torch.compile would fuse
+(--compile) still counts.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import itertools
+import math
+import re
+import resource
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attention
+import kernels
+import lora
+import model as model_room
+import quantize
+from tracker import Tracker, traced_step
+
+aten = torch.ops.aten
+PARTS = ("weights", "adapters", "gradients", "moments", "saved activations", "working set", "loss")
+TRACED_BLOCKS = 2  # of like ones in a row: the input of the very first may need no gradient, so it keeps less
+TOKEN_STEP = 64  # of micro_batch_tokens, between which a budget decides
+CUDA_BLOCK = 512  # bytes to whose multiples CUDA's caching allocator rounds
+# Assumed, not measured here: what a process takes on a card beside its tensors (context and kernels, holes between
+# tensors), and what the driver and a desktop leave it.
+CUDA_OVERHEAD = 600e6
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides a step's memory, beside the shapes of its micro-batches.
+
+    device: "cpu" or "cuda"; "meta" stands for a CUDA device that this machine lacks. Packed rows in 16 bits take their
+        kernel there; other attention is traced as torch writes it out, which keeps the weights of every two positions.
+    dtype: of the weights. autocast: dtype of the products under torch.autocast, or None.
+    quantize: as `quantize.read_quantization` returns it. adapter: a `lora.AdapterConfig`, None to train all weights.
+    optimizer, recompute: as in finetune.py.
+    gradients: "kept" from earlier micro-batches of a step, "new" if it has only one, "freed" one by one if the
+        optimiser steps in the backward pass.
+    """
+
+    config: model_room.Config
+    device: str
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+    quantize: str | dict | None = None
+    adapter: lora.AdapterConfig | None = None
+    optimizer: str = "adamw"
+    recompute: float = 0.0
+    gradients: str = "kept"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch: rows of T positions of which `targets` have a target. offsets: of samples in one packed row."""
+
+    rows: int
+    T: int
+    targets: int
+    offsets: tuple | None = None
+
+    @property
+    def positions(self):
+        return self.rows * self.T
+
+
+def packed_shape(positions, length, targets):
+    """A packed row of samples that are `length` long, but for the last."""
+    return Shape(1, positions, targets, (*range(0, positions, length), positions))
+
+
+# ------------------------------------------------------------------------------------------- a model without memory
+
+
+class NoRandomness(TorchDispatchMode):
+    """Leaves out the filling with random numbers, which some devices that are not there refuse."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is aten.uniform_.default else func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_memory(mode, device):
+    """Tensors made inside have no memory. What functions remember of them is forgotten: a real run must not find it."""
+    rooms = (model_room, attention, kernels, lora, quantize)
+    remembering = {f for room in rooms for f in vars(room).values() if hasattr(f, "cache_clear")}
+    autocast = torch.is_autocast_enabled
+    with contextlib.ExitStack() as stack:
+        for function in remembering:
+            function.cache_clear()
+            stack.callback(function.cache_clear)
+        stack.enter_context(mode)
+        if device == "meta":  # of which autocast knows nothing, and says so with an error
+            answer = lambda kind: kind != "meta" and autocast(kind)  # noqa: E731
+            stack.enter_context(patch.object(torch, "is_autocast_enabled", answer))
+        yield
+
+
+def build(job, numbers):
+    """The model of `job`, but with only those of its blocks that have these numbers; call it in `without_memory`."""
+    windows = tuple(job.config.windows[number] for number in numbers)
+    config = dataclasses.replace(job.config, num_hidden_layers=len(windows), windows=windows)
+    with torch.device("meta"):
+        model = model_room.Transformer(config)
+    for name, parameter in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        tensor = torch.empty(parameter.shape, dtype=job.dtype, device=job.device)
+        linear = leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head
+        in_whole_model = re.sub(r"(?<=^model\.layers\.)\d+", lambda place: str(numbers[int(place[0])]), path)
+        if linear and (quantizer := quantize.quantizer_of(job.quantize, in_whole_model)):
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias))
+        else:
+            setattr(module, leaf, nn.Parameter(tensor))
+    model.tie_weights()
+    if job.adapter:
+        with NoRandomness():
+            lora.add_lora(model, job.adapter)
+    return model.train()
+
+
+def parameter_bytes(module, job):
+    """What a module holds all the time, in bytes by part, without activations."""
+    frozen = sum(p.nbytes for p in module.parameters() if not p.requires_grad)
+    frozen += sum(m.nbytes() for m in module.modules() if hasattr(m, "codes"))
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    training = sum(p.nbytes for p in trainable)
+    return Counter(
+        {
+            "weights": frozen + (0 if job.adapter else training),
+            "adapters": training if job.adapter else 0,
+            "gradients": training if job.gradients == "kept" else 0,
+            "moments": sum(moment_bytes(p, job.optimizer, job.device) for p in trainable),
+        }
+    )
+
+
+def moment_bytes(parameter, optimizer, device):
+    """Bytes of AdamW's two moments of a parameter."""
+    n = parameter.numel()
+    if optimizer == "adamw":
+        return 2 * parameter.nbytes
+    if optimizer.endswith("paged") and device != "cpu" and n >= 1e5:
+        return 0  # bitsandbytes keeps these in memory that a full GPU pages out
+    if "8bit" in optimizer and n >= 4096:  # a byte each, and an fp32 scale for 256; smaller ones stay fp32
+        return 2 * (n + 4 * math.ceil(n / 256))
+    return 2 * 4 * n
+
+
+# ------------------------------------------------------------------------------------------------------- predicting
+
+
+class Predictor:
+    """Predicts for a `Job` the peak memory and the operations of micro-batches. Every shape is traced once."""
+
+    def __init__(self, job):
+        L = job.config.num_hidden_layers
+        recomputed = [number < round(job.recompute * L) for number in range(L)]
+        quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
+        kinds = list(zip(job.config.windows, recomputed, quantizers, strict=True))
+        runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of like blocks
+        traced = [number for run in runs for number in run[:TRACED_BLOCKS]]
+        last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1
+        more = [len(run) - TRACED_BLOCKS for run in runs]
+        self.left_out = {end - 1: count for end, count in zip(last, more, strict=True) if count > 0}
+        self.job = dataclasses.replace(job, recompute=sum(recomputed[number] for number in traced) / len(traced))
+        self.traces = {}
+        if job.quantize:  # its table of 8-bit values must be a real one: what is made first is kept for all to come
+            functional = quantize.bitsandbytes().functional
+            functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with without_memory(self.mode, job.device):
+            self.model = build(job, traced)
+        self.fixed = parameter_bytes(self.model, job)
+        for number, count in self.left_out.items():
+            block = parameter_bytes(self.model.model["layers"][number], job)
+            self.fixed.update({part: count * nbytes for part, nbytes in block.items()})
+
+    def trace(self, shape):
+        """Of a micro-batch: bytes by part at the peak of all blocks, and the operations of all."""
+        if shape not in self.traces:
+            tracker = Tracker(shape.targets, rounding=1 if self.job.device == "cpu" else CUDA_BLOCK)
+            with without_memory(self.mode, self.job.device):
+                tokens = torch.empty((shape.rows, shape.T), dtype=torch.int64, device=self.job.device)
+                offsets = shape.offsets and list(shape.offsets)
+                blocks = traced_step(self.model, (tokens, tokens, offsets), tracker, self.job, self.left_out)
+            more = sum(count * blocks[number][1] for number, count in self.left_out.items())
+            self.traces[shape] = tracker.at_peak, tracker.flops + more
+        return self.traces[shape]
+
+    def parts(self, shape):
+        """Bytes by part at the moment of a step when most is alive, with micro-batches of `shape`."""
+        return self.fixed + self.trace(shape)[0]
+
+    def peak(self, shape):
+        return self.parts(shape).total()
+
+    def flops(self, shape):
+        """Floating-point operations of a micro-batch, forward and backward."""
+        return self.trace(shape)[1]
+
+
+# ------------------------------------------------------------------------------------------------ shapes and budgets
+
+
+def sample_lengths(shape):
+    """How many positions each sample of a micro-batch takes, padding included."""
+    return [shape.T] * shape.rows if shape.offsets is None else [b - a for a, b in itertools.pairwise(shape.offsets)]
+
+
+def shape_of(samples, layout, indices):
+    tokens, _, offsets = layout(samples, indices)
+    return Shape(*tokens.shape, samples.target_counts[indices].sum().item(), offsets and tuple(offsets))
+
+
+def worst(shapes):
+    """Of many micro-batches the one with the highest peak. Positions decide: targets and lengths add about 1%."""
+    return max(shapes, key=lambda shape: (shape.positions, shape.targets, max(sample_lengths(shape))))
+
+
+def step_flops(predictor, shapes):
+    """Operations of all these micro-batches, from one of about their mean size, cut into samples of one length.
+
+    Attention takes the square of a sample's length, so the mean of lengths is one over positions, not over samples.
+    """
+    positions = sum(shape.positions for shape in shapes)
+    length = round(sum(length**2 for shape in shapes for length in sample_lengths(shape)) / positions)
+    samples = max(1, round(positions / len(shapes) / length))  # whole ones: the rest of one would attend to less
+    share = samples * length / positions
+    targets = round(share * sum(shape.targets for shape in shapes))
+    return predictor.flops(packed_shape(samples * length, length, targets)) / share
+
+
+def full_shape(samples, positions):
+    """A micro-batch of so many positions that takes no less than any of these samples: all as long as the longest,
+
+    and with as large a share of targets as any.
+    """
+    share = (samples.target_counts / samples.lengths).max().item()
+    return packed_shape(positions, samples.lengths.max().item(), math.ceil(positions * share))
+
+
+def largest_micro_batch(predictor, samples, most_rows, budget):
+    """The largest micro_batch_tokens whose peak, whatever the samples, stays within `budget` bytes; 0 if none does.
+
+    most_rows: samples in a step. The answer is the longest sample's length or more, in steps of TOKEN_STEP.
+    """
+    longest, largest = samples.lengths.max().item(), samples.lengths.topk(min(most_rows, len(samples))).values.sum()
+    choices = range(longest, largest.item() + TOKEN_STEP, TOKEN_STEP)
+    fitting = bisect.bisect_right(choices, budget, key=lambda n: predictor.peak(full_shape(samples, n)))
+    return choices[fitting - 1] if fitting else 0
+
+
+# --------------------------------------------------------------------------------------------------------- machine
+
+
+def measured_flops(device, dtype, seconds=0.3):
+    """Floating-point operations a second of this device in linear layers of 1024 x 1024, in the dtype it multiplies."""
+    x, weight = torch.rand(2, 1024, 1024).to(device, kernels.compute_dtype(dtype, device))
+    F.linear(x, weight)[0, 0].item()  # the first is slower
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        F.linear(x, weight)[0, 0].item()  # .item() waits for the device
+        count += 1
+    return count * 2 * 1024**3 / (time.perf_counter() - started)
+
+
+def free_memory(device):
+    """Bytes that this process may still take: what is free, but no more than a limit on it (ulimit -v) leaves."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    kilobytes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())["MemAvailable"]
+    free, (limit, _) = 1024 * int(kilobytes.split()[0]), resource.getrlimit(resource.RLIMIT_AS)
+    return free if limit == resource.RLIM_INFINITY else min(free, limit - address_space())
+
+
+def address_space():
+    """Bytes of addresses that this process has taken, used or not: what a limit on it counts."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+# --------------------------------------------------------------------------------------------------------- the plan
+
+
+def describe(job, steps, flops_per_second, assumed, total):
+    """The plan as text: the peak by part, operations and time of a step, of the run.
+
+    steps: the `Shape`s of the micro-batches of some steps. assumed: where the rate comes from. total: steps of the run.
+    """
+    predictor, shapes = Predictor(job), [shape for shapes in steps for shape in shapes]
+    shape = worst(shapes)
+    parts = predictor.parts(shape)
+    operations = step_flops(predictor, shapes) / len(steps)
+    seconds = operations / flops_per_second
+    lines = [
+        f"{len(sample_lengths(shape))} samples in {shape.positions} positions, {shape.targets} of them targets, take "
+        "the most memory:",
+        *(f"  {part:18} {parts[part] / 1e9:9.3f} GB" for part in PARTS),
+        f"  {'together':18} {parts.total() / 1e9:9.3f} GB",
+        f"{operations / 1e12:.4g} TFLOP a step: {seconds:.3g} s, {seconds * total / 60:.3g} min for {total} steps, "
+        f"at {flops_per_second / 1e12:.3g} TFLOP/s ({assumed}); a real step reaches a part of that rate",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,186 @@
+"""How likely texts are to a model: log-likelihoods of continuations, for multiple choice and perplexity.
+
+`score` takes pairs of ids (context, continuation) in any number and order. Continuations of one context, as the
+options of a question, are the ends of a row that begins with it, so that it is computed once (`attention.Tree`). Rows
+are sorted by length and cut into batches; the head sees only the positions that predict something. `plain_score` is
+what it computes, one pair at a time.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from attention import Tree
+from cli import UserError
+from kernels import LOSS_CHUNK
+
+
+class Score(NamedTuple):
+    """logprob: log p(continuation | context), in nats. greedy: whether each of its tokens is the likeliest one."""
+
+    logprob: float
+    greedy: bool
+
+
+@torch.inference_mode()
+def plain_score(model, context, continuation):
+    """The `Score` of one continuation by the whole forward pass of its text: the reference for `score`."""
+    context, continuation = fit(context, continuation, model.config.max_position_embeddings)
+    tokens = torch.tensor([context + continuation], device=device_of(model))
+    logits = model(tokens)[0, len(context) - 1 : -1].float()  # position i predicts the token at i + 1
+    targets = tokens[0, len(context) :]
+    logprobs = logits.log_softmax(dim=-1).gather(1, targets[:, None])
+    return Score(logprobs.sum().item(), bool((logits.argmax(dim=-1) == targets).all()))
+
+
+@torch.inference_mode()
+def score(model, requests, batch_tokens=2048, progress=lambda more: None):
+    """The `Score` of each of `requests`, pairs (context, continuation) of lists of ids, in their order.
+
+    model: in evaluation mode. A context needs a token at least; an empty continuation is certain. A pair longer than
+    the model's context loses the beginning of its context. batch_tokens: positions in the model at one time; a single
+    longer row is a batch of its own. progress: is called with the number of requests that have just been done. Raises
+    UserError for a continuation longer than the model's context, and for logits that are not finite.
+    """
+    config, results = model.config, [Score(0.0, True)] * len(requests)
+    fitted = [fit(*request, config.max_position_embeddings) for request in requests]
+    rows = share_contexts(fitted, 6 * config.hidden_size, batch_tokens)
+    progress(sum(not continuation for _, continuation in fitted))
+    for batch in cut_batches(rows, batch_tokens):
+        scored = _score_batch(model, batch)
+        for number, result in scored:
+            results[number] = result
+        progress(len(scored))
+    return results
+
+
+def rolling(model, texts, prefix_id, length=None, batch_tokens=2048, progress=lambda more: None):
+    """log p of whole texts (lists of ids), each in windows of `length` tokens, by default the model's context: floats.
+
+    The perplexity of all is exp(-sum of these / sum of their lengths). The rest as in `windows` and `score`.
+    """
+    length = length or model.config.max_position_embeddings
+    cut = [list(windows(text, prefix_id, length)) for text in texts]
+    scores = iter(score(model, [window for text in cut for window in text], batch_tokens, progress))
+    return [sum(next(scores).logprob for _ in text) for text in cut]
+
+
+def windows(ids, prefix_id, length):
+    """Yield a text as pairs (context, continuation), for `score`, so that each token is predicted once.
+
+    The first is what fits after `prefix_id`, such as BOS. Each further one has up to `length` new tokens; the last gets
+    as many of those before it as still fit. (lm-eval's windows of context_len 1, made disjoint.)
+    """
+    for start in range(0, len(ids), length):
+        end = min(start + length, len(ids))
+        yield ids[end - length - 1 : start] if start else [prefix_id], ids[start:end]
+
+
+# ----------------------------------------------------------------------------------------------------- rows and batches
+
+
+def fit(context, continuation, limit):
+    """The pair, without the beginning of its context that a model of `limit` positions has no room for."""
+    if not context:
+        raise ValueError("a context is empty: put a token such as BOS in it")
+    if len(continuation) > limit:
+        raise UserError(f"a continuation has {len(continuation)} tokens, the model's context is {limit}: shorten it")
+    return context[-(limit + 1 - len(continuation)) :], continuation  # the last token is predicted, but never read
+
+
+@dataclass
+class Row:
+    """One context and continuations of it, (number of the request, ids)."""
+
+    context: list
+    ends: list = field(default_factory=list)
+    length: int = 0  # positions: all tokens but the last one of each continuation
+
+
+def share_contexts(requests, position_cost, batch_tokens):
+    """Put requests (context, continuation) that have the same context together into `Row`s.
+
+    Every position of a row attends to all of it, if only to have most of that masked. An end joins others where this
+    costs less than computing the context again; position_cost: how many keys a position costs as much as.
+    """
+    rows, newest = [], {}  # newest: of each context
+    for number, (context, continuation) in enumerate(requests):
+        if not continuation:
+            continue
+        row, length, key = newest.get(tuple(context)), len(context), len(continuation) - 1
+        wasted = 0 if row is None else 2 * (row.length - length) * key
+        if row is None or row.length + key > batch_tokens or wasted > length * (position_cost + length):
+            row = newest[tuple(context)] = Row(context, length=length)
+            rows.append(row)
+        row.ends.append((number, continuation))
+        row.length += key
+    return rows
+
+
+def cut_batches(rows, batch_tokens):
+    """Yield lists of rows, the longest first, that have, with padding, up to `batch_tokens` positions."""
+    rows = sorted(rows, key=lambda row: -row.length)
+    while rows:
+        count = max(1, batch_tokens // rows[0].length)
+        yield rows[:count]
+        rows = rows[count:]
+
+
+# ----------------------------------------------------------------------------------------------------------- a batch
+
+
+def _score_batch(model, rows):
+    """[(number of a request, its `Score`)] for all that are in these rows."""
+    tokens, tree = _lay_out(rows, device_of(model))
+    x = model.hidden_states(tokens, tree=tree).flatten(0, 1)  # (B * T, D)
+    places, targets = [], []
+    for number, row in enumerate(rows):
+        start, before = number * tokens.size(1), len(row.context) - 1
+        end = before + 1
+        for _, continuation in row.ends:  # the context's last position predicts the first token of each
+            places += [start + before, *range(start + end, start + end + len(continuation) - 1)]
+            targets += continuation
+            end += len(continuation) - 1
+    logprobs, greedy = _of_targets(model, x, places, targets)
+    ends = [end for row in rows for end in row.ends]
+    lengths = [len(continuation) for _, continuation in ends]
+    parts = zip(ends, logprobs.split(lengths), greedy.split(lengths), strict=True)
+    return [(number, Score(sums.sum().item(), bool(hits.all()))) for (number, _), sums, hits in parts]
+
+
+def _lay_out(rows, device):
+    """Rows as tokens (B, T) int64, padded on the right, and their `Tree`; None where causality alone will do."""
+    T = max(row.length for row in rows)
+    tokens, positions, branches = (torch.zeros(len(rows), T, dtype=torch.int64) for _ in range(3))
+    for row, row_tokens, row_positions, row_branches in zip(rows, tokens, positions, branches, strict=True):
+        end = start = len(row.context)
+        row_tokens[:start], row_positions[:start] = torch.tensor(row.context), torch.arange(start)
+        row_branches[start:] = -1  # what follows the last end is padding
+        for branch, (_, continuation) in enumerate(row.ends, start=1):
+            part = slice(end, end + len(continuation) - 1)
+            row_tokens[part] = torch.tensor(continuation[:-1], dtype=torch.int64)
+            row_positions[part] = torch.arange(start, start + len(continuation) - 1)
+            row_branches[part] = branch
+            end = part.stop
+    branching = any(sum(len(continuation) > 1 for _, continuation in row.ends) > 1 for row in rows)
+    return tokens.to(device), Tree(positions.to(device), branches.to(device)) if branching else None
+
+
+def _of_targets(model, x, places, targets):
+    """log p (n,) fp64 of targets, each predicted at its place of x (B * T, D), and whether it is the likeliest (n,)."""
+    places, targets = (torch.tensor(numbers, device=x.device) for numbers in (places, targets))
+    logprobs, greedy = [], []
+    for place, target in zip(places.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+        logits = model.lm_head(x[place]).float()
+        logprobs.append(-F.cross_entropy(logits, target, reduction="none"))
+        greedy.append(logits.argmax(dim=-1) == target)
+    logprobs, greedy = torch.cat(logprobs).double().cpu(), torch.cat(greedy).cpu()
+    if not logprobs.isfinite().all():
+        raise UserError("the model's logits are NaN or infinite: its weights or its adapter are damaged")
+    return logprobs, greedy
+
+
+def device_of(model):
+    return model.model.embed_tokens.weight.device

@@ -1,0 +1,178 @@
+"""What the passes of prepare_data.py hand on, and write at the end: rows as records, samples as tokens.
+
+Both lie on the disk, in files without a name that are gone when the process is; memory has a few numbers for each, in
+columns. So it stays flat whatever is read, and nothing is left of a run that was killed.
+"""
+
+import json
+import os
+import pickle
+import tempfile
+from array import array
+from collections import Counter
+
+import numpy as np
+
+from cleaning import SIGNATURE
+from safetensors_format import encode_header
+
+LEAKS = ("words of a benchmark", "similar to a benchmark")  # the reasons that name a benchmark's sample
+SHOWN = 300  # characters of a dropped prompt that are written down
+
+
+class Records:
+    """Every row that was read: its record on the disk, what the passes ask about it in columns, what became of it.
+
+    sources, answers (characters), hashes: arrays with an element for each. counts: for each source, how many of its
+    rows went which way; cut: of how many the prompt had to be cut. leaks: for the place of a benchmark's sample, how
+    many rows leaked from it. folder: a place on the disk with room for the records. log: an open file, for a line of
+    JSON on each that is dropped.
+    """
+
+    def __init__(self, folder, names, log):
+        self._texts, self._signatures = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 (nameless)
+        self._offsets, self._stays = array("q", [0]), array("b")
+        self.sources, self.answers, self.hashes = array("i"), array("i"), array("Q")
+        self.names, self.counts, self.cut = names, [Counter() for _ in names], [0 for _ in names]
+        self.leaks, self._log = Counter(), log
+
+    def __len__(self):
+        return len(self.sources)
+
+    def add(self, source, row):
+        """Append an `Examined` row of the source with this number."""
+        self._texts.write(row.record)
+        self._signatures.write(row.signature)
+        self._offsets.append(self._offsets[-1] + len(row.record))
+        for column, value in ((self.sources, source), (self.answers, row.answer), (self.hashes, row.prompt_hash)):
+            column.append(value)
+        self._stays.append(1)
+        if row.reason:
+            self.drop(len(self) - 1, row.reason, of=row.of, detail=row.detail)
+
+    def raw(self, number):
+        """The record as it was added, pickled."""
+        return _cut(self._texts, 1, self._offsets[number], self._offsets[number + 1])
+
+    def __getitem__(self, number):
+        return pickle.loads(self.raw(number))
+
+    def alive(self):
+        """(N,) bool: which stay."""
+        return np.array(self._stays, np.bool_)
+
+    def signatures(self):
+        """(N, SIGNATURE) uint32, on the disk."""
+        self._signatures.flush()
+        return np.memmap(self._signatures, np.uint32, "r", shape=(len(self), SIGNATURE))
+
+    def drop(self, number, reason, **more):
+        """Take a row out and write down why. more: "of", the id of what it is too much like, and "score"; "detail"."""
+        self._stays[number] = 0
+        if reason in LEAKS:
+            self.leaks[more["of"]] += 1
+        record = self[number]
+        self.note(record["id"], self.sources[number], reason, **more, prompt=record["key"][:SHOWN])
+
+    def note(self, id, source, reason, **more):
+        """Count a row that is not used, and write it down."""
+        self.counts[source][reason] += 1
+        line = {"id": id, "source": self.names[source], "reason": reason, **more}
+        line = {key: value for key, value in line.items() if value is not None}
+        self._log.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+class SampleWriter:
+    """Collects samples and writes them as prepared files. Tokens wait on the disk; memory has a few numbers for each.
+
+    folder: a place on the disk with room for them as long as the writer lives; by default that of temporary files.
+    """
+
+    def __init__(self, folder=None):
+        self._tokens, self._is_target = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 (nameless)
+        self.offsets, self.target_counts, self.sources = array("q", [0]), array("i"), array("i")
+
+    def __len__(self):
+        return len(self.target_counts)
+
+    def add(self, ids, is_target, source):
+        """Add one sample: token ids, for each of them whether it is a target, and the number of its source."""
+        self._tokens.write(array("i", ids))
+        self._is_target.write(bytes(is_target))
+        self.offsets.append(self.offsets[-1] + len(ids))
+        self.target_counts.append(sum(is_target[1:]))  # nothing comes before the first token to predict it from
+        self.sources.append(source)
+
+    def read(self, number):
+        """Sample `number` as it was added: ids (n,) int32 and is_target (n,) bool, two arrays."""
+        span = self.offsets[number], self.offsets[number + 1]
+        tokens, is_target = _cut(self._tokens, 4, *span), _cut(self._is_target, 1, *span)
+        return np.frombuffer(tokens, np.int32), np.frombuffer(is_target, np.bool_)
+
+    def save(self, path, order=None):
+        """Write the samples with the numbers `order`, by default all, as one prepared file.
+
+        Written piece by piece, since safetensors' own writer wants whole tensors in memory.
+        """
+        order = np.arange(len(self)) if order is None else np.asarray(order, np.int64)
+        offsets, counts, sources = (np.array(column) for column in (self.offsets, self.target_counts, self.sources))
+        starts, ends = offsets[:-1][order], offsets[1:][order]
+        total = int((ends - starts).sum())
+
+        def pieces(file, width):
+            return (_cut(file, width, int(start), int(end)) for start, end in zip(starts, ends, strict=True))
+
+        columns = {  # the widest first, so that each begins at a multiple of its width
+            "offsets": ("I64", 8, len(order) + 1, [np.concatenate([[0], (ends - starts).cumsum()]).astype("<i8")]),
+            "tokens": ("I32", 4, total, pieces(self._tokens, 4)),
+            "target_counts": ("I32", 4, len(order), [counts[order]]),
+            "sources": ("I32", 4, len(order), [sources[order]]),
+            "is_target": ("BOOL", 1, total, pieces(self._is_target, 1)),
+        }
+        layout = {name: (dtype, [length], length * width) for name, (dtype, width, length, _) in columns.items()}
+        with open(path, "wb") as file:
+            file.write(encode_header(layout))
+            for *_, content in columns.values():
+                file.writelines(content)
+
+
+def _cut(file, width, start, end):
+    """The bytes of the elements start to end, `width` bytes each."""
+    file.flush()
+    return os.pread(file.fileno(), (end - start) * width, start * width)
+
+
+class Tokenized:
+    """The samples as tokens, with the number of the record that each was made of, and of its examples' records."""
+
+    def __init__(self, folder):
+        self.writer = SampleWriter(folder)
+        self._records, self._examples, self._ends = array("q"), array("q"), array("q", [0])
+
+    def __len__(self):
+        return len(self._records)
+
+    def add(self, source, record, examples, ids, is_target):
+        self.writer.add(ids, is_target, source)
+        self._records.append(record)
+        self._examples.extend(examples)
+        self._ends.append(len(self._examples))
+
+    def records(self):
+        """(M,) int64: the number of each sample's record."""
+        return np.array(self._records, np.int64)
+
+    def examples(self, number):
+        """The numbers of the records that stand before the question of a sample."""
+        return self._examples[self._ends[number] : self._ends[number + 1]]
+
+    def record(self, number):
+        return self._records[number]
+
+    def sources(self):
+        """(M,) int64: the number of each one's source."""
+        return np.array(self.writer.sources, np.int64)
+
+    def targets(self):
+        """(M,) int64: the target tokens of each."""
+        return np.array(self.writer.target_counts, np.int64)

@@ -1,0 +1,576 @@
+"""Steps that are not finite, and memory that runs out: who is to blame, what is kept, and that nothing else changes."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_finetune import column, final_weights, random_sample, random_samples, rows, write_data
+
+import bad_numbers
+import budget
+import files
+import finetune
+import metrics
+from bad_numbers import FILE
+from batching import Samples
+from checkpoint import load_optimizer, save_optimizer
+from cli import UserError
+
+BAD_TOKEN = 505  # which only the samples that are to be found have
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_model_dir):
+    """`settings(train, **flags)`: those of a run on these samples."""
+
+    def make(train, name="run", **flags):
+        folder = tmp_path / f"data-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        write_data(folder, tiny_model_dir, train)
+        defaults = dict(
+            checkpoint_dir=tiny_model_dir, data_dir=folder, out_dir=tmp_path / name, precision="32-true",
+            global_batch_size=6, micro_batch_tokens=24, learning_rate=1e-2, warmup_steps=0, eval_interval=0,
+        )  # fmt: skip
+        return finetune.Settings(**(defaults | flags))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    monkeypatch.setattr(metrics, "plot_losses", lambda *_: None)
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """`spoil(f)` lets f(model) change the model of the runs to come. It gives what there was before the first step."""
+    seen = {}
+
+    def watch(change):
+        build_model, build_optimizer = finetune.build_model, finetune.build_optimizer
+
+        def build_bad_model(*args):
+            model, config = build_model(*args)
+            with torch.no_grad():
+                change(model)
+            seen.update(model=model, before=weights(model))
+            return model, config
+
+        def build(s, model):
+            seen["optimizer"] = build_optimizer(s, model)
+            return seen["optimizer"]
+
+        monkeypatch.setattr(finetune, "build_model", build_bad_model)
+        monkeypatch.setattr(finetune, "build_optimizer", build)
+        return seen
+
+    return watch
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def with_bad_token(bad, N=6, sources=2):
+    """Samples of which those with the numbers `bad` have BAD_TOKEN, in the prompt and in the answer."""
+    train = [random_sample(3, 4, source=i % sources, vocab_size=500) for i in range(N)]
+    for i in bad:
+        train[i][0][1] = train[i][0][4] = BAD_TOKEN
+    return train
+
+
+def stopped(s):
+    """The message of a run that must stop."""
+    with pytest.raises(UserError) as caught:
+        finetune.main(s)
+    assert "\n" not in str(caught.value) and not (s.out_dir / "final").exists()
+    return str(caught.value)
+
+
+def blamed(message):
+    """The numbers of the samples that a message names."""
+    names = message.partition("training samples ")[2].partition(" do it")[0]
+    return sorted(int(n) for n in re.findall(r"(\d+)(?: \([^)]*\))?(?:, |$)", names))
+
+
+def assert_untouched(seen):
+    after = weights(seen["model"])
+    assert after.keys() == seen["before"].keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in seen["before"].items())
+    assert not any(seen["optimizer"].state.values())
+
+
+def plant_nan(model):
+    model.model.embed_tokens.weight[BAD_TOKEN] = math.nan
+
+
+def infinite_loss(model):
+    """A token that is so unlikely that its loss overflows, while each output of a module is finite."""
+    model.model.norm.weight.zero_()[0] = 1.0
+    model.model.embed_tokens.weight[:, 0] += 100.0  # so the last norm's first output is far above zero
+    model.lm_head.weight.zero_()[BAD_TOKEN, 0] = -3e38
+
+
+IN_BACKWARD = dict(method="full", optimizer_in_backward=True, max_grad_norm=0.0, micro_batch_tokens=1000)
+KINDS = {
+    "lora": {},
+    "padded": dict(planner="sorted_in_step"),
+    "full": dict(method="full"),
+    "recomputed": dict(recompute=1.0, lora_dropout=0.2),
+    "in backward": IN_BACKWARD,
+}
+
+
+@pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
+def test_a_nan_in_a_weight_stops_before_the_step_and_names_the_samples(settings, spoil, flags):
+    bad = sorted(random.sample(range(6), 2))
+    s, seen = settings(with_bad_token(bad), **flags), spoil(plant_nan)
+    message = stopped(s)
+    assert message.startswith("step 1: the loss is nan; ") and blamed(message) == bad
+    assert "model.embed_tokens.weight holds NaN or infinity" in message
+    after = {name: p.nan_to_num(7.0) for name, p in weights(seen["model"]).items()}
+    assert all(torch.equal(after[name], p.nan_to_num(7.0)) for name, p in seen["before"].items())
+    assert not any(seen["optimizer"].state.values()) and rows(s.out_dir) == []
+
+
+@pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
+def test_an_infinite_loss_is_nobody_elses(settings, spoil, flags):
+    """Its gradient may well be finite: an optimiser in the backward pass must have seen the loss before."""
+    bad = [random.randrange(6)]
+    s, seen = settings(with_bad_token(bad), **flags), spoil(infinite_loss)
+    message = stopped(s)
+    assert message.startswith("step 1: the loss is inf; ") and blamed(message) == bad
+    assert "first in the loss" in message
+    assert_untouched(seen)
+
+
+def test_samples_are_named_by_number_source_and_row(settings, spoil):
+    train = with_bad_token([1, 4])
+    train.insert(0, ([5, 6, 7, 8], [False] * 4, 0))  # has no target, and counts all the same
+    s = settings(train)
+    with open(s.data_dir / "samples.jsonl", "w") as file:
+        for part, N in (("train", 7), ("val", 7)):
+            file.writelines(json.dumps({"part": part, "id": f"{part}.jsonl:{3 * i}"}) + "\n" for i in range(N))
+    spoil(plant_nan)
+    message = stopped(s)
+    for name in ("2 (age, gender/v1.5, train.jsonl:6)", "5 (gsm8k, train.jsonl:15)"):
+        assert name in message
+    (s.data_dir / "samples.jsonl").write_text("{broken")
+    shutil.rmtree(s.out_dir)
+    assert "2 (age, gender/v1.5)" in stopped(s)
+
+
+def infinite_gradient(model):
+    """Positions with BAD_TOKEN get an infinite gradient on their way back through the second block."""
+    place = {}
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: place.update(bad=args[0] == BAD_TOKEN))
+
+    def overflow(_, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad.masked_fill(place["bad"][..., None], math.inf))
+
+    model.model.layers[1].mlp.register_forward_hook(overflow)
+
+
+@pytest.mark.parametrize("flags", [{}, dict(method="full")], ids=["lora", "full"])
+def test_an_infinite_gradient_stops_before_the_step_and_names_the_samples(settings, spoil, flags):
+    bad = sorted(random.sample(range(6), 2))
+    s, seen = settings(with_bad_token(bad), **flags), spoil(infinite_gradient)
+    message = stopped(s)
+    assert re.match("step 1: the gradient's norm is (nan|inf); ", message) and blamed(message) == bad
+    assert "first in the gradient of model.layers.1.mlp.down_proj" in message
+    assert_untouched(seen)
+
+
+def test_in_the_backward_pass_no_weight_steps_from_an_infinite_gradient_on(settings, spoil):
+    s, seen = settings(with_bad_token([2]), **IN_BACKWARD), spoil(infinite_gradient)
+    assert blamed(stopped(s)) == [2]
+    after = weights(seen["model"])
+    assert all(p.isfinite().all() for p in after.values())
+    moved = {name for name, before in seen["before"].items() if not torch.equal(after[name], before)}
+    assert moved and not any(".layers.0." in name or ".layers.1." in name for name in moved - {"lm_head.weight"})
+    assert json.loads(bad_numbers.safe_open(s.out_dir / FILE, "pt").metadata()["step"])["moved"]
+
+
+def test_an_overflow_in_bf16_names_the_module(settings, spoil):
+    """Finite weights whose product is too large."""
+
+    def enlarge(model):
+        model.model.embed_tokens.weight[BAD_TOKEN] *= 1e20
+        model.model.layers[1].post_attention_layernorm.weight.fill_(1e15)
+        model.model.layers[1].mlp.gate_proj.weight.fill_(1e15)
+        model.model.layers[1].mlp.up_proj.weight.fill_(1e15)
+
+    s = settings(with_bad_token([3]), precision="bf16-true", method="full")
+    spoil(enlarge)
+    message = stopped(s)
+    assert "the loss is nan" in message and "holds NaN" not in message
+    assert "first in the output of model.layers.1.mlp" in message
+
+
+def scaled(monkeypatch, **options):
+    """Let runs in 16-mixed have a loss scaler on the CPU, where Fabric has none."""
+    from lightning.fabric.plugins.precision import MixedPrecision
+
+    start_fabric = finetune.start_fabric
+
+    def start(s):
+        fabric = start_fabric(s)
+        scaler = torch.amp.GradScaler("cpu", growth_interval=10**6, **options)
+        fabric.strategy.precision = fabric._precision = MixedPrecision("16-mixed", "cpu", scaler)
+        return fabric
+
+    monkeypatch.setattr(finetune, "start_fabric", start)
+
+
+def test_a_loss_scale_may_be_searched_but_not_for_ever(settings, monkeypatch, spoil):
+    monkeypatch.setattr(finetune, "SKIPPED_STEPS", 4)
+    seen = spoil(lambda model: None)
+    options = dict(precision="16-mixed", max_steps=9)
+    with monkeypatch.context() as patch:
+        scaled(patch, init_scale=2.0**120, backoff_factor=0.5)
+        message = stopped(settings(random_samples(6), name="never", **options))
+    assert message.startswith("step 4: after 4 steps in a row that were skipped the gradient's norm is ")
+    assert len(blamed(message)) == 6
+    assert_untouched(seen)
+    scaled(monkeypatch, init_scale=2.0**60, backoff_factor=2.0**-16)
+    s = settings(random_samples(6), name="found", **options)
+    finetune.main(s)
+    norms = column(s.out_dir, "grad_norm")
+    assert 1 <= sum(not math.isfinite(norm) for norm in norms) <= 3 and math.isfinite(norms[-1])
+
+
+# --------------------------------------------------------------------------------------------------- the kept step
+
+
+def run_and_stop(s, monkeypatch, step):
+    """Let a sound run stop at the end of a step (from 0), as if it were not. Returns that step's loss and norm."""
+    calls, check = {"the loss": [], "the gradient's norm": []}, finetune.check_finite
+
+    def find_fault(what, value):
+        check(what, value)
+        calls[what].append(value.item())
+        if what == "the gradient's norm" and len(calls[what]) == step + 1:
+            raise bad_numbers.NotFinite(what, value.item())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "check_finite", find_fault)
+        assert "no single sample does it" in stopped(s)
+    return calls["the loss"][-1], calls["the gradient's norm"][-1]
+
+
+def replayed(s, capsys, **flags):
+    capsys.readouterr()
+    s.replay = s.out_dir / FILE
+    finetune.main(s)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(lora_dropout=0.3),
+        dict(lora_dropout=0.3, recompute=1.0, quantize="bnb.nf4", method="dora", precision="bf16-true"),
+        dict(method="full", planner="sorted_in_step"),
+    ],
+    ids=lambda flags: " ".join(map(str, flags.values())),
+)
+def test_the_replay_shows_the_same_numbers(settings, monkeypatch, capsys, flags):
+    s = settings(random_samples(14), max_steps=5, **flags)
+    loss, norm = run_and_stop(s, monkeypatch, 3)
+    out = replayed(s, capsys)
+    found = re.search(r"^loss (\S+), norm of the gradient (\S+)$", out, re.MULTILINE)
+    assert float(found[1]) == loss and float(found[2]) == pytest.approx(norm, rel=1e-6)
+    assert out.startswith(f"step 4, when the gradient's norm is {norm}: ") and out.endswith("not finite: nothing\n")
+    assert len(re.findall(r"^sample \d+: loss", out, re.MULTILINE)) == 6
+    modules = dict(re.findall(r"^  (\S+): (\S+)$", out, re.MULTILINE))
+    assert math.hypot(*map(float, modules.values())) == pytest.approx(norm, rel=1e-4)
+    assert any(name.endswith("layers.2.mlp.down_proj") for name in modules)
+
+
+def test_the_replay_shows_who_is_to_blame(settings, spoil, capsys, monkeypatch):
+    s = settings(with_bad_token([4]))
+    with monkeypatch.context():
+        spoil(infinite_loss)
+        stopped(s)
+        out = replayed(s, capsys)
+    lines = {line.split()[1]: line for line in out.splitlines() if line.startswith("sample ")}
+    assert sorted(lines) == list("012345")
+    assert [number for number, line in lines.items() if "loss inf" in line or "loss nan" in line] == ["4"]
+    assert out.startswith("step 1, when the loss is inf") and out.endswith("first not finite: the loss\n")
+
+
+def test_the_kept_step_has_the_weights_before_it(settings, monkeypatch):
+    s = settings(random_samples(9), max_steps=3, save_interval=1)
+    run_and_stop(s, monkeypatch, 1)
+    kept = load_file(s.out_dir / FILE)
+    model, _ = finetune.build_model(s, "cpu", newest=s.out_dir / "step-000001")
+    assert {name for name in kept if name.startswith("weights.")} == {f"weights.{name}" for name in weights(model)}
+    assert all(torch.equal(kept[f"weights.{name}"], p) for name, p in weights(model).items())
+
+
+def test_a_step_that_cannot_be_kept_leaves_nothing_and_is_explained_all_the_same(settings, spoil, monkeypatch):
+    s = settings(with_bad_token([1]))
+    spoil(plant_nan)
+
+    flush = files.flush
+
+    def fail(path):
+        if FILE in path.name:
+            raise OSError(28, "No space left on device")
+        flush(path)
+
+    monkeypatch.setattr(files, "flush", fail)
+    message = stopped(s)
+    assert blamed(message) == [1] and "could not be kept" in message and "No space left" in message
+    assert not [path for path in s.out_dir.iterdir() if "bad_batch" in path.name]
+
+
+def test_what_cannot_be_replayed_is_refused(settings, monkeypatch, tmp_path):
+    s = settings(random_samples(9), max_steps=3)
+    run_and_stop(s, monkeypatch, 1)
+    kept = s.out_dir / FILE
+    other = settings(random_samples(9), lora_r=3, replay=kept)
+    with pytest.raises(UserError, match="lora_A is not as in this model"):
+        finetune.main(other)
+    broken = tmp_path / "broken.safetensors"
+    for content in (None, b"", kept.read_bytes()[:-9], b"x" * 100, (s.data_dir / "train.safetensors").read_bytes()):
+        if content is not None:
+            broken.write_bytes(content)
+        with pytest.raises(UserError, match="broken.safetensors is missing, damaged, or no bad_batch.safetensors"):
+            finetune.main(settings(random_samples(9), replay=broken))
+
+
+# ------------------------------------------------------------------------------------------------- what never starts
+
+
+def test_samples_without_a_target_are_left_out_with_a_count(settings, capsys):
+    """They take no part in epochs, steps or losses: the run is that of the others."""
+    train = random_samples(8)
+    whole = settings(train, name="whole", global_batch_size=2, epochs=2)
+    finetune.main(whole)
+    for place in (0, 3, 9):  # before the first, among them, after the last
+        train.insert(place, ([random.randrange(3, 512) for _ in range(5)], [place == 3] + [False] * 4, 0))
+    more = settings(train, name="more", global_batch_size=2, epochs=2)
+    capsys.readouterr()
+    finetune.main(more)
+    assert "note: 3 training samples have no target token and are left out" in capsys.readouterr().err
+    assert rows(more.out_dir) == rows(whole.out_dir)
+    assert final_weights(more.out_dir).read_bytes() == final_weights(whole.out_dir).read_bytes()
+
+
+def test_the_samples_that_stay_keep_their_tokens_and_numbers(settings):
+    train = random_samples(7)
+    for i in (1, 2, 6):
+        train[i] = (train[i][0], [False] * len(train[i][0]), 0)
+    path = settings(train).data_dir / "train.safetensors"
+    every, some = Samples(path), Samples(path)
+    assert every.numbers.tolist() == list(range(7)) and some.drop_without_target() == 3
+    assert some.numbers.tolist() == [0, 3, 4, 5] and len(some) == 4
+    for place, number in enumerate(some.numbers.tolist()):
+        for a, b in zip(some.inputs_and_targets(place), every.inputs_and_targets(number), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_run_of_masked_targets_never_starts(settings):
+    s = settings([(ids, [False] * len(ids), source) for ids, _, source in random_samples(4)])
+    with pytest.raises(UserError, match="no training sample with a target token"):
+        finetune.main(s)
+    assert not s.out_dir.exists()
+
+
+def test_optimiser_states_that_are_not_finite_are_refused(settings, tmp_path):
+    s = settings(random_samples(6), max_steps=1, save_interval=1)
+    finetune.main(s)
+    folder = s.out_dir / "step-000001"
+    model, _ = finetune.build_model(s, "cpu", newest=folder)
+    optimizer = finetune.build_optimizer(s, model)
+    load_optimizer(optimizer, folder)
+    states = [state["exp_avg"] for state in optimizer.state.values()]
+    random.choice(states).view(-1)[0] = math.inf
+    save_optimizer(optimizer, tmp_path)
+    (tmp_path / "scaler.json").write_text("{}")
+    with pytest.raises(UserError, match=r"optimizer.safetensors: \d+.exp_avg holds NaN or infinity"):
+        load_optimizer(finetune.build_optimizer(s, model), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- the rehearsal
+
+
+def tokens_in(samples, indices):
+    return samples.lengths[indices].sum().item()
+
+
+@pytest.mark.parametrize("planner", finetune.PLANNERS)
+def test_the_first_micro_batch_is_the_largest_of_the_whole_run(settings, monkeypatch, planner):
+    s = settings(random_samples(25, 40, 40), epochs=3, global_batch_size=5, micro_batch_tokens=100, planner=planner)
+    seen, run_forward, train_step = [], finetune.run_forward, finetune.train_step
+
+    def watch(fabric, s, model, samples, indices):
+        tokens, _, offsets = finetune.PLANNERS[s.planner].layout(samples, indices)
+        seen.append(tokens.numel())
+        return run_forward(fabric, s, model, samples, indices)
+
+    monkeypatch.setattr(finetune, "run_forward", watch)
+    monkeypatch.setattr(finetune, "train_step", lambda *args: seen.append("step") or train_step(*args))
+    finetune.main(s)
+    assert seen[1] == "step" and seen.count("step") == 15
+    assert seen[0] == max(positions for positions in seen[1:] if positions != "step")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(lora_dropout=0.3),
+        dict(method="dora", lora_dropout=0.3, recompute=1.0, precision="bf16-true", quantize="bnb.nf4"),
+        dict(method="full", optimizer="adamw-8bit"),
+        IN_BACKWARD,
+    ],
+    ids=lambda flags: " ".join(map(str, flags.values())),
+)
+def test_the_rehearsal_changes_no_bit(settings, monkeypatch, flags):
+    train, folders = random_samples(10), []
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setattr(finetune, "rehearse", lambda *_: None)
+        s = settings(train, name=name, max_steps=4, save_interval=4, **flags)
+        finetune.main(s)
+        folders.append(s.out_dir)
+    a, b = folders
+    assert rows(a) == rows(b) and final_weights(a).read_bytes() == final_weights(b).read_bytes()
+    optimizers = [(folder / "step-000004" / "optimizer.safetensors").read_bytes() for folder in folders]
+    assert optimizers[0] == optimizers[1]
+
+
+def test_the_rehearsal_holds_what_later_steps_hold(settings, monkeypatch):
+    """Moments of as many bytes as the optimiser makes, and gradients; none of it once there are moments."""
+    held, memory = [], budget.memory_of_later_steps
+
+    def watch(s, model, optimizer, gradients):
+        tensors = memory(s, model, optimizer, gradients)
+        held.append((sum(t.nbytes for t in tensors), gradients))
+        return tensors
+
+    monkeypatch.setattr(budget, "memory_of_later_steps", watch)
+    s = settings(random_samples(12), max_steps=1, save_interval=1, method="full")
+    finetune.main(s)
+    states = load_file(s.out_dir / "step-000001" / "optimizer.safetensors")
+    moments = sum(t.nbytes for name, t in states.items() if "exp_avg" in name)
+    assert held == [(moments, True)]
+
+
+# ------------------------------------------------------------------------------------------------- out of memory
+
+OUT_OF_MEMORY = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import cli, finetune, budget, plan
+from pathlib import Path
+s = finetune.Settings(checkpoint_dir=Path({model!r}), data_dir=Path({data!r}), out_dir=Path({out!r}), {flags})
+rehearse = finetune.rehearse
+def limited(*args):
+    resource.setrlimit(resource.RLIMIT_AS, (plan.address_space() + 150 * 2**20,) * 2)
+    rehearse(*args)
+finetune.rehearse = limited
+cli.run(finetune.main, s)
+"""
+
+
+def widen(folder, source, intermediate_size=20_000):
+    """A copy of a model with so wide a feed-forward that a few positions take much memory."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": intermediate_size}
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = finetune.Transformer(finetune.read_config(folder))
+    save_file({name: 0.02 * torch.randn(p.shape) for name, p in model.named_parameters()}, folder / "model.safetensors")
+    return folder
+
+
+def test_memory_that_runs_out_on_a_cpu_is_one_line(settings, tmp_path, tiny_model_dir):
+    """In a process whose addresses are limited, before the first step, with nothing in the next run's way."""
+    s = settings([random_sample(100, 100) for _ in range(6)], checkpoint_dir=widen(tmp_path / "wide", tiny_model_dir))
+    code = OUT_OF_MEMORY.format(
+        root=str(ROOT), model=str(s.checkpoint_dir), data=str(s.data_dir), out=str(s.out_dir),
+        flags="precision='32-true', global_batch_size=6, micro_batch_tokens=1200",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert re.match(
+        r"error: out of memory: \d+\.\d+ GB were taken, \d+\.\d+ GB more asked for, \d+\.\d+ GB free; ", line
+    )
+    assert len(re.findall(r"--(?:micro_batch_tokens \d+|recompute 1|quantize bnb.nf4-dq) \([\d.]+ GB\)", line)) >= 2
+    assert "Traceback" not in done.stderr and not (s.out_dir / "metrics.csv").exists()
+
+
+CUDA_MESSAGE = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is "
+    "free. Including non-PyTorch memory, this process has 77.9 GiB memory in use."
+)
+
+
+@pytest.mark.parametrize(
+    "flags, ways",
+    [
+        (dict(), ["--micro_batch_tokens", "--recompute 1", "--quantize bnb.nf4-dq"]),
+        (dict(method="full"), ["--micro_batch_tokens", "--recompute 1", "--optimizer adamw-8bit"]),
+        (dict(method="full", recompute=1.0), ["--micro_batch_tokens", "--optimizer adamw-8bit"]),
+        (dict(micro_batch_tokens=1), ["--recompute 1", "--quantize bnb.nf4-dq", "prepare_data.py --max_seq_length"]),
+        (IN_BACKWARD, ["--recompute 1", "--optimizer adamw-8bit"]),
+    ],
+    ids=str,
+)
+def test_the_ways_out_are_those_that_help(settings, monkeypatch, flags, ways):
+    """Each with the peak that the plan predicts for a run which takes it."""
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError(CUDA_MESSAGE)
+
+    s = settings(random_samples(12, 60, 60), **{"micro_batch_tokens": 300, **flags})
+    monkeypatch.setattr(finetune, "run_forward", run_out)
+    message = stopped(s)
+    assert "2.68 GB more asked for" in message
+    found = re.findall(r"((?:prepare_data.py )?--\S+ \S+) \((\S+) GB\)", message)
+    assert [way for way, _ in found if any(way.startswith(name) for name in ways)] == [way for way, _ in found]
+    assert len(found) == len(ways)
+    train, now = Samples(s.data_dir / "train.safetensors"), float(re.search(r"peak of (\S+) GB", message)[1])
+    for way, predicted in found:
+        assert float(predicted) < now
+        flag, value = way.removeprefix("prepare_data.py ").removeprefix("--").split()
+        if flag != "max_seq_length":
+            value = value if not value.isdigit() else type(getattr(s, flag))(value)
+            changed = dataclasses.replace(s, **{flag: value})
+            assert budget.predicted_peak(changed, train) / 1e9 <= 1.02 * float(predicted)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(settings, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(finetune, "run_forward", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        finetune.main(settings(random_samples(4)))
+
+
+def test_a_rehearsal_takes_no_more_than_is_free(monkeypatch):
+    """Linux would grant it, and kill the process when it is used."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(budget.plan, "free_memory", lambda _: 300 * 2**20)
+    with budget.no_more_than_free(device):
+        torch.empty(100 * 2**20, dtype=torch.uint8)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            torch.empty(500 * 2**20, dtype=torch.uint8)
+    torch.empty(500 * 2**20, dtype=torch.uint8)

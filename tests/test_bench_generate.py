@@ -1,0 +1,54 @@
+"""The comparison of generation in bench/ runs, and its sides give the same tokens. Timings are no matter of tests."""
+
+import json
+
+import pytest
+
+import prepare_data
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    rows = [{"prompt": f"what is {i} " * 5, "completion": f"it is {i}"} for i in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_data.main(
+        prepare_data.Settings(
+            data=folder / "rows.jsonl", checkpoint_dir=tiny_model_dir, out_dir=folder / "data", val_fraction=0
+        )
+    )
+    return folder / "data"
+
+
+def test_generation_against_transformers(tiny_model_dir, tiny_data, tmp_path, run_script):
+    out_file = tmp_path / "results.jsonl"
+    code, out, err = run_script(
+        "bench/generate.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--dtype", "fp32",
+        "--sides", "[onetune,transformers,transformers-static]", "--batches", "[1,3]", "--prompt_tokens", 12,
+        "--new_tokens", 6, "--runs", 1, "--repeats", 1, "--venvs_dir", tmp_path, "--out_file", out_file,
+    )  # fmt: skip
+    assert code == 0, err
+    lines = [json.loads(line) for line in out_file.read_text().splitlines()]
+    assert [(line["side"], line["batch"]) for line in lines] == [
+        (side, batch) for batch in (1, 3) for side in ("onetune", "transformers", "transformers-static")
+    ]
+    for batch in (1, 3):
+        ours, *theirs = [line["outputs"] for line in lines if line["batch"] == batch]
+        assert len(ours) == batch and all(len(row) == 6 for row in ours)
+        assert theirs == [ours, ours]
+    layers = 2 * (4 * 48 * 48 - 2 * 48 * 24 + 3 * 48 * 80) // 2 * 3 + 512 * 48  # the tiny model's, and its head
+    assert lines[0]["bytes_per_step"] == 4 * layers
+    assert all(line["decode_tokens_per_second"] > 0 and line["read_bytes_per_second"] > 0 for line in lines)
+    assert "times the fastest peer" in out and out_file.with_suffix(".png").stat().st_size > 1000
+
+
+def test_a_side_that_fails_is_reported_in_one_line(tiny_model_dir, tiny_data, tmp_path, run_script):
+    """LitGPT does not know the tiny model; here its place is taken by an environment without it."""
+    code, out, err = run_script(
+        "bench/generate.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--sides", "[litgpt]",
+        "--batches", "[1]", "--prompt_tokens", 12, "--new_tokens", 6, "--runs", 1, "--repeats", 1,
+        "--venvs_dir", tmp_path, "--out_file", tmp_path / "results.jsonl",
+        env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""},
+    )  # fmt: skip
+    assert code == 0, err
+    assert "litgpt, 1 prompt: not measured: cannot be installed" in out

@@ -1,0 +1,237 @@
+"""What only a GPU can show: bitsandbytes' CUDA kernels, optimisers, loss scaling, decoding. `pytest -m gpu` runs it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Ids
+
+import finetune
+import lora
+from batching import Samples
+from checkpoint import load_model, load_optimizer, save_optimizer
+from decode import fastest_decoder
+from generate import Settings as Sampling
+from generate import generate
+from quantize import NF4_VALUES, QUANTIZERS, nf4_dequantize, nf4_quantize
+from spool import SampleWriter
+
+HAS_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run as numpy then, without a GPU
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """start_fabric allows TF32, whose products are good to 1e-3 only."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def samples(tmp_path):
+    writer = SampleWriter()
+    for length in (9, 30, 17, 24):
+        writer.add(torch.randint(3, 500, (length,)).tolist(), [False] * 4 + [True] * (length - 4), source=0)
+    writer.save(tmp_path / "train.safetensors")
+    return Samples(tmp_path / "train.safetensors")
+
+
+def trainer(folder, samples, **changes):
+    """A function that makes the next step of a run on the GPU and gives its row; the model and its optimiser."""
+    settings = finetune.Settings(
+        checkpoint_dir=folder, data_dir=Path("none"), global_batch_size=len(samples), micro_batch_tokens=64, **changes
+    )
+    fabric = finetune.start_fabric(settings)
+    torch.set_float32_matmul_precision("highest")
+    assert fabric.device.type == "cuda"
+    model, _ = finetune.build_model(settings, fabric.device, newest=None)
+    optimizer = fabric.setup_optimizers(finetune.build_optimizer(settings, model))
+    plan = finetune.planned_steps(settings, samples, 0, 100)
+    model.train()
+
+    def step():
+        number, micro_batches = next(plan)
+        return finetune.train_step(fabric, settings, model, optimizer, samples, micro_batches, number, 1e-3)
+
+    return step, model, optimizer, fabric
+
+
+def trainable(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# -------------------------------------------------------------------------------------------------- quantised layers
+
+
+@needs_gpu
+def test_nf4_on_the_gpu_is_the_plain_reference():
+    weight = torch.randn(96, 256, device="cuda")
+    layer = QUANTIZERS["bnb.nf4"](weight, None)
+    codes, absmax = nf4_quantize(weight)
+    assert torch.equal(layer.state.absmax.flatten(), absmax)
+    assert (layer.codes.flatten() != codes).float().mean() < 1e-3  # a value between two codes may fall to either
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        expected = nf4_dequantize(layer.codes.flatten(), absmax, weight.shape, dtype)
+        assert torch.equal(layer.dequantize(dtype), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_quantised_layer_multiplies_by_what_it_dequantises_to(name, rows, dtype, tolerance):
+    layer = QUANTIZERS[name](torch.randn(96, 256, device="cuda"), torch.randn(96, device="cuda"))
+    x = torch.randn(rows, 256, device="cuda", dtype=dtype, requires_grad=True)
+    plain = x.detach().float().requires_grad_()
+    y, expected = layer(x), F.linear(plain, layer.dequantize(torch.float32), layer.bias)
+    grad = torch.randn_like(y)
+    got, wanted = torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(expected, plain, grad.float())[0]
+    for value, reference in ((y, expected), (got, wanted)):
+        assert value.dtype == dtype
+        assert (value.float() - reference).norm() < tolerance * reference.norm()
+    with torch.no_grad():  # decoding may take another kernel
+        assert (layer(x).float() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="needs a CUDA GPU, or Triton with TRITON_INTERPRET=1")
+@pytest.mark.parametrize("shape", [(64, 64), (129, 192), (1, 64), (300, 640)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tritons_nf4_is_the_plain_reference(shape, dtype, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    from nf4_triton import nf4_dequantize_triton
+
+    codes, absmax = nf4_quantize(torch.randn(shape, device="cuda" if HAS_GPU else "cpu"))
+    assert codes.bitwise_and(15).unique().numel() == len(NF4_VALUES) or codes.numel() < 100
+    got, expected = nf4_dequantize_triton(codes, absmax, shape, dtype), nf4_dequantize(codes, absmax, shape, dtype)
+    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts the last bits off where a GPU rounds
+        torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(got, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@needs_gpu
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_loss_and_gradients_are_those_of_the_cpu(tiny_checkpoint, samples, family, recompute):
+    tokens, targets = samples.padded([0, 1, 2, 3])[:2]
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.set_float32_matmul_precision("highest")
+        model = load_model(tiny_checkpoint(family), torch.float32, device).requires_grad_(True)
+        loss = model(tokens.to(device), targets.to(device), recompute=recompute)
+        loss.backward()
+        results.append([loss.detach().cpu(), *(parameter.grad.cpu() for parameter in model.parameters())])
+    for value, reference in zip(*reversed(results), strict=True):
+        assert (value - reference).norm() < 1e-4 * reference.norm() + 1e-5
+
+
+@needs_gpu
+@pytest.mark.parametrize("quantize", [None, *QUANTIZERS])
+def test_an_adapter_learns(tiny_model_dir, samples, quantize):
+    step, model, _, _ = trainer(tiny_model_dir, samples, quantize=quantize, recompute=1.0)
+    rows = [step() for _ in range(5)]
+    assert all(row["grad_norm"] > 0 for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(value.dtype == torch.float32 for value in trainable(model).values())
+
+
+@needs_gpu
+def test_the_fused_optimiser_steps_as_the_plain_one_on_a_cpu():
+    start, gradients = torch.randn(40, 30), torch.randn(3, 40, 30)
+    plain = torch.nn.Parameter(start.clone())
+    fused = torch.nn.Parameter(start.to("cuda"))
+    settings = finetune.Settings(checkpoint_dir=Path("none"), data_dir=Path("none"), weight_decay=0.1)
+    options = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "weight_decay": 0.1}
+    reference = torch.optim.AdamW([plain], **options, foreach=False)
+    optimizer = finetune.build_optimizer(settings, torch.nn.ParameterList([fused]))
+    for gradient in gradients:
+        plain.grad, fused.grad = gradient.clone(), gradient.to("cuda")
+        reference.step(), optimizer.step()
+    torch.testing.assert_close(fused.detach().cpu(), plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"])
+def test_an_optimisers_state_survives_saving(tiny_model_dir, samples, tmp_path, optimizer):
+    first, model, state, _ = trainer(tiny_model_dir, samples, method="full", optimizer=optimizer, precision="32-true")
+    for _ in range(2):
+        first()
+    save_optimizer(state, tmp_path)
+    second, copy, copied_state, _ = trainer(
+        tiny_model_dir, samples, method="full", optimizer=optimizer, precision="32-true"
+    )
+    with torch.no_grad():
+        for parameter, source in zip(copy.parameters(), model.parameters(), strict=True):
+            parameter.copy_(source)
+    load_optimizer(copied_state, tmp_path)
+    before = trainable(model)
+    first(), second()
+    for (name, value), other in zip(trainable(model).items(), trainable(copy).values(), strict=True):
+        assert not torch.equal(value, before[name]), name
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+
+
+@needs_gpu
+def test_large_8bit_states_have_8_bits():
+    parameter = torch.nn.Parameter(torch.randn(256, 512, device="cuda"))
+    settings = finetune.Settings(checkpoint_dir=Path("none"), data_dir=Path("none"), optimizer="adamw-8bit")
+    optimizer = finetune.build_optimizer(settings, torch.nn.ParameterList([parameter]))
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert optimizer.state[parameter]["state1"].dtype == torch.uint8
+
+
+@needs_gpu
+def test_a_loss_scale_too_large_skips_the_step_and_halves(tiny_model_dir, samples):
+    step, model, _, fabric = trainer(tiny_model_dir, samples, precision="16-mixed")
+    step()
+    scaler = fabric.strategy.precision.scaler
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**80})
+    before = trainable(model)
+    step()
+    assert all(torch.equal(value, before[name]) for name, value in trainable(model).items())
+    assert scaler.get_scale() == 2.0**79
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**8})
+    step()
+    assert any(not torch.equal(value, before[name]) for name, value in trainable(model).items())
+
+
+# ----------------------------------------------------------------------------------------------------------- decoding
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_greedy_answers_are_those_of_the_cpu(tiny_checkpoint, family):
+    prompts = [torch.randint(3, 500, (length,)).tolist() for length in (4, 19, 11)]
+    sampling = Sampling(checkpoint_dir=Path("none"), max_new_tokens=12, temperature=0)
+    answers = {}
+    for device in ("cpu", "cuda"):
+        torch.set_float32_matmul_precision("highest")
+        model = load_model(tiny_checkpoint(family), torch.float32, device)
+        replies = [Ids() for _ in prompts]
+        for _ in generate(fastest_decoder(model), prompts, replies, sampling, [1, 2, 3]):
+            pass
+        answers[device] = [reply.ids for reply in replies]
+    assert answers["cuda"] == answers["cpu"]
+    assert all(len(ids) == 12 for ids in answers["cpu"])
+
+
+@needs_gpu
+@pytest.mark.parametrize("quantize", [None, *QUANTIZERS])
+def test_a_batch_is_decoded_in_bf16(tiny_checkpoint, quantize):
+    model = load_model(tiny_checkpoint("llama"), torch.bfloat16, "cuda", quantize)
+    lora.add_lora(model, lora.AdapterConfig(r=4))
+    replies = [Ids() for _ in range(3)]
+    prompts = [[5] * 3, [7] * 9, [11] * 6]
+    sampling = Sampling(checkpoint_dir=Path("none"), max_new_tokens=8, temperature=0.8, top_k=20, top_p=0.9)
+    for _ in generate(fastest_decoder(model.eval()), prompts, replies, sampling, [1, 2, 3]):
+        pass
+    assert all(len(reply.ids) == 8 and max(reply.ids) < 512 for reply in replies)

@@ -1,0 +1,164 @@
+"""Each function written by hand against its plain reference: results and gradients, in fp32 to 1e-5."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import (
+    compute_dtype,
+    head_loss,
+    linear,
+    low_rank_linears,
+    plain_head_loss,
+    plain_rms_norm,
+    plain_rotate,
+    plain_swiglu,
+    rms_norm,
+    rotate,
+    stored_linear,
+    swiglu,
+)
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+def assert_alike(y, expected, inputs, within=1e-5):
+    """The same result and the same gradients, from a random gradient of the result."""
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(y, expected, atol=within, rtol=within)
+    for one, other in zip(*(torch.autograd.grad(result, inputs, grad) for result in (y, expected)), strict=True):
+        assert other.norm() > 0 and one.dtype == other.dtype
+        torch.testing.assert_close(one, other, atol=within, rtol=within)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 24), (1, 1, 8), (7, 3)])
+def test_rms_norm(shape):
+    x, weight = random(*shape), random(shape[-1])
+    assert_alike(rms_norm(x, weight, 1e-5), plain_rms_norm(x, weight, 1e-5), (x, weight))
+
+
+def test_rms_norm_of_a_frozen_weight_and_of_zeros():
+    x, weight = random(4, 8), torch.randn(8)
+    assert_alike(rms_norm(x, weight, 1e-6), plain_rms_norm(x, weight, 1e-6), (x,))
+    assert torch.equal(rms_norm(torch.zeros(2, 8), weight, 1e-6), torch.zeros(2, 8))
+
+
+def test_rms_norm_in_bf16_is_as_close_as_the_plain_one():
+    x, weight = random(64, 96), random(96)
+    exact = plain_rms_norm(x, weight, 1e-5)
+    ours, theirs = (f(x.bfloat16(), weight.bfloat16(), 1e-5) for f in (rms_norm, plain_rms_norm))
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).norm() < 1.2 * (theirs - exact).norm()
+
+
+def test_swiglu():
+    gate, up = random(2, 5, 12), random(2, 5, 12)
+    assert_alike(swiglu(gate, up), plain_swiglu(gate, up), (gate, up))
+
+
+@pytest.mark.parametrize("angles", [(7, 4), (2, 1, 7, 4)])
+def test_rotate(angles):
+    x, turns = random(2, 3, 7, 8), torch.randn(angles)
+    y = rotate(x, turns.cos(), turns.sin())
+    assert_alike(y, plain_rotate(x, turns.cos(), turns.sin()), (x,))
+    transposed = x.transpose(1, 2).contiguous().transpose(1, 2)  # as the model has it
+    assert torch.equal(rotate(transposed, turns.cos(), turns.sin()), y)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_multiplies_in_the_dtype_of_its_input(stored, trainable, bias):
+    x, weight = random(2, 5, 12), torch.randn(7, 12, dtype=stored).requires_grad_(trainable)
+    b = torch.randn(7, dtype=stored) if bias else None
+    y = linear(x, weight, b)
+    expected = F.linear(x, weight.float(), None if b is None else b.float())
+    within = 1e-5 if stored == torch.float32 or not trainable else 1e-2  # its gradient is rounded to bf16
+    assert_alike(y, expected, (x, weight) if trainable else (x,), within)
+
+
+def test_a_cast_weight_is_not_kept():
+    kept = []
+    x, weight = random(3, 8), torch.randn(5, 8, dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        linear(x, weight)
+        stored_linear(x, weight.to)
+    assert not kept
+
+
+@pytest.mark.parametrize("ranks", [(3,), (3, 1, 5)])
+@pytest.mark.parametrize("shape", [(2, 5, 12), (1, 1, 12), (4, 12)])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_low_rank_linears(shape, ranks, stored):
+    x, weights = random(*shape), [torch.randn(7 + r, 12, dtype=stored) for r in ranks]
+    factors, scales = [(random(r, 12), random(7 + r, r)) for r in ranks], [0.5 * r for r in ranks]
+    ys = low_rank_linears(x, [weight.to for weight in weights], scales, factors)
+    expected = [
+        F.linear(x, weight.float()) + scale * F.linear(F.linear(x, a), b)
+        for weight, scale, (a, b) in zip(weights, scales, factors, strict=True)
+    ]
+    inputs = (x, *(matrix for pair in factors for matrix in pair))
+    assert_alike(torch.cat(ys, dim=-1), torch.cat(expected, dim=-1), inputs, within=2e-5)
+
+
+def test_low_rank_linears_give_no_gradient_to_an_input_that_wants_none():
+    x, a, b = torch.randn(4, 12), random(3, 12), random(7, 3)
+    low_rank_linears(x, [torch.randn(7, 12).to], [1.0], [(a, b)])[0].sum().backward()
+    assert x.grad is None and a.grad.norm() > 0 and b.grad.norm() > 0
+
+
+def test_low_rank_linears_keep_fp32_gradients_in_bf16():
+    x, a, b = random(6, 12, dtype=torch.bfloat16), random(3, 12), random(7, 3)
+    weight = torch.randn(7, 12, dtype=torch.bfloat16)
+    (y,) = low_rank_linears(x, [weight.to], [2.0], [(a, b)])
+    expected = F.linear(x.float(), weight.float()) + 2 * F.linear(F.linear(x.float(), a), b)
+    assert y.dtype == torch.bfloat16 and (y - expected).norm() < 0.02 * expected.norm()
+    y.sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and a.grad.dtype == b.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_head_loss(chunk, trainable, monkeypatch):
+    monkeypatch.setattr(kernels, "LOSS_CHUNK", chunk)
+    x, weight, targets = random(9, 8), torch.randn(30, 8).requires_grad_(trainable), torch.randint(0, 30, (9,))
+    (y, each), (expected, expected_each) = head_loss(x, weight, targets), plain_head_loss(x, weight, targets)
+    assert_alike(y, expected, (x, weight) if trainable else (x,))
+    torch.testing.assert_close(each, expected_each, atol=1e-5, rtol=1e-5)
+    assert each.shape == (9,) and not each.requires_grad and not expected_each.requires_grad
+
+
+def test_head_loss_of_unlikely_targets_is_finite():
+    """A probability that rounds to zero still has a logarithm."""
+    x, weight = random(2, 4), torch.eye(4) * 300
+    with torch.no_grad():
+        x[:] = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
+    loss, _ = head_loss(x, weight, torch.tensor([1, 0]))
+    assert loss.item() == pytest.approx(600)
+    loss.backward()
+    assert x.grad.isfinite().all()
+
+
+def test_head_loss_without_gradient_computes_none():
+    x, weight, targets = torch.randn(9, 8), torch.randn(30, 8), torch.randint(0, 30, (9,))
+    loss, _ = head_loss(x, weight, targets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain_head_loss(x, weight, targets)[0], atol=1e-4, rtol=1e-5)
+
+
+def test_autocast_decides_the_dtype_of_the_products():
+    x, a, b, weight, targets = random(5, 8), random(2, 8), random(8, 2), torch.randn(8, 8), torch.randint(0, 8, (5,))
+    with torch.autocast("cpu", torch.bfloat16):
+        results = (stored_linear(x, weight.to), *low_rank_linears(x, [weight.to], [1.0], [(a, b)]), linear(x, weight))
+        assert all(y.dtype == torch.bfloat16 for y in results)
+        assert [y.dtype for y in head_loss(x, weight, targets)] == [torch.float32] * 2
+
+
+def test_weights_are_multiplied_as_the_device_likes():
+    assert compute_dtype(torch.float32, "cpu") == compute_dtype(torch.float16, "cpu") == torch.float32
+    assert compute_dtype(torch.bfloat16, "cuda") == torch.bfloat16
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert compute_dtype(torch.bfloat16, "cpu") == (torch.bfloat16 if fast else torch.float32)

@@ -1,0 +1,298 @@
+"""The plan before the run: traced without memory against the same code on real tensors, budgets, and the command."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FAMILIES, SMALL
+from test_finetune import random_samples, write_data
+
+import attention
+import budget
+import finetune
+import lora
+import plan
+from batching import Samples
+from checkpoint import load_model
+from cli import UserError
+from model import IGNORE, Config
+from plan import Job, Predictor, Shape
+from quantize import bitsandbytes
+from tracker import Tracker, traced_step
+
+
+def tiny_config(family="llama", layers=3, **changes):
+    return Config.from_dict(
+        {"model_type": family.partition("-")[0], **SMALL, **FAMILIES[family][1], "num_hidden_layers": layers, **changes}
+    )
+
+
+def tiny_job(kind, quantize=None, **changes):
+    """lora, dora or full on three blocks: one more than is traced."""
+    adapter = None if kind == "full" else lora.AdapterConfig(kind, r=4)
+    return Job(**{"config": tiny_config(), "device": "cpu", "dtype": torch.float32, "quantize": quantize,
+                  "adapter": adapter, **changes})  # fmt: skip
+
+
+def real_model(job):
+    """The model that `job` describes, with all its blocks, in memory."""
+    model = plan.build(job, range(job.config.num_hidden_layers))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def real_batch(shape):
+    tokens = torch.randint(3, SMALL["vocab_size"], (shape.rows, shape.T))
+    targets = tokens.flatten().clone()
+    targets[shape.targets :] = IGNORE
+    return tokens, targets.view_as(tokens), shape.offsets and list(shape.offsets)
+
+
+def real_trace(job, shape):
+    """A tracker of real tensors and all blocks, and what each block kept and took in operations."""
+    model, tracker = real_model(job), Tracker()
+    return tracker, traced_step(model, real_batch(shape), tracker, job)
+
+
+def activations(predictor, shape):
+    return predictor.peak(shape) - predictor.fixed.total()
+
+
+SHAPES = (Shape(3, 24, 30), plan.packed_shape(150, 140, 100))  # padded rows, and a packed one
+PACKED = SHAPES[1]
+CASES = [
+    ("lora", None, 0.0), ("lora", None, 0.5), ("lora", None, 1.0), ("dora", None, 0.5), ("dora", "bnb.nf4", 0.0),
+    ("lora", "bnb.nf4", 0.5), ("lora", "bnb.nf4-dq", 1.0), ("lora", "bnb.int8", 0.0),
+    ("full", None, 0.0), ("full", None, 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "quantize", "recompute"), CASES)
+def test_a_trace_without_memory_counts_what_real_tensors_take(kind, quantize, recompute):
+    layers = 3 if recompute in (0, 1) else 6  # a run of like blocks, or two
+    assert_traced_as_real(tiny_job(kind, quantize, config=tiny_config(layers=layers), recompute=recompute), PACKED)
+
+
+def assert_traced_as_real(job, shape):
+    (tracker, blocks), predictor = real_trace(job, shape), Predictor(job)
+    assert blocks[1] == blocks[2] and blocks[4:5] == blocks[5:6]  # so two may stand for the others
+    assert activations(predictor, shape) == pytest.approx(tracker.at_peak.total(), abs=64)
+    assert predictor.flops(shape) == tracker.flops
+
+
+def test_blocks_of_attention_in_bf16_on_a_cpu(monkeypatch):
+    """With bf16 instructions, which this CPU may lack."""
+    called = []
+    blocks = attention.block_attention
+    monkeypatch.setattr("model.compute_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(attention, "block_attention", lambda *a, **k: called.append(a[0].dtype) or blocks(*a, **k))
+    assert_traced_as_real(tiny_job("lora", dtype=torch.bfloat16), PACKED)
+    assert {*called} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES])
+def test_every_family_and_its_windows(family):
+    job = tiny_job("lora", config=tiny_config(family, layers=4))
+    predictor = Predictor(job)
+    for shape in SHAPES if any(job.config.windows) else SHAPES[:1]:
+        assert activations(predictor, shape) == pytest.approx(real_trace(job, shape)[0].at_peak.total(), abs=64)
+
+
+@pytest.mark.parametrize("gradients", ["new", "freed"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_gradients_that_come_as_activations_go(kind, gradients):
+    job = tiny_job(kind, config=tiny_config(layers=4), gradients=gradients)
+    predictor = Predictor(job)
+    for shape in (Shape(1, 4, 2), PACKED):  # few positions: the gradients are larger than the activations
+        real = real_trace(job, shape)[0].at_peak.total()
+        assert activations(predictor, shape) == pytest.approx(real, rel=0.02, abs=64)
+
+
+def test_a_tracker_counts_a_storage_once_and_until_it_dies():
+    x = torch.ones(1000)
+    with Tracker() as tracker:
+        y = x * 2
+        view = y[:10].view(2, 5)
+        assert tracker.live.total() == 4000
+        z = y + 1
+        del y
+        assert tracker.live.total() == 8000
+        del view, z
+        assert x.view(10, 100) is not None
+    assert tracker.live.total() == 0
+    assert tracker.at_peak.total() == 8000
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adamw-paged"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_moments_take_what_an_optimiser_makes(optimizer):
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((100, 50), (64, 64), (40,), (3, 700))]
+    optim = bitsandbytes().optim
+    kinds = {"adamw": torch.optim.AdamW, "adamw-8bit": optim.AdamW8bit, "adamw-paged": optim.PagedAdamW32bit}
+    real = kinds[optimizer](parameters, lr=1e-3)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    real.step()
+    shared = ("step", "qmap1", "qmap2")  # a number, and tables that all parameters share
+    for parameter in parameters:
+        taken = sum(value.nbytes for key, value in real.state[parameter].items() if key not in shared)
+        assert plan.moment_bytes(parameter, optimizer, "cpu") == taken
+
+
+def test_weights_and_adapters_take_what_a_loaded_model_takes(tiny_model_dir):
+    config = Config.from_dict(json.loads((tiny_model_dir / "config.json").read_text()))
+    for quantize in (None, "bnb.nf4-dq"):
+        model = load_model(tiny_model_dir, torch.bfloat16, quantize=quantize)
+        lora.add_lora(model, lora.AdapterConfig())
+        job = Job(config, "cpu", torch.bfloat16, quantize=quantize, adapter=lora.AdapterConfig())
+        assert Predictor(job).fixed == plan.parameter_bytes(model, job)
+
+
+def test_a_cuda_card_that_is_not_here_takes_no_square_of_the_length():
+    predictor = Predictor(tiny_job("lora", config=tiny_config("llama-tied"), device="meta", dtype=torch.bfloat16))
+    one, two = (predictor.parts(plan.packed_shape(T, T, T // 2))["saved activations"] for T in (512, 1024))
+    assert two == pytest.approx(2 * one, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_on_a_card_that_is_not_here_is_counted(dtype):
+    """A row in two samples or in one: forward two products of each sample's square, backward four; a fused kernel five,
+    as it makes the weights again."""
+    job = tiny_job("lora", config=tiny_config("mistral"), device="meta", dtype=dtype)
+    predictor = Predictor(job)
+    one, two = (predictor.flops(plan.packed_shape(128, length, 60)) for length in (128, 64))
+    products = 6 if dtype == torch.float32 else 7
+    heads, size = job.config.num_attention_heads, job.config.head_dim
+    assert one - two == job.config.num_hidden_layers * products * 2 * heads * size * (128**2 - 2 * 64**2)
+
+
+def test_planning_leaves_nothing_without_memory_behind(tiny_model_dir):
+    config = Config.from_dict(json.loads((tiny_model_dir / "config.json").read_text()))
+    state = torch.get_rng_state()
+    Predictor(Job(config, "cpu", torch.float32, quantize="bnb.nf4-dq", adapter=lora.AdapterConfig())).peak(SHAPES[0])
+    assert torch.equal(state, torch.get_rng_state())
+    model = load_model(tiny_model_dir, torch.float32, quantize="bnb.nf4-dq")
+    assert model(real_batch(SHAPES[0])[0]).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------- operations
+
+
+def test_operations_of_many_shapes_from_one():
+    predictor = Predictor(tiny_job("lora", config=tiny_config(layers=1)))
+    shapes = [plan.packed_shape(420, 140, 200), Shape(2, 170, 90), plan.packed_shape(300, 300, 20)]
+    exact = sum(predictor.flops(shape) for shape in shapes)
+    assert plan.step_flops(predictor, shapes) == pytest.approx(exact, rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------- budgets
+
+
+def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(settings):
+    samples = Samples(settings().data_dir / "train.safetensors")
+    predictor = Predictor(tiny_job("lora", config=tiny_config(layers=1)))
+    longest, found = samples.lengths.max().item(), []
+    for extra in (0, 200):
+        budget = predictor.peak(plan.full_shape(samples, longest + extra)) + 1
+        tokens = plan.largest_micro_batch(predictor, samples, 6, budget)
+        assert predictor.peak(plan.full_shape(samples, tokens)) <= budget
+        assert predictor.peak(plan.full_shape(samples, tokens + plan.TOKEN_STEP)) > budget
+        found.append(tokens)
+    assert longest == found[0] < found[1]
+    assert (
+        plan.largest_micro_batch(predictor, samples, 6, 1e12) >= samples.lengths.topk(6).values.sum()
+    )  # all of a step
+    assert plan.largest_micro_batch(predictor, samples, 6, 1e5) == 0
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_model_dir):
+    """Settings over a folder without weights, unless `checkpoint_dir` says otherwise."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model_dir, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    data = write_data(tmp_path / "data", tiny_model_dir, random_samples(16, 60, 40))
+
+    def make(**flags):
+        defaults = dict(checkpoint_dir=bare, data_dir=data, out_dir=tmp_path / "run", precision="32-true",
+                        global_batch_size=8, learning_rate=1e-2)  # fmt: skip
+        return finetune.Settings(**(defaults | flags))
+
+    return make
+
+
+def test_what_fits_in_a_budget_fits_with_the_samples_of_the_run(settings):
+    s = settings(micro_batch_tokens="auto", memory_budget="4MB")
+    samples = Samples(s.data_dir / "train.safetensors")
+    budget.choose_micro_batch(s, samples)
+    assert isinstance(s.micro_batch_tokens, int) and s.memory_budget is None
+    assert budget.predicted_peak(s, samples) <= 4e6
+
+
+def test_a_budget_that_nothing_fits_names_the_way_out(settings):
+    s = settings(micro_batch_tokens="auto", memory_budget="0.1MB")
+    with pytest.raises(UserError, match="0.00 GB: raise --recompute"):
+        finetune.main(s)
+    assert not s.out_dir.exists()
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def test_a_plan_needs_no_weights_and_writes_nothing(settings, capsys):
+    s = settings(plan=True, plan_tflops=0.5)
+    finetune.main(s)
+    out = capsys.readouterr().out
+    for words in (*plan.PARTS, "TFLOP a step", "2 steps", "0.5 TFLOP/s (--plan_tflops)"):
+        assert words in out
+    assert not s.out_dir.exists()
+
+
+def test_a_plan_says_how_much_recomputation_is_needed(settings, capsys):
+    s = settings(plan=True, plan_tflops=1, precision="bf16-true", quantize="bnb.nf4", recompute=0.75,
+                 global_batch_size=2)  # fmt: skip
+    samples = Samples(s.data_dir / "train.safetensors")
+    longest = plan.full_shape(samples, samples.lengths.max().item())
+    most_of_them, all_of_them = (
+        Predictor(budget.plan_job(dataclasses.replace(s, recompute=share))).peak(longest) for share in (0.75, 1.0)
+    )
+    assert all_of_them < most_of_them
+    finetune.main(dataclasses.replace(s, memory_budget=f"{(all_of_them + 8) / 1e6:.6f}MB"))
+    first, *_, last = capsys.readouterr().out.partition("\n--method")[0].splitlines()
+    assert "with --recompute 0.75 the longest sample does not fit" in first
+    assert "--micro_batch_tokens" in last and "fit" in last
+
+
+def test_auto_lands_in_the_run_and_resumes(settings, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr("metrics.plot_losses", lambda *_: None)
+    flags = dict(checkpoint_dir=tiny_model_dir, micro_batch_tokens="auto", save_interval=2)
+    s = settings(**flags, memory_budget="4MB", max_steps=2)
+    finetune.main(s)
+    tokens = json.loads((s.out_dir / "step-000002" / "settings.json").read_text())["micro_batch_tokens"]
+    assert (
+        tokens == s.micro_batch_tokens and f"micro_batch_tokens: {tokens}\n" in (s.out_dir / "config.yaml").read_text()
+    )
+    summary = json.loads((s.out_dir / "summary.json").read_text())
+    ratio = summary["predicted_memory_gb"] / summary["measured_memory_gb"]
+    assert summary["predicted_over_measured"] == pytest.approx(ratio)
+    again = settings(**flags, memory_budget="3MB", max_steps=2, resume=True)  # the run keeps its own
+    finetune.runs.newest_checkpoint(again)
+    assert again.micro_batch_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--memory_budget", "24"), "expected a size such as 24GB"),
+        (("--memory_budget", "0GB"), "expected a size such as 24GB"),
+        (("--memory_budget", "24GB"), "needs --plan or --micro_batch_tokens auto"),
+        (("--micro_batch_tokens", "many"), "expected a whole number or one of auto"),
+        (("--plan", "--plan_tflops", "0"), "--plan_tflops 0"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, message, run_script):
+    code, out, err = run_script("finetune.py", "--checkpoint_dir", "x", "--data_dir", "y", *flags)
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert message in err
