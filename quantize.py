@@ -16,6 +16,7 @@ import logging
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cli import UserError
@@ -65,9 +66,13 @@ class Linear4bit(QuantizedLinear):
         )
 
     def dequantize(self, dtype):
-        # The operation itself, which torch.compile can trace; the function around it would break the graph.
-        shape, kind = self.state.shape, self.state.quant_type
-        return torch.ops.bitsandbytes.dequantize_4bit(self.codes, self.block_scales(), BLOCK, kind, shape, dtype)
+        # The operation itself, which torch.compile can trace; the function around it would break the graph. It gets
+        # whole blocks as rows: its AVX-512 kernel takes each row for the start of a block, which ours need not be.
+        scales = self.block_scales()
+        codes = F.pad(self.codes.flatten(), (0, len(scales) * BLOCK // 2 - self.codes.numel()))
+        shape = (len(scales), BLOCK)
+        blocks = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, self.state.quant_type, shape, dtype)
+        return blocks.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
     def forward(self, x):
         one_row = x.numel() == self.in_features and self.in_features % BLOCK == 0

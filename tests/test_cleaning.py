@@ -374,7 +374,7 @@ def test_planted_leaks_of_13_words():
         leak = ", ".join(text[start : start + length]).upper()
         rows.append((f"{random_text(5, 50)}\n{leak}. {random_text(0, 50)}", item))
         less = " ".join(text[start : start + 12])
-        rows.append((f"{random_text(5, 50)} {less} {random_text(5, 50)}", None))  # 12 are not enough
+        rows.append((f"{random_text(5, 50)} other {less} other {random_text(5, 50)}", None))  # 12 are not enough
     rows += [(respaced(benchmark[item]) + "?", item) for item in range(100, 120)]  # short items: the whole text
     rows += [(f"{benchmark[item]} {random.choice(VOCABULARY)}", None) for item in range(100, 120)]
     assert [item_of(ngrams.find(words(text))) for text, _ in rows] == [item for _, item in rows]

@@ -251,8 +251,7 @@ def test_a_plan_needs_no_weights_and_writes_nothing(settings, capsys):
 
 
 def test_a_plan_says_how_much_recomputation_is_needed(settings, capsys):
-    s = settings(plan=True, plan_tflops=1, precision="bf16-true", quantize="bnb.nf4", recompute=0.75,
-                 global_batch_size=2)  # fmt: skip
+    s = settings(plan=True, plan_tflops=1, quantize="bnb.nf4", recompute=0.75, global_batch_size=2)
     samples = Samples(s.data_dir / "train.safetensors")
     longest = plan.full_shape(samples, samples.lengths.max().item())
     most_of_them, all_of_them = (

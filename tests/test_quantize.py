@@ -206,12 +206,22 @@ def test_zero_rows_and_zero_weight(name):
 
 
 @every_quantizer
-def test_rows_that_do_not_fill_blocks(name):
-    weight = torch.randn(5, 24)  # 120 weights: one block of 64 and one of 56
+@pytest.mark.parametrize("shape", [(5, 24), (32, 48), (4, 80), (2, 32), (3, 160), (1, 2)], ids=str)
+def test_rows_that_do_not_fill_blocks(name, shape):
+    """Some of them end within a block; and some are what a processor's vectors hold, a trap for libraries."""
+    weight = torch.randn(shape)
     layer = QUANTIZERS[name](weight, None)
-    x = torch.randn(3, 24)
-    assert relative(layer.dequantize(torch.float32), weight) < 1.3 * ERROR[name]
+    x = torch.randn(3, shape[1])
+    assert (layer.dequantize(torch.float32) - weight).abs().max() < 0.2 * weight.abs().max()
     assert relative(layer(x), F.linear(x, layer.dequantize(torch.float32))) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (4, 80), (4, 32), (2, 160)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_plain_nf4_is_bitsandbytes_where_rows_do_not_fill_blocks(shape, dtype):
+    weight = torch.randn(shape)
+    plain = nf4_dequantize(*nf4_quantize(weight), shape, dtype)
+    assert torch.equal(plain, QUANTIZERS["bnb.nf4"](weight, None).dequantize(dtype))
 
 
 @every_quantizer
