@@ -1,8 +1,8 @@
 """The command line of every script: flags from a dataclass, and mistakes answered in one line.
 
 A script declares its flags as the fields of a dataclass called `Settings`, described under "Args:" in its
-docstring, and checks their ranges in `__post_init__` by raising `UserError`. It parses them before its heavy
-imports, so that a mistyped flag is answered at once and not after seconds of importing torch:
+docstring, and checks them in `__post_init__`, with `check_numbers` or by raising `UserError`. It parses them before its
+heavy imports, so that a mistyped flag is answered at once and not after seconds of importing torch:
 
     if __name__ == "__main__":
         settings = cli.parse(Settings)
@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import operator
 import os
 import re
 import sys
@@ -66,6 +67,19 @@ def run(main, settings):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def check_numbers(settings, *names, above=None, least=None, below=None, most=None):
+    """Raise UserError unless the settings with these names, or each number of a list, are in the range; None is."""
+    ends = {"above": above, "at least": least, "below": below, "at most": most}
+    ends = {words: end for words, end in ends.items() if end is not None}
+    holds = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le}
+    for name in names:
+        value = getattr(settings, name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not all(holds[words](number, end) for words, end in ends.items()):
+                must = " and ".join(f"{words} {end}" for words, end in ends.items())
+                raise UserError(f"--{name} {number}: must be {must}")
 
 
 def number_of_bytes(text, flag):

@@ -120,20 +120,13 @@ class Settings:
     def __post_init__(self):
         self.started = time.monotonic()  # for time_budget: before the imports, which take a while
         above_zero = ("lora_r", "lora_alpha", "global_batch_size", "micro_batch_tokens", "epochs", "learning_rate")
-        for name in (*above_zero, "devices", "plan_tflops"):
-            if getattr(self, name) not in (None, "auto") and not getattr(self, name) > 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        cli.check_numbers(self, *above_zero, "devices", "plan_tflops", above=0)
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
         zero_or_above = ("warmup_steps", "weight_decay", "max_grad_norm", "eval_interval", "save_interval", "keep_last")
-        for name in (*zero_or_above, "seed"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or above")
-        for name in ("lora_dropout", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0 and below 1")
-        if not 0 <= self.recompute <= 1:
-            raise UserError(f"--recompute {self.recompute}: must be between 0 and 1")
+        cli.check_numbers(self, *zero_or_above, "seed", least=0)
+        cli.check_numbers(self, "lora_dropout", "beta1", "beta2", least=0, below=1)
+        cli.check_numbers(self, "recompute", least=0, most=1)
         if self.method == "full" and self.quantize:
             raise UserError("--quantize needs --method lora or dora, not full: quantised weights cannot train")
         if self.time_budget is not None:

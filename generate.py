@@ -64,14 +64,9 @@ class Settings:
             raise UserError("--prompt and --prompts_file exclude each other")
         if self.prompts_file is not None and not self.prompts_file.is_file():
             raise UserError(f"--prompts_file {self.prompts_file}: no such file")
-        for name in ("max_new_tokens", "repetition_penalty", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
-        for name in ("temperature", "top_k", "seed"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or above")
-        if not 0 <= self.top_p <= 1:
-            raise UserError(f"--top_p {self.top_p}: must be between 0 and 1")
+        cli.check_numbers(self, "max_new_tokens", "repetition_penalty", "batch_size", above=0)
+        cli.check_numbers(self, "temperature", "top_k", "seed", least=0)
+        cli.check_numbers(self, "top_p", least=0, most=1)
         if "" in self.stop:
             raise UserError("--stop: an empty text would end every answer at once")
 

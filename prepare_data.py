@@ -88,23 +88,17 @@ class Settings:
         for name in ("data", "benchmarks"):
             value = getattr(self, name)
             setattr(self, name, [str(path) for path in (value if isinstance(value, list) else [value])])
-        if self.show < 0:
-            raise UserError(f"--show {self.show}: must be 0 or above")
+        cli.check_numbers(self, "show", "leak_words", "min_words", "seed", least=0)
+        cli.check_numbers(self, "max_seq_length", least=2)
+        cli.check_numbers(self, "max_tokens", "mix_size", "workers", least=1)
+        cli.check_numbers(self, "near_duplicates", "similar", "leak_cosine", "max_repetition", least=0, most=1)
+        cli.check_numbers(self, "val_fraction", least=0, below=1)
         if not self.data:
             if not self.show or self.out_dir is None:
                 raise UserError("--data is required (or --show N and --out_dir, to look at a prepared folder)")
             return
         if self.checkpoint_dir is None:
             raise UserError("--checkpoint_dir is required")
-        for name, least in (("max_seq_length", 2), ("leak_words", 0), ("min_words", 0), ("max_tokens", 1),
-                            ("mix_size", 1), ("workers", 1), ("seed", 0)):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
-        for name in ("near_duplicates", "similar", "leak_cosine", "max_repetition"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val_fraction {self.val_fraction}: must be at least 0 and below 1")
         if (self.prompt_field is None) != (self.answer_field is None):
             raise UserError("--prompt_field and --answer_field go together: give both or none")
 

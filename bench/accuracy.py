@@ -46,8 +46,7 @@ class Settings:
     out_file: Path = Path("out/bench/accuracy.jsonl")
 
     def __post_init__(self):
-        if min(self.steps, self.global_batch_size, self.micro_batch_tokens) < 1:
-            raise UserError("--steps, --global_batch_size and --micro_batch_tokens must be above 0")
+        cli.check_numbers(self, "steps", "global_batch_size", "micro_batch_tokens", above=0)
 
 
 if __name__ == "__main__":

@@ -87,10 +87,10 @@ class Settings:
             return
         if not self.checkpoint_dir or not self.data_dir:
             raise UserError("--checkpoint_dir and --data_dir are required (or --report)")
-        if self.steps <= peers.SKIP or self.runs < 1 or self.global_batch_size < 1:
-            raise UserError(f"--steps must be above {peers.SKIP}, --runs and --global_batch_size above 0")
-        if not self.micro_batch_tokens or min(self.micro_batch_tokens) < 1:
-            raise UserError("--micro_batch_tokens must name at least one number, all above 0")
+        cli.check_numbers(self, "steps", above=peers.SKIP)
+        cli.check_numbers(self, "runs", "global_batch_size", "micro_batch_tokens", above=0)
+        if not self.micro_batch_tokens:
+            raise UserError("--micro_batch_tokens must name at least one number")
         for size in self.peer_micro_batch:
             if size < 1 or self.global_batch_size % size:
                 raise UserError(f"--peer_micro_batch {size}: must divide --global_batch_size {self.global_batch_size}")

@@ -40,8 +40,9 @@ class Settings:
         for name in self.models:
             if name not in MODELS:
                 raise UserError(f"--models {name}: expected some of {', '.join(MODELS)}")
-        if not self.lengths or not self.cards or min(*self.lengths, *self.cards, self.most_tokens) < 1:
-            raise UserError("--lengths, --cards and --most_tokens must be above 0")
+        cli.check_numbers(self, "lengths", "cards", "most_tokens", above=0)
+        if not self.lengths or not self.cards:
+            raise UserError("--lengths and --cards must name at least one number each")
 
 
 # The values of their published config.json.

@@ -62,13 +62,9 @@ class Settings:
     out_file: Path = Path("out/bench/generate.jsonl")
 
     def __post_init__(self):
-        for name in ("runs", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
-        for name in ("prompt_tokens", "new_tokens"):
-            if getattr(self, name) < 4:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 4")
-        if not self.batches or min(self.batches) < 1 or not self.sides:
+        cli.check_numbers(self, "runs", "repeats", "batches", above=0)
+        cli.check_numbers(self, "prompt_tokens", "new_tokens", least=4)
+        if not self.batches or not self.sides:
             raise UserError("--batches and --sides must name at least one")
 
 

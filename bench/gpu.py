@@ -68,9 +68,8 @@ class Settings:
     out_file: Path | None = None
 
     def __post_init__(self):
-        for name in ("tokens", "sample_tokens", "steps", "repetitions", "prompt_tokens", "new_tokens"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        numbers = ("tokens", "sample_tokens", "steps", "repetitions", "prompt_tokens", "new_tokens")
+        cli.check_numbers(self, *numbers, above=0)
         if self.tokens % self.sample_tokens:
             raise UserError(f"--tokens {self.tokens} must be a multiple of --sample_tokens {self.sample_tokens}")
 

@@ -48,9 +48,7 @@ class Settings:
     out_file: Path = Path("out/bench/harness.jsonl")
 
     def __post_init__(self):
-        for name in ("questions", "batch_tokens", "runs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        cli.check_numbers(self, "questions", "batch_tokens", "runs", above=0)
         if not self.data.is_file():
             raise UserError(f"--data {self.data}: no such file")
 

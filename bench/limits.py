@@ -17,7 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, from wherever this is started
 
 import cli
-from cli import UserError
 
 
 @dataclass
@@ -35,8 +34,7 @@ class Settings:
     megabytes: int = 512
 
     def __post_init__(self):
-        if self.tokens < 1 or self.megabytes < 1:
-            raise UserError("--tokens and --megabytes must be above 0")
+        cli.check_numbers(self, "tokens", "megabytes", above=0)
 
 
 if __name__ == "__main__":

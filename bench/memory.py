@@ -51,8 +51,9 @@ class Settings:
     only: str | None = None
 
     def __post_init__(self):
-        if self.steps < 1 or not self.micro_batch_tokens or min(self.micro_batch_tokens) < 1:
-            raise UserError("--steps and --micro_batch_tokens must be above 0")
+        cli.check_numbers(self, "steps", "micro_batch_tokens", above=0)
+        if not self.micro_batch_tokens:
+            raise UserError("--micro_batch_tokens must name at least one number")
 
 
 if __name__ == "__main__":

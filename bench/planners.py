@@ -62,8 +62,7 @@ class Settings:
     def __post_init__(self):
         if not self.planners or len(set(self.planners)) < len(self.planners):
             raise UserError(f"--planners {self.planners}: name at least one, and none twice")
-        if self.steps < 2:
-            raise UserError(f"--steps {self.steps}: must be 2 or above")
+        cli.check_numbers(self, "steps", least=2)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,7 @@ class Settings:
     out_file: Path = Path("out/bench/prepare_data.jsonl")
 
     def __post_init__(self):
-        if self.runs < 1 or self.times < 1:
-            raise UserError("--runs and --times must be above 0")
+        cli.check_numbers(self, "runs", "times", above=0)
         if not self.data.is_file():
             raise UserError(f"--data {self.data}: no such file")
 

@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
 
 import cli
-from cli import UserError
 
 
 @dataclass
@@ -36,8 +35,7 @@ class Settings:
     folder: Path = Path("out")
 
     def __post_init__(self):
-        if not self.gigabytes > 0 or self.repeats < 1:
-            raise UserError("--gigabytes and --repeats must be above 0")
+        cli.check_numbers(self, "gigabytes", "repeats", above=0)
 
 
 if __name__ == "__main__":

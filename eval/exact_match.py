@@ -52,9 +52,7 @@ class Settings:
             raise UserError("--checkpoint_dir or --adapter_dir is required")
         if not self.data.is_file():
             raise UserError(f"--data {self.data}: no such file")
-        for name in ("max_new_tokens", "batch_size", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        cli.check_numbers(self, "max_new_tokens", "batch_size", "limit", above=0)
 
 
 if __name__ == "__main__":

@@ -57,11 +57,8 @@ class Settings:
     def __post_init__(self):
         if self.checkpoint_dir is None and self.adapter_dir is None:
             raise UserError("--checkpoint_dir or --adapter_dir is required")
-        if not 0 <= self.port < 2**16:
-            raise UserError(f"--port {self.port}: must be between 0 and 65535")
-        for name in ("max_batch_size", "max_queue", "max_body_bytes", "grace_seconds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        cli.check_numbers(self, "port", least=0, below=2**16)
+        cli.check_numbers(self, "max_batch_size", "max_queue", "max_body_bytes", "grace_seconds", above=0)
         if self.api_key is not None and self.api_key_env is not None:
             raise UserError("--api_key and --api_key_env exclude each other")
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):

@@ -75,10 +75,8 @@ class Settings:
             raise UserError(f"--save_filepath {self.save_filepath}: is a folder, name a file in it")
         if self.prompt_style is not None and not self.apply_chat_template:
             raise UserError("--prompt_style has no effect without --apply_chat_template")
-        for name in ("batch_tokens", "batch_size", "limit", "num_fewshot", "bootstrap_iters", "seed"):
-            least = int(name in ("batch_tokens", "batch_size", "limit"))
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        cli.check_numbers(self, "batch_tokens", "batch_size", "limit", above=0)
+        cli.check_numbers(self, "num_fewshot", "bootstrap_iters", "seed", least=0)
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("lm_eval is not installed: pip install -r requirements-eval.txt")
 

@@ -88,13 +88,10 @@ class Settings:
             if getattr(self, name) is not None and not getattr(self, name).is_file():
                 raise UserError(f"--{name} {getattr(self, name)}: no such file")
         above_zero = ("limit", "max_tokens", "micro_batch_tokens", "max_new_tokens", "batch_size", "bits_per_weight")
-        for name in above_zero:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        cli.check_numbers(self, *above_zero, above=0)
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise UserError(f"--out_dir {self.out_dir} is a file: choose another")
-        if self.window < 2:
-            raise UserError(f"--window {self.window}: must be 2 or above, a token predicts the next")
+        cli.check_numbers(self, "window", least=2)  # a token predicts the next
         if self.adapter_dir is None:
             self.variants = list(dict.fromkeys("base:" + v.partition(":")[2] for v in self.variants))
         for variant in self.variants:

@@ -170,7 +170,7 @@ def test_what_pip_cannot_install(tmp_path, monkeypatch):
     "changes, words",
     [
         (dict(checkpoint_dir=None), "--checkpoint_dir and --data_dir are required"),
-        (dict(steps=2), "--steps must be above 2"),
+        (dict(steps=2), "--steps 2: must be above 2"),
         (dict(peer_micro_batch=[3]), "--peer_micro_batch 3: must divide --global_batch_size 16"),
         (dict(micro_batch_tokens=[]), "--micro_batch_tokens must name"),
         (dict(planner="none"), "--planner none: expected one of"),

@@ -1,9 +1,11 @@
 """The command line: what is accepted, and that every mistake is answered in one line that names it."""
 
 import dataclasses
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -40,8 +42,7 @@ class Settings:
     out_dir: Path = Path("out")
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise UserError(f"--steps {self.steps}: must be above 0")
+        cli.check_numbers(self, "steps", above=0)
 
 
 @pytest.fixture
@@ -265,3 +266,25 @@ def test_an_error_is_one_line_of_bearable_length(capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: where: a a") and err.endswith("what to do\n") and len(err) < 1100
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "limits", "says"),
+    [
+        ({"a": 0}, {"above": 0}, "--a 0: must be above 0"),
+        ({"a": -1e-9}, {"least": 0, "below": 1}, "--a -1e-09: must be at least 0 and below 1"),
+        ({"a": 1}, {"least": 0, "below": 1}, "--a 1: must be at least 0 and below 1"),
+        ({"a": 1.5}, {"least": 0, "most": 1}, "--a 1.5: must be at least 0 and at most 1"),
+        ({"a": float("nan")}, {"above": 0}, "--a nan: must be above 0"),
+        ({"a": [3, 0]}, {"above": 0}, "--a 0: must be above 0"),
+        ({"b": 2, "a": 0}, {"above": 0}, "--a 0: must be above 0"),
+    ],
+)
+def test_numbers_out_of_range(values, limits, says):
+    with pytest.raises(UserError, match=f"^{re.escape(says)}$"):
+        cli.check_numbers(SimpleNamespace(**values), *values, **limits)
+
+
+@pytest.mark.parametrize("value", [None, "auto", 0, 1, 0.5, [], [0, 1]])
+def test_numbers_in_range(value):
+    cli.check_numbers(SimpleNamespace(a=value), "a", least=0, most=1)
