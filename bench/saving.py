@@ -1,23 +1,35 @@
 """What a save costs over a plain write of the same bytes, and what it leaves behind for the steps after it.
 
     python bench/saving.py --gigabytes 1 --folder out
+    python bench/saving.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --steps 320
 
-Weights in bf16 as `--method full` has them, written by turns as a checkpoint (hashed, flushed, renamed, with its
-manifest) and in one go by write and fsync. Prints JSON: medians in seconds, and their ratio.
+The first: weights in bf16 as `--method full` has them, written by turns as a checkpoint (hashed, flushed, renamed, with
+its manifest) and in one go by write and fsync. Prints JSON: medians in seconds, and their ratio.
+
+The second: a run of finetune.py on samples of one length, so that all steps have the same work, which saves after every
+fourth step. Prints JSON: the median seconds of the steps right after a save and of the others (of the two in the middle
+between saves, since a machine that drifts drifts for both), their ratio, and its standard error by bootstrap.
 """
 
+import csv
 import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
 
 import cli
+from cli import UserError
+
+INTERVAL = 4  # steps from save to save
 
 
 @dataclass
@@ -28,28 +40,46 @@ class Settings:
         gigabytes: Size of what is saved.
         repeats: Of either way.
         folder: On the disk to measure.
+        checkpoint_dir: Model folder; with it, the steps after a save are measured, not the save.
+        steps: Of that run; the first eight do not count.
+        tokens: Of each of its samples.
     """
 
     gigabytes: float = 1.0
     repeats: int = 5
     folder: Path = Path("out")
+    checkpoint_dir: Path | None = None
+    steps: int = 320
+    tokens: int = 256
 
     def __post_init__(self):
         cli.check_numbers(self, "gigabytes", "repeats", above=0)
+        cli.check_numbers(self, "steps", least=4 * INTERVAL)
+        cli.check_numbers(self, "tokens", least=2)
 
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
+import numpy as np
 import torch
 
 from checkpoint import write_weights
-from files import new_folder
+from files import new_folder, write_json
+from spool import SampleWriter
+from tokenizer import Tokenizer
 
 TENSOR_VALUES = 4096 * 4096  # of a projection of a 7B model
 
 
 def main(s):
+    print(json.dumps(steps_after_saves(s) if s.checkpoint_dir else one_save(s)))
+
+
+# -------------------------------------------------------------------------------------------------------- one save
+
+
+def one_save(s):
     count = max(1, round(s.gigabytes * 1e9 / (2 * TENSOR_VALUES)))
     tensor = torch.randn(TENSOR_VALUES).to(torch.bfloat16)
     tensors = {f"{number}.weight": tensor + number for number in range(count)}
@@ -65,7 +95,7 @@ def main(s):
             shutil.rmtree(place)
     saved, written = (statistics.median(values) for values in seconds.values())
     gigabytes = 2 * TENSOR_VALUES * count / 1e9
-    print(json.dumps({"gigabytes": gigabytes, "save": saved, "write": written, "ratio": saved / written}))
+    return {"gigabytes": gigabytes, "save": saved, "write": written, "ratio": saved / written}
 
 
 def save(tensors, place):
@@ -80,6 +110,45 @@ def write(tensors, place):
             file.write(tensor.view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())
+
+
+# -------------------------------------------------------------------------------------------- the steps after a save
+
+
+def steps_after_saves(s):
+    s.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=s.folder) as place:
+        data, run = Path(place, "data"), Path(place, "run")
+        write_samples(data, s)
+        command = [sys.executable, str(ROOT / "finetune.py"), "--checkpoint_dir", str(s.checkpoint_dir)]
+        command += ["--data_dir", str(data), "--out_dir", str(run), "--max_steps", str(s.steps), "--eval_interval", "0"]
+        command += ["--save_interval", str(INTERVAL), "--global_batch_size", "1"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"finetune.py failed: {done.stderr.strip()[-500:]}")
+        with open(run / "metrics.csv", newline="") as file:
+            seconds = np.array([float(row["seconds"]) for row in csv.DictReader(file) if row["loss"]])
+    rounds = seconds[2 * INTERVAL : len(seconds) // INTERVAL * INTERVAL].reshape(-1, INTERVAL)  # begin after a save
+    after, others = rounds[:, 0], rounds[:, 1:-1].mean(axis=1)
+    picks = np.random.default_rng(0).integers(len(rounds), size=(2000, len(rounds)))
+    ratios = np.median(after[picks], axis=1) / np.median(others[picks], axis=1)
+    after, others = np.median(after), np.median(others)
+    return {
+        "saves": len(rounds), "after": after, "others": others, "ratio": after / others, "error": ratios.std(),
+    }  # fmt: skip
+
+
+def write_samples(folder, s):
+    """A prepared folder of random samples of one length."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for part, count in (("train", s.steps), ("val", 0)):
+        writer = SampleWriter(folder)
+        for _ in range(count):
+            writer.add(draw.integers(3, 256, s.tokens).tolist(), [i > 0 for i in range(s.tokens)], 0)
+        writer.save(folder / f"{part}.safetensors")
+    info = {"tokenizer_hash": Tokenizer(s.checkpoint_dir).file_hash(), "prompt_style": "plain"}
+    write_json(folder / "data.json", info | {"sources": [{"name": "random"}]})
 
 
 if __name__ == "__main__":

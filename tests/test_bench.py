@@ -269,3 +269,25 @@ def test_what_fits_on_a_card(run_script):
     (in_nf4,) = (line for line in out.splitlines() if line.startswith("| Mistral-7B | LoRA, `--quantize bnb.nf4` |"))
     assert in_nf4.endswith("| 64 | 64 |") and " no " not in in_nf4  # 4.5 GB
     assert "| Mistral-7B | `--method full --optimizer adamw-8bit` | 64 | no | no | 64 |" in out
+
+
+def test_what_saving_costs(tiny_model_dir, run_script, tmp_path):
+    code, out, err = run_script("bench/saving.py", "--gigabytes", 0.03, "--repeats", 1, "--folder", tmp_path / "disk")
+    assert code == 0, err
+    line = json.loads(out)
+    assert line["ratio"] == pytest.approx(line["save"] / line["write"]) and line["write"] > 0
+    code, out, err = run_script(
+        "bench/saving.py",
+        "--checkpoint_dir",
+        tiny_model_dir,
+        "--steps",
+        20,
+        "--tokens",
+        8,
+        "--folder",
+        tmp_path / "disk",
+    )
+    assert code == 0, err
+    line = json.loads(out)
+    assert line["saves"] == 2 and line["ratio"] == pytest.approx(line["after"] / line["others"]) and line["others"] > 0
+    assert not list((tmp_path / "disk").iterdir())
