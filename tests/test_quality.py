@@ -1,5 +1,6 @@
 """What quantising and merging cost: divergence against a slow reference, plans of quantisers, and the script itself."""
 
+import copy
 import json
 import os
 import random
@@ -602,20 +603,27 @@ def test_fast_ways_give_the_plain_text(tiny_checkpoint, dtype, quantize):
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fast_ways_give_the_plain_text_on_200_prompts(smollm2_dir, dtype, quantize, capsys):
-    """The quickstart's 200 unseen orders, 16 tokens each, alone and in batches of 20."""
+    """The quickstart's 200 unseen orders, 16 tokens each, alone and in batches of 20.
+
+    To the letter where sums are in fp32. A processor with bf16 instructions rounds in the plain way too, at other
+    places; there the fast ways must come as near to the text of the same weights in fp32 as the plain one does.
+    """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     model, tokenizer = load_model(smollm2_dir, dtype, quantize=quantize), Tokenizer(smollm2_dir)
     lines = (ROOT / "data" / "orders" / "test.jsonl").read_text().splitlines()
     questions = [{"role": "user", "content": json.loads(line)["prompt"]} for line in lines]
     prompts = [encode_prompt(tokenizer, [question], "chatml") for question in questions]
     assert len(prompts) == 200
-    found = differences(model, prompts, 16, batch=20)
+    batches = [prompts[i : i + 20] for i in range(0, 200, 20)]
+    texts = {
+        "plain": [plain_ids(model, prompt, 16)[0] for prompt in prompts],
+        "alone": [fast_ids(model, [prompt], 16)[0] for prompt in prompts],
+        "in batches": [ids for batch in batches for ids in fast_ids(model, batch, 16)],
+    }
+    rounds = compute_dtype(dtype, "cpu") != torch.float32
+    exact = copy.deepcopy(model).float()
+    right = [plain_ids(exact, prompt, 16)[0] for prompt in prompts] if rounds else texts["plain"]
+    same = {way: sum(a == b for a, b in zip(ids, right, strict=True)) for way, ids in texts.items()}
     with capsys.disabled():
-        for way, pairs in zip(("alone", "in batches"), zip(*found, strict=True), strict=True):
-            gaps = [gap for _, gap in filter(None, pairs)]
-            most = f", the largest gap {max(gaps):.2e}" if gaps else ""
-            print(f"{dtype}, {quantize}, {way}: {pairs.count(None)} of 200 texts the same{most}")
-    if compute_dtype(dtype, "cpu") == torch.float32:
-        assert not any(map(any, found))
-    else:  # a step of bf16 at a logit of 32
-        assert max((gap for pair in found for _, gap in filter(None, pair)), default=0) < 0.25
+        print(f"{dtype}, {quantize}: texts of 200 that are those of fp32 sums: {same}")
+    assert min(same["alone"], same["in batches"]) >= (same["plain"] - 10 if rounds else 200)
