@@ -281,7 +281,7 @@ def test_what_saving_costs(tiny_model_dir, run_script, tmp_path):
         "--checkpoint_dir",
         tiny_model_dir,
         "--steps",
-        20,
+        16,
         "--tokens",
         8,
         "--folder",
