@@ -82,6 +82,20 @@ def check_numbers(settings, *names, above=None, least=None, below=None, most=Non
                 raise UserError(f"--{name} {number}: must be {must}")
 
 
+def check_files(settings, *names):
+    """Raise UserError unless the settings with these names are files; None is."""
+    for name in names:
+        path = getattr(settings, name)
+        if path is not None and not path.is_file():
+            raise UserError(f"--{name} {path}: no such file")
+
+
+def check_model(settings):
+    """Raise UserError unless the settings name a model: its folder, or that of an adapter, which knows its base."""
+    if settings.checkpoint_dir is None and settings.adapter_dir is None:
+        raise UserError("--checkpoint_dir or --adapter_dir is required")
+
+
 def number_of_bytes(text, flag):
     """The bytes that a text such as 24GB, 24GiB or 800MB stands for. Raises UserError that names the flag."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM]i?B)", text)

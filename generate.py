@@ -58,12 +58,10 @@ class Settings:
     seed: int = 1337
 
     def __post_init__(self):
-        if self.checkpoint_dir is None and self.adapter_dir is None:
-            raise UserError("--checkpoint_dir or --adapter_dir is required")
+        cli.check_model(self)
         if self.prompt is not None and self.prompts_file is not None:
             raise UserError("--prompt and --prompts_file exclude each other")
-        if self.prompts_file is not None and not self.prompts_file.is_file():
-            raise UserError(f"--prompts_file {self.prompts_file}: no such file")
+        cli.check_files(self, "prompts_file")
         cli.check_numbers(self, "max_new_tokens", "repetition_penalty", "batch_size", above=0)
         cli.check_numbers(self, "temperature", "top_k", "seed", least=0)
         cli.check_numbers(self, "top_p", least=0, most=1)

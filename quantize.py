@@ -61,17 +61,17 @@ class Linear4bit(QuantizedLinear):
     def __init__(self, weight, bias, data_type, double_quant):
         super().__init__(weight, bias)
         # From fp32 always: the codes must not depend on the precision that the rest of the model is loaded in.
-        self.codes, self.state = bitsandbytes().functional.quantize_4bit(
+        codes, self.state = bitsandbytes().functional.quantize_4bit(
             weight.float().contiguous(), blocksize=BLOCK, compress_statistics=double_quant, quant_type=data_type
         )
+        self.codes = F.pad(codes, (0, 0, 0, -len(codes) % (BLOCK // 2)))  # whole blocks of two codes a byte
 
     def dequantize(self, dtype):
         # The operation itself, which torch.compile can trace; the function around it would break the graph. It gets
         # whole blocks as rows: its AVX-512 kernel takes each row for the start of a block, which ours need not be.
         scales = self.block_scales()
-        codes = F.pad(self.codes.flatten(), (0, len(scales) * BLOCK // 2 - self.codes.numel()))
-        shape = (len(scales), BLOCK)
-        blocks = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, self.state.quant_type, shape, dtype)
+        shape, kind = (len(scales), BLOCK), self.state.quant_type
+        blocks = torch.ops.bitsandbytes.dequantize_4bit(self.codes, scales, BLOCK, kind, shape, dtype)
         return blocks.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
     def forward(self, x):

@@ -49,8 +49,7 @@ class Settings:
 
     def __post_init__(self):
         cli.check_numbers(self, "questions", "batch_tokens", "runs", above=0)
-        if not self.data.is_file():
-            raise UserError(f"--data {self.data}: no such file")
+        cli.check_files(self, "data")
 
 
 if __name__ == "__main__":

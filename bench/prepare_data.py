@@ -55,8 +55,7 @@ class Settings:
 
     def __post_init__(self):
         cli.check_numbers(self, "runs", "times", above=0)
-        if not self.data.is_file():
-            raise UserError(f"--data {self.data}: no such file")
+        cli.check_files(self, "data")
 
 
 if __name__ == "__main__":

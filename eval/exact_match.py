@@ -48,10 +48,8 @@ class Settings:
     out_file: Path | None = None
 
     def __post_init__(self):
-        if self.checkpoint_dir is None and self.adapter_dir is None:
-            raise UserError("--checkpoint_dir or --adapter_dir is required")
-        if not self.data.is_file():
-            raise UserError(f"--data {self.data}: no such file")
+        cli.check_model(self)
+        cli.check_files(self, "data")
         cli.check_numbers(self, "max_new_tokens", "batch_size", "limit", above=0)
 
 

@@ -55,8 +55,7 @@ class Settings:
     grace_seconds: int = 60
 
     def __post_init__(self):
-        if self.checkpoint_dir is None and self.adapter_dir is None:
-            raise UserError("--checkpoint_dir or --adapter_dir is required")
+        cli.check_model(self)
         cli.check_numbers(self, "port", least=0, below=2**16)
         cli.check_numbers(self, "max_batch_size", "max_queue", "max_body_bytes", "grace_seconds", above=0)
         if self.api_key is not None and self.api_key_env is not None:

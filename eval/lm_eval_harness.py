@@ -65,8 +65,7 @@ class Settings:
     seed: int = 1337
 
     def __post_init__(self):
-        if self.checkpoint_dir is None and self.adapter_dir is None:
-            raise UserError("--checkpoint_dir or --adapter_dir is required")
+        cli.check_model(self)
         if not self.eval_tasks:
             raise UserError("--eval_tasks: name at least one")
         if self.include_path is not None and not self.include_path.is_dir():

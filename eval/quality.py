@@ -80,13 +80,10 @@ class Settings:
     out_dir: Path = Path("out/quality")
 
     def __post_init__(self):
-        if self.checkpoint_dir is None and self.adapter_dir is None:
-            raise UserError("--checkpoint_dir or --adapter_dir is required")
+        cli.check_model(self)
         if self.data is None and self.data_dir is None and self.general_text is None:
             raise UserError("one of --data, --data_dir and --general_text is required")
-        for name in ("data", "general_text"):
-            if getattr(self, name) is not None and not getattr(self, name).is_file():
-                raise UserError(f"--{name} {getattr(self, name)}: no such file")
+        cli.check_files(self, "data", "general_text")
         above_zero = ("limit", "max_tokens", "micro_batch_tokens", "max_new_tokens", "batch_size", "bits_per_weight")
         cli.check_numbers(self, *above_zero, above=0)
         if self.out_dir.exists() and not self.out_dir.is_dir():
