@@ -139,7 +139,7 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = (norm.square_() / x.size(-1)).add_(eps).rsqrt_()  # 1 / rms, (..., 1) fp32
         ctx.save_for_backward(x, inverse, weight)
-        return (x * inverse).to(x.dtype).mul_(weight.to(x.dtype))
+        return (x * inverse).mul_(weight).to(x.dtype)  # rounded once
 
     @staticmethod
     def backward(ctx, grad):
