@@ -1,19 +1,22 @@
 """Attention: which positions see which, and the fastest way to compute it on a device.
 
-`plain_attention` is the thing itself, written out; the other ways are held against it. Fused kernels are torch's. In
-bf16 on a CPU the products are cut by hand into blocks: its fused kernel is four times slower there for short rows.
+`plain_attention` is the thing itself, written out; the other ways are held against it. On CUDA fused kernels are torch's,
+on a CPU they are kernels_cpu.cpp's.
 
 Shapes: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K heads that share keys, d head size.
 """
 
-from functools import lru_cache
+import ctypes
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
-QUERY_BLOCK = 128  # queries that attend in one product on a CPU; keys that come after all of them are left out
+import compiled
+from kernels import in_cpp
+
 # From torch 2.12 on varlen_attn wants to be told that query heads share keys. Its kernel took them before, too.
 GROUPS_ANNOUNCED = torch.__version__ >= (2, 12)
 
@@ -27,10 +30,8 @@ def choose_attention(config, tokens, dtype, cache, window, offsets, tree=None):
     (B, T), device = tokens.shape, tokens.device.type
     if tree is not None:
         return Attend(attend, mask=tree_mask(tree, window))
-    if cache is None and device == "cpu" and dtype != torch.float32:
-        groups = config.num_attention_heads // config.num_key_value_heads
-        blocks = query_blocks([offsets] if offsets else [[0, T]] * B, window, groups)
-        return Attend(block_attention, blocks=blocks)
+    if cache is None and in_cpp(tokens, dtype):
+        return Attend(compiled_attention, offsets=offsets or list(range(0, (B + 1) * T, T)), window=window)
     if offsets is not None:
         # "meta" is a CUDA device that is not there, in plan.py.
         half = dtype != torch.float32 or (device == "cuda" and torch.is_autocast_enabled(device))
@@ -147,83 +148,71 @@ def plain_varlen_attention(q, k, v, offsets, window=None):
     return torch.cat(parts, dim=2)
 
 
-# ------------------------------------------------------------------------------------------------- in bf16 on a CPU
+# --------------------------------------------------------------------------------------------------------- on a CPU
 
 
-def query_blocks(rows, window, groups):
-    """How the samples in each row attend, each to itself: a list of (row, queries, keys, bias).
+class Heads(ctypes.Structure):
+    """kernels_cpu.cpp's description of what attends to what."""
 
-    rows: for each row of the micro-batch where samples begin and the last one ends, n + 1 numbers for n samples.
-    window: how many positions back a query sees, itself included, or None. queries, keys: slices of positions.
-    bias (groups * queries, keys) fp32: 0 or minus infinity, the same for each of the G heads that share keys.
-    """
-    blocks = []
-    for row, offsets in enumerate(rows):
-        for start, end in pairwise(offsets):
-            for first in range(start, end, QUERY_BLOCK):
-                last = min(first + QUERY_BLOCK, end)
-                begin = start if window is None else max(start, first - window + 1)
-                bias = _bias(last - first, last - begin, window, groups)
-                blocks.append((row, slice(first, last), slice(begin, last), bias))
-    return blocks
+    _fields_ = [(name, ctypes.c_int64) for name in ("heads", "key_heads", "d", "window", "samples")]
+    _fields_ += [("offsets", ctypes.c_void_p), ("scale", ctypes.c_float)]
 
 
-@lru_cache(maxsize=64)
-def _bias(queries, keys, window, groups):
-    """Causality, and the window, for the last `queries` of so many keys."""
-    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None]
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    return torch.zeros(queries, keys).masked_fill_(hidden, -torch.inf).repeat(groups, 1)
+def _call_cpp(function, q, k, v, offsets, window, arguments):
+    """Attend in kernels_cpu.cpp. q, k, v (B, T, heads, d); arguments: the tensors that its function takes."""
+    starts, d = torch.tensor(offsets, device=q.device), q.size(-1)
+    where = None if q.is_meta else starts.data_ptr()
+    heads = Heads(q.size(2), k.size(2), d, window, len(offsets) - 1, where, d**-0.5)
+    in_bf16 = q.dtype == torch.bfloat16
+    compiled.call("kernels_cpu", function, in_bf16, ctypes.byref(heads), *arguments, torch.get_num_threads())
 
 
-def _weights(q, k, bias):
-    """softmax(q k^T / sqrt(d) + bias) in fp32 for q (K, rows, d), k (K, keys, d): (K, rows, keys)."""
-    scale = q.size(-1) ** -0.5
-    if q.dtype == torch.float32:
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
-    else:
-        scores = (q @ k.transpose(1, 2)).float().mul_(scale).add_(bias)
-    return scores.softmax(dim=-1)
+@compiled.operator("attend(Tensor q, Tensor k, Tensor v, int[] offsets, int window) -> (Tensor, Tensor)")
+def _attend(q, k, v, offsets, window):
+    """Attention of q (B, T, H, d) to k, v (B, T, K, d) as q, and the log-sums of its softmax (B, T, H) fp32."""
+    y, log_sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    _call_cpp("attend", q, k, v, offsets, window, (q, k, v, y, log_sums))
+    return y, log_sums
 
 
-class _BlockAttention(torch.autograd.Function):
-    """Softmax attention block by block; the backward pass computes the weights again, which are larger than q, k, v."""
+@compiled.operator(
+    "attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor log_sums, int[] offsets, int window)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _attend_backward(grad, q, k, v, log_sums, offsets, window):
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    _call_cpp("attend_backward", q, k, v, offsets, window, (grad, q, k, v, log_sums, *grads))
+    return grads
 
+
+@register_flop_formula(torch.ops.onetune.attend)
+def _attend_flops(q, k, v, offsets, *_, out_shape=None):
+    return 4 * q[2] * q[3] * sum((end - start) ** 2 for start, end in pairwise(offsets))
+
+
+@register_flop_formula(torch.ops.onetune.attend_backward)
+def _attend_backward_flops(grad, q, k, v, log_sums, offsets, *_, out_shape=None):
+    return 5 * _attend_flops(q, k, v, offsets) // 2  # five products instead of two
+
+
+class _CompiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, blocks):
-        B, H, T, d = q.shape
-        K = k.size(1)
-        y = q.new_empty(B, T, K, H // K, d)
-        for row, queries, keys, bias in blocks:
-            weights = _weights(_rows(q[row, :, queries], K), k[row, :, keys], bias)
-            result = weights.to(v.dtype) @ v[row, :, keys]  # (K, G * queries, d)
-            y[row, queries] = result.view(K, H // K, -1, d).permute(2, 0, 1, 3)
-        ctx.save_for_backward(q, k, v)
-        ctx.blocks = blocks
-        return y.view(B, T, H, d).transpose(1, 2)
+    def forward(ctx, q, k, v, offsets, window):
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        y, log_sums = _attend(q, k, v, offsets, window)
+        ctx.save_for_backward(q, k, v, log_sums)
+        ctx.known = offsets, window
+        return y.transpose(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
-        K, d = k.size(1), q.size(-1)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for row, queries, keys, bias in ctx.blocks:
-            q_rows, grad_rows = _rows(q[row, :, queries], K), _rows(grad[row, :, queries], K)
-            weights = _weights(q_rows, k[row, :, keys], bias)
-            grad_v[row, :, keys] += weights.to(v.dtype).transpose(1, 2) @ grad_rows
-            through = (grad_rows @ v[row, :, keys].transpose(1, 2)).float()  # gradient of the weights
-            along = (through * weights).sum(-1, keepdim=True)
-            through = through.sub_(along).mul_(weights).mul_(d**-0.5).to(q.dtype)  # of the scores
-            grad_q[row, :, queries] = (through @ k[row, :, keys]).view(q[row, :, queries].shape)
-            grad_k[row, :, keys] += through.transpose(1, 2) @ q_rows
-        return grad_q, grad_k, grad_v, None
+        grads = _attend_backward(grad.transpose(1, 2).contiguous(), *ctx.saved_tensors, *ctx.known)
+        return *(x.transpose(1, 2) for x in grads), None, None
 
 
-def _rows(x, K):
-    """x (H, T, d) with the heads that share keys as rows of one matrix: (K, G * T, d)."""
-    return x.reshape(K, -1, x.size(-1))
+def compiled_attention(q, k, v, offsets, window=None):
+    """As `plain_varlen_attention`, in kernels_cpu.cpp: softmax in fp32, no tensor of weights, backward by hand.
 
-
-def block_attention(q, k, v, blocks):
-    """Causal attention on a CPU, as `blocks` of `query_blocks` says: q (B, H, T, d), k, v (B, K, T, d), as q."""
-    return _BlockAttention.apply(q, k, v, blocks)
+    q (B, H, T, d), k, v (B, K, T, d) in fp32 or bf16 on a CPU. offsets: of all rows, end to end: B * T positions.
+    """
+    return _CompiledAttention.apply(q, k, v, offsets, window or 0)

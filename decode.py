@@ -4,34 +4,25 @@
 
 - `Decoder`: the model's own forward pass with its `KVCache`. The reference, and what is left without a compiler.
 - `CompiledDecoder`: on a CPU. The products read the weights as they are stored, 16, 8 or 4 bits, and compute in fp32;
-  they and what lies between them are decode_cpu.cpp, compiled once with g++ (3 s) and kept in ~/.cache/onetune.
+  they and what lies between them are decode_cpu.cpp.
 - `StaticDecoder`: on CUDA, where a step is some hundred launches of small kernels. Its shapes and addresses never
   change, so the step is recorded once as a CUDA graph and replayed.
 """
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-from functools import lru_cache, partial
+from functools import partial
 from itertools import groupby
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from attention import Attend, attend
+from compiled import compiled_library
 from kernels import compute_dtype
 from lora import DoRALinear, LoRALinear
 from model import KVCache, Linear, rope_angles
 from quantize import BLOCK, Linear4bit, Linear8bit
 
-SOURCE = Path(__file__).with_name("decode_cpu.cpp")
-# Not -ffast-math: it would link a start-up routine that changes how the whole process treats tiny numbers.
-FLAGS = "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros"
-FLAGS = [*FLAGS.split(), "-fassociative-math"]
 HEAD_CHUNK = 128  # positions of a prompt whose logits exist at one time
 
 
@@ -40,7 +31,7 @@ def fastest_decoder(model):
     weight = model.model.embed_tokens.weight
     if weight.is_cuda:
         return StaticDecoder(model)
-    if weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and compiled_library() is not None:
+    if weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and cpp() is not None:
         return CompiledDecoder(model)
     return Decoder(model)
 
@@ -199,38 +190,16 @@ DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, FOURBIT = 2, 3
 
 
-@lru_cache
-def compiled_library():
-    """decode_cpu.cpp as a ctypes library, compiled if it was not yet. None, with a line of notice, where that fails."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    try:
-        if compiler is None:
-            raise OSError("no C++ compiler (g++)")
-        library = ctypes.CDLL(str(_compile(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"note: {error}: generating without the compiled kernels, which is slower", file=sys.stderr)
-        return None
-    number, address = ctypes.c_int64, ctypes.c_void_p
-    library.linear.argtypes = [address, number, address, number, address, number, number, number, number]
-    library.rms_norm.argtypes = [address, number, address, ctypes.c_double, address, number, number, number]
-    library.swiglu.argtypes = [address, address, number, number, number]
-    library.attend.argtypes = [address, address, address, address, address, number]
+def cpp():
+    """decode_cpu.cpp as a ctypes library, None where it cannot be compiled."""
+    library = compiled_library("decode_cpu")
+    if library is not None:
+        number, address = ctypes.c_int64, ctypes.c_void_p
+        library.linear.argtypes = [address, number, address, number, address, number, number, number, number]
+        library.rms_norm.argtypes = [address, number, address, ctypes.c_double, address, number, number, number]
+        library.swiglu.argtypes = [address, address, number, number, number]
+        library.attend.argtypes = [address, address, address, address, address, number]
     return library
-
-
-def _compile(compiler):
-    """The path of the library for this source and this processor, compiled unless it is there already."""
-    processor = Path("/proc/cpuinfo")  # -march=native: a home folder may be shared among unlike machines
-    flags = next((line for line in processor.read_text().splitlines() if line.startswith("flags")), "")
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "onetune")
-    path = folder / f"decode-{key}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(temporary)], check=True, capture_output=True)
-        temporary.replace(path)
-    return path
 
 
 class Weights:
@@ -261,7 +230,7 @@ class Weights:
     def call(self, x, y, add=False):
         """x (B, in), y (B, sum of out) fp32, whose rows may be apart; with `add` the result goes on top of y."""
         place = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(x), add, torch.get_num_threads())
-        return partial(compiled_library().linear, self.matrices, len(self.matrices), *place)
+        return partial(cpp().linear, self.matrices, len(self.matrices), *place)
 
 
 class Product:
@@ -391,7 +360,7 @@ class CompiledDecoder(Decoder):
 
     def _block(self, i, layer):
         """The calls that do what `Block` does to x (B, D), in place."""
-        library, threads = compiled_library(), torch.get_num_threads()
+        library, threads = cpp(), torch.get_num_threads()
         pointers = (
             None if t is None else t.data_ptr()
             for t in (self.cache.k[i], self.cache.v[i], layer["q_norm"], layer["k_norm"])
@@ -411,7 +380,7 @@ class CompiledDecoder(Decoder):
     def _rms_norm(self, weight):
         x, y, eps = self.x, self.normed, self.model.config.rms_norm_eps
         place = (x.data_ptr(), x.stride(0), weight.data_ptr(), eps, y.data_ptr(), y.stride(0), *x.shape)
-        return partial(compiled_library().rms_norm, *place)
+        return partial(cpp().rms_norm, *place)
 
     @torch.inference_mode()
     def step(self, ids):

@@ -2,7 +2,8 @@
 
 Autograd keeps more than it needs and makes a new tensor for every small step. Written by hand, a function keeps only
 its inputs, computes the rest again where that is cheap, and works in place. `plain_*` is the same in a few lines of
-ordinary torch: what the tests compare with, and what `torch.compile` gets, which fuses by itself.
+ordinary torch: what the tests compare with, what `torch.compile` gets, which fuses by itself, and what is left on a CPU
+without a C++ compiler. With one, what is not a product of matrices is kernels_cpu.cpp's there.
 
 Shapes: N positions (rows of a micro-batch end to end), D hidden size, d head size, r rank, V vocabulary.
 """
@@ -11,6 +12,8 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+
+import compiled
 
 LOSS_CHUNK = 256  # target positions whose logits exist at one time; 256 x 32,000 fp32 logits are 33 MB
 
@@ -31,6 +34,20 @@ def compute_dtype(dtype, device_type):
 def as_multiplied(x):
     """x in the dtype that autocast, where it is on, multiplies in. The functions below then know nothing of it."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def in_cpp(x, dtype=None):
+    """Whether kernels_cpu.cpp computes with tensors as x (of `dtype`): on a CPU in fp32 or bf16, outside torch.compile."""
+    dtype = dtype or x.dtype
+    if x.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+        return False
+    return compiled.compiled_library("kernels_cpu") is not None
+
+
+def call_cpp(function, x, *arguments):
+    """Call a function of kernels_cpu.cpp that computes in the dtype of x, its first argument."""
+    in_bf16 = x.dtype == torch.bfloat16
+    compiled.call("kernels_cpu", function, in_bf16, x, *arguments, torch.get_num_threads())
 
 
 # ----------------------------------------------------------------------------------------------------- linear layers
@@ -133,24 +150,35 @@ def plain_rms_norm(x, weight, eps):
     return F.rms_norm(x, (x.size(-1),), weight.to(x.dtype), eps)
 
 
+@compiled.operator("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
+def _rms_norm(x, weight, eps):
+    """The norm, and 1 / rms (...,) fp32."""
+    y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    call_cpp("rms_norm", x, weight.float(), eps, y, inverse, inverse.numel(), x.size(-1))
+    return y, inverse
+
+
+@compiled.operator("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse) -> (Tensor, Tensor)")
+def _rms_norm_backward(grad, x, weight, inverse):
+    """The gradients of x, and of the weight in fp32."""
+    grad_x, sums = torch.empty_like(x), x.new_zeros((torch.get_num_threads(), x.size(-1)), dtype=torch.float32)
+    call_cpp("rms_norm_backward", grad, x, weight.float(), inverse, grad_x, sums, inverse.numel(), x.size(-1))
+    return grad_x, sums.sum(0)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = (norm.square_() / x.size(-1)).add_(eps).rsqrt_()  # 1 / rms, (..., 1) fp32
-        ctx.save_for_backward(x, inverse, weight)
-        return (x * inverse).mul_(weight).to(x.dtype)  # rounded once
+        x = x.contiguous()
+        y, inverse = _rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, inverse, weight = ctx.saved_tensors
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * (x * inverse)).flatten(0, -2).sum(0).to(weight.dtype)
-        grad = grad * weight.to(grad.dtype)
-        along = (grad * x).sum(-1, keepdim=True, dtype=torch.float32).mul_(inverse.pow(3)).div_(-x.size(-1))
-        grad = grad * inverse
-        return torch.addcmul(grad, x, along.to(grad.dtype)).to(x.dtype), grad_weight, None
+        x, weight, inverse = ctx.saved_tensors
+        grad_x, grad_weight = _rms_norm_backward(grad.contiguous(), x, weight, inverse)
+        return grad_x, grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 
 
 def rms_norm(x, weight, eps):
@@ -158,23 +186,40 @@ def rms_norm(x, weight, eps):
 
     torch has a fused kernel for CUDA only; on a CPU its backward pass costs seven times LayerNorm's.
     """
-    fused = x.device.type == "cuda" or torch.compiler.is_compiling()
-    return plain_rms_norm(x, weight, eps) if fused else _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if in_cpp(x) else plain_rms_norm(x, weight, eps)
 
 
 def plain_swiglu(gate, up):
     return F.silu(gate) * up
 
 
+@compiled.operator("swiglu(Tensor gate, Tensor up) -> Tensor")
+def _swiglu(gate, up):
+    y = torch.empty_like(gate)
+    call_cpp("swiglu", gate, up, y, y.numel())
+    return y
+
+
+@compiled.operator("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)")
+def _swiglu_backward(grad, gate, up):
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    call_cpp("swiglu_backward", grad, gate, up, grad_gate, grad_up, grad.numel())
+    return grad_gate, grad_up
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
+        if in_cpp(gate):
+            gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)  # and not silu(gate), which autograd would keep too
-        return F.silu(gate).mul_(up)
+        return _swiglu(gate, up) if in_cpp(gate) else F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
+        if in_cpp(gate):
+            return _swiglu_backward(grad.contiguous(), gate, up)
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
@@ -188,8 +233,19 @@ def plain_rotate(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _turn(x, cos, sin):
-    half = x.size(-1) // 2
+@compiled.operator("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor")
+def _rotate(x, cos, sin, back):
+    """x (B, T, heads, d) turned, in its own layout; cos, sin ((1 or B) * T * d/2 numbers)."""
+    y, (B, T, heads, d) = torch.empty_like(x), x.shape
+    same_in_batch = cos.numel() == T * (d // 2)
+    call_cpp("rotate", x, cos.float(), sin.float(), -1.0 if back else 1.0, y, B, T, heads, d, same_in_batch)
+    return y
+
+
+def _turn(x, cos, sin, back):
+    if in_cpp(x):
+        return _rotate(x.transpose(1, 2).contiguous(), cos, sin, back).transpose(1, 2)
+    half, sin = x.size(-1) // 2, -sin if back else sin
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     torch.mul(x[..., :half], cos, out=y[..., :half]).addcmul_(x[..., half:], sin, value=-1)
     torch.mul(x[..., half:], cos, out=y[..., half:]).addcmul_(x[..., :half], sin)
@@ -200,18 +256,18 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _turn(x, cos, sin, back=False)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None  # a rotation's gradient is turned back
+        return _turn(grad, cos, sin, back=True), None, None  # a rotation's gradient is turned back
 
 
 def rotate(x, cos, sin):
-    """Turn x (..., d), whose dimension i pairs with i + d/2 (Hugging Face's layout, not Meta's), by angles whose
+    """Turn x (B, heads, T, d), whose dimension i pairs with i + d/2 (Hugging Face's layout, not Meta's), by angles
 
-    cosines and sines (..., d/2) broadcast with x.
+    whose cosines and sines are (T, d/2), or (B, 1, T, d/2).
     """
     return plain_rotate(x, cos, sin) if torch.compiler.is_compiling() else _Rotate.apply(x, cos, sin)
 
@@ -222,6 +278,26 @@ def rotate(x, cos, sin):
 def plain_head_loss(x, weight, targets):
     losses = F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets, reduction="none")
     return losses.sum(), losses.detach()
+
+
+@compiled.operator("loss_(Tensor(a!) logits, Tensor targets, bool backward) -> Tensor")
+def _loss_(logits, targets, backward):
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    call_cpp("loss", logits, targets, losses, *logits.shape, backward)
+    return losses
+
+
+def _losses_and_gradient(logits, targets, backward):
+    """-log p(target) (n,) fp32 for logits (n, V), which are used up, and with `backward` their gradient, else None."""
+    if in_cpp(logits):
+        return _loss_(logits, targets, backward), logits if backward else None
+    dtype, logits = logits.dtype, logits.float()
+    log_p = torch.log_softmax(logits, dim=-1, out=logits)  # in place: they are the largest tensor of the step
+    losses = -log_p.gather(1, targets[:, None]).squeeze(1)
+    if not backward:
+        return losses, None
+    grad = log_p.exp_()  # the probabilities, less 1 for the target
+    return losses, grad.scatter_add_(1, targets[:, None], grad.new_full((len(grad), 1), -1.0)).to(dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -235,14 +311,8 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         for start in range(0, len(x), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
-            logits = F.linear(x[chunk], cast).float()
-            log_p = torch.log_softmax(logits, dim=-1, out=logits)  # in place: they are the largest tensor of the step
-            losses[chunk] = -log_p.gather(1, targets[chunk, None]).squeeze(1)
-            if grad_x is None and grad_weight is None:
-                continue
-            grad = log_p.exp_()  # the gradient of the logits: the probabilities, less 1 for the target
-            grad.scatter_add_(1, targets[chunk, None], grad.new_full((len(grad), 1), -1.0))
-            grad = grad.to(x.dtype)
+            logits = F.linear(x[chunk], cast)
+            losses[chunk], grad = _losses_and_gradient(logits, targets[chunk], any(ctx.needs_input_grad[:2]))
             if grad_x is not None:
                 torch.mm(grad, cast, out=grad_x[chunk])
             if grad_weight is not None:

@@ -4,18 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import attention
 from attention import (
     attend,
     attention_mask,
-    block_attention,
+    compiled_attention,
     fast_varlen_attention,
     plain_attention,
     plain_varlen_attention,
-    query_blocks,
 )
+from compiled import compiled_library
 
 LENGTHS = (5, 1, 40, 17, 2)
+needs_compiler = pytest.mark.skipif(not compiled_library("kernels_cpu"), reason="no C++ compiler")
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
@@ -128,38 +128,73 @@ def assert_alike(y, expected, inputs):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("block", [1, 7, 128])
-@pytest.mark.parametrize("window", [None, 1, 9])
+@needs_compiler
+@pytest.mark.parametrize("d", [8, 64, 40])
+@pytest.mark.parametrize("window", [None, 2, 9, 100])
 @pytest.mark.parametrize("H, K", [(6, 6), (9, 3), (4, 1)])
-def test_blocks_attend_as_samples_alone(H, K, window, block, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    inputs, offsets = packed(LENGTHS, H, K, 8)
-    y = block_attention(*inputs, query_blocks([offsets.tolist()], window, H // K))
+def test_compiled_attention_is_the_plain_one(H, K, window, d):
+    inputs, offsets = packed((*LENGTHS, 200, 64, 129), H, K, d)
+    y = compiled_attention(*inputs, offsets.tolist(), window)
     assert_alike(y, plain_varlen_attention(*inputs, offsets.tolist(), window), inputs)
 
 
+@needs_compiler
 @pytest.mark.parametrize("window", [None, 5])
-def test_blocks_of_several_rows(window):
+def test_compiled_attention_of_several_rows(window):
     q, k, v = (torch.randn(3, 40, heads, 8).transpose(1, 2).requires_grad_() for heads in (6, 2, 2))
     mask = attention_mask(40, 40, window, None, q.device)
-    y = block_attention(q, k, v, query_blocks([[0, 40]] * 3, window, 3))
+    y = compiled_attention(q, k, v, [0, 40, 80, 120], window)
     assert_alike(y, plain_attention(q, k, v, None if mask is None else mask[0, 0]), (q, k, v))
 
 
-def test_blocks_leave_out_the_keys_that_no_query_sees():
-    """Half of them for causality, and what is behind the window."""
-    area = lambda window: sum(  # noqa: E731
-        (q.stop - q.start) * (k.stop - k.start) for _, q, k, _ in query_blocks([[0, 1280]], window, 1)
-    )
-    assert area(None) == 128 * 128 * 55 and area(128) == 128 * (128 + 9 * 255)
+@needs_compiler
+def test_compiled_attention_takes_any_layout():
+    q, k, v = (torch.randn(1, heads, 40, 8, requires_grad=True) for heads in (6, 2, 2))  # not as the model has it
+    assert_alike(compiled_attention(q, k, v, [0, 40]), plain_attention(q, k, v), (q, k, v))
 
 
-def test_blocks_in_bf16_are_about_as_close_as_the_fused_kernel():
-    """They round the scores to bf16 once, before the softmax in fp32."""
-    exact, offsets = packed((200, 56), 6, 2, 16)
-    rounded = [x.detach().bfloat16() for x in exact]
-    expected = plain_varlen_attention(*exact, offsets.tolist())
-    blocks = query_blocks([offsets.tolist()], None, 3)
-    ours, theirs = block_attention(*rounded, blocks), plain_varlen_attention(*rounded, offsets.tolist())
-    assert ours.dtype == torch.bfloat16
-    assert (ours - expected).norm() < 1.5 * (theirs - expected).norm() < 0.02 * expected.norm()
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_attention_gives_the_same_bits_again(threads):
+    inputs, offsets = packed((200, 56, 70), 6, 2, 16, dtype=torch.bfloat16)
+    before = torch.get_num_threads()
+    results = []
+    for count in (1, threads, threads):
+        torch.set_num_threads(count)
+        y = compiled_attention(*inputs, offsets.tolist())
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), inputs)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(x, z) for result in results[1:] for x, z in zip(results[0], result, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 50])
+def test_compiled_attention_in_bf16_is_about_as_close_as_torchs(window):
+    exact, offsets = packed((200, 56, 1), 6, 2, 16)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    results = [
+        attention(*inputs, offsets.tolist(), window)
+        for attention, inputs in (
+            (plain_varlen_attention, exact),
+            (compiled_attention, rounded),
+            (plain_varlen_attention, rounded),
+        )
+    ]
+    assert results[1].dtype == torch.bfloat16
+    grad = torch.randn_like(results[0])
+    gradients = [
+        torch.autograd.grad(y, inputs, grad.to(y.dtype))
+        for y, inputs in zip(results, (exact, rounded, rounded), strict=True)
+    ]
+    for wanted, ours, theirs in zip(*([y, *grads] for y, grads in zip(results, gradients, strict=True)), strict=True):
+        assert (ours - wanted).norm() < 1.5 * (theirs - wanted).norm() < 0.05 * wanted.norm()
+
+
+@needs_compiler
+def test_a_nan_does_not_vanish_in_compiled_attention():
+    inputs, offsets = packed((20, 30), 4, 2, 8)
+    with torch.no_grad():
+        inputs[1][0, 0, 5, 0] = torch.nan
+    y = compiled_attention(*inputs, offsets.tolist())
+    seen = y.isnan().any(dim=-1)[0]  # (H, T): the heads that share the key head, from its position on
+    assert seen[:2, 5:20].all() and seen.sum() == 2 * 15

@@ -16,7 +16,8 @@ import lora
 import sampling
 from checkpoint import load_model
 from cli import UserError
-from decode import CompiledDecoder, Decoder, StaticDecoder, compiled_library, fastest_decoder
+from compiled import compiled_library
+from decode import CompiledDecoder, Decoder, StaticDecoder, fastest_decoder
 from generate import Settings, Writer, read_prompts
 from model import Config, KVCache, Transformer
 from prompts import encode_prompt
@@ -130,7 +131,9 @@ def test_an_empty_prompt_is_refused(model_of):
 DECODERS = pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(CompiledDecoder, marks=pytest.mark.skipif(not compiled_library(), reason="no C++ compiler")),
+        pytest.param(
+            CompiledDecoder, marks=pytest.mark.skipif(not compiled_library("decode_cpu"), reason="no C++ compiler")
+        ),
         StaticDecoder,
     ],
 )
@@ -311,7 +314,7 @@ def test_a_decoder_over_rows_that_are_no_whole_blocks(tiny_checkpoint, kind, qua
     assert_same_logits(kind, load_model(tiny_checkpoint("llama"), torch.float32, quantize=quantize))
 
 
-@pytest.mark.skipif(not compiled_library(), reason="no C++ compiler")
+@pytest.mark.skipif(not compiled_library("decode_cpu"), reason="no C++ compiler")
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
 def test_bf16_weights_are_multiplied_in_fp32(quantize, batch, monkeypatch):
@@ -336,7 +339,7 @@ def test_bf16_weights_are_multiplied_in_fp32(quantize, batch, monkeypatch):
         torch.testing.assert_close(fast.step(ids), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.skipif(not compiled_library(), reason="no C++ compiler")
+@pytest.mark.skipif(not compiled_library("decode_cpu"), reason="no C++ compiler")
 def test_several_rows_where_the_processor_multiplies_bf16(monkeypatch):
     """There several rows go to torch's own products, one row does not."""
     for room in ("decode", "model"):
@@ -398,7 +401,7 @@ def test_rows_that_have_ended_leave_and_the_others_do_not_notice(model_of, kind)
 
 
 def test_the_fastest_decoder_is_what_the_machine_has(model_of, monkeypatch, capsys):
-    assert type(fastest_decoder(model_of("llama"))) is (CompiledDecoder if compiled_library() else Decoder)
+    assert type(fastest_decoder(model_of("llama"))) is (CompiledDecoder if compiled_library("decode_cpu") else Decoder)
     assert type(fastest_decoder(wide_model(dtype=torch.float16))) is Decoder
     for compiler in ("no-such-compiler", "false"):
         monkeypatch.setenv("CXX", compiler)

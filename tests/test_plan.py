@@ -9,7 +9,6 @@ import torch
 from conftest import FAMILIES, SMALL
 from test_finetune import random_samples, write_data
 
-import attention
 import budget
 import finetune
 import lora
@@ -17,6 +16,7 @@ import plan
 from batching import Samples
 from checkpoint import load_model
 from cli import UserError
+from compiled import compiled_library
 from model import IGNORE, Config
 from plan import Job, Predictor, Shape
 from quantize import bitsandbytes
@@ -83,14 +83,14 @@ def assert_traced_as_real(job, shape):
     assert predictor.flops(shape) == tracker.flops
 
 
-def test_blocks_of_attention_in_bf16_on_a_cpu(monkeypatch):
-    """With bf16 instructions, which this CPU may lack."""
-    called = []
-    blocks = attention.block_attention
+@pytest.mark.parametrize("compiler", ["g++", "no-such-compiler"])
+def test_bf16_on_a_cpu(compiler, monkeypatch):
+    """With bf16 instructions, which this CPU may lack, and with and without compiled kernels."""
     monkeypatch.setattr("model.compute_dtype", lambda dtype, device: dtype)
-    monkeypatch.setattr(attention, "block_attention", lambda *a, **k: called.append(a[0].dtype) or blocks(*a, **k))
+    monkeypatch.setenv("CXX", compiler)
+    compiled_library.cache_clear()
     assert_traced_as_real(tiny_job("lora", dtype=torch.bfloat16), PACKED)
-    assert {*called} == {torch.bfloat16}
+    compiled_library.cache_clear()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES])

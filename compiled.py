@@ -1,0 +1,80 @@
+"""C++ beside the Python: compiled once with g++ for this processor, kept in ~/.cache/onetune, called through ctypes."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+OPERATORS = torch.library.Library("onetune", "DEF")
+# Not -ffast-math: it would link a start-up routine that changes how the whole process treats tiny numbers.
+FLAGS = "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros"
+FLAGS = [*FLAGS.split(), "-fassociative-math"]
+
+
+@lru_cache
+def compiled_library(name):
+    """NAME.cpp of this folder as a ctypes library. None, with a line of notice, where it cannot be compiled."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    try:
+        if compiler is None:
+            raise OSError("no C++ compiler (g++)")
+        return ctypes.CDLL(str(_compile(compiler, Path(__file__).with_name(f"{name}.cpp"))))
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"note: {error}: going on without {name}.cpp, which is slower", file=sys.stderr)
+        return None
+
+
+def _compile(compiler, source):
+    """The path of the library for this source and this processor, compiled unless it is there already."""
+    processor = Path("/proc/cpuinfo")  # -march=native: a home folder may be shared among unlike machines
+    flags = next((line for line in processor.read_text().splitlines() if line.startswith("flags")), "")
+    key = hashlib.sha256(source.read_bytes() + " ".join([compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "onetune")
+    path = folder / f"{source.stem}-{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler, *FLAGS, str(source), "-o", str(temporary)], check=True, capture_output=True)
+        temporary.replace(path)
+    return path
+
+
+def operator(signature):
+    """Make a function torch.ops.onetune's: a step in which what it computes is seen by torch's modes as one operation.
+
+    So a plan, whose tensors have no memory, runs it too, and the memory and the arithmetic it takes are counted. It
+    makes its outputs and leaves the rest to `call`.
+    """
+
+    def register(function):
+        name = OPERATORS.define(signature)
+        for device in ("CPU", "Meta"):
+            OPERATORS.impl(name, function, device)
+        return getattr(torch.ops.onetune, name)
+
+    return register
+
+
+def call(library, function, *arguments):
+    """Call a C++ function with tensors (their addresses), whole numbers (int64), fp (double) and ctypes' own values.
+
+    Tensors have to be contiguous. Without memory (on "meta") nothing happens.
+    """
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    if not any(tensor.is_meta for tensor in tensors):
+        getattr(compiled_library(library), function)(*map(_as_c, arguments))
+
+
+def _as_c(argument):
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
