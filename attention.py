@@ -1,7 +1,7 @@
 """Attention: which positions see which, and the fastest way to compute it on a device.
 
-`plain_attention` is the thing itself, written out; the other ways are held against it. On CUDA fused kernels are torch's,
-on a CPU they are kernels_cpu.cpp's.
+`plain_attention` is the thing itself, written out; the other ways are held against it. On CUDA fused kernels are
+torch's, on a CPU they are kernels_cpu.cpp's.
 
 Shapes: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K heads that share keys, d head size.
 """

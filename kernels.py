@@ -37,7 +37,7 @@ def as_multiplied(x):
 
 
 def in_cpp(x, dtype=None):
-    """Whether kernels_cpu.cpp computes with tensors as x (of `dtype`): on a CPU in fp32 or bf16, outside torch.compile."""
+    """Whether kernels_cpu.cpp computes with x, cast to `dtype`: on a CPU in fp32 or bf16, and not in torch.compile."""
     dtype = dtype or x.dtype
     if x.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return False

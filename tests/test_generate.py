@@ -25,6 +25,7 @@ from quantize import QUANTIZERS
 from sampling import Batch, Reply, Row, choose, penalize
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+needs_compiler = pytest.mark.skipif(not compiled_library("decode_cpu"), reason="no C++ compiler")
 
 
 @pytest.fixture(scope="session")
@@ -314,7 +315,7 @@ def test_a_decoder_over_rows_that_are_no_whole_blocks(tiny_checkpoint, kind, qua
     assert_same_logits(kind, load_model(tiny_checkpoint("llama"), torch.float32, quantize=quantize))
 
 
-@pytest.mark.skipif(not compiled_library("decode_cpu"), reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
 def test_bf16_weights_are_multiplied_in_fp32(quantize, batch, monkeypatch):
@@ -339,7 +340,7 @@ def test_bf16_weights_are_multiplied_in_fp32(quantize, batch, monkeypatch):
         torch.testing.assert_close(fast.step(ids), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.skipif(not compiled_library("decode_cpu"), reason="no C++ compiler")
+@needs_compiler
 def test_several_rows_where_the_processor_multiplies_bf16(monkeypatch):
     """There several rows go to torch's own products, one row does not."""
     for room in ("decode", "model"):
