@@ -213,6 +213,8 @@ class _CompiledAttention(torch.autograd.Function):
 def compiled_attention(q, k, v, offsets, window=None):
     """As `plain_varlen_attention`, in kernels_cpu.cpp: softmax in fp32, no tensor of weights, backward by hand.
 
-    q (B, H, T, d), k, v (B, K, T, d) in fp32 or bf16 on a CPU. offsets: of all rows, end to end: B * T positions.
+    q (B, H, T, d), k, v (B, K, T, d) on a CPU: in bf16 if all three are, else in fp32 (autocast may mix them).
+    offsets: of all rows, end to end: B * T positions.
     """
-    return _CompiledAttention.apply(q, k, v, offsets, window or 0)
+    dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
+    return _CompiledAttention.apply(*(x.to(dtype) for x in (q, k, v)), offsets, window or 0)

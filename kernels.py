@@ -8,7 +8,7 @@ without a C++ compiler. With one, what is not a product of matrices is kernels_c
 Shapes: N positions (rows of a micro-batch end to end), D hidden size, d head size, r rank, V vocabulary.
 """
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +45,18 @@ def in_cpp(x, dtype=None):
 
 
 def call_cpp(function, x, *arguments):
-    """Call a function of kernels_cpu.cpp that computes in the dtype of x, its first argument."""
-    in_bf16 = x.dtype == torch.bfloat16
+    """Call a function of kernels_cpu.cpp that computes in the dtype of x, its first argument.
+
+    The others are in that dtype too or, as its source says, in fp32.
+    """
+    in_bf16 = {torch.float32: False, torch.bfloat16: True}[x.dtype]
     compiled.call("kernels_cpu", function, in_bf16, x, *arguments, torch.get_num_threads())
+
+
+def alike(*tensors):
+    """The tensors in one dtype, the widest of theirs: under autocast some come in bf16 and some in fp32."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 # ----------------------------------------------------------------------------------------------------- linear layers
@@ -225,7 +234,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate, up):
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
-    return plain_swiglu(gate, up) if torch.compiler.is_compiling() else _SwiGLU.apply(gate, up)
+    return plain_swiglu(gate, up) if torch.compiler.is_compiling() else _SwiGLU.apply(*alike(gate, up))
 
 
 def plain_rotate(x, cos, sin):

@@ -52,13 +52,15 @@ V read(const void *address) {
     return value;
 }
 
+template <class V>
+void write(void *address, V value) {
+    std::memcpy(address, &value, sizeof value);
+}
+
 Floats load(const float *x) { return read<Floats>(x); }
 Floats load(const BF16 *x) { return widen(read<Shorts>(x)); }
-void store(float *x, Floats value) { std::memcpy(x, &value, sizeof value); }
-void store(BF16 *x, Floats value) {
-    Shorts bits = narrow(value);
-    std::memcpy(x, &bits, sizeof bits);
-}
+void store(float *x, Floats value) { write(x, value); }
+void store(BF16 *x, Floats value) { write(x, narrow(value)); }
 
 // LANES numbers, or the `count` that are left of a row: then the others are `rest`.
 template <class T>
@@ -78,9 +80,6 @@ void store(T *x, Floats value, int64_t count) {
     store(some, value);
     std::memcpy(x, some, count * sizeof(T));
 }
-
-void store_one(float *x, float value) { *x = value; }
-void store_one(BF16 *x, float value) { x->bits = narrow(Floats{} + value)[0]; }
 
 float sum(Floats v) {
     float total = 0;
@@ -210,7 +209,7 @@ void rotate_all(const T *x, const float *cos, const float *sin, float sign, T *y
 
 // ------------------------------------------------------------------------------------------------------------ the loss
 
-// losses (rows,) = -log softmax(logits)[target]; with `backward` the logits become their gradient: softmax, less 1 at
+// losses (rows,) = -log softmax(logits)[target], NaN if there is no such logit; with `backward` the logits become their gradient: softmax, less 1 at
 // the target.
 template <class T>
 void loss_rows(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t size, bool backward,
@@ -219,6 +218,10 @@ void loss_rows(T *logits, const int64_t *targets, float *losses, int64_t rows, i
     for (int64_t row = 0; row < rows; row++) {
         T *x = logits + row * size;
         int64_t target = targets[row];
+        if (target < 0 || target >= size) {
+            losses[row] = NAN;
+            continue;
+        }
         Floats tops = Floats{} - INFINITY, sums = {};
         for (int64_t i = 0; i < size; i += LANES) tops = larger(tops, load(x + i, size - i, -INFINITY));
         float top = largest(tops);
@@ -286,32 +289,65 @@ void multiply(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t b_
 
 typedef std::vector<uint32_t> Buffer;
 
-// The ways to lay out x (count, d), whose rows are `stride` apart, as (rows, width) with zeros around it.
-
-// Row by row, words along d: (rows, width / PER_WORD).
+// x (count, d), whose rows are `stride` apart, as (rows, width) with zeros around it: words along d.
 template <class T>
 const uint32_t *along(Buffer &to, const T *x, int64_t stride, int64_t count, int64_t d, int64_t rows, int64_t width) {
-    to.assign(rows * width / PER_WORD<T>, 0);
-    for (int64_t i = 0; i < count; i++) std::memcpy((T *)to.data() + i * width, x + i * stride, d * sizeof(T));
-    return to.data();
-}
-
-// Words along the rows: (rows / PER_WORD, width).
-template <class T>
-const uint32_t *down(Buffer &to, const T *x, int64_t stride, int64_t count, int64_t d, int64_t rows, int64_t width) {
-    to.assign(rows * width / PER_WORD<T>, 0);
-    for (int64_t i = 0; i < count; i++) {
-        T *row = (T *)(to.data() + i / PER_WORD<T> * width) + i % PER_WORD<T>;
-        for (int64_t j = 0; j < d; j++) row[j * PER_WORD<T>] = x[i * stride + j];
+    to.resize(rows * width / PER_WORD<T>);
+    for (int64_t i = 0; i < rows; i++) {
+        T *row = (T *)to.data() + i * width;
+        int64_t filled = i < count ? d : 0;
+        std::memcpy(row, x + i * stride, filled * sizeof(T));
+        std::memset(row + filled, 0, (width - filled) * sizeof(T));
     }
     return to.data();
 }
 
-// Words (rows, columns) turned: (columns, rows).
+// The same numbers with words along the rows: (rows / PER_WORD, width), from x (rows, width).
+template <class T>
+const uint32_t *down(Buffer &to, const T *x, int64_t rows, int64_t width) {
+    if constexpr (PER_WORD<T> == 1) {
+        to.assign((const uint32_t *)x, (const uint32_t *)x + rows * width);
+    } else {
+        to.resize(rows / 2 * width);
+        for (int64_t i = 0; i < rows; i += 2)
+            for (int64_t j = 0; j < width; j += LANES) {
+                Words first = __builtin_convertvector(read<Shorts>(x + i * width + j), Words);
+                Words second = __builtin_convertvector(read<Shorts>(x + (i + 1) * width + j), Words);
+                write(&to[i / 2 * width + j], first | second << 16);
+            }
+    }
+    return to.data();
+}
+
+// A step of turning LANES x LANES words: rows that are STEP apart exchange the lanes that are.
+template <int STEP>
+void exchange(Words (&rows)[LANES]) {
+    Words left, right;  // lanes of the first row count from 0, those of the second from LANES
+    for (int i = 0; i < LANES; i++) {
+        left[i] = i & STEP ? LANES + i - STEP : i;
+        right[i] = i & STEP ? LANES + i : i + STEP;
+    }
+    for (int i = 0; i < LANES; i++)
+        if (!(i & STEP)) {
+            Words first = rows[i], second = rows[i + STEP];
+            rows[i] = __builtin_shuffle(first, second, left);
+            rows[i + STEP] = __builtin_shuffle(first, second, right);
+        }
+}
+
+// Words (rows, columns), whole multiples of LANES, turned: (columns, rows).
 const uint32_t *turned(Buffer &to, const uint32_t *x, int64_t rows, int64_t columns) {
     to.resize(rows * columns);
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) to[j * rows + i] = x[i * columns + j];
+    for (int64_t i = 0; i < rows; i += LANES)
+        for (int64_t j = 0; j < columns; j += LANES) {
+            Words block[LANES];
+            for (int64_t r = 0; r < LANES; r++) block[r] = read<Words>(x + (i + r) * columns + j);
+            exchange<1>(block);
+            exchange<2>(block);
+            exchange<4>(block);
+            if constexpr (LANES == 16) exchange<8>(block);
+            for (int64_t r = 0; r < LANES; r++) write(&to[(j + r) * rows + i], block[r]);
+        }
     return to.data();
 }
 
@@ -367,7 +403,8 @@ void attend_sample(const Heads &a, int64_t sample, int64_t key_head, const T *q,
     int64_t at = (start * K + key_head) * d;
     along(w.rows, k + at, K * d, L, d, room, width);
     const uint32_t *k_across = turned(w.k_across, w.rows.data(), room, words);
-    const uint32_t *v_down = down(w.v_down, v + at, K * d, L, d, room, width);
+    along(w.v_along, v + at, K * d, L, d, room, width);
+    const uint32_t *v_down = down(w.v_down, (const T *)w.v_along.data(), room, width);
     w.scores.resize(QUERIES * room);
     w.result.resize(QUERIES * width);
     w.weights.resize(QUERIES * room);
@@ -395,12 +432,12 @@ void attend_sample(const Heads &a, int64_t sample, int64_t key_head, const T *q,
 }
 // Weights and their gradients for M keys down and QUERIES queries across, of which the first key comes `ahead` positions
 // after the first query (or before it). scores and through, the gradient of the weights, are used up. weights, grads:
-// (M, QUERIES); pairs: grads with words along the keys.
+// (M, QUERIES).
 template <class T>
 void softmax_backward(float *scores, const float *through, const float *log_sums, int64_t M, int64_t ahead,
-                      const Heads &a, T *weights, T *grads, uint32_t *pairs) {
+                      const Heads &a, T *weights, T *grads) {
     constexpr int64_t V = QUERIES / LANES;
-    Floats along[V] = {};
+    Floats dots[V] = {};  // of each query's weights with their gradients
     for (int64_t m = 0; m < M; m++)
         for (int64_t v = 0; v < V; v++) {
             Ints back = lane_numbers() + (int32_t)(v * LANES - ahead - m);  // positions from the key to each query
@@ -408,19 +445,15 @@ void softmax_backward(float *scores, const float *through, const float *log_sums
             float *score = scores + m * QUERIES + v * LANES;
             Floats weight = exp_negative(load(score) * a.scale - load(log_sums + v * LANES));
             weight = hidden ? Floats{} : weight;
-            along[v] += weight * load(through + m * QUERIES + v * LANES);
+            dots[v] += weight * load(through + m * QUERIES + v * LANES);
             store(score, weight);
             store(weights + m * QUERIES + v * LANES, weight);
         }
     for (int64_t m = 0; m < M; m++)
         for (int64_t v = 0; v < V; v++) {
             int64_t at = m * QUERIES + v * LANES;
-            store(grads + at, load(scores + at) * (load(through + at) - along[v]) * a.scale);
+            store(grads + at, load(scores + at) * (load(through + at) - dots[v]) * a.scale);
         }
-    for (int64_t m = 0; m < M; m++) {
-        T *row = (T *)(pairs + m / PER_WORD<T> * QUERIES) + m % PER_WORD<T>;
-        for (int64_t i = 0; i < QUERIES; i++) row[i * PER_WORD<T>] = grads[m * QUERIES + i];
-    }
 }
 
 // The gradients of a key head's k and v in one sample, and of the q of all query heads that share it. The weights are
@@ -433,14 +466,14 @@ void attend_sample_backward(const Heads &a, int64_t sample, int64_t key_head, co
     int64_t at = (start * K + key_head) * d, P = PER_WORD<T>;
     const uint32_t *k_along = along(w.k_along, k + at, K * d, L, d, room, width);
     const uint32_t *v_along = along(w.v_along, v + at, K * d, L, d, room, width);
-    down(w.rows, k + at, K * d, L, d, room, width);
+    down(w.rows, (const T *)k_along, room, width);
     const uint32_t *k_turned = turned(w.k_turned, w.rows.data(), room / P, width);
     w.grad_k.assign(room * width, 0);
     w.grad_v.assign(room * width, 0);
     w.scores.resize(room * QUERIES);
     w.through.resize(room * QUERIES);
     w.result.resize(width * QUERIES);
-    for (Buffer *buffer : {&w.weights, &w.grads, &w.pairs}) buffer->resize(room * QUERIES / P);
+    for (Buffer *buffer : {&w.weights, &w.grads}) buffer->resize(room * QUERIES / P);
     for (int64_t h = key_head * (H / K); h < (key_head + 1) * (H / K); h++)
         for (int64_t first = 0; first < L; first += QUERIES) {
             int64_t count = std::min(QUERIES, L - first), place = ((start + first) * H + h) * d;
@@ -448,25 +481,27 @@ void attend_sample_backward(const Heads &a, int64_t sample, int64_t key_head, co
             int64_t M = round_up(first + count - begin, TILE_ROWS);
             along(w.rows, q + place, H * d, count, d, QUERIES, width);
             const uint32_t *q_across = turned(w.q_across, w.rows.data(), QUERIES, words);
-            const uint32_t *q_down = down(w.q_down, q + place, H * d, count, d, QUERIES, width);
+            const uint32_t *q_down = down(w.q_down, (const T *)w.rows.data(), QUERIES, width);
             along(w.rows, grad + place, H * d, count, d, QUERIES, width);
             const uint32_t *y_across = turned(w.y_across, w.rows.data(), QUERIES, words);
-            const uint32_t *y_down = down(w.y_down, grad + place, H * d, count, d, QUERIES, width);
+            const uint32_t *y_down = down(w.y_down, (const T *)w.rows.data(), QUERIES, width);
             float *scores = w.scores.data(), *through = w.through.data();
             multiply<T>(k_along + begin * words, words, q_across, QUERIES, scores, QUERIES, M, QUERIES, words);
             multiply<T>(v_along + begin * words, words, y_across, QUERIES, through, QUERIES, M, QUERIES, words);
             float kept[QUERIES] = {};
             for (int64_t i = 0; i < count; i++) kept[i] = log_sums[(start + first + i) * H + h];
-            softmax_backward(scores, through, kept, M, begin - first, a, (T *)w.weights.data(), (T *)w.grads.data(),
-                             w.pairs.data());
+            softmax_backward(scores, through, kept, M, begin - first, a, (T *)w.weights.data(), (T *)w.grads.data());
+            const uint32_t *grads_down = down(w.pairs, (const T *)w.grads.data(), M, QUERIES);
             multiply<T, true>(w.weights.data(), QUERIES / P, y_down, width, &w.grad_v[begin * width], width, M, width,
                               QUERIES / P);
             multiply<T, true>(w.grads.data(), QUERIES / P, q_down, width, &w.grad_k[begin * width], width, M, width,
                               QUERIES / P);
-            multiply<T>(k_turned + begin / P, room / P, w.pairs.data(), QUERIES, w.result.data(), QUERIES, width,
+            multiply<T>(k_turned + begin / P, room / P, grads_down, QUERIES, w.result.data(), QUERIES, width,
                         QUERIES, M / P);
+            auto result = (const float *)turned(w.rows, (const uint32_t *)w.result.data(), width, QUERIES);
             for (int64_t i = 0; i < count; i++)
-                for (int64_t j = 0; j < d; j++) store_one(grad_q + place + i * H * d + j, w.result[j * QUERIES + i]);
+                for (int64_t j = 0; j < d; j += LANES)
+                    store(grad_q + place + i * H * d + j, load(result + i * width + j), d - j);
         }
     for (int64_t i = 0; i < L; i++)
         for (int64_t j = 0; j < d; j += LANES) {

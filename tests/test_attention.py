@@ -154,6 +154,19 @@ def test_compiled_attention_takes_any_layout():
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)])
+def test_compiled_attention_of_what_autocast_hands_over(dtypes):
+    inputs, offsets = packed((20, 30), 4, 2, 8)
+    q, k, v = (x.to(dtype) for x, dtype in zip(inputs, (dtypes[0], *[dtypes[1]] * 2), strict=True))
+    y = compiled_attention(q, k, v, offsets.tolist())
+    expected = plain_varlen_attention(q.float(), k.float(), v.float(), offsets.tolist())
+    torch.testing.assert_close(y, expected)
+    grads = [torch.autograd.grad(result.square().sum(), inputs, retain_graph=True) for result in (y, expected)]
+    for one, other in zip(*grads, strict=True):
+        assert (one - other).norm() < 1e-2 * other.norm()  # rounded on their way through 16 bits
+
+
+@needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
 def test_compiled_attention_gives_the_same_bits_again(threads):
     inputs, offsets = packed((200, 56, 70), 6, 2, 16, dtype=torch.bfloat16)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from compiled import compiled_library
 from kernels import (
     compute_dtype,
     head_loss,
@@ -34,8 +35,38 @@ def assert_alike(y, expected, inputs, within=1e-5):
         torch.testing.assert_close(one, other, atol=within, rtol=within)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 24), (1, 1, 8), (7, 3)])
-def test_rms_norm(shape):
+@pytest.fixture(params=["C++", "torch"])
+def way(request, monkeypatch):
+    """How a CPU computes: by kernels_cpu.cpp, or as CUDA does and a CPU without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "in_cpp", lambda *_: False)
+    elif not compiled_library("kernels_cpu"):
+        pytest.skip("no C++ compiler")
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def assert_as_close(ours, plain, *inputs):
+    """In bf16 our results and gradients are about as near to fp32's as those of the plain reference."""
+    rounded = [x.detach().bfloat16().requires_grad_() for x in inputs]
+    grad, every = None, []
+    for function, given in ((plain, inputs), (plain, rounded), (ours, rounded)):
+        y = function(*given)
+        grad = torch.randn(y.shape) if grad is None else grad
+        result = [y] if y.dim() else []  # a single number may be near by chance
+        every.append(result + [*torch.autograd.grad(y, given, grad.to(y.dtype))])
+    for exact, theirs, mine in zip(*every, strict=True):
+        assert exact.norm() > 0 and (mine - exact).norm() < 1.2 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 24), (1, 1, 8), (7, 3), (3, 50), (2, 64)])
+def test_rms_norm(shape, threads):
     x, weight = random(*shape), random(shape[-1])
     assert_alike(rms_norm(x, weight, 1e-5), plain_rms_norm(x, weight, 1e-5), (x, weight))
 
@@ -47,25 +78,48 @@ def test_rms_norm_of_a_frozen_weight_and_of_zeros():
 
 
 def test_rms_norm_in_bf16_is_as_close_as_the_plain_one():
-    x, weight = random(64, 96), random(96)
-    exact = plain_rms_norm(x, weight, 1e-5)
-    ours, theirs = (f(x.bfloat16(), weight.bfloat16(), 1e-5) for f in (rms_norm, plain_rms_norm))
-    assert ours.dtype == torch.bfloat16
-    assert (ours - exact).norm() < 1.2 * (theirs - exact).norm()
+    assert_as_close(lambda *x: rms_norm(*x, 1e-5), lambda *x: plain_rms_norm(*x, 1e-5), random(64, 96), random(96))
 
 
-def test_swiglu():
-    gate, up = random(2, 5, 12), random(2, 5, 12)
+@pytest.mark.parametrize("shape", [(2, 5, 12), (1, 1, 1), (3, 5000)])
+def test_swiglu(shape, way, threads):
+    gate, up = random(*shape), random(*shape)
+    assert_alike(swiglu(gate, up), plain_swiglu(gate, up), (gate, up))
+    gate, up = (x.detach().transpose(0, 1).requires_grad_() for x in (gate, up))  # in another layout
     assert_alike(swiglu(gate, up), plain_swiglu(gate, up), (gate, up))
 
 
+def test_swiglu_in_bf16_is_as_close_as_the_plain_one(way):
+    assert_as_close(swiglu, plain_swiglu, random(40, 50), random(40, 50))
+
+
+def test_swiglu_of_two_dtypes(way):
+    gate, up = random(4, 50), torch.randn(4, 50).bfloat16()
+    assert_alike(swiglu(gate, up), plain_swiglu(gate, up.float()), (gate,))
+
+
+def test_swiglu_of_large_numbers(way):
+    gate = torch.tensor([-1e30, -200.0, -90.0, -0.0, 90.0, 1e30, torch.inf, torch.nan], requires_grad=True)
+    up = torch.full((8,), 0.5, requires_grad=True)
+    y, expected = swiglu(gate, up), plain_swiglu(gate, up)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    grads = (torch.autograd.grad(result[:6].sum(), (gate, up)) for result in (y, expected))
+    torch.testing.assert_close(*grads, equal_nan=True)
+
+
 @pytest.mark.parametrize("angles", [(7, 4), (2, 1, 7, 4)])
-def test_rotate(angles):
+def test_rotate(angles, way, threads):
     x, turns = random(2, 3, 7, 8), torch.randn(angles)
     y = rotate(x, turns.cos(), turns.sin())
     assert_alike(y, plain_rotate(x, turns.cos(), turns.sin()), (x,))
     transposed = x.transpose(1, 2).contiguous().transpose(1, 2)  # as the model has it
     assert torch.equal(rotate(transposed, turns.cos(), turns.sin()), y)
+
+
+def test_rotate_in_bf16_is_as_close_as_the_plain_one(way):
+    cos, sin = (f(torch.randn(9, 20)).bfloat16() for f in (torch.cos, torch.sin))
+    ours, plain = (lambda x, f=f: f(x, cos.to(x.dtype), sin.to(x.dtype)) for f in (rotate, plain_rotate))
+    assert_as_close(ours, plain, random(2, 3, 9, 40))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -122,7 +176,7 @@ def test_low_rank_linears_keep_fp32_gradients_in_bf16():
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 @pytest.mark.parametrize("trainable", [True, False])
-def test_head_loss(chunk, trainable, monkeypatch):
+def test_head_loss(chunk, trainable, monkeypatch, way, threads):
     monkeypatch.setattr(kernels, "LOSS_CHUNK", chunk)
     x, weight, targets = random(9, 8), torch.randn(30, 8).requires_grad_(trainable), torch.randint(0, 30, (9,))
     (y, each), (expected, expected_each) = head_loss(x, weight, targets), plain_head_loss(x, weight, targets)
@@ -131,7 +185,13 @@ def test_head_loss(chunk, trainable, monkeypatch):
     assert each.shape == (9,) and not each.requires_grad and not expected_each.requires_grad
 
 
-def test_head_loss_of_unlikely_targets_is_finite():
+def test_head_loss_in_bf16_is_as_close_as_the_plain_one(way):
+    targets = torch.randint(0, 50, (30,))
+    ours, plain = (lambda x, weight, f=f: f(x, weight, targets)[0] for f in (head_loss, plain_head_loss))
+    assert_as_close(ours, plain, random(30, 16), random(50, 16))
+
+
+def test_head_loss_of_unlikely_targets_is_finite(way):
     """A probability that rounds to zero still has a logarithm."""
     x, weight = random(2, 4), torch.eye(4) * 300
     with torch.no_grad():
@@ -142,7 +202,7 @@ def test_head_loss_of_unlikely_targets_is_finite():
     assert x.grad.isfinite().all()
 
 
-def test_head_loss_without_gradient_computes_none():
+def test_head_loss_without_gradient_computes_none(way):
     x, weight, targets = torch.randn(9, 8), torch.randn(30, 8), torch.randint(0, 30, (9,))
     loss, _ = head_loss(x, weight, targets)
     assert not loss.requires_grad
