@@ -1,9 +1,9 @@
 // What kernels.py and attention.py compute on a CPU, in fp32 or bf16, with all arithmetic in fp32.
 //
 // compiled.py compiles this file once with g++ and calls it through ctypes; the plain references are in kernels.py and
-// attention.py. Vector types are GCC's, so the same lines become AVX2, AVX-512 or NEON; only the product of pairs of
-// bf16 has an instruction that GCC does not find. Each row, head or sample is one thread's work, from the first number
-// to the last: results do not depend on which thread takes it.
+// attention.py. Vector types are GCC's, so the same lines become AVX2, AVX-512 or NEON; where there is an instruction
+// that GCC does not find, it is named. Each row, head or sample is one thread's work, from the first number to the last:
+// results do not depend on which thread takes it.
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +11,7 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -23,7 +23,7 @@ constexpr int64_t LANES = 16, TILE_ROWS = 8;
 constexpr int64_t LANES = 8, TILE_ROWS = 4;
 #endif
 constexpr int64_t TILE_COLUMNS = 2 * LANES;  // TILE_ROWS x TILE_COLUMNS sums stay in registers
-constexpr int64_t QUERIES = 64;              // queries of a head that attend together
+constexpr int64_t QUERIES = 32;              // queries of a head that attend together
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -37,9 +37,20 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ------------------------------------------------------------------------------------------------- reading and writing
 
-Floats widen(Shorts bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+Words to_words(Shorts x) {
+#ifdef __AVX512F__
+    return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return __builtin_convertvector(x, Words);
+#endif
+}
+
+Floats widen(Shorts bits) { return (Floats)(to_words(bits) << 16); }
 
 Shorts narrow(Floats x) {  // to the nearest, ties to even
+#ifdef __AVX512BF16__
+    return (Shorts)_mm512_cvtneps_pbh((__m512)x);
+#endif
     Words bits = (Words)x;
     Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 64, Shorts);  // a NaN stays one
@@ -311,8 +322,8 @@ const uint32_t *down(Buffer &to, const T *x, int64_t rows, int64_t width) {
         to.resize(rows / 2 * width);
         for (int64_t i = 0; i < rows; i += 2)
             for (int64_t j = 0; j < width; j += LANES) {
-                Words first = __builtin_convertvector(read<Shorts>(x + i * width + j), Words);
-                Words second = __builtin_convertvector(read<Shorts>(x + (i + 1) * width + j), Words);
+                Words first = to_words(read<Shorts>(x + i * width + j));
+                Words second = to_words(read<Shorts>(x + (i + 1) * width + j));
                 write(&to[i / 2 * width + j], first | second << 16);
             }
     }
@@ -373,22 +384,20 @@ template <class T>
 float softmax(const float *scores, T *weights, int64_t N, int64_t low, int64_t high, float scale, float *log_sum) {
     Floats tops = Floats{} - INFINITY, sums = {};
     int64_t first = low / LANES * LANES, end = high / LANES * LANES + LANES;
-    auto hidden = [&](int64_t n) {
+    auto seen = [&](int64_t n, Floats value, float otherwise) {
+        if (n >= low && n + LANES <= high + 1) return value;
         Ints place = lane_numbers() + (int32_t)n;
-        return (place < (int32_t)low) | (place > (int32_t)high);
+        return (place >= (int32_t)low) & (place <= (int32_t)high) ? value : Floats{} + otherwise;
     };
-    for (int64_t n = first; n < end; n += LANES)
-        tops = larger(tops, hidden(n) ? Floats{} - INFINITY : load(scores + n) * scale);
-    float top = largest(tops);
-    for (int64_t n = 0; n < N; n += LANES) {
-        if (n < first || n >= end) {
-            store(weights + n, Floats{});
-            continue;
-        }
-        Floats weight = hidden(n) ? Floats{} : exp_negative(load(scores + n) * scale - top);
+    for (int64_t n = first; n < end; n += LANES) tops = larger(tops, seen(n, load(scores + n), -INFINITY));
+    float top = largest(tops) * scale;
+    for (int64_t n = 0; n < first; n += LANES) store(weights + n, Floats{});
+    for (int64_t n = first; n < end; n += LANES) {
+        Floats weight = seen(n, exp_negative(load(scores + n) * scale - top), 0);
         sums += weight;
         store(weights + n, weight);
     }
+    for (int64_t n = end; n < N; n += LANES) store(weights + n, Floats{});
     float total = sum(sums);
     *log_sum = top + std::log(total);
     return total;
@@ -437,14 +446,17 @@ template <class T>
 void softmax_backward(float *scores, const float *through, const float *log_sums, int64_t M, int64_t ahead,
                       const Heads &a, T *weights, T *grads) {
     constexpr int64_t V = QUERIES / LANES;
+    const int64_t window = a.window ? a.window : INT32_MAX;
     Floats dots[V] = {};  // of each query's weights with their gradients
     for (int64_t m = 0; m < M; m++)
         for (int64_t v = 0; v < V; v++) {
-            Ints back = lane_numbers() + (int32_t)(v * LANES - ahead - m);  // positions from the key to each query
-            Ints hidden = (back < 0) | (back >= (int32_t)(a.window ? a.window : INT32_MAX));
+            int64_t nearest = v * LANES - ahead - m;  // positions from the key to the first query
             float *score = scores + m * QUERIES + v * LANES;
             Floats weight = exp_negative(load(score) * a.scale - load(log_sums + v * LANES));
-            weight = hidden ? Floats{} : weight;
+            if (nearest < 0 || nearest + LANES > window) {
+                Ints back = lane_numbers() + (int32_t)nearest;
+                weight = (back >= 0) & (back < (int32_t)window) ? weight : Floats{};
+            }
             dots[v] += weight * load(through + m * QUERIES + v * LANES);
             store(score, weight);
             store(weights + m * QUERIES + v * LANES, weight);
