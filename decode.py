@@ -195,7 +195,7 @@ def cpp():
     library = compiled_library("decode_cpu")
     if library is not None:
         number, address = ctypes.c_int64, ctypes.c_void_p
-        library.linear.argtypes = [address, number, address, number, address, number, number, number, number]
+        library.linear.argtypes = [*(address, number) * 3, number, number, number, number]
         library.rms_norm.argtypes = [address, number, address, ctypes.c_double, address, number, number, number]
         library.swiglu.argtypes = [address, address, number, number, number]
         library.attend.argtypes = [address, address, address, address, address, number]
@@ -227,9 +227,12 @@ class Weights:
         self.tensors += tensors
         return Matrix(code, layer.out_features, layer.in_features, *(t if t is None else t.data_ptr() for t in tensors))
 
-    def call(self, x, y, add=False):
-        """x (B, in), y (B, sum of out) fp32, whose rows may be apart; with `add` the result goes on top of y."""
-        place = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(x), add, torch.get_num_threads())
+    def call(self, x, y, add=False, in_bf16=False):
+        """x (B, in), y (B, sum of out) fp32, whose rows may be apart; with `add` the result goes on top of y.
+
+        in_bf16: round x to bf16 if the weights are.
+        """
+        place = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(x), add, in_bf16, torch.get_num_threads())
         return partial(cpp().linear, self.matrices, len(self.matrices), *place)
 
 
@@ -262,10 +265,10 @@ class Product:
 
     def calls(self, x, y, add=False):
         """The functions that, called in turn, compute y (B, sum of out) from x (B, in)."""
-        if self.weights is None or (len(x) > 1 and self._better_in_bf16()):
+        if self.weights is None:
             return [partial(self._by_layers, x, y, add)]
-        parts = y.split([width for _, width in self.weights], dim=1)
-        calls = [weights.call(x, part, add) for (weights, _), part in zip(self.weights, parts, strict=True)]
+        parts, in_bf16 = y.split([width for _, width in self.weights], dim=1), len(x) > 1 and multiplies_bf16()
+        calls = [weights.call(x, part, add, in_bf16) for (weights, _), part in zip(self.weights, parts, strict=True)]
         if self.adapted:
             ranks = [self.layers[i].lora_A.size(0) for i in self.adapted]
             self.low = low = torch.empty(len(x), sum(ranks))  # kept here: the calls hold nothing but its address
@@ -274,11 +277,6 @@ class Product:
             for up, inner, part in zip(self.up, low.split(ranks, dim=1), parts, strict=True):
                 calls.append(up.call(inner, part, add=True))
         return calls
-
-    def _better_in_bf16(self):
-        """Whether this processor multiplies several rows by these weights faster than fp32 can."""
-        in_bf16 = all(isinstance(x, Linear) and x.weight.dtype == torch.bfloat16 for x in self.layers)
-        return in_bf16 and compute_dtype(torch.bfloat16, "cpu") == torch.bfloat16
 
     def _by_layers(self, x, y, add):
         """What the compiled products cannot read, each layer computes itself."""
@@ -290,6 +288,11 @@ class Product:
     def dtype(layer):
         base = layer.base if isinstance(layer, LoRALinear) else layer
         return compute_dtype(base.weight.dtype, "cpu") if isinstance(base, Linear) else torch.float32
+
+
+def multiplies_bf16():
+    """Whether this processor multiplies several rows by weights in bf16 faster than fp32 can."""
+    return compute_dtype(torch.bfloat16, "cpu") == torch.bfloat16
 
 
 def dense(weight):

@@ -1,6 +1,6 @@
 // The four operations of a decoding step on a CPU, for a few rows x (activations, fp32) at one time.
 //
-// decode.py compiles this file once with g++ and calls it through ctypes; its plain reference is model.py. A step
+// compiled.py compiles this file once with g++, decode.py calls it through ctypes; its plain reference is model.py. A step
 // reads every weight once, so `linear` is written to read them as fast as memory gives them: in the format they are
 // stored in, turned into fp32 in registers, summed in fp32. Vector types are GCC's, so the same lines become AVX2,
 // AVX-512 or NEON.
@@ -140,6 +140,17 @@ void store(const Matrix &m, int64_t row, float value, float *y, bool add) {
     y[row] = add ? y[row] + value : value;
 }
 
+template <int64_t FORMAT>
+constexpr int64_t BITS = FORMAT == FP32 ? 32 : FORMAT == BF16 ? 16 : FORMAT == INT8 ? 8 : 4;
+
+// While O rows are multiplied, `count` columns from k on, let the same share of the O rows after the next O arrive: the
+// processor's own guess does not reach that far.
+template <int64_t FORMAT, int O>
+inline void prefetch_ahead(const Matrix &m, int64_t row, int64_t k, int64_t count) {
+    auto from = (const char *)m.data + ((row + 2 * O) * m.in + k * O) * BITS<FORMAT> / 8;
+    for (int64_t i = 0; i < O * count * BITS<FORMAT> / 8; i += 64) __builtin_prefetch(from + i);
+}
+
 // O weights from `row` on times one activation x (in,), for FOURBIT in the order of `fourbit_place`.
 template <int64_t FORMAT, int O>
 void one_activation(const Matrix &m, int64_t row, const float *x, float *y, bool add) {
@@ -147,7 +158,8 @@ void one_activation(const Matrix &m, int64_t row, const float *x, float *y, bool
     int64_t whole = m.in / LANES * LANES;
     if constexpr (FORMAT == FOURBIT) {
         Values table(m.values);
-        for (int64_t k = 0; k < m.in; k += BLOCK)
+        for (int64_t k = 0; k < m.in; k += BLOCK) {
+            prefetch_ahead<FORMAT, O>(m, row, k, BLOCK);
             for (int o = 0; o < O; o++) {
                 int64_t at = (row + o) * m.in + k;
                 Floats weights[BLOCK / LANES], block = {};
@@ -155,8 +167,10 @@ void one_activation(const Matrix &m, int64_t row, const float *x, float *y, bool
                 for (int64_t v = 0; v < BLOCK / LANES; v++) block += weights[v] * read<Floats>(x + k + v * LANES);
                 totals[o] += block * m.block_scales[at / BLOCK];
             }
+        }
     } else {
         for (int64_t k = 0; k < whole; k += LANES) {
+            prefetch_ahead<FORMAT, O>(m, row, k, LANES);
             Floats value = read<Floats>(x + k);
             for (int o = 0; o < O; o++) totals[o] += load<FORMAT>(m, row + o, k) * value;
         }
@@ -180,6 +194,45 @@ void many_activations(const float *weights, int64_t in, const float *x, float *y
             for (int v = 0; v < V; v++) totals[o][v] += weights[o * in + k] * values[v];
     }
     std::memcpy(y, totals, sizeof totals);
+}
+
+// bf16 of an fp32, to the nearest, ties to even.
+uint32_t to_bf16(float value) {
+    uint32_t bits = read<uint32_t>(&value);
+    return value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+
+typedef float Sums __attribute__((vector_size(8 * LANES)));  // of up to 2 LANES activations
+typedef uint32_t Pairs __attribute__((vector_size(8 * LANES)));
+
+// sums + the products of two bf16 in each word, where the processor has them in one instruction.
+inline Sums add_pairs(Sums sums, Pairs a, Pairs b) {
+#ifdef __AVX512BF16__
+    return (Sums)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+    sums += (Sums)(a << 16) * (Sums)(b << 16);
+    return sums + (Sums)(a & 0xffff0000) * (Sums)(b & 0xffff0000);
+#endif
+}
+
+// O weights in bf16 from `row` on times 2 LANES activations in bf16, x (in / 2, 2 LANES) pairs: y (O, 2 LANES). Two sums
+// for each row, since an instruction takes several times as long as the next one has to wait.
+template <int O>
+void many_in_bf16(const Matrix &m, int64_t row, const uint32_t *x, float *y) {
+    auto weights = (const uint16_t *)m.data + row * m.in;
+    Sums totals[O][2] = {};
+    for (int64_t k = 0; k < m.in; k += 4) {
+        prefetch_ahead<BF16, O>(m, row, k, 4);
+        for (int half = 0; half < 2; half++) {
+            Pairs values = read<Pairs>(x + (k / 2 + half) * 2 * LANES);
+            for (int o = 0; o < O; o++) {
+                Pairs weight = Pairs{} + read<uint32_t>(weights + o * m.in + k + 2 * half);
+                totals[o][half] = add_pairs(totals[o][half], values, weight);
+            }
+        }
+    }
+    for (int o = 0; o < O; o++) totals[o][0] += totals[o][1];
+    for (int o = 0; o < O; o++) std::memcpy(y + o * 2 * LANES, &totals[o][0], sizeof(Sums));
 }
 
 // One row of a weight as fp32: target (in,)
@@ -206,6 +259,11 @@ void unpack(const Matrix &m, int64_t row, float *target) {
 
 constexpr int TOGETHER = 6;  // rows of a weight that are worked on at one time
 
+// The next rows of a weight, to arrive while the processor multiplies by these.
+void prefetch(const void *next, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)next + i);
+}
+
 // Rows [row, end), at most TOGETHER, of one weight times the activations: one, or V * LANES columns made of `count`.
 template <int64_t FORMAT>
 void some_rows(const Matrix &m, int64_t row, int64_t end, const float *x, int64_t V, float *y, int64_t y_stride,
@@ -222,13 +280,23 @@ void some_rows(const Matrix &m, int64_t row, int64_t end, const float *x, int64_
     if (FORMAT == FP32 && end - row == TOGETHER) weights = (const float *)m.data + row * m.in;
     else
         for (int64_t o = 0; o < end - row; o++) unpack<FORMAT>(m, row + o, &unpacked[o * m.in]);
-    constexpr int64_t bits = FORMAT == FP32 ? 32 : FORMAT == BF16 ? 16 : FORMAT == INT8 ? 8 : 4;
-    const char *next = (const char *)m.data + end * m.in * bits / 8;  // to arrive while the processor multiplies
-    for (int64_t i = 0; i < TOGETHER * m.in * bits / 8; i += 64) __builtin_prefetch(next + i);
+    prefetch((const char *)m.data + end * m.in * BITS<FORMAT> / 8, TOGETHER * m.in * BITS<FORMAT> / 8);
     (V == 1 ? many_activations<TOGETHER, 1> : many_activations<TOGETHER, 2>)(weights, m.in, x, product.data());
     for (int64_t b = 0; b < count; b++)
         for (int64_t o = 0; o < end - row; o++)
             store(m, row + o, product[o * V * LANES + b], y + b * y_stride, add);
+}
+
+// The same for rows of a weight in bf16 times activations in bf16, laid out as for `many_in_bf16`.
+void some_rows_in_bf16(const Matrix &m, int64_t row, const uint32_t *x, float *y, int64_t y_stride, int64_t count,
+                       bool add) {
+    int64_t end = std::min(m.out, row + TOGETHER);
+    float product[TOGETHER * 2 * LANES];
+    if (end - row == TOGETHER) many_in_bf16<TOGETHER>(m, row, x, product);
+    else
+        for (int64_t o = 0; o < end - row; o++) many_in_bf16<1>(m, row + o, x, product + o * 2 * LANES);
+    for (int64_t b = 0; b < count; b++)
+        for (int64_t o = 0; o < end - row; o++) store(m, row + o, product[o * 2 * LANES + b], y + b * y_stride, add);
 }
 
 void some_rows_of_any(const Matrix &m, int64_t row, const float *x, int64_t V, float *y, int64_t y_stride,
@@ -252,14 +320,22 @@ inline float dot(const float *a, const float *b, int64_t n) {
 extern "C" {
 
 // y (count, sum of out) = x (count, in) times each weight, transposed, side by side; with `add` on top of what y holds.
+// in_bf16: round activations to bf16 if the weights are, for several rows and a processor that multiplies these at once.
 void linear(const Matrix *matrices, int64_t matrix_count, const float *x, int64_t x_stride, float *y, int64_t y_stride,
-            int64_t count, int64_t add, int64_t threads) {
+            int64_t count, int64_t add, int64_t in_bf16, int64_t threads) {
     static thread_local std::vector<float> columns;
+    static thread_local std::vector<uint32_t> pairs;
     for (; count > 2 * LANES; count -= 2 * LANES, x += 2 * LANES * x_stride, y += 2 * LANES * y_stride)
-        linear(matrices, matrix_count, x, x_stride, y, y_stride, 2 * LANES, add, threads);
-    int64_t in = matrices[0].in, V = count == 1 ? 0 : (count + LANES - 1) / LANES, width = V ? V * LANES : 1, work = 0;
+        linear(matrices, matrix_count, x, x_stride, y, y_stride, 2 * LANES, add, in_bf16, threads);
+    int64_t in = matrices[0].in;
+    in_bf16 = in_bf16 && in % 4 == 0 && matrices[0].format == BF16;
+    int64_t V = count == 1 && !in_bf16 ? 0 : (count + LANES - 1) / LANES, width = V ? V * LANES : 1, work = 0;
     bool fourbit = matrices[0].format == FOURBIT;
-    if (V || fourbit) {
+    if (in_bf16) {
+        pairs.assign(in / 2 * 2 * LANES, 0);
+        for (int64_t b = 0; b < count; b++)
+            for (int64_t k = 0; k < in; k++) pairs[k / 2 * 2 * LANES + b] |= to_bf16(x[b * x_stride + k]) << 16 * (k % 2);
+    } else if (V || fourbit) {
         columns.assign(in * width, 0);
         for (int64_t k = 0; k < in; k++) {
             const float *from = x + (fourbit ? fourbit_place(k) : k);
@@ -268,13 +344,15 @@ void linear(const Matrix *matrices, int64_t matrix_count, const float *x, int64_
         x = columns.data();
     }
     for (int64_t i = 0; i < matrix_count; i++) work += matrices[i].out * in * count;
+    const uint32_t *paired = pairs.data();  // this thread's, for all
 #pragma omp parallel num_threads(threads) if (work > WORTH_THREADS)
     {
         float *target = y;
         for (int64_t i = 0; i < matrix_count; i++) {
 #pragma omp for schedule(static) nowait
             for (int64_t row = 0; row < matrices[i].out; row += TOGETHER)
-                some_rows_of_any(matrices[i], row, x, V, target, y_stride, count, add);
+                if (in_bf16) some_rows_in_bf16(matrices[i], row, paired, target, y_stride, count, add);
+                else some_rows_of_any(matrices[i], row, x, V, target, y_stride, count, add);
             target += matrices[i].out;
         }
     }

@@ -17,7 +17,7 @@ import sampling
 from checkpoint import load_model
 from cli import UserError
 from compiled import compiled_library
-from decode import CompiledDecoder, Decoder, StaticDecoder, fastest_decoder
+from decode import CompiledDecoder, Decoder, StaticDecoder, Weights, dense, fastest_decoder
 from generate import Settings, Writer, read_prompts
 from model import Config, KVCache, Transformer
 from prompts import encode_prompt
@@ -323,7 +323,7 @@ def test_bf16_weights_are_multiplied_in_fp32(quantize, batch, monkeypatch):
 
     Where the processor multiplies bf16, this holds for one row alone; here it must believe that it does not.
     """
-    monkeypatch.setattr("decode.Product._better_in_bf16", lambda product: False)
+    monkeypatch.setattr("decode.multiplies_bf16", lambda: False)
     model = wide_model(quantize, torch.bfloat16)
     exact = copy.deepcopy(model).float()
     prompts, forced = [random_prompt(5) for _ in range(batch)], torch.randint(3, 512, (6, batch))
@@ -341,17 +341,24 @@ def test_bf16_weights_are_multiplied_in_fp32(quantize, batch, monkeypatch):
 
 
 @needs_compiler
-def test_several_rows_where_the_processor_multiplies_bf16(monkeypatch):
-    """There several rows go to torch's own products, one row does not."""
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_several_rows_where_the_processor_multiplies_bf16(batch, monkeypatch):
+    """There several rows are rounded to bf16, as in the model's own pass; one row is not."""
     for room in ("decode", "model"):
         monkeypatch.setattr(f"{room}.compute_dtype", lambda dtype, device: dtype)
-    model = wide_model(dtype=torch.bfloat16)
-    for batch, tolerance in ((1, 3e-2), (3, 3e-2)):
-        assert_same_logits(CompiledDecoder, model, batch, tolerance=tolerance)
-    decoder = CompiledDecoder(model)
-    decoded_logits(decoder, [random_prompt(2)] * 3, torch.zeros(0, 3, dtype=torch.int64))
-    by_layers = [call for call in decoder.calls if getattr(call.func, "__name__", "") == "_by_layers"]
-    assert len(by_layers) == 2 * 4 + 1
+    assert_same_logits(CompiledDecoder, wide_model(dtype=torch.bfloat16), batch, tolerance=3e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [2, 16, 17, 40])
+@pytest.mark.parametrize("shape", [(7, 12), (48, 64), (64, 30), (1, 4)])  # 30 is no multiple of 4: it stays in fp32
+def test_a_product_of_several_rows_in_bf16(count, shape):
+    layers = [dense(torch.nn.Parameter(torch.randn(out, shape[1]).bfloat16())) for out in (shape[0], 5)]
+    x, y = torch.randn(count, shape[1]), torch.randn(count, shape[0] + 5)
+    weight, before = torch.cat([layer.weight.detach() for layer in layers]).float(), y.clone()
+    Weights(layers).call(x, y, add=True, in_bf16=True)()
+    rounded = x if shape[1] % 4 else x.bfloat16().float()
+    torch.testing.assert_close(y, before + rounded @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 @DECODERS
