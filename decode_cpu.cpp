@@ -1,8 +1,8 @@
 // The four operations of a decoding step on a CPU, for a few rows x (activations, fp32) at one time.
 //
-// compiled.py compiles this file once with g++, decode.py calls it through ctypes; its plain reference is model.py. A step
-// reads every weight once, so `linear` is written to read them as fast as memory gives them: in the format they are
-// stored in, turned into fp32 in registers, summed in fp32. Vector types are GCC's, so the same lines become AVX2,
+// compiled.py compiles this file once with g++, decode.py calls it through ctypes; its plain reference is model.py. A
+// step reads every weight once, so `linear` is written to read them as fast as memory gives them: in the format they
+// are stored in, turned into fp32 in registers, summed in fp32. Vector types are GCC's, so the same lines become AVX2,
 // AVX-512 or NEON.
 
 #include <algorithm>
@@ -215,8 +215,8 @@ inline Sums add_pairs(Sums sums, Pairs a, Pairs b) {
 #endif
 }
 
-// O weights in bf16 from `row` on times 2 LANES activations in bf16, x (in / 2, 2 LANES) pairs: y (O, 2 LANES). Two sums
-// for each row, since an instruction takes several times as long as the next one has to wait.
+// O weights in bf16 from `row` on times 2 LANES activations in bf16, x (in / 2, 2 LANES) pairs: y (O, 2 LANES). Two
+// sums for each row, since an instruction takes several times as long as the next one has to wait.
 template <int O>
 void many_in_bf16(const Matrix &m, int64_t row, const uint32_t *x, float *y) {
     auto weights = (const uint16_t *)m.data + row * m.in;
@@ -320,7 +320,7 @@ inline float dot(const float *a, const float *b, int64_t n) {
 extern "C" {
 
 // y (count, sum of out) = x (count, in) times each weight, transposed, side by side; with `add` on top of what y holds.
-// in_bf16: round activations to bf16 if the weights are, for several rows and a processor that multiplies these at once.
+// in_bf16: round activations to bf16 if the weights are, for several rows and a processor that multiplies bf16 fast.
 void linear(const Matrix *matrices, int64_t matrix_count, const float *x, int64_t x_stride, float *y, int64_t y_stride,
             int64_t count, int64_t add, int64_t in_bf16, int64_t threads) {
     static thread_local std::vector<float> columns;
@@ -334,7 +334,8 @@ void linear(const Matrix *matrices, int64_t matrix_count, const float *x, int64_
     if (in_bf16) {
         pairs.assign(in / 2 * 2 * LANES, 0);
         for (int64_t b = 0; b < count; b++)
-            for (int64_t k = 0; k < in; k++) pairs[k / 2 * 2 * LANES + b] |= to_bf16(x[b * x_stride + k]) << 16 * (k % 2);
+            for (int64_t k = 0; k < in; k++)
+                pairs[k / 2 * 2 * LANES + b] |= to_bf16(x[b * x_stride + k]) << 16 * (k % 2);
     } else if (V || fourbit) {
         columns.assign(in * width, 0);
         for (int64_t k = 0; k < in; k++) {

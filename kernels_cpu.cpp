@@ -2,8 +2,8 @@
 //
 // compiled.py compiles this file once with g++ and calls it through ctypes; the plain references are in kernels.py and
 // attention.py. Vector types are GCC's, so the same lines become AVX2, AVX-512 or NEON; where there is an instruction
-// that GCC does not find, it is named. Each row, head or sample is one thread's work, from the first number to the last:
-// results do not depend on which thread takes it.
+// that GCC does not find, it is named. Each row, head or sample is one thread's work, from the first number to the
+// last: results do not depend on which thread takes it.
 
 #include <algorithm>
 #include <cmath>
@@ -131,7 +131,7 @@ Floats sigmoid(Floats x) {
     return (x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e);
 }
 
-// ------------------------------------------------------------------------------------------------ norm, SwiGLU, rotation
+// ----------------------------------------------------------------------------------------------- norm, SwiGLU, rotation
 
 // y = x / rms(x) * weight for each of `rows` rows; inverse (rows,) receives 1 / rms(x).
 template <class T>
@@ -220,8 +220,8 @@ void rotate_all(const T *x, const float *cos, const float *sin, float sign, T *y
 
 // ------------------------------------------------------------------------------------------------------------ the loss
 
-// losses (rows,) = -log softmax(logits)[target], NaN if there is no such logit; with `backward` the logits become their gradient: softmax, less 1 at
-// the target.
+// losses (rows,) = -log softmax(logits)[target], NaN if there is no such logit; with `backward` the logits become their
+// gradient: softmax, less 1 at the target.
 template <class T>
 void loss_rows(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t size, bool backward,
                int64_t threads) {
@@ -375,7 +375,8 @@ struct Heads {
 namespace {
 
 struct Workspace {
-    Buffer rows, k_along, v_along, k_across, v_down, k_turned, q_across, q_down, y_across, y_down, weights, grads, pairs;
+    Buffer rows, k_along, v_along, k_across, v_down, k_turned, q_across, q_down, y_across, y_down;
+    Buffer weights, grads, pairs;
     std::vector<float> scores, through, result, grad_k, grad_v;
 };
 
@@ -422,8 +423,7 @@ void attend_sample(const Heads &a, int64_t sample, int64_t key_head, const T *q,
             int64_t count = std::min(QUERIES, L - first), M = round_up(count, TILE_ROWS);
             int64_t begin = a.window ? std::max<int64_t>(0, first - a.window + 1) / QUERIES * QUERIES : 0;
             int64_t N = round_up(first + count - begin, TILE_COLUMNS);
-            const uint32_t *q_along =
-                along(w.rows, q + ((start + first) * H + h) * d, H * d, count, d, M, width);
+            const uint32_t *q_along = along(w.rows, q + ((start + first) * H + h) * d, H * d, count, d, M, width);
             multiply<T>(q_along, words, k_across + begin, room, w.scores.data(), N, M, N, words);
             float totals[QUERIES];
             for (int64_t i = 0; i < count; i++) {
@@ -439,9 +439,9 @@ void attend_sample(const Heads &a, int64_t sample, int64_t key_head, const T *q,
                     store(y + ((start + first + i) * H + h) * d + j, load(&w.result[i * width + j]) / totals[i], d - j);
         }
 }
-// Weights and their gradients for M keys down and QUERIES queries across, of which the first key comes `ahead` positions
-// after the first query (or before it). scores and through, the gradient of the weights, are used up. weights, grads:
-// (M, QUERIES).
+// Weights and their gradients, (M, QUERIES) each, for M keys down and QUERIES queries across, where the first key comes
+// `ahead` positions after the first query (below 0: before it). scores are used up. through: the gradient of the
+// weights.
 template <class T>
 void softmax_backward(float *scores, const float *through, const float *log_sums, int64_t M, int64_t ahead,
                       const Heads &a, T *weights, T *grads) {
@@ -588,7 +588,10 @@ void rotate(int64_t bf16, const void *x, const float *cos, const float *sin, dou
 
 void loss(int64_t bf16, void *logits, const int64_t *targets, float *losses, int64_t rows, int64_t size,
           int64_t backward, int64_t threads) {
-    in_type(bf16, [&](auto type) { loss_rows((decltype(type) *)logits, targets, losses, rows, size, backward, threads); });
+    in_type(bf16, [&](auto type) {
+        using T = decltype(type);
+        loss_rows((T *)logits, targets, losses, rows, size, backward, threads);
+    });
 }
 
 void attend(int64_t bf16, const Heads *a, const void *q, const void *k, const void *v, void *y, float *log_sums,
