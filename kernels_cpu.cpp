@@ -113,8 +113,8 @@ Ints lane_numbers() {
 }
 
 // exp(x) for x <= 0: 2^n times the Taylor series of the rest, which is at most ln(2) / 2 away from 0 (error 1e-7).
-Floats exp_negative(Floats x) {
-    x = x < -87.0f ? Floats{} - 87.0f : x;  // exp(-87) is nearly the smallest fp32
+Floats exp_negative(Floats all) {
+    Floats x = all < -87.0f ? Floats{} - 87.0f : all;  // below it the result is 0: nearly the smallest fp32
     Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
     Floats r = x - __builtin_convertvector(n, Floats) * 0.693147181f, y = 1.0f + r * (1.0f / 7);
     y = 1.0f + y * r * (1.0f / 6);
@@ -123,7 +123,7 @@ Floats exp_negative(Floats x) {
     y = 1.0f + y * r * (1.0f / 3);
     y = 1.0f + y * r * (1.0f / 2);
     y = 1.0f + y * r;
-    return y * (Floats)((n + 127) << 23);
+    return all < -87.0f ? Floats{} : y * (Floats)((n + 127) << 23);
 }
 
 Floats sigmoid(Floats x) {

@@ -209,6 +209,7 @@ def test_an_overflow_in_bf16_names_the_module(settings, spoil):
         model.model.embed_tokens.weight[BAD_TOKEN] *= 1e20
         model.model.layers[1].post_attention_layernorm.weight.fill_(1e15)
         model.model.layers[1].mlp.gate_proj.weight.fill_(1e15)
+        model.model.layers[1].mlp.gate_proj.weight[::2] *= -1  # some gate is open, whatever the sign of its input
         model.model.layers[1].mlp.up_proj.weight.fill_(1e15)
 
     s = settings(with_bad_token([3]), precision="bf16-true", method="full")
