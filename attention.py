@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 import compiled
-from kernels import in_cpp
+from kernels import call_cpp, in_cpp
 
 # From torch 2.12 on varlen_attn wants to be told that query heads share keys. Its kernel took them before, too.
 GROUPS_ANNOUNCED = torch.__version__ >= (2, 12)
@@ -163,8 +163,7 @@ def _call_cpp(function, q, k, v, offsets, window, arguments):
     starts, d = torch.tensor(offsets, device=q.device), q.size(-1)
     where = None if q.is_meta else starts.data_ptr()
     heads = Heads(q.size(2), k.size(2), d, window, len(offsets) - 1, where, d**-0.5)
-    in_bf16 = q.dtype == torch.bfloat16
-    compiled.call("kernels_cpu", function, in_bf16, ctypes.byref(heads), *arguments, torch.get_num_threads())
+    call_cpp(function, *arguments, ctypes.byref(heads))
 
 
 @compiled.operator("attend(Tensor q, Tensor k, Tensor v, int[] offsets, int window) -> (Tensor, Tensor)")

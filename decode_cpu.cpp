@@ -143,12 +143,17 @@ void store(const Matrix &m, int64_t row, float value, float *y, bool add) {
 template <int64_t FORMAT>
 constexpr int64_t BITS = FORMAT == FP32 ? 32 : FORMAT == BF16 ? 16 : FORMAT == INT8 ? 8 : 4;
 
+// The next rows of a weight, to arrive while the processor multiplies by these.
+inline void prefetch(const void *next, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)next + i);
+}
+
 // While O rows are multiplied, `count` columns from k on, let the same share of the O rows after the next O arrive: the
 // processor's own guess does not reach that far.
 template <int64_t FORMAT, int O>
 inline void prefetch_ahead(const Matrix &m, int64_t row, int64_t k, int64_t count) {
     auto from = (const char *)m.data + ((row + 2 * O) * m.in + k * O) * BITS<FORMAT> / 8;
-    for (int64_t i = 0; i < O * count * BITS<FORMAT> / 8; i += 64) __builtin_prefetch(from + i);
+    prefetch(from, O * count * BITS<FORMAT> / 8);
 }
 
 // O weights from `row` on times one activation x (in,), for FOURBIT in the order of `fourbit_place`.
@@ -258,11 +263,6 @@ void unpack(const Matrix &m, int64_t row, float *target) {
 }
 
 constexpr int TOGETHER = 6;  // rows of a weight that are worked on at one time
-
-// The next rows of a weight, to arrive while the processor multiplies by these.
-void prefetch(const void *next, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)next + i);
-}
 
 // Rows [row, end), at most TOGETHER, of one weight times the activations: one, or V * LANES columns made of `count`.
 template <int64_t FORMAT>

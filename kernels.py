@@ -167,10 +167,13 @@ def _rms_norm(x, weight, eps):
     return y, inverse
 
 
-@compiled.operator("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse) -> (Tensor, Tensor)")
-def _rms_norm_backward(grad, x, weight, inverse):
-    """The gradients of x, and of the weight in fp32."""
-    grad_x, sums = torch.empty_like(x), x.new_zeros((torch.get_num_threads(), x.size(-1)), dtype=torch.float32)
+@compiled.operator(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse, bool trains) -> (Tensor, Tensor)"
+)
+def _rms_norm_backward(grad, x, weight, inverse, trains):
+    """The gradients of x, and of the weight in fp32 if it trains."""
+    parts = torch.get_num_threads() if trains else 0  # an empty tensor's address is null: then nothing is summed
+    grad_x, sums = torch.empty_like(x), x.new_zeros((parts, x.size(-1)), dtype=torch.float32)
     call_cpp("rms_norm_backward", grad, x, weight.float(), inverse, grad_x, sums, inverse.numel(), x.size(-1))
     return grad_x, sums.sum(0)
 
@@ -186,8 +189,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, inverse = ctx.saved_tensors
-        grad_x, grad_weight = _rms_norm_backward(grad.contiguous(), x, weight, inverse)
-        return grad_x, grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+        trains = ctx.needs_input_grad[1]
+        grad_x, grad_weight = _rms_norm_backward(grad.contiguous(), x, weight, inverse, trains)
+        return grad_x, grad_weight.to(weight.dtype) if trains else None, None
 
 
 def rms_norm(x, weight, eps):

@@ -594,7 +594,7 @@ void loss(int64_t bf16, void *logits, const int64_t *targets, float *losses, int
     });
 }
 
-void attend(int64_t bf16, const Heads *a, const void *q, const void *k, const void *v, void *y, float *log_sums,
+void attend(int64_t bf16, const void *q, const void *k, const void *v, void *y, float *log_sums, const Heads *a,
             int64_t threads) {
     in_type(bf16, [&](auto type) {
         using T = decltype(type);
@@ -604,8 +604,8 @@ void attend(int64_t bf16, const Heads *a, const void *q, const void *k, const vo
     });
 }
 
-void attend_backward(int64_t bf16, const Heads *a, const void *grad, const void *q, const void *k, const void *v,
-                     const float *log_sums, void *grad_q, void *grad_k, void *grad_v, int64_t threads) {
+void attend_backward(int64_t bf16, const void *grad, const void *q, const void *k, const void *v, const float *log_sums,
+                     void *grad_q, void *grad_k, void *grad_v, const Heads *a, int64_t threads) {
     in_type(bf16, [&](auto type) {
         using T = decltype(type);
         each_sample_and_key_head(*a, threads, [&](int64_t sample, int64_t head, Workspace &w) {
