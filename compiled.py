@@ -34,7 +34,8 @@ def _compile(compiler, source):
     """The path of the library for this source and this processor, compiled unless it is there already."""
     processor = Path("/proc/cpuinfo")  # -march=native: a home folder may be shared among unlike machines
     flags = next((line for line in processor.read_text().splitlines() if line.startswith("flags")), "")
-    key = hashlib.sha256(source.read_bytes() + " ".join([compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
+    code = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    key = hashlib.sha256(code + " ".join([compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "onetune")
     path = folder / f"{source.stem}-{key}.so"
     if not path.exists():

@@ -568,7 +568,7 @@ def record_run(s):
     """Keep what ran: the resolved settings, to be given to --config, and the code."""
     with explained_write_errors(s.out_dir):
         with new_folder(s.out_dir / "source") as folder:
-            for path in (path for kind in ("*.py", "*.cpp") for path in Path(__file__).parent.glob(kind)):
+            for path in (path for kind in ("*.py", "*.cpp", "*.h") for path in Path(__file__).parent.glob(kind)):
                 shutil.copy(path, folder)
         with whole_file(s.out_dir / "config.yaml") as file:
             file.write_bytes(yaml.safe_dump(plain(s), sort_keys=False).encode())

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#include "matrix_tiles.h"
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -18,12 +20,17 @@
 namespace {
 
 #ifdef __AVX512F__
-constexpr int64_t LANES = 16, TILE_ROWS = 8;
+constexpr int64_t LANES = 16, SUM_ROWS = 8;
 #else
-constexpr int64_t LANES = 8, TILE_ROWS = 4;
+constexpr int64_t LANES = 8, SUM_ROWS = 4;
 #endif
-constexpr int64_t TILE_COLUMNS = 2 * LANES;  // TILE_ROWS x TILE_COLUMNS sums stay in registers
-constexpr int64_t QUERIES = 32;              // queries of a head that attend together
+constexpr int64_t SUM_COLUMNS = 2 * LANES;  // SUM_ROWS x SUM_COLUMNS sums stay in registers
+constexpr int64_t QUERIES = 32;             // queries of a head that attend together
+#ifdef __AMX_BF16__
+constexpr int64_t WHOLE_ROWS = 2 * tiles::SIZE;  // a product has a multiple of so many
+#else
+constexpr int64_t WHOLE_ROWS = SUM_ROWS;
+#endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -273,29 +280,36 @@ inline Floats multiply_add<BF16>(Floats sums, Words a, Words b) {
 #endif
 }
 
-// c (M, N) = a (M, K words) b (K, N words), or with ADD on top of c. M and N are whole tiles.
-template <class T, bool ADD = false>
-void multiply(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride, float *c, int64_t c_stride,
-              int64_t M, int64_t N, int64_t K) {
-    for (int64_t n = 0; n < N; n += TILE_COLUMNS)
-        for (int64_t m = 0; m < M; m += TILE_ROWS) {
+// c (M, N) = a (M, K words) b (K, N words), or with ADD on top of c.
+template <class T, bool ADD>
+void multiply_in_registers(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride, float *c,
+                           int64_t c_stride, int64_t M, int64_t N, int64_t K) {
+    for (int64_t n = 0; n < N; n += SUM_COLUMNS)
+        for (int64_t m = 0; m < M; m += SUM_ROWS) {
             const uint32_t *rows = a + m * a_stride, *columns = b + n;
             float *to = c + m * c_stride + n;
-            Floats sums[TILE_ROWS][2] = {};
+            Floats sums[SUM_ROWS][2] = {};
             if (ADD)
-                for (int r = 0; r < TILE_ROWS; r++)
+                for (int r = 0; r < SUM_ROWS; r++)
                     for (int v = 0; v < 2; v++) sums[r][v] = load(to + r * c_stride + v * LANES);
             for (int64_t k = 0; k < K; k++, columns += b_stride) {
                 Words left = read<Words>(columns), right = read<Words>(columns + LANES);
-                for (int r = 0; r < TILE_ROWS; r++) {
+                for (int r = 0; r < SUM_ROWS; r++) {
                     Words one = Words{} + rows[r * a_stride + k];
                     sums[r][0] = multiply_add<T>(sums[r][0], one, left);
                     sums[r][1] = multiply_add<T>(sums[r][1], one, right);
                 }
             }
-            for (int r = 0; r < TILE_ROWS; r++)
+            for (int r = 0; r < SUM_ROWS; r++)
                 for (int v = 0; v < 2; v++) store(to + r * c_stride + v * LANES, sums[r][v]);
         }
+}
+
+// The same by the fastest unit there is. M is a multiple of WHOLE_ROWS, N of SUM_COLUMNS, K of half of that.
+template <class T, bool ADD = false, class... Arguments>
+void multiply(Arguments... arguments) {
+    if (PER_WORD<T> == 2 && tiles::allowed()) tiles::multiply<ADD>(arguments...);
+    else multiply_in_registers<T, ADD>(arguments...);
 }
 
 typedef std::vector<uint32_t> Buffer;
@@ -408,7 +422,7 @@ float softmax(const float *scores, T *weights, int64_t N, int64_t low, int64_t h
 template <class T>
 void attend_sample(const Heads &a, int64_t sample, int64_t key_head, const T *q, const T *k, const T *v, T *y,
                    float *log_sums, Workspace &w) {
-    int64_t start = a.offsets[sample], L = a.offsets[sample + 1] - start, d = a.d, width = round_up(d, TILE_COLUMNS);
+    int64_t start = a.offsets[sample], L = a.offsets[sample + 1] - start, d = a.d, width = round_up(d, SUM_COLUMNS);
     int64_t H = a.heads, K = a.key_heads, room = round_up(L, QUERIES), words = width / PER_WORD<T>;
     int64_t at = (start * K + key_head) * d;
     along(w.rows, k + at, K * d, L, d, room, width);
@@ -420,9 +434,9 @@ void attend_sample(const Heads &a, int64_t sample, int64_t key_head, const T *q,
     w.weights.resize(QUERIES * room);
     for (int64_t h = key_head * (H / K); h < (key_head + 1) * (H / K); h++)
         for (int64_t first = 0; first < L; first += QUERIES) {
-            int64_t count = std::min(QUERIES, L - first), M = round_up(count, TILE_ROWS);
+            int64_t count = std::min(QUERIES, L - first), M = round_up(count, WHOLE_ROWS);
             int64_t begin = a.window ? std::max<int64_t>(0, first - a.window + 1) / QUERIES * QUERIES : 0;
-            int64_t N = round_up(first + count - begin, TILE_COLUMNS);
+            int64_t N = round_up(first + count - begin, SUM_COLUMNS);
             const uint32_t *q_along = along(w.rows, q + ((start + first) * H + h) * d, H * d, count, d, M, width);
             multiply<T>(q_along, words, k_across + begin, room, w.scores.data(), N, M, N, words);
             float totals[QUERIES];
@@ -473,7 +487,7 @@ void softmax_backward(float *scores, const float *through, const float *log_sums
 template <class T>
 void attend_sample_backward(const Heads &a, int64_t sample, int64_t key_head, const T *grad, const T *q, const T *k,
                             const T *v, const float *log_sums, T *grad_q, T *grad_k, T *grad_v, Workspace &w) {
-    int64_t start = a.offsets[sample], L = a.offsets[sample + 1] - start, d = a.d, width = round_up(d, TILE_COLUMNS);
+    int64_t start = a.offsets[sample], L = a.offsets[sample + 1] - start, d = a.d, width = round_up(d, SUM_COLUMNS);
     int64_t H = a.heads, K = a.key_heads, room = round_up(L, QUERIES), words = width / PER_WORD<T>;
     int64_t at = (start * K + key_head) * d, P = PER_WORD<T>;
     const uint32_t *k_along = along(w.k_along, k + at, K * d, L, d, room, width);
@@ -490,7 +504,7 @@ void attend_sample_backward(const Heads &a, int64_t sample, int64_t key_head, co
         for (int64_t first = 0; first < L; first += QUERIES) {
             int64_t count = std::min(QUERIES, L - first), place = ((start + first) * H + h) * d;
             int64_t begin = a.window ? std::max<int64_t>(0, first - a.window + 1) / QUERIES * QUERIES : 0;
-            int64_t M = round_up(first + count - begin, TILE_ROWS);
+            int64_t M = round_up(first + count - begin, WHOLE_ROWS);
             along(w.rows, q + place, H * d, count, d, QUERIES, width);
             const uint32_t *q_across = turned(w.q_across, w.rows.data(), QUERIES, words);
             const uint32_t *q_down = down(w.q_down, (const T *)w.rows.data(), QUERIES, width);
@@ -527,6 +541,7 @@ void each_sample_and_key_head(const Heads &a, int64_t threads, Work work) {
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Workspace workspace;
+        tiles::InUse unit;
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < a.samples * a.key_heads; n++) work(n / a.key_heads, n % a.key_heads, workspace);
     }
