@@ -181,7 +181,7 @@ class Matrix(ctypes.Structure):
 class Attention(ctypes.Structure):
     """decode_cpu.cpp's description of the attention of a step."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "d", "room", "position")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("in_bf16", "batch", "heads", "key_heads", "d", "room", "position")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "padding", "y")]
     _fields_ += [("eps", ctypes.c_double), ("threads", ctypes.c_int64)]
 
@@ -230,7 +230,7 @@ class Weights:
     def call(self, x, y, add=False, in_bf16=False):
         """x (B, in), y (B, sum of out) fp32, whose rows may be apart; with `add` the result goes on top of y.
 
-        in_bf16: round x to bf16 if the weights are.
+        in_bf16: multiply in bf16, unless the weights are in fp32.
         """
         place = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(x), add, in_bf16, torch.get_num_threads())
         return partial(cpp().linear, self.matrices, len(self.matrices), *place)
@@ -263,11 +263,11 @@ class Product:
             gain = torch.full((adapter.out_features,), float(adapter.scale))
             self.up.append(Weights([dense(adapter.lora_B)], [gain if ratios[i] is None else gain * ratios[i]]))
 
-    def calls(self, x, y, add=False):
-        """The functions that, called in turn, compute y (B, sum of out) from x (B, in)."""
+    def calls(self, x, y, in_bf16, add=False):
+        """The functions that, called in turn, compute y (B, sum of out) from x (B, in), as `Weights.call`."""
         if self.weights is None:
             return [partial(self._by_layers, x, y, add)]
-        parts, in_bf16 = y.split([width for _, width in self.weights], dim=1), len(x) > 1 and multiplies_bf16()
+        parts = y.split([width for _, width in self.weights], dim=1)
         calls = [weights.call(x, part, add, in_bf16) for (weights, _), part in zip(self.weights, parts, strict=True)]
         if self.adapted:
             ranks = [self.layers[i].lora_A.size(0) for i in self.adapted]
@@ -288,11 +288,6 @@ class Product:
     def dtype(layer):
         base = layer.base if isinstance(layer, LoRALinear) else layer
         return compute_dtype(base.weight.dtype, "cpu") if isinstance(base, Linear) else torch.float32
-
-
-def multiplies_bf16():
-    """Whether this processor multiplies several rows by weights in bf16 faster than fp32 can."""
-    return compute_dtype(torch.bfloat16, "cpu") == torch.bfloat16
 
 
 def dense(weight):
@@ -319,7 +314,7 @@ def readable(layer, base):
 class CompiledDecoder(Decoder):
     """A step is a list of calls of decode_cpu.cpp, made once for a batch: their buffers and addresses stay.
 
-    Activations, keys and values are fp32.
+    Activations are fp32, keys and values what the model's own pass keeps.
     """
 
     def __init__(self, model):
@@ -344,9 +339,9 @@ class CompiledDecoder(Decoder):
 
     def prepare(self):
         c, cache = self.model.config, self.cache
-        if cache.k.dtype != torch.float32:
-            cache.k, cache.v = cache.k.float(), cache.v.float()
         B, heads = cache.k.size(1), c.num_attention_heads * c.head_dim
+        # As in the model's own pass; one row is read from memory faster than anything is multiplied, so it is exact.
+        self.in_bf16 = B > 1 and cache.k.dtype == torch.bfloat16
         self.x, self.normed = torch.empty(B, c.hidden_size), torch.empty(B, c.hidden_size)
         self.qkv = torch.empty(B, heads + 2 * c.num_key_value_heads * c.head_dim)
         self.attended, self.gate_up = torch.empty(B, heads), torch.empty(B, 2 * c.intermediate_size)
@@ -355,11 +350,11 @@ class CompiledDecoder(Decoder):
         self.padding = torch.zeros(B, dtype=torch.int64) if cache.padding is None else cache.padding
         pointers = (t.data_ptr() for t in (self.qkv, self.cos, self.sin, self.padding, self.attended))
         self.attention = Attention(
-            B, c.num_attention_heads, c.num_key_value_heads, c.head_dim, cache.k.size(3), cache.length, *pointers,
-            c.rms_norm_eps, torch.get_num_threads(),
+            cache.k.dtype == torch.bfloat16, B, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
+            cache.k.size(3), cache.length, *pointers, c.rms_norm_eps, torch.get_num_threads(),
         )  # fmt: skip
         self.calls = [call for i, layer in enumerate(self.layers) for call in self._block(i, layer)]
-        self.calls += [self._rms_norm(self.norm), *self.head.calls(self.normed, self.logits)]
+        self.calls += [self._rms_norm(self.norm), *self.head.calls(self.normed, self.logits, self.in_bf16)]
 
     def _block(self, i, layer):
         """The calls that do what `Block` does to x (B, D), in place."""
@@ -371,13 +366,13 @@ class CompiledDecoder(Decoder):
         window = self.model.config.windows[i] or 0
         return [
             self._rms_norm(layer["input_norm"]),
-            *layer["qkv"].calls(self.normed, self.qkv),
+            *layer["qkv"].calls(self.normed, self.qkv, self.in_bf16),
             partial(library.attend, ctypes.byref(self.attention), *pointers, window),
-            *layer["o"].calls(self.attended, self.x, add=True),
+            *layer["o"].calls(self.attended, self.x, self.in_bf16, add=True),
             self._rms_norm(layer["post_norm"]),
-            *layer["gate_up"].calls(self.normed, self.gate_up),
+            *layer["gate_up"].calls(self.normed, self.gate_up, self.in_bf16),
             partial(library.swiglu, self.gate_up.data_ptr(), self.inner.data_ptr(), *self.inner.shape, threads),
-            *layer["down"].calls(self.inner, self.x, add=True),
+            *layer["down"].calls(self.inner, self.x, self.in_bf16, add=True),
         ]
 
     def _rms_norm(self, weight):

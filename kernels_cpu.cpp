@@ -1,142 +1,12 @@
 // What kernels.py and attention.py compute on a CPU, in fp32 or bf16, with all arithmetic in fp32.
 //
 // compiled.py compiles this file once with g++ and calls it through ctypes; the plain references are in kernels.py and
-// attention.py. Vector types are GCC's, so the same lines become AVX2, AVX-512 or NEON; where there is an instruction
-// that GCC does not find, it is named. Each row, head or sample is one thread's work, from the first number to the
-// last: results do not depend on which thread takes it.
+// attention.py. Each row, head or sample is one thread's work, from the first number to the last: results do not depend
+// on which thread takes it.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-#include "matrix_tiles.h"
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
-
-#ifdef __AVX512F__
-constexpr int64_t LANES = 16, SUM_ROWS = 8;
-#else
-constexpr int64_t LANES = 8, SUM_ROWS = 4;
-#endif
-constexpr int64_t SUM_COLUMNS = 2 * LANES;  // SUM_ROWS x SUM_COLUMNS sums stay in registers
-constexpr int64_t QUERIES = 32;             // queries of a head that attend together
-#ifdef __AMX_BF16__
-constexpr int64_t WHOLE_ROWS = 2 * tiles::SIZE;  // a product has a multiple of so many
-#else
-constexpr int64_t WHOLE_ROWS = SUM_ROWS;
-#endif
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
-
-struct BF16 {
-    uint16_t bits;  // the upper half of an fp32
-};
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// ------------------------------------------------------------------------------------------------- reading and writing
-
-Words to_words(Shorts x) {
-#ifdef __AVX512F__
-    return (Words)_mm512_cvtepu16_epi32((__m256i)x);
-#else
-    return __builtin_convertvector(x, Words);
-#endif
-}
-
-Floats widen(Shorts bits) { return (Floats)(to_words(bits) << 16); }
-
-Shorts narrow(Floats x) {  // to the nearest, ties to even
-#ifdef __AVX512BF16__
-    return (Shorts)_mm512_cvtneps_pbh((__m512)x);
-#endif
-    Words bits = (Words)x;
-    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 64, Shorts);  // a NaN stays one
-}
-
-template <class V>
-V read(const void *address) {
-    V value;
-    std::memcpy(&value, address, sizeof value);
-    return value;
-}
-
-template <class V>
-void write(void *address, V value) {
-    std::memcpy(address, &value, sizeof value);
-}
-
-Floats load(const float *x) { return read<Floats>(x); }
-Floats load(const BF16 *x) { return widen(read<Shorts>(x)); }
-void store(float *x, Floats value) { write(x, value); }
-void store(BF16 *x, Floats value) { write(x, narrow(value)); }
-
-// LANES numbers, or the `count` that are left of a row: then the others are `rest`.
-template <class T>
-Floats load(const T *x, int64_t count, float rest = 0) {
-    if (count >= LANES) return load(x);
-    T some[LANES] = {};
-    std::memcpy(some, x, count * sizeof(T));
-    Floats value = load(some);
-    for (int64_t i = count; i < LANES; i++) value[i] = rest;
-    return value;
-}
-
-template <class T>
-void store(T *x, Floats value, int64_t count) {
-    if (count >= LANES) return store(x, value);
-    T some[LANES];
-    store(some, value);
-    std::memcpy(x, some, count * sizeof(T));
-}
-
-float sum(Floats v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-}
-
-float largest(Floats v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most || v[i] != v[i] ? v[i] : most;
-    return most;
-}
-
-Floats larger(Floats a, Floats b) { return b > a || b != b ? b : a; }  // NaN, if there is one
-
-Ints lane_numbers() {
-    Ints numbers;
-    for (int i = 0; i < LANES; i++) numbers[i] = i;
-    return numbers;
-}
-
-// exp(x) for x <= 0: 2^n times the Taylor series of the rest, which is at most ln(2) / 2 away from 0 (error 1e-7).
-Floats exp_negative(Floats all) {
-    Floats x = all < -87.0f ? Floats{} - 87.0f : all;  // below it the result is 0: nearly the smallest fp32
-    Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
-    Floats r = x - __builtin_convertvector(n, Floats) * 0.693147181f, y = 1.0f + r * (1.0f / 7);
-    y = 1.0f + y * r * (1.0f / 6);
-    y = 1.0f + y * r * (1.0f / 5);
-    y = 1.0f + y * r * (1.0f / 4);
-    y = 1.0f + y * r * (1.0f / 3);
-    y = 1.0f + y * r * (1.0f / 2);
-    y = 1.0f + y * r;
-    return all < -87.0f ? Floats{} : y * (Floats)((n + 127) << 23);
-}
-
-Floats sigmoid(Floats x) {
-    Floats e = exp_negative(x < 0.0f ? x : -x);
-    return (x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e);
-}
 
 // ----------------------------------------------------------------------------------------------- norm, SwiGLU, rotation
 
@@ -255,62 +125,10 @@ void loss_rows(T *logits, const int64_t *targets, float *losses, int64_t rows, i
 
 // ---------------------------------------------------------------------------------------------------------- attention
 //
-// Products of matrices whose elements are in 32-bit words: a word holds one fp32, or two bf16 that are neighbours along
-// the dimension that is summed over. Everything is copied into words and filled up with zeros to whole tiles first,
-// which costs little: a head's q, k and v are small, their products are not.
+// Everything is copied into words (vectors.h) and filled up with zeros to whole products first, which costs little: a
+// head's q, k and v are small, their products are not.
 
-template <class T>
-constexpr int64_t PER_WORD = 4 / sizeof(T);
-
-template <class T>
-Floats multiply_add(Floats sums, Words a, Words b);
-
-template <>
-inline Floats multiply_add<float>(Floats sums, Words a, Words b) {
-    return sums + (Floats)a * (Floats)b;
-}
-
-template <>
-inline Floats multiply_add<BF16>(Floats sums, Words a, Words b) {
-#ifdef __AVX512BF16__
-    return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-#else
-    sums += (Floats)(a << 16) * (Floats)(b << 16);
-    return sums + (Floats)(a & 0xffff0000) * (Floats)(b & 0xffff0000);
-#endif
-}
-
-// c (M, N) = a (M, K words) b (K, N words), or with ADD on top of c.
-template <class T, bool ADD>
-void multiply_in_registers(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride, float *c,
-                           int64_t c_stride, int64_t M, int64_t N, int64_t K) {
-    for (int64_t n = 0; n < N; n += SUM_COLUMNS)
-        for (int64_t m = 0; m < M; m += SUM_ROWS) {
-            const uint32_t *rows = a + m * a_stride, *columns = b + n;
-            float *to = c + m * c_stride + n;
-            Floats sums[SUM_ROWS][2] = {};
-            if (ADD)
-                for (int r = 0; r < SUM_ROWS; r++)
-                    for (int v = 0; v < 2; v++) sums[r][v] = load(to + r * c_stride + v * LANES);
-            for (int64_t k = 0; k < K; k++, columns += b_stride) {
-                Words left = read<Words>(columns), right = read<Words>(columns + LANES);
-                for (int r = 0; r < SUM_ROWS; r++) {
-                    Words one = Words{} + rows[r * a_stride + k];
-                    sums[r][0] = multiply_add<T>(sums[r][0], one, left);
-                    sums[r][1] = multiply_add<T>(sums[r][1], one, right);
-                }
-            }
-            for (int r = 0; r < SUM_ROWS; r++)
-                for (int v = 0; v < 2; v++) store(to + r * c_stride + v * LANES, sums[r][v]);
-        }
-}
-
-// The same by the fastest unit there is. M is a multiple of WHOLE_ROWS, N of SUM_COLUMNS, K of half of that.
-template <class T, bool ADD = false, class... Arguments>
-void multiply(Arguments... arguments) {
-    if (PER_WORD<T> == 2 && tiles::allowed()) tiles::multiply<ADD>(arguments...);
-    else multiply_in_registers<T, ADD>(arguments...);
-}
+constexpr int64_t QUERIES = 32;  // queries of a head that attend together
 
 typedef std::vector<uint32_t> Buffer;
 

@@ -56,7 +56,7 @@ def test_what_is_copied_is_there_and_not_ignored():
     for path in copied().values():
         name = str(path.relative_to(ROOT))
         assert any(fnmatch(name, line[1:]) and name.count("/") == line.count("/") for line in ignore[1:]), name
-        assert path.suffix in (".py", ".cpp", ".txt", ".sh"), f"{name}: no weights in the image's sources"
+        assert path.suffix in (".py", ".cpp", ".h", ".txt", ".sh"), f"{name}: no weights in the image's sources"
 
 
 def test_the_image_has_all_that_the_server_imports():
@@ -72,7 +72,8 @@ def test_the_image_has_all_that_the_server_imports():
                 below = folder / f"{module}.py"
                 if module in known and str(below.relative_to(ROOT)) not in seen:
                     open_.append(below)
-    assert {"decode_cpu.cpp", "kernels_cpu.cpp"} <= set(files) and "serving.py" in seen and "eval/openai_api.py" in seen
+    assert {"decode_cpu.cpp", "kernels_cpu.cpp", "vectors.h", "matrix_tiles.h"} <= set(files)
+    assert "serving.py" in seen and "eval/openai_api.py" in seen
 
 
 def test_requirements_are_pinned():
