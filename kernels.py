@@ -8,12 +8,17 @@ without a C++ compiler. With one, what is not a product of matrices is kernels_c
 Shapes: N positions (rows of a micro-batch end to end), D hidden size, d head size, r rank, V vocabulary.
 """
 
+import os
 from functools import lru_cache, reduce
 
 import torch
 import torch.nn.functional as F
 
 import compiled
+
+# oneDNN, which multiplies bf16 on a CPU, compiles each product for its very shape and keeps the last 1,024 of them: up
+# to 0.4 GB, since each row of samples has a length of its own. A block forward and backward has fewer than 64.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 LOSS_CHUNK = 256  # target positions whose logits exist at one time; 256 x 32,000 fp32 logits are 33 MB
 
