@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 64;            // 4-bit weights that share one scale
+constexpr int64_t BLOCK = 64;               // 4-bit weights that share one scale
 constexpr int64_t WORTH_THREADS = 1 << 15;  // multiplications below which waking other threads costs more than it saves
 
 enum Format : int64_t { IN_FP32, IN_BF16, IN_INT8, IN_FOURBIT };
@@ -206,7 +206,7 @@ struct Activations {
 
 constexpr int TOGETHER = 6;  // rows of a weight that one activation is multiplied by at one time
 
-int64_t rows_together(const Activations &a) { return a.count == 1 && a.width == 1 ? TOGETHER : WHOLE_ROWS; }
+int64_t rows_together(const Activations &a) { return a.width == 1 ? TOGETHER : WHOLE_ROWS; }
 
 // Rows [row, end) of a weight, at most as many as go together, times several activations.
 template <int64_t FORMAT, class T>
