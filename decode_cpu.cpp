@@ -214,11 +214,18 @@ void several_activations(const Matrix &m, int64_t row, int64_t end, const Activa
                          bool add) {
     static thread_local std::vector<uint32_t> room;
     static thread_local std::vector<float> product;
-    product.resize(WHOLE_ROWS * a.width);
-    prefetch((const char *)m.data + end * m.in * BITS<FORMAT> / 8, WHOLE_ROWS * m.in * BITS<FORMAT> / 8);
+    product.assign(WHOLE_ROWS * a.width, 0);
     auto weights = (const uint32_t *)unpacked<FORMAT, T>(m, row, end - row, WHOLE_ROWS, room);
-    int64_t K = m.in / PER_WORD<T>;
-    multiply<T>(weights, K, (const uint32_t *)a.x, a.width, product.data(), a.width, WHOLE_ROWS, a.width, K);
+    const int64_t K = m.in / PER_WORD<T>, bytes = WHOLE_ROWS * m.in * BITS<FORMAT> / 8;
+    // Tiles take no time beside memory. In registers a row is multiplied in stretches, so that rows to come arrive then.
+    const int64_t stretch = tiles::allowed() ? K : 32, ahead = tiles::allowed() ? 1 : 2;
+    auto next = (const char *)m.data + (row + ahead * WHOLE_ROWS) * m.in * BITS<FORMAT> / 8;
+    for (int64_t k = 0; k < K; k += stretch) {
+        int64_t words = std::min(stretch, K - k);
+        prefetch(next + bytes * k / K, bytes * words / K);
+        multiply<T, true>(weights + k, K, (const uint32_t *)a.x + k * a.width, a.width, product.data(), a.width,
+                          WHOLE_ROWS, a.width, words);
+    }
     for (int64_t b = 0; b < a.count; b++)
         for (int64_t o = 0; o < end - row; o++) store(m, row + o, product[o * a.width + b], y + b * y_stride, add);
 }

@@ -62,7 +62,7 @@ def assert_as_close(ours, plain, *inputs):
         result = [y] if y.dim() else []  # a single number may be near by chance
         every.append(result + [*torch.autograd.grad(y, given, grad.to(y.dtype))])
     for exact, theirs, mine in zip(*every, strict=True):
-        assert exact.norm() > 0 and (mine - exact).norm() < 1.2 * (theirs - exact).norm()
+        assert exact.norm() > 0 and (mine - exact).norm() < 1.4 * (theirs - exact).norm()
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 24), (1, 1, 8), (7, 3), (3, 50), (2, 64)])
