@@ -62,7 +62,7 @@ def assert_as_close(ours, plain, *inputs):
         result = [y] if y.dim() else []  # a single number may be near by chance
         every.append(result + [*torch.autograd.grad(y, given, grad.to(y.dtype))])
     for exact, theirs, mine in zip(*every, strict=True):
-        assert exact.norm() > 0 and (mine - exact).norm() < 1.4 * (theirs - exact).norm()
+        assert exact.norm() > 0 and (mine - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 24), (1, 1, 8), (7, 3), (3, 50), (2, 64)])
@@ -186,9 +186,9 @@ def test_head_loss(chunk, trainable, monkeypatch, way, threads):
 
 
 def test_head_loss_in_bf16_is_as_close_as_the_plain_one(way):
-    targets = torch.randint(0, 50, (30,))
+    targets = torch.randint(0, 200, (300,))
     ours, plain = (lambda x, weight, f=f: f(x, weight, targets)[0] for f in (head_loss, plain_head_loss))
-    assert_as_close(ours, plain, random(30, 16), random(50, 16))
+    assert_as_close(ours, plain, random(300, 64), random(200, 64))
 
 
 def test_head_loss_of_unlikely_targets_is_finite(way):
