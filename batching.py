@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cli import UserError
-from files import check_listed, read_json
-from safetensors_format import read_tensors
+from shell.cli import UserError
+from shell.files import check_listed, read_json
+from weights.safetensors_format import read_tensors
 
 DATA_AGAIN = "make it again with prepare_data.py"  # what mends a prepared folder
 COLUMNS = {

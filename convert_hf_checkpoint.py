@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -65,7 +65,11 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
+from model import Config, Transformer
+from quantize import describe_quantization
+from shell.files import checked, flush, new_folder, read_json, write_json
+from text.tokenizer import Tokenizer
+from weights.checkpoint import (
     DTYPES,
     NOTES,
     SIDE_FILES,
@@ -78,11 +82,7 @@ from checkpoint import (
     with_dtype,
     write_weights,
 )
-from files import checked, flush, new_folder, read_json, write_json
-from merge import Tuned, compare
-from model import Config, Transformer
-from quantize import describe_quantization
-from tokenizer import Tokenizer
+from weights.merge import Tuned, compare
 
 
 def main(s):
@@ -204,7 +204,7 @@ def open_source(source):
         raise UserError(f"--source {source} does not exist")
     if source.suffix != ".gguf":
         raise UserError(f"--source {source}: expected a folder or a .gguf file")
-    import gguf_format
+    from weights import gguf_format
 
     weights = gguf_format.GGUFWeights(source)
     return weights, gguf_format.config_json(weights), lambda folder: gguf_format.write_tokenizer(weights, folder)

@@ -4,7 +4,7 @@
 
 The training step is `train_step`. What a run leaves in its folder: `config.yaml` and `source/` (what ran),
 `metrics.csv` and `loss.png`, `step-NNNNNN/` (to resume from), `final/` (the adapter in PEFT's format, or the model).
-It can be killed at any instant: --resume goes on from the newest checkpoint and ends with the same bytes (runs.py).
+It can be killed at any instant: --resume goes on from the newest checkpoint and ends with the same bytes.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -159,17 +159,17 @@ import torch
 import yaml
 from tqdm import tqdm
 
-import bad_numbers
-import budget
 import lora
-import runs
-from attention import Attend
-from bad_numbers import NotFinite, check_finite
 from batching import PLANNERS, Samples, in_order, read_data_info, source_names
-from budget import DTYPES, adapter_config, autocast_dtype, dropout_seed, planned_steps, total_steps
-from checkpoint import NOTES, load_model, load_optimizer, read_config, save_model, save_optimizer
-from files import new_folder, read_json, whole_file, write_json
-from metrics import (
+from model import Transformer
+from ops.attention import Attend
+from quantize import read_quantization
+from shell.files import new_folder, read_json, whole_file, write_json
+from text.tokenizer import Tokenizer
+from training import nonfinite, run_folder
+from training.memory import budget
+from training.memory.budget import DTYPES, adapter_config, autocast_dtype, dropout_seed, planned_steps, total_steps
+from training.metrics import (
     Metrics,
     add_by_source,
     flop_counter,
@@ -180,11 +180,11 @@ from metrics import (
     report,
     targets_by_source,
 )
-from model import Transformer
-from optimizer import StepInBackward, TimeBudget, build_optimizer, learning_rate, rate_at
-from quantize import read_quantization
-from runs import explained_write_errors, plain
-from tokenizer import Tokenizer
+from training.nonfinite import NotFinite, check_finite
+from training.optimizer import StepInBackward, TimeBudget, build_optimizer, learning_rate, rate_at
+from training.run_folder import explained_write_errors, plain
+from weights import peft_format
+from weights.checkpoint import NOTES, load_model, load_optimizer, read_config, save_model, save_optimizer
 
 SKIPPED_STEPS = 20  # in a row, after which 16-mixed is no longer looking for its scale
 
@@ -200,14 +200,14 @@ def main(s):
     if s.plan:
         budget.print_plan(s, train)
         return
-    with runs.only_process(s.out_dir):
-        newest = runs.newest_checkpoint(s)
+    with run_folder.only_process(s.out_dir):
+        newest = run_folder.newest_checkpoint(s)
         budget.choose_micro_batch(s, train)
         budget.check_micro_batches(s, train)
-        identity = runs.identity(s, info)
+        identity = run_folder.identity(s, info)
         if newest:
-            runs.check_same(s, newest, identity)
-        runs.check_room(s, skeleton, total_steps(s, train))
+            run_folder.check_same(s, newest, identity)
+        run_folder.check_room(s, skeleton, total_steps(s, train))
         run(s, info, train, val, newest, identity)
 
 
@@ -224,7 +224,7 @@ def run(s, info, train, val, newest, identity):
         compile_blocks(model, fabric.device)
     clock = TimeBudget(math.inf, s.started)
     if s.time_budget:
-        state = read_json(newest / runs.RUN)["clock"] if newest else None
+        state = read_json(newest / run_folder.RUN)["clock"] if newest else None
         clock = TimeBudget(cli.number_of_seconds(s.time_budget, "time_budget"), s.started, state)
     if newest:
         load_optimizer(optimizer, newest)
@@ -242,11 +242,11 @@ def run(s, info, train, val, newest, identity):
                 if with_optimizer:
                     hashes |= save_optimizer(optimizer, folder)
                     write_json(folder / "scaler.json", fabric.strategy.precision.state_dict())  # {} but for 16-mixed
-                    write_json(folder / runs.SETTINGS, plain(s))
+                    write_json(folder / run_folder.SETTINGS, plain(s))
                     state = clock.state() if s.time_budget else None
-                    write_json(folder / runs.RUN, {"identity": identity, "clock": state})
+                    write_json(folder / run_folder.RUN, {"identity": identity, "clock": state})
 
-    with runs.signals_noted() as signals, budget.explained_shortage(s, train, fabric.device):
+    with run_folder.signals_noted() as signals, budget.explained_shortage(s, train, fabric.device):
         loop = train_loop(fabric, s, model, optimizer, train, val, sources, newest, save, clock, signals)
         metrics, flops_per_token, stopped = loop
         if not stopped:
@@ -270,7 +270,7 @@ def train_loop(fabric, s, model, optimizer, train, val, sources, newest, save, c
     """
     per_epoch = math.ceil(len(train) / s.global_batch_size)
     total = total_steps(s, train)
-    start = runs.step_of(newest) if newest else 0
+    start = run_folder.step_of(newest) if newest else 0
     model.train()
     if start < total:
         rehearse(fabric, s, model, optimizer, train)  # before there is a metrics.csv, which the next run would find
@@ -283,7 +283,7 @@ def train_loop(fabric, s, model, optimizer, train, val, sources, newest, save, c
         for step, micro_batches in planned_steps(s, train, start, total):
             rate = rate_at(s, step, clock.progress) if s.time_budget else learning_rate(s, step, total)
             # Never in a resumed run: the counter takes operations apart, which changes their last bits.
-            explained = bad_numbers.explained(fabric, s, model, optimizer, train, micro_batches, step, sources)
+            explained = nonfinite.explained(fabric, s, model, optimizer, train, micro_batches, step, sources)
             with explained, counter if step == 0 else contextlib.nullcontext(), clock.measuring("step"):
                 row = train_step(fabric, s, model, optimizer, train, micro_batches, step, rate, sources)
             if step == 0:
@@ -304,9 +304,9 @@ def train_loop(fabric, s, model, optimizer, train, val, sources, newest, save, c
             show_progress(bar, row)
             if "save" in due or stopped:
                 with clock.measuring("save"):
-                    save(runs.checkpoint_path(s, done), with_optimizer=True)
+                    save(run_folder.checkpoint_path(s, done), with_optimizer=True)
                 if fabric.is_global_zero:
-                    runs.rotate(s, *metrics.column("val_loss"))
+                    run_folder.rotate(s, *metrics.column("val_loss"))
             if stopped or last:
                 break
     return metrics, flops_per_token, stopped
@@ -457,12 +457,12 @@ def validate(fabric, s, model, val, sources=()):
 
 def replay(s):
     """Run the step that --replay names again, from the weights in that file, on one device."""
-    step = bad_numbers.read_step(s.replay)
+    step = nonfinite.read_step(s.replay)
     s.devices = 1
     fabric = start_fabric(s)
     model, _ = build_model(s, fabric.device, None)
-    bad_numbers.read_weights(s.replay, model)
-    bad_numbers.replay(fabric, s, model.train(), step)
+    nonfinite.read_weights(s.replay, model)
+    nonfinite.replay(fabric, s, model.train(), step)
 
 
 # ------------------------------------------------------------------------------------------------------- setting up
@@ -568,8 +568,9 @@ def record_run(s):
     """Keep what ran: the resolved settings, to be given to --config, and the code."""
     with explained_write_errors(s.out_dir):
         with new_folder(s.out_dir / "source") as folder:
-            for path in (path for kind in ("*.py", "*.cpp", "*.h") for path in Path(__file__).parent.glob(kind)):
-                shutil.copy(path, folder)
+            for path in run_folder.source_files():
+                (folder / path.parent).mkdir(parents=True, exist_ok=True)
+                shutil.copy(run_folder.ROOT / path, folder / path)
         with whole_file(s.out_dir / "config.yaml") as file:
             file.write_bytes(yaml.safe_dump(plain(s), sort_keys=False).encode())
 
@@ -583,7 +584,7 @@ def save_weights(folder, s, info, model, adapter):
     write_json(folder / NOTES, notes)
     if not adapter:
         return save_model(model, folder, source=s.checkpoint_dir)
-    lora.save_adapter(model, adapter, folder, s.checkpoint_dir)
+    peft_format.save_adapter(model, adapter, folder, s.checkpoint_dir)
     return {}
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -74,11 +74,11 @@ if __name__ == "__main__":
 
 import torch
 
-from checkpoint import find_base, load_model, read_notes, trained_quantization
-from decode import fastest_decoder
-from prompts import STYLES, encode_prompt, stop_ids
-from sampling import Reply, generate, generate_all
-from tokenizer import Tokenizer
+from inference.decode import fastest_decoder
+from inference.sampling import Reply, generate, generate_all
+from text.prompts import STYLES, encode_prompt, stop_ids
+from text.tokenizer import Tokenizer
+from weights.checkpoint import find_base, load_model, read_notes, trained_quantization
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 

@@ -17,8 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import choose_attention
-from kernels import LOSS_CHUNK, compute_dtype, head_loss, linear, rms_norm, rotate, swiglu
+from ops.activation import swiglu
+from ops.attention import choose_attention
+from ops.dtypes import compute_dtype
+from ops.linear import linear
+from ops.loss import LOSS_CHUNK, head_loss
+from ops.norm import rms_norm
+from ops.rotation import rotate
 
 IGNORE = -100  # a target that does not count, as in torch's cross_entropy
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -116,17 +116,16 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import cleaning
-import data_report
-from drawing import choose_examples, draw_validation, example_pools, how_often, redrawn
-from files import new_folder, read_json, sha256, write_json
-from mixture import find_sources, free_name
-from prompts import STYLES, check_dialog
-from reading import BadRow, read_rows
-from records import to_record
-from rendering import Job, each_core, examine, render
-from spool import Records, Tokenized
-from tokenizer import Tokenizer
+from preparation import cleaning, report
+from preparation.mixture import find_sources, free_name
+from preparation.reading import BadRow, read_rows
+from preparation.record_store import Records, Tokenized
+from preparation.records import to_record
+from preparation.rendering import Job, each_core, examine, render
+from preparation.sampling import choose_examples, draw_validation, example_pools, how_often, redrawn
+from shell.files import new_folder, read_json, sha256, write_json
+from text.prompts import STYLES, check_dialog
+from text.tokenizer import Tokenizer
 
 CHUNK = 128  # rows that a worker gets at a time
 EMBEDDED = 32  # texts that the embedding model gets at a time
@@ -168,7 +167,7 @@ def prepare(s):
         if not len(train):
             raise UserError("no sample is left: " + describe_counts(sources, records))
         info = write_folder(s, folder, sources, items, records, samples, in_val, train, tokenizer, style)
-        data_report.write_report(folder / "report.html", info, details(s, records, samples, train, pairs, tokenizer))
+        report.write_report(folder / "report.html", info, details(s, records, samples, train, pairs, tokenizer))
     describe(s, info, samples, sources, records)
 
 
@@ -231,7 +230,7 @@ def show(s):
     with contextlib.suppress(AttributeError):  # where the output is no terminal or file
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    data_report.show(tokenizer, Samples(s.out_dir / "train.safetensors"), info, s.show, s.seed, color)
+    report.show(tokenizer, Samples(s.out_dir / "train.safetensors"), info, s.show, s.seed, color)
 
 
 def choose_styles(s, sources, tokenizer):
@@ -547,7 +546,7 @@ def describe_source(source, number, records, samples, in_val, train):
 
 
 def details(s, records, samples, train, pairs, tokenizer):
-    """What the report shows beside data.json: see `data_report.write_report`."""
+    """What the report shows beside data.json: see `report.write_report`."""
     lengths, targets = np.diff(samples.writer.offsets)[train], samples.targets()[train]
     of = samples.sources()[train]
     shown = sorted(random.Random(s.seed).sample(range(len(train)), min(EXAMPLES, len(train))))
@@ -565,7 +564,7 @@ def example(records, samples, number, tokenizer):
         "id": records[samples.record(number)]["id"],
         "source": records.names[samples.writer.sources[number]],
         "tokens": len(ids),
-        "segments": data_report.segments(tokenizer, ids.tolist(), is_target.tolist()),
+        "segments": report.segments(tokenizer, ids.tolist(), is_target.tolist()),
     }
 
 

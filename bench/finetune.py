@@ -31,10 +31,10 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
 
-import cli
 import peers
-from cli import UserError
 from lines import Unavailable, add_line, commit, environment, run_job
+from shell import cli
+from shell.cli import UserError
 
 OURS = "onetune"
 TITLES = {OURS: OURS, **{name: peer.title for name, peer in peers.PEERS.items()}}
@@ -294,7 +294,7 @@ def flops_per_token(s, job, shapes):
 
     shapes: how many weights (out, in) the model multiplies by, {(out, in): count}.
     """
-    from checkpoint import read_config
+    from weights.checkpoint import read_config
 
     samples = [sample for step in job["steps"][peers.SKIP :] for sample in step]
     tokens = sum(len(sample["ids"]) - 1 for sample in samples)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -83,8 +83,8 @@ def make_predictor(values, method, quantize, optimizer, recompute):
     import torch
 
     import lora
-    import plan
     from model import Config
+    from training.memory import plan
 
     job = plan.Job(
         Config.from_dict(values), "meta", torch.bfloat16, quantize=quantize, optimizer=optimizer, recompute=recompute,
@@ -98,7 +98,7 @@ def what_fits(predictors, length, card, most):
 
     The smallest share with which one sample fits is taken.
     """
-    import plan
+    from training.memory import plan
 
     budget = card * 1e9 - plan.CUDA_OVERHEAD
     counts = [2**n for n in range(max(1, most // length).bit_length())]

@@ -18,10 +18,10 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
 
-import cli
 import peers
-from cli import UserError
 from lines import Unavailable, add_line, commit, environment, run_job
+from shell import cli
+from shell.cli import UserError
 
 OURS = "onetune"
 SIDES = (OURS, "transformers", "transformers-static", "litgpt")
@@ -157,9 +157,9 @@ def bytes_per_step(s):
     """Bytes of the weights that one decoding step must read, by arithmetic: all but the rows of the embedding."""
     import torch
 
-    from checkpoint import read_config
     from lora import linear_layers
     from model import Transformer
+    from weights.checkpoint import read_config
 
     with torch.device("meta"):
         model = Transformer(read_config(s.checkpoint_dir))

@@ -25,8 +25,8 @@ def ours(job):
     import torch
 
     import generate
-    import sampling
-    from checkpoint import load_model
+    from inference import sampling
+    from weights.checkpoint import load_model
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["dtype"]]
     device = "cuda" if torch.cuda.is_available() else "cpu"

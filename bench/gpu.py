@@ -32,9 +32,9 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
 
-import cli
-from cli import UserError
 from lines import add_line, installed_versions
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -83,19 +83,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import budget
 import finetune
 import generate
 import lora
-import plan
-import sampling
 from batching import Samples
-from checkpoint import fill_model
-from decode import fastest_decoder
-from metrics import peak_memory
+from inference import sampling
+from inference.decode import fastest_decoder
 from model import Config, Transformer
+from preparation.record_store import SampleWriter
 from quantize import BLOCK, bitsandbytes, nf4_quantize
-from spool import SampleWriter
+from training.memory import budget, plan
+from training.metrics import peak_memory
+from weights.checkpoint import fill_model
 
 LLAMA_2_7B = dict(
     model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,

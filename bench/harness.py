@@ -18,9 +18,9 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
 
-import cli
-from cli import UserError
 from lines import Unavailable, add_line, commit, run_job
+from shell import cli
+from shell.cli import UserError
 
 SIDES = ("onetune", "hf")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, from wherever this is started
 
-import cli
+from shell import cli
 
 
 @dataclass
@@ -43,8 +43,8 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 
-from checkpoint import read_config
 from model import Transformer
+from weights.checkpoint import read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve")  # of a CPU

@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
 
-import cli
-from cli import UserError
 from lines import add_line, commit, installed_versions
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -95,11 +95,10 @@ def measure(s, method, base, recompute, tokens):
     """One run, as a dict for its JSON line. Two micro-batches a step, so that gradients accumulate."""
     import torch
 
-    import budget
     import finetune
-    import metrics
-    import plan
     from batching import Samples
+    from training import metrics
+    from training.memory import budget, plan
 
     budget.steady_memory()
     samples = Samples(s.data_dir / "train.safetensors")

@@ -25,8 +25,8 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 SPAN = 21  # steps in a running mean
 

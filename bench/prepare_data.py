@@ -30,9 +30,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
 
-import cli
-from cli import UserError
 from lines import add_line, commit
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass

@@ -26,8 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 INTERVAL = 4  # steps from save to save
 
@@ -64,10 +64,10 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from checkpoint import write_weights
-from files import new_folder, write_json
-from spool import SampleWriter
-from tokenizer import Tokenizer
+from preparation.record_store import SampleWriter
+from shell.files import new_folder, write_json
+from text.tokenizer import Tokenizer
+from weights.checkpoint import write_weights
 
 TENSOR_VALUES = 4096 * 4096  # of a projection of a 7B model
 

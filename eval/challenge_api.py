@@ -2,8 +2,8 @@
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from openai_api import StopTexts
-from serving import answer_tokens, prompt_tokens
+from eval.openai_api import StopTexts
+from inference.serving import answer_tokens, prompt_tokens
 
 
 class Strict(BaseModel):

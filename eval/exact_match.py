@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -57,9 +58,9 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)
 
 import generate
-from mixture import find_sources
-from reading import BadRow, read_rows
-from records import to_record
+from preparation.mixture import find_sources
+from preparation.reading import BadRow, read_rows
+from preparation.records import to_record
 
 
 def main(s):

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # wherever this is started from
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -85,12 +86,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-import openai_api
-from challenge_api import DecodeRequest, ProcessRequest, TokenizeRequest, process_answer
+from eval import openai_api
+from eval.challenge_api import DecodeRequest, ProcessRequest, TokenizeRequest, process_answer
+from eval.openai_api import ChatRequest, CompletionRequest, Stream
 from generate import Writer
-from openai_api import ChatRequest, CompletionRequest, Stream
-from prompts import encode_prompt
-from serving import Engine, Full, check_ids, encode_text, make_tasks
+from inference.serving import Engine, Full, check_ids, encode_text, make_tasks
+from text.prompts import encode_prompt
 
 
 def main(s):

@@ -17,10 +17,11 @@ from typing import Literal
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 FILE_FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text")  # `dataset_path`s that stand for local files
 
@@ -115,11 +116,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 from tqdm import tqdm
 
-import files
 import generate
-import sampling
-from prompts import prompt_text
-from scoring import rolling, score
+from inference import sampling
+from inference.scoring import rolling, score
+from shell import files
+from text.prompts import prompt_text
 
 
 def main(s):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from serving import answer_tokens, prompt_tokens
+from inference.serving import answer_tokens, prompt_tokens
 
 LARGEST = 2**24  # tokens: more than any context
 StopText = Annotated[str, Field(min_length=1, max_length=200)]

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 KINDS = ("base", "adapter", "merged")
 VARIANTS = [
@@ -125,14 +126,13 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 from tqdm import tqdm
 
-import sensitivity
-from checkpoint import find_base, load_model, read_config, trained_quantization
-from eval import quality_report, quality_texts
+from eval import quality_report, quality_texts, sensitivity
 from eval.quality_variants import DTYPES, make_references, measure_variant
-from files import whole_file, write_json
-from lora import load_adapter
 from model import Transformer
 from quantize import QUANTIZERS, read_quantization, write_plan
+from shell.files import whole_file, write_json
+from weights.checkpoint import find_base, load_model, read_config, trained_quantization
+from weights.peft_format import load_adapter
 
 
 def main(s):

@@ -2,9 +2,9 @@
 
 from matplotlib.figure import Figure
 
-from files import whole_file
 from lora import PROJECTIONS
 from quantize import QUANTIZERS
+from shell.files import whole_file
 
 LEAST = 1e-8  # nats: below it divergences are the rounding of fp32, and a logarithmic axis needs an end
 

@@ -8,13 +8,13 @@ import json
 import torch
 
 from batching import Samples, read_data_info, shift
-from checkpoint import read_config
-from cli import UserError
 from eval.exact_match import first_dialogs
 from generate import trained_style
 from model import IGNORE
-from prompts import encode_dialog
-from tokenizer import Tokenizer
+from shell.cli import UserError
+from text.prompts import encode_dialog
+from text.tokenizer import Tokenizer
+from weights.checkpoint import read_config
 
 
 def read_texts(s):

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 
-import divergence
 import generate
-from checkpoint import Weights, fill_model, load_model
-from eval import quality_texts
+from eval import divergence, quality_texts
 from eval.exact_match import match_answers
-from files import checked, read_json
-from merge import Tuned
-from metrics import peak_memory_since, start_measuring, weight_bytes
 from model import Config, Transformer
-from prompts import encode_prompt
 from quantize import bitsandbytes, read_quantization
+from shell.files import checked, read_json
+from text.prompts import encode_prompt
+from training.metrics import peak_memory_since, start_measuring, weight_bytes
+from weights.checkpoint import Weights, fill_model, load_model
+from weights.merge import Tuned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REFERENCES = "references.safetensors"

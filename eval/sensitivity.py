@@ -11,13 +11,13 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from attention import choose_attention
-from cli import UserError
-from divergence import CHUNK, divergence, head_weight, micro_batches
-from kernels import compute_dtype
+from eval.divergence import CHUNK, divergence, head_weight, micro_batches
 from lora import LoRALinear
 from model import IGNORE, positions_of, rope_angles
+from ops.attention import choose_attention
+from ops.dtypes import compute_dtype
 from quantize import QUANTIZERS
+from shell.cli import UserError
 
 DENSE_BYTES = 2  # of a weight that is not quantised, in the model that the plan is for: bf16
 

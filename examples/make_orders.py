@@ -1,6 +1,6 @@
 """Write the data set `orders`: messages to a village shop, each with the order in it as one line of JSON.
 
-    python data/make_orders.py        # rewrites data/orders/train.jsonl and test.jsonl, byte for byte the same
+    python examples/make_orders.py        # rewrites examples/orders/train.jsonl and test.jsonl, byte for byte the same
 
 Everything is drawn from the lists below with a fixed seed. The test part has its own sentence frames, remarks, names,
 surnames and goods, and four counts of its own: none of these occurs in the training part. What both share is what has

@@ -16,11 +16,11 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from attention import Attend, attend
-from compiled import compiled_library
-from kernels import compute_dtype
 from lora import DoRALinear, LoRALinear
 from model import KVCache, Linear, rope_angles
+from ops.attention import Attend, attend
+from ops.cpp import compiled_library
+from ops.dtypes import compute_dtype
 from quantize import BLOCK, Linear4bit, Linear8bit
 
 HEAD_CHUNK = 128  # positions of a prompt whose logits exist at one time

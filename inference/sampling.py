@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cli import UserError
-from tokenizer import StreamDecoder
+from shell.cli import UserError
+from text.tokenizer import StreamDecoder
 
 GREEDY_BELOW = 1e-5  # a temperature this low takes the likeliest token; lower ones would overflow
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attention import Tree
-from cli import UserError
-from kernels import LOSS_CHUNK
+from ops.attention import Tree
+from ops.loss import LOSS_CHUNK
+from shell.cli import UserError
 
 
 class Score(NamedTuple):

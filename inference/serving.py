@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cli import UserError
-from sampling import Batch, Reply, Row, room_for
-from tokenizer import StreamDecoder
+from inference.sampling import Batch, Reply, Row, room_for
+from shell.cli import UserError
+from text.tokenizer import StreamDecoder
 
 PREFILL_TOKENS = 8192  # of prompts that are read together, padding included: what bounds the memory that it takes
 

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-import compiled
-from kernels import call_cpp, in_cpp
+from ops.cpp import call_cpp, in_cpp, operator
 
 # From torch 2.12 on varlen_attn wants to be told that query heads share keys. Its kernel took them before, too.
 GROUPS_ANNOUNCED = torch.__version__ >= (2, 12)
@@ -166,7 +165,7 @@ def _call_cpp(function, q, k, v, offsets, window, arguments):
     call_cpp(function, *arguments, ctypes.byref(heads))
 
 
-@compiled.operator("attend(Tensor q, Tensor k, Tensor v, int[] offsets, int window) -> (Tensor, Tensor)")
+@operator("attend(Tensor q, Tensor k, Tensor v, int[] offsets, int window) -> (Tensor, Tensor)")
 def _attend(q, k, v, offsets, window):
     """Attention of q (B, T, H, d) to k, v (B, T, K, d) as q, and the log-sums of its softmax (B, T, H) fp32."""
     y, log_sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -174,7 +173,7 @@ def _attend(q, k, v, offsets, window):
     return y, log_sums
 
 
-@compiled.operator(
+@operator(
     "attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor log_sums, int[] offsets, int window)"
     " -> (Tensor, Tensor, Tensor)"
 )

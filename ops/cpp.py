@@ -11,6 +11,10 @@ from pathlib import Path
 
 import torch
 
+# oneDNN, which multiplies bf16 on a CPU, compiles each product for its very shape and keeps the last 1,024 of them: up
+# to 0.4 GB, since each row of samples has a length of its own. A block forward and backward has fewer than 64.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 OPERATORS = torch.library.Library("onetune", "DEF")
 # Not -ffast-math: it would link a start-up routine that changes how the whole process treats tiny numbers.
 FLAGS = "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros"
@@ -79,3 +83,20 @@ def _as_c(argument):
     if isinstance(argument, float):
         return ctypes.c_double(argument)
     return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+
+
+def in_cpp(x, dtype=None):
+    """Whether kernels_cpu.cpp computes with x, cast to `dtype`: on a CPU in fp32 or bf16, and not in torch.compile."""
+    dtype = dtype or x.dtype
+    if x.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+        return False
+    return compiled_library("kernels_cpu") is not None
+
+
+def call_cpp(function, x, *arguments):
+    """Call a function of kernels_cpu.cpp that computes in the dtype of x, its first argument.
+
+    The others are in that dtype too or, as its source says, in fp32.
+    """
+    in_bf16 = {torch.float32: False, torch.bfloat16: True}[x.dtype]
+    call("kernels_cpu", function, in_bf16, x, *arguments, torch.get_num_threads())

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError
+from shell.cli import UserError
 
 SIGNATURE = 128  # places of a MinHash signature: the estimate of a similarity of 0.8 is off by 0.035 (one sigma)
 COMMON = 10  # benchmark texts; what more of them share is their template

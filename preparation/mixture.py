@@ -24,9 +24,9 @@ from pathlib import Path
 
 import yaml
 
-from cli import UserError
-from reading import FORMATS, format_of
-from records import parse_template
+from preparation.reading import FORMATS, format_of
+from preparation.records import parse_template
+from shell.cli import UserError
 
 
 @dataclass

@@ -20,7 +20,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import UserError
+from shell.cli import UserError
 
 CHUNK = 2**15  # bytes of a file that are read at one time
 LONGEST_FIELD = 2**27  # characters of a CSV field: a quote that is never closed must not take all memory

@@ -13,8 +13,8 @@ from collections import Counter
 
 import numpy as np
 
-from cleaning import SIGNATURE
-from safetensors_format import encode_header
+from preparation.cleaning import SIGNATURE
+from weights.safetensors_format import encode_header
 
 LEAKS = ("words of a benchmark", "similar to a benchmark")  # the reasons that name a benchmark's sample
 SHOWN = 300  # characters of a dropped prompt that are written down

@@ -13,7 +13,7 @@ import reprlib
 import string
 from pathlib import Path
 
-from reading import BadRow, count
+from preparation.reading import BadRow, count
 
 # Names of prompt, text that it is about, and answer, tried in this order.
 FIELD_NAMES = (("instruction", "input", "output"), ("prompt", None, "completion"), ("question", None, "answer"))

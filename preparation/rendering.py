@@ -20,11 +20,11 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, NamedTuple
 
-import cleaning
-from cli import UserError
-from prompts import check_dialog, encode_dialog
-from reading import BadRow
-from records import to_record
+from preparation import cleaning
+from preparation.reading import BadRow
+from preparation.records import to_record
+from shell.cli import UserError
+from text.prompts import check_dialog, encode_dialog
 
 LONGEST_TOKEN = 512  # characters: no vocabulary has a longer one
 SLACK = 256  # tokens that a template may add to a sample's text

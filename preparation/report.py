@@ -1,7 +1,7 @@
 """What became of the data: `report.html` for a prepared folder, and single samples on the terminal.
 
 The page is one file: style and pictures are inline, nothing is loaded and nothing runs. All text from the data is
-escaped by the template (`data_report.html`), and characters that would act instead of being seen are spelled out.
+escaped by the template (`report.html`), and characters that would act instead of being seen are spelled out.
 """
 
 import difflib
@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from tokenizer import StreamDecoder
+from text.tokenizer import StreamDecoder
 
 WHOLE_PROMPT, WHOLE_ANSWER = 900, 3600  # characters; of a longer one the middle is folded
 WHOLE_MATCH = 320  # characters; where two duplicates agree for longer, the middle is left out
@@ -109,7 +109,7 @@ def write_report(path, info, details):
     )
     environment.filters |= {"count": "{:,}".format, "decimal": "{:,.1f}".format}
     environment.filters |= {"breakable": breakable, "percent": percent, "short": short}
-    page = environment.get_template("data_report.html").render(
+    page = environment.get_template("report.html").render(
         info=info,
         cleaning=cleaning_table(info["sources"]),
         mix=mix_table(info["sources"]),

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from cli import UserError
+from shell.cli import UserError
 
 
 def draw_validation(s, records):

@@ -8,9 +8,9 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from cli import UserError
+from shell.cli import UserError
 
 MANIFEST = "manifest.json"
 THREADS = 4  # that hash and flush files side by side
@@ -82,15 +82,16 @@ def new_folder(path, hashes=None):
 
 
 def _seal(folder, hashes):
-    """Flush all files of a folder, hash those that are not in `hashes` at the same time, and write the manifest."""
-    paths = sorted(folder.iterdir())
+    """Flush all files below a folder, hash those that are not in `hashes` at the same time, and write the manifest."""
+    below = sorted(folder.rglob("*"))
+    names = {path.relative_to(folder).as_posix(): path for path in below if path.is_file()}
     with ThreadPoolExecutor(THREADS) as pool:
-        flushed = [pool.submit(flush, path) for path in paths]
-        missing = [path for path in paths if path.name not in hashes]
-        hashes.update(zip([path.name for path in missing], pool.map(sha256, missing), strict=True))
+        flushed = [pool.submit(flush, path) for path in below]
+        missing = {name: path for name, path in names.items() if name not in hashes}
+        hashes.update(zip(missing, pool.map(sha256, missing.values()), strict=True))
         for future in flushed:
             future.result()
-    (folder / MANIFEST).write_text(_manifest_text({path.name: hashes[path.name] for path in paths}))
+    (folder / MANIFEST).write_text(_manifest_text({name: hashes[name] for name in names}))
     for path in (folder / MANIFEST, folder):
         flush(path)
 
@@ -214,9 +215,15 @@ def _read_manifest(path, remedy):
     except UserError as error:
         raise UserError(f"{error}: {remedy}") from None
     own = hashes.pop(MANIFEST, None)  # older ones have none
-    if own and path.read_text() != _manifest_text(hashes) or any(Path(name).name != name for name in hashes):
+    if own and path.read_text() != _manifest_text(hashes) or not all(map(_is_below, hashes)):
         raise UserError(f"{path} has changed since it was written: {remedy}")
     return hashes
+
+
+def _is_below(name):
+    """Whether a name in a manifest is that of a file below its folder, and no way out of it."""
+    path = PurePosixPath(name)
+    return str(path) == name != "." and not path.is_absolute() and ".." not in path.parts
 
 
 def sha256(path):

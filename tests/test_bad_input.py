@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import prepare_data
-from checkpoint import load_model
 from model import Transformer
+from weights import peft_format
+from weights.checkpoint import load_model
 
 ROWS = [{"instruction": f"what is {i}", "output": f"it is {i}"} for i in range(6)]
 
@@ -46,7 +47,7 @@ def good(tmp_path_factory, tiny_model_dir):
         model, config = load_model(base, torch.float32), lora.AdapterConfig(r=2)
         lora.add_lora(model, config)
         (folder / name).mkdir()
-        lora.save_adapter(model, config, folder / name, base)
+        peft_format.save_adapter(model, config, folder / name, base)
         (folder / name / "onetune.json").write_text(json.dumps({"prompt_style": "plain", "checkpoint_dir": str(base)}))
     return folder
 

@@ -26,8 +26,8 @@ from batching import (
     sorted_in_step,
     source_names,
 )
-from cli import UserError
-from spool import SampleWriter
+from preparation.record_store import SampleWriter
+from shell.cli import UserError
 
 PLANS = pytest.mark.parametrize("planner", [planner.plan for planner in PLANNERS.values()])
 DRAWN = pytest.mark.parametrize("planner", [packed_in_step, sorted_in_step, random_in_step])  # steps from the whole set

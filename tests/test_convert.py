@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import convert_hf_checkpoint as script
-import gguf_format
 import lora
-from checkpoint import load_model
-from cli import UserError
-from tokenizer import Tokenizer
+from shell.cli import UserError
+from text.tokenizer import Tokenizer
+from weights import gguf_format, peft_format
+from weights.checkpoint import load_model
 
 TOKENS = torch.arange(3, 43)[None] * 7 % 512
 NASTY = [
@@ -375,7 +375,7 @@ def tuned_adapter(folder, checkpoint_dir, quantize=None, **settings):
         if config.kind == "dora":
             adapter.lora_magnitude_vector.data *= torch.rand_like(adapter.lora_magnitude_vector) + 0.5
     folder.mkdir(parents=True)
-    lora.save_adapter(model, config, folder, checkpoint_dir)
+    peft_format.save_adapter(model, config, folder, checkpoint_dir)
     notes = {"prompt_style": "alpaca", "checkpoint_dir": str(checkpoint_dir), "quantize": quantize}
     (folder / "onetune.json").write_text(json.dumps(notes))
     return folder

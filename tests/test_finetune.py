@@ -14,19 +14,20 @@ import torch.nn.functional as F
 from conftest import write_tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-import cli
 import finetune
 import lora
-import metrics
 import model as model_file
-from attention import Attend
 from batching import IGNORE, Samples
-from checkpoint import load_model
-from cli import UserError
-from files import check_manifest
 from finetune import Settings
-from spool import SampleWriter
-from tokenizer import Tokenizer
+from ops.attention import Attend
+from preparation.record_store import SampleWriter
+from shell import cli
+from shell.cli import UserError
+from shell.files import check_manifest
+from text.tokenizer import Tokenizer
+from training import metrics
+from weights import peft_format
+from weights.checkpoint import load_model
 
 TIMES = ("seconds", "tokens_per_second", "memory_gb")  # columns that differ between equal runs
 
@@ -388,7 +389,7 @@ def peft_losses(s, steps):
     model, config = finetune.build_model(s, fabric.device, None)
     start = s.out_dir.with_name("start")
     start.mkdir()
-    lora.save_adapter(model, config, start, "the same")
+    peft_format.save_adapter(model, config, start, "the same")
     base = LlamaForCausalLM.from_pretrained(s.checkpoint_dir, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
     parameters = [p for p in model.parameters() if p.requires_grad]

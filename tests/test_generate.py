@@ -13,16 +13,17 @@ from conftest import SEED, Ids, write_tiny_tokenizer
 
 import generate
 import lora
-import sampling
-from checkpoint import load_model
-from cli import UserError
-from compiled import compiled_library
-from decode import CompiledDecoder, Decoder, StaticDecoder, Weights, dense, fastest_decoder
 from generate import Settings, Writer, read_prompts
+from inference import sampling
+from inference.decode import CompiledDecoder, Decoder, StaticDecoder, Weights, dense, fastest_decoder
+from inference.sampling import Batch, Reply, Row, choose, penalize
 from model import Config, KVCache, Transformer
-from prompts import encode_prompt
+from ops.cpp import compiled_library
 from quantize import QUANTIZERS
-from sampling import Batch, Reply, Row, choose, penalize
+from shell.cli import UserError
+from text.prompts import encode_prompt
+from weights import peft_format
+from weights.checkpoint import load_model
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 needs_compiler = pytest.mark.skipif(not compiled_library("decode_cpu"), reason="no C++ compiler")
@@ -344,7 +345,7 @@ def test_bf16_weights_are_multiplied_in_fp32(quantize, batch):
 @pytest.mark.parametrize("quantize", [None, *QUANTIZERS])
 def test_several_rows_where_the_processor_multiplies_bf16(quantize, batch, monkeypatch):
     """There several rows are rounded to bf16, as in the model's own pass; one row is not."""
-    for room in ("decode", "model"):
+    for room in ("inference.decode", "model"):
         monkeypatch.setattr(f"{room}.compute_dtype", lambda dtype, device: dtype)
     assert_same_logits(CompiledDecoder, wide_model(quantize, torch.bfloat16), batch, tolerance=3e-2)
 
@@ -776,7 +777,7 @@ def tiny_adapter(tiny_model_dir, tmp_path_factory):
     torch.manual_seed(SEED)
     for adapter in lora.adapters(model).values():
         adapter.lora_B.data.normal_(std=0.2)
-    lora.save_adapter(model, config, folder, tiny_model_dir)
+    peft_format.save_adapter(model, config, folder, tiny_model_dir)
     notes = {"prompt_style": "plain", "checkpoint_dir": str(tiny_model_dir), "quantize": "bnb.nf4"}
     (folder / "onetune.json").write_text(json.dumps(notes))
     return folder

@@ -1,4 +1,4 @@
-"""Imports point one way, product code stands on its own feet, and scripts are quick to answer a mistake."""
+"""Imports point one way, by folder; product code stands on its own feet; scripts are quick to answer a mistake."""
 
 import ast
 import subprocess
@@ -7,114 +7,96 @@ import sys
 import pytest
 from conftest import ROOT
 
-# What each file may import of ours, beside cli.py and files.py. A new file has to find its place here.
-ROOMS = {"model", "quantize", "lora", "checkpoint"}
-DATA = {"drawing", "reading", "records", "mixture", "cleaning", "rendering", "spool", "data_report"}
-ALLOWED = {
-    "cli": set(),
-    "files": set(),
-    "compiled": set(),
-    "kernels": {"compiled"},
-    "attention": {"compiled", "kernels"},
-    "safetensors_format": set(),
-    "model": {"kernels", "attention"},
-    "quantize": {"kernels", "model"},
-    "merge": {"attention", "model", "quantize", "lora"},
-    "divergence": {"model"},
-    "sensitivity": {"divergence", "attention", "kernels", "model", "lora", "quantize"},
-    "lora": {"kernels", "model", "safetensors_format"},
-    "checkpoint": {"model", "quantize", "lora", "safetensors_format"},
-    "chat_template": set(),
-    "prompts": {"chat_template"},
-    "tokenizer": {"prompts"},
-    "batching": {"safetensors_format"},
-    "metrics": set(),
-    "gguf_format": {"model", "checkpoint"},
-    "convert_hf_checkpoint": {*ROOMS, "merge", "gguf_format", "tokenizer", "prompts"},
-    "reading": set(),
-    "records": {"reading"},
-    "mixture": {"reading", "records"},
-    "cleaning": set(),
-    "drawing": set(),
-    "rendering": {"cleaning", "prompts", "reading", "records"},
-    "spool": {"cleaning", "safetensors_format"},
-    "data_report": {"batching", "tokenizer", "prompts"},
-    "prepare_data": {*DATA, "tokenizer", "prompts", "batching"},
-    "tracker": {"metrics"},
-    "plan": {"kernels", "attention", "model", "quantize", "lora", "tracker"},
-    "budget": {*ROOMS, "kernels", "batching", "metrics", "plan"},
-    "optimizer": {"quantize"},
-    "runs": {"checkpoint", "budget", "plan", "quantize"},
-    "bad_numbers": {"batching", "budget", "optimizer"},
-    "finetune": {
-        *ROOMS,
-        "runs",
-        "attention",
-        "tokenizer",
-        "prompts",
-        "batching",
-        "metrics",
-        "budget",
-        "optimizer",
-        "bad_numbers",
-    },
-    "decode": {"attention", "compiled", "kernels", "model", "quantize", "lora"},
-    "scoring": {"attention", "kernels"},
-    "sampling": {"tokenizer"},
-    "generate": {*ROOMS, "decode", "sampling", "tokenizer", "prompts"},
-    "serving": {"sampling", "tokenizer"},
-}
-BELOW_CLI = {"cli": set(), "files": {"cli"}}
-EVERYONE = {"cli", "files"}
+# From the ground up: a folder or top-level file may import those above it in this list, and itself.
+# docs/architecture.md draws it. Folders in one row know nothing of each other.
+LAYERS = [
+    ["shell"],
+    ["ops"],
+    ["model"],
+    ["quantize"],
+    ["lora"],
+    ["weights", "text"],
+    ["batching"],
+    ["inference", "preparation", "training"],
+    ["generate", "prepare_data", "convert_hf_checkpoint", "finetune"],
+    ["eval"],
+]
+RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 FOREIGN = {"transformers", "peft", "litgpt", "lit_gpt", "torchtune", "trl", "accelerate", "unsloth"}
 HEAVY = ("torch", "lightning", "bitsandbytes", "transformers")
+OURS = RANK.keys() | {"examples", "bench", "tests"}
+FILES = sorted(path for room in RANK for path in (*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/**/*.py")))
 
-FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("eval/*.py")])
-OURS = {path.stem for path in ROOT.glob("*.py")}
+
+def room_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imports(path):
-    """The modules that a file imports anywhere in it, by their first name, with the line."""
+    """The modules that a file imports anywhere in it, with dots, and the line."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name.partition(".")[0], node.lineno) for alias in node.names)
+            yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import; the folder is flat"
-            yield node.module.partition(".")[0], node.lineno
+            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import; imports are absolute"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
             pytest.fail(f"{path.name}:{node.lineno}: an import that cannot be read off the code")
 
 
-def allowed(path):
-    if path.parent.name == "eval":
-        return ALLOWED.keys() - {"convert_hf_checkpoint", "finetune"}  # prepare_data for its readers of files
-    assert path.stem in ALLOWED, f"{path.name} is new: give it its place among the imports in {__file__}"
-    return BELOW_CLI.get(path.stem, ALLOWED[path.stem] | EVERYONE)
+def file_of(module):
+    """The file of ours that an import such as "ops.norm.rms_norm" or "ops.norm" means, or None."""
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:end]).with_suffix(".py")
+        if path in FILES:
+            return path
+    return None
+
+
+def check(path, room):
+    for module, line in imports(path):
+        name = module.partition(".")[0]
+        assert name not in FOREIGN, f"{path.name}:{line}: {name} is a reference in tests, no part of the product"
+        allowed = name not in OURS or name == room or name in RANK and RANK[name] < RANK[room]
+        assert allowed, f"{path.name}:{line}: {room} must not import {module}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    for name, line in imports(path):
-        assert name not in FOREIGN, f"{path.name}:{line}: {name} is a reference in tests, no part of the product"
-        assert name not in OURS or name in allowed(path), f"{path.name}:{line}: must not import {name}"
+    check(path, room_of(path))
 
 
-def test_the_allowed_imports_have_no_circle():
-    graph = {**{name: below | EVERYONE for name, below in ALLOWED.items()}, **BELOW_CLI}
-    for name in graph:
-        seen, open_ = set(), [name]
+def test_every_python_file_at_the_top_has_its_place():
+    assert {room_of(path) for path in ROOT.glob("*.py")} <= RANK.keys()
+
+
+def test_no_file_imports_itself_through_others():
+    graph = {path: {file_of(module) for module, _ in imports(path)} - {None} for path in FILES}
+    for path in FILES:
+        seen, open_ = set(), [path]
         while open_:
             for below in graph[open_.pop()] - seen:
                 seen.add(below)
                 open_.append(below)
-        assert name not in seen
+        assert path not in seen, f"{path} is part of a circle"
+
+
+@pytest.mark.parametrize("room", [room for room in RANK if (ROOT / room).is_dir()])
+def test_a_folder_begins_with_its_map(room):
+    """`__init__.py` is a docstring that names every file of the folder, and nothing else."""
+    for init in (ROOT / room).rglob("__init__.py"):
+        (docstring,) = ast.parse(init.read_text()).body
+        for path in init.parent.iterdir():
+            if path.name[0] not in "_." and path.suffix in (".py", ".cpp", ".h", ".sh"):
+                assert path.name in docstring.value.value, f"{init}: {path.name} is not on the map"
 
 
 def test_an_arrow_back_would_be_found(tmp_path):
     path = tmp_path / "model.py"
-    path.write_text("def f():\n    from finetune import main\n")
-    with pytest.raises(AssertionError, match="model.py:2: must not import finetune"):
-        test_imports_point_one_way(path)
+    path.write_text("def f():\n    from training.optimizer import learning_rate\n")
+    with pytest.raises(AssertionError, match="model.py:2: model must not import training.optimizer"):
+        check(path, "model")
 
 
 def parses_first(path):

@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
-from checkpoint import load_model
-from cli import UserError
-from kernels import compute_dtype
 from lora import ADAPTERS, PROJECTIONS, AdapterConfig, DoRALinear, LoRALinear
 from model import Linear
+from ops.dtypes import compute_dtype
 from quantize import QUANTIZERS
+from shell.cli import UserError
+from weights import peft_format
+from weights.checkpoint import load_model
 
 KINDS = pytest.mark.parametrize("kind", ADAPTERS)
 
@@ -140,7 +141,7 @@ def test_peft_loads_what_we_save(tiny_checkpoint, tmp_path, config):
     from peft import PeftModel
 
     ours = adapted(tiny_checkpoint("llama"), config)
-    lora.save_adapter(ours, config, tmp_path, "some/base")
+    peft_format.save_adapter(ours, config, tmp_path, "some/base")
     theirs = PeftModel.from_pretrained(base_of_transformers(tiny_checkpoint("llama")), tmp_path).eval()
     tokens, _ = inputs()
     with torch.no_grad():
@@ -167,9 +168,9 @@ def test_we_load_what_peft_saves(tiny_checkpoint, tmp_path, config):
 @variant
 def test_saved_and_loaded_is_the_same(tiny_checkpoint, tmp_path, config):
     ours = adapted(tiny_checkpoint("llama"), config)
-    lora.save_adapter(ours, config, tmp_path, "base")
+    peft_format.save_adapter(ours, config, tmp_path, "base")
     again = load_model(tiny_checkpoint("llama"), torch.float32)
-    assert lora.load_adapter(again, tmp_path) == config
+    assert peft_format.load_adapter(again, tmp_path) == config
     tokens, _ = inputs()
     assert torch.equal(ours(tokens), again(tokens))
     before, after = trainable(ours), trainable(again)
@@ -413,7 +414,7 @@ def test_every_linear_layer_of_every_family_can_be_adapted(tiny_checkpoint, fami
 @pytest.fixture
 def adapter(tiny_checkpoint, tmp_path):
     config = AdapterConfig("dora", r=4, targets=("q_proj", "up_proj"))
-    lora.save_adapter(adapted(tiny_checkpoint("llama"), config), config, tmp_path, "base")
+    peft_format.save_adapter(adapted(tiny_checkpoint("llama"), config), config, tmp_path, "base")
     return tmp_path
 
 

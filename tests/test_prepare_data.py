@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 import prepare_data
 from batching import Samples
-from cli import UserError
-from drawing import how_often
-from files import check_manifest, sha256
-from mixture import Source
+from preparation.mixture import Source
+from preparation.sampling import how_often
 from prepare_data import Settings
-from prompts import encode_dialog
-from tokenizer import Tokenizer
+from shell.cli import UserError
+from shell.files import check_manifest, sha256
+from text.prompts import encode_dialog
+from text.tokenizer import Tokenizer
 
 WORDS = [
     "the",

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import quantize
-from checkpoint import load_model
 from model import Linear
 from quantize import QUANTIZERS, nf4_dequantize, nf4_quantize
+from weights.checkpoint import load_model
 
 every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 

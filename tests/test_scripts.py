@@ -10,8 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-import cli
 from quantize import QUANTIZERS
+from shell import cli
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SAMPLES = [

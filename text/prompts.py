@@ -9,8 +9,8 @@ To add a prompt style: a function `(tokenizer, messages) -> list[Segment]` and a
 import re
 from typing import NamedTuple
 
-from chat_template import render
-from cli import UserError
+from shell.cli import UserError
+from text.chat_template import render
 
 
 class Segment(NamedTuple):

@@ -17,8 +17,8 @@ import json
 import re
 from pathlib import Path
 
-from cli import UserError
-from files import check_listed, read_json
+from shell.cli import UserError
+from shell.files import check_listed, read_json
 
 TOKENIZER_FILES = (
     "*token*.json", "tokenizer.model", "config.json", "generation_config.json", "chat_template.jinja",

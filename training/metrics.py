@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from cli import UserError
-from files import whole_file
+from shell.cli import UserError
+from shell.files import whole_file
 
 COLUMNS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "targets", "padding",

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from batching import IGNORE, PLANNERS
-from budget import dropout_seed
-from cli import UserError
-from files import whole_file
-from optimizer import StepInBackward
+from shell.cli import UserError
+from shell.files import whole_file
+from training.memory.budget import dropout_seed
+from training.optimizer import StepInBackward
 
 FILE = "bad_batch.safetensors"
 NAMED = 10  # samples in a message

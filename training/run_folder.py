@@ -12,12 +12,12 @@ import shutil
 import signal
 from pathlib import Path
 
-from budget import DTYPES
-from checkpoint import INDEX, read_config, shard_paths
-from cli import UserError
-from files import MANIFEST, check_manifest, clear_leftovers, read_json, remove_folder, sha256
-from plan import moment_bytes
 from quantize import describe_quantization
+from shell.cli import UserError
+from shell.files import MANIFEST, check_manifest, clear_leftovers, read_json, remove_folder, sha256
+from training.memory.budget import DTYPES
+from training.memory.plan import moment_bytes
+from weights.checkpoint import INDEX, read_config, shard_paths
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; what it was made from, and its time
@@ -28,6 +28,18 @@ HARMLESS = (  # settings that may change for a resumed run; the folders because 
 PIECES, PIECE_BYTES = 256, 2**16  # of a file of weights, that tell it from another
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
 WRITTEN = ("step-*", "final", "source", "*.csv", "config.yaml", "summary.json", "loss.png")
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE_FOLDERS = ("shell", "ops", "weights", "text", "inference", "preparation", "training")
+
+
+def source_files():
+    """The code that a run keeps a copy of: paths relative to the project's folder."""
+    files = [*ROOT.glob("*.py")]
+    for folder in SOURCE_FOLDERS:
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    return sorted(path.relative_to(ROOT) for path in files)
 
 
 def plain(s):

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 import lora
-from cli import UserError
-from files import check_listed, checked, damage_first, read_json
 from model import Config, Transformer
 from quantize import quantizer_of, read_quantization
-from safetensors_format import encode_header, read_header, read_tensors
+from shell.cli import UserError
+from shell.files import check_listed, checked, damage_first, read_json
+from weights import peft_format
+from weights.safetensors_format import encode_header, read_header, read_tensors
 
 INDEX = "model.safetensors.index.json"
 NOTES = "onetune.json"  # beside an adapter or a model: what generating must know to match the training
@@ -170,7 +171,7 @@ def load_model(checkpoint_dir, dtype, device="cpu", quantize=None, adapter_dir=N
     with checked(checkpoint_dir):
         fill_model(model, weights.read, dtype, device, quantization)
         if adapter_dir is not None:
-            lora.load_adapter(model, adapter_dir)
+            peft_format.load_adapter(model, adapter_dir)
     return model.eval()
 
 

@@ -17,10 +17,10 @@ import gguf
 import numpy as np
 import torch
 
-from checkpoint import Weights
-from cli import UserError
-from files import write_json
 from model import RoPE, inverse_frequencies
+from shell.cli import UserError
+from shell.files import write_json
+from weights.checkpoint import Weights
 
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {

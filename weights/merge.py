@@ -12,9 +12,10 @@ from torch import nn
 from tqdm import tqdm
 
 import lora
-from attention import choose_attention
 from model import Config, Linear, Transformer, rope_angles
+from ops.attention import choose_attention
 from quantize import quantizer_of, read_quantization
+from weights import peft_format
 
 PROBE_LENGTH = 32  # positions on which a merged model is compared with base and adapter
 
@@ -29,8 +30,8 @@ class Tuned:
             self.model = Transformer(Config.from_dict(config))
         self.quantization = read_quantization(quantize, self.model)
         if adapter_dir is not None:
-            lora.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
-            self.adapter, self.tensors = lora.read_adapter(adapter_dir)
+            peft_format.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
+            self.adapter, self.tensors = peft_format.read_adapter(adapter_dir)
         self.linears = lora.linear_layers(self.model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -51,7 +52,7 @@ class Tuned:
             layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), bias
         if name in self.tensors:
             layer = self.adapter.adapt(layer, name)
-            lora.fill_adapter(layer, self.tensors[name], name)
+            peft_format.fill_adapter(layer, self.tensors[name], name)
         return layer
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from cli import UserError
+from shell.cli import UserError
 
 
 def read_header(path, remedy):

@@ -11,7 +11,7 @@ from conftest import ROOT, SMALL
 
 import prepare_data
 from batching import PLANNERS
-from cli import UserError
+from shell.cli import UserError
 
 sys.path.append(str(ROOT / "bench"))
 import limits

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import prepare_data
-from cli import UserError
+from shell.cli import UserError
 
 sys.path.append(str(ROOT / "bench"))
 spec = importlib.util.spec_from_file_location("bench_planners", ROOT / "bench" / "planners.py")

@@ -23,10 +23,8 @@ import torch
 import uvicorn
 from conftest import ROOT, write_tiny_tokenizer
 
-from prompts import encode_prompt
-
-sys.path.append(str(ROOT / "eval"))
-import helm_server
+from eval import helm_server
+from text.prompts import encode_prompt
 
 GREEDY = {"temperature": 0, "max_new_tokens": 6}
 WORDS = ["the", "answer", "to", "question", "is", "42", "and", "this", "what", "it", "was", "all", "about", ".", ","]

@@ -20,12 +20,13 @@ from test_tokenizer import LLAMA2, make_llama_json
 
 import generate
 import lora
-from checkpoint import load_model
-from cli import UserError
 from eval import lm_eval_harness
 from eval.lm_eval_harness import OnetuneLM, Settings, find_tasks, only_local
-from prompts import STYLES, encode_prompt, prompt_text
-from tokenizer import Tokenizer
+from shell.cli import UserError
+from text.prompts import STYLES, encode_prompt, prompt_text
+from text.tokenizer import Tokenizer
+from weights import peft_format
+from weights.checkpoint import load_model
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 KINDS = pytest.mark.parametrize("kind", ["llama", "mistral", "sentencepiece"])
@@ -406,7 +407,7 @@ def test_a_run(tiny_model_dir, tasks, tmp_path, run_script, cut_off):
     model, config, adapter = load_model(tiny_model_dir, torch.float32), lora.AdapterConfig(r=2), tmp_path / "adapter"
     lora.add_lora(model, config)
     adapter.mkdir()
-    lora.save_adapter(model, config, adapter, tiny_model_dir)
+    peft_format.save_adapter(model, config, adapter, tiny_model_dir)
     out_file = tmp_path / "new" / "results.json"
     code, out, err = run_script(
         "eval/lm_eval_harness.py", "--checkpoint_dir", tiny_model_dir, "--adapter_dir", adapter, "--limit", 3,

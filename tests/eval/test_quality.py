@@ -11,31 +11,30 @@ import torch
 import yaml
 from conftest import ROOT, SEED
 from test_finetune import random_samples, write_data
-from test_plan import PACKED, activations, real_trace, tiny_config, tiny_job
+from test_memory_plan import PACKED, activations, real_trace, tiny_config, tiny_job
 
-import cli
-import divergence
 import finetune
 import generate
 import lora
-import plan as memory_plan
-import sensitivity
-from checkpoint import Weights, load_model, read_config, read_notes
-from cli import UserError
-from decode import Decoder, fastest_decoder
-from divergence import compare, make_reference
-from eval import quality
+from eval import divergence, quality, sensitivity
+from eval.divergence import compare, make_reference
 from eval.quality_texts import read_texts
 from eval.quality_variants import load_trained, load_variant
-from files import read_json
-from kernels import compute_dtype
+from inference.decode import Decoder, fastest_decoder
 from lora import PROJECTIONS
-from merge import Tuned
-from metrics import weight_bytes
 from model import IGNORE, Transformer
-from prompts import encode_prompt
+from ops.dtypes import compute_dtype
 from quantize import QUANTIZERS, QuantizedLinear, quantizable_layers, read_quantization, write_plan
-from tokenizer import Tokenizer
+from shell import cli
+from shell.cli import UserError
+from shell.files import read_json
+from text.prompts import encode_prompt
+from text.tokenizer import Tokenizer
+from training.memory import plan as memory_plan
+from training.metrics import weight_bytes
+from weights import peft_format
+from weights.checkpoint import Weights, load_model, read_config, read_notes
+from weights.merge import Tuned
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 
@@ -61,7 +60,7 @@ def make_adapter(tmp_path_factory):
         lora.add_lora(model, config)
         for adapter in lora.adapters(model).values():
             adapter.lora_B.data.normal_(std=0.1)
-        lora.save_adapter(model, config, folder, base)
+        peft_format.save_adapter(model, config, folder, base)
         notes = {"prompt_style": "plain", "checkpoint_dir": str(base), "quantize": quantize}
         (folder / "onetune.json").write_text(json.dumps(notes))
         return folder
@@ -610,7 +609,7 @@ def test_fast_ways_give_the_plain_text_on_200_prompts(smollm2_dir, dtype, quanti
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     model, tokenizer = load_model(smollm2_dir, dtype, quantize=quantize), Tokenizer(smollm2_dir)
-    lines = (ROOT / "data" / "orders" / "test.jsonl").read_text().splitlines()
+    lines = (ROOT / "examples" / "orders" / "test.jsonl").read_text().splitlines()
     questions = [{"role": "user", "content": json.loads(line)["prompt"]} for line in lines]
     prompts = [encode_prompt(tokenizer, [question], "chatml") for question in questions]
     assert len(prompts) == 200

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_imports import OURS, imports
+from test_imports import file_of, imports
 
-sys.path.append(str(ROOT / "eval"))
 import convert_hf_checkpoint
-import helm_server
+from eval import helm_server
 
 DOCKERFILE = ROOT / "eval" / "Dockerfile"
 INSTRUCTIONS = {
@@ -61,19 +60,17 @@ def test_what_is_copied_is_there_and_not_ignored():
 
 def test_the_image_has_all_that_the_server_imports():
     files, open_, seen = copied(), [ROOT / "eval" / "helm_server.py", ROOT / "convert_hf_checkpoint.py"], set()
-    beside = {path.stem for path in (ROOT / "eval").glob("*.py")}
     while open_:
         path = open_.pop()
         name = str(path.relative_to(ROOT))
         assert name in files, f"{name} is imported but not copied"
         seen.add(name)
-        for module, _ in imports(path):
-            for known, folder in ((OURS, ROOT), (beside, ROOT / "eval")):
-                below = folder / f"{module}.py"
-                if module in known and str(below.relative_to(ROOT)) not in seen:
-                    open_.append(below)
-    assert {"decode_cpu.cpp", "kernels_cpu.cpp", "vectors.h", "matrix_tiles.h"} <= set(files)
-    assert "serving.py" in seen and "eval/openai_api.py" in seen
+        below = {file_of(module) for module, _ in imports(path)} - {None}
+        open_ += [path for path in below if str(path.relative_to(ROOT)) not in seen]
+    assert {f"ops/{name}" for name in ("decode_cpu.cpp", "kernels_cpu.cpp", "vectors.h", "matrix_tiles.h")} <= set(
+        files
+    )
+    assert "inference/serving.py" in seen and "eval/openai_api.py" in seen
 
 
 def test_requirements_are_pinned():

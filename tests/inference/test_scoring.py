@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import lora
-import scoring
-from attention import Tree, tree_mask
-from checkpoint import load_model
-from cli import UserError
+from inference import scoring
+from inference.scoring import Score, cut_batches, plain_score, rolling, score, share_contexts, windows
+from ops.attention import Tree, tree_mask
 from quantize import QUANTIZERS
-from scoring import Score, cut_batches, plain_score, rolling, score, share_contexts, windows
+from shell.cli import UserError
+from weights.checkpoint import load_model
 
 FAMILIES = pytest.mark.parametrize("family", conftest.FAMILIES)
 CONTEXT = conftest.SMALL["max_position_embeddings"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention import (
+from ops.attention import (
     attend,
     attention_mask,
     compiled_attention,
@@ -12,7 +12,7 @@ from attention import (
     plain_attention,
     plain_varlen_attention,
 )
-from compiled import compiled_library
+from ops.cpp import compiled_library
 
 LENGTHS = (5, 1, 40, 17, 2)
 needs_compiler = pytest.mark.skipif(not compiled_library("kernels_cpu"), reason="no C++ compiler")

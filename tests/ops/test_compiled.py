@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
 
 
@@ -21,7 +21,7 @@ def test_fewer_instructions_give_the_same(without, tmp_path):
     wrapper.chmod(0o755)
     what = "rms_norm or swiglu or rotate or loss or compiled_attention or quantised or several_rows"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", what]
-    command += [TESTS / name for name in ("test_kernels.py", "test_attention.py", "test_generate.py")]
+    command += [TESTS / name for name in ("ops/test_kernels.py", "ops/test_attention.py", "test_generate.py")]
     environment = {**os.environ, "CXX": str(wrapper), "XDG_CACHE_HOME": str(tmp_path)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     assert run.returncode == 0, run.stdout[-3000:]

@@ -4,22 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
-from compiled import compiled_library
-from kernels import (
-    compute_dtype,
-    head_loss,
-    linear,
-    low_rank_linears,
-    plain_head_loss,
-    plain_rms_norm,
-    plain_rotate,
-    plain_swiglu,
-    rms_norm,
-    rotate,
-    stored_linear,
-    swiglu,
-)
+from ops import cpp
+from ops.activation import plain_swiglu, swiglu
+from ops.cpp import compiled_library
+from ops.dtypes import compute_dtype
+from ops.linear import linear, low_rank_linears, stored_linear
+from ops.loss import head_loss, plain_head_loss
+from ops.norm import plain_rms_norm, rms_norm
+from ops.rotation import plain_rotate, rotate
 
 
 def random(*shape, dtype=torch.float32):
@@ -39,7 +31,7 @@ def assert_alike(y, expected, inputs, within=1e-5):
 def way(request, monkeypatch):
     """How a CPU computes: by kernels_cpu.cpp, or as CUDA does and a CPU without a compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "in_cpp", lambda *_: False)
+        monkeypatch.setattr(cpp, "compiled_library", lambda *_: None)
     elif not compiled_library("kernels_cpu"):
         pytest.skip("no C++ compiler")
 
@@ -177,7 +169,7 @@ def test_low_rank_linears_keep_fp32_gradients_in_bf16():
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 @pytest.mark.parametrize("trainable", [True, False])
 def test_head_loss(chunk, trainable, monkeypatch, way, threads):
-    monkeypatch.setattr(kernels, "LOSS_CHUNK", chunk)
+    monkeypatch.setattr("ops.loss.LOSS_CHUNK", chunk)
     x, weight, targets = random(9, 8), torch.randn(30, 8).requires_grad_(trainable), torch.randint(0, 30, (9,))
     (y, each), (expected, expected_each) = head_loss(x, weight, targets), plain_head_loss(x, weight, targets)
     assert_alike(y, expected, (x, weight) if trainable else (x,))

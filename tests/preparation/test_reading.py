@@ -13,11 +13,11 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reading
-from cli import UserError
-from mixture import Source, find_sources
-from reading import BadRow, read_rows
-from records import to_record
+from preparation import reading
+from preparation.mixture import Source, find_sources
+from preparation.reading import BadRow, read_rows
+from preparation.records import to_record
+from shell.cli import UserError
 
 FORMATS = ["json", "jsonl", "csv", "tsv", "parquet"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
@@ -371,9 +371,9 @@ def test_progress_goes_from_0_to_1(tmp_path, ending):
 PEAK = """
 import re, sys
 from pathlib import Path
-from mixture import Source
-from reading import read_rows
-from records import to_record
+from preparation.mixture import Source
+from preparation.reading import read_rows
+from preparation.records import to_record
 source, rows = Source("test", [Path(sys.argv[1])]), 0
 for row in read_rows(source, lambda share: None):
     to_record(source, row, 1)

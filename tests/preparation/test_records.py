@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixture import Source
-from reading import BadRow, Row
-from records import parse_template, to_record
+from preparation.mixture import Source
+from preparation.reading import BadRow, Row
+from preparation.records import parse_template, to_record
 
 CHOICES = {"prompt": "question", "choices": ["a", "b", "c"], "label": "right"}
 

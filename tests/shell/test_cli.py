@@ -10,9 +10,10 @@ from typing import Literal
 
 import pytest
 import yaml
+from conftest import ROOT
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -232,10 +233,10 @@ def test_run_answers_an_interrupt_with_130(capsys):
 # -------------------------------------------------------------------------------------------------------- scripts
 
 SCRIPTS = sorted(
-    path.relative_to(Path(cli.__file__).parent)
-    for folder in (".", "eval", "bench")
-    for path in Path(cli.__file__).parent.glob(f"{folder}/*.py")
-    if "cli.parse(" in path.read_text() and path.name != "cli.py"
+    path.relative_to(ROOT)
+    for pattern in ("*.py", "eval/*.py", "bench/**/*.py")
+    for path in ROOT.glob(pattern)
+    if "cli.parse(" in path.read_text()
 )
 
 

@@ -28,8 +28,8 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-import cli
-from cli import UserError
+from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -62,13 +62,12 @@ from safetensors.torch import load_file
 from test_finetune import random_samples, write_data
 from torch import _dynamo  # noqa: F401
 
-import checkpoint
 import convert_hf_checkpoint
-import files
 import finetune
-import metrics
 import quantize
-import runs
+from shell import files
+from training import metrics, run_folder
+from weights import checkpoint
 
 TIMES = ("seconds", "tokens_per_second", "memory_gb")
 WAYS = {
@@ -262,7 +261,7 @@ def kill_and_finish(job, reference, calls, seconds, result, failures, most):
 
 def finished_names(out):
     """What is complete: the newest checkpoint's step, and whether the end has been reached."""
-    steps = [runs.step_of(path) for path in runs.checkpoints(out)] if out.is_dir() else []
+    steps = [run_folder.step_of(path) for path in run_folder.checkpoints(out)] if out.is_dir() else []
     return max(steps, default=0), (out / "final").exists() or (out / files.MANIFEST).exists()
 
 
@@ -299,7 +298,7 @@ def differing_files(reference, out):
     for path in sorted({*paths} & {*others}):
         if path.name == "metrics.csv":
             same = metrics_without_times(reference / path) == metrics_without_times(out / path)
-        elif path.name in ("summary.json", "loss.png", "config.yaml", runs.SETTINGS):
+        elif path.name in ("summary.json", "loss.png", "config.yaml", run_folder.SETTINGS):
             continue  # times, memory, the name of the folder
         elif path.name == files.MANIFEST and path.parent.name.startswith("step-"):
             continue  # it has the hash of settings.json

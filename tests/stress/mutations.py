@@ -32,15 +32,14 @@ import torch
 from conftest import write_tiny_tokenizer
 
 import batching
-import checkpoint
 import convert_hf_checkpoint
-import gguf_format
 import lora
-from cli import UserError
-from files import MANIFEST, check_manifest, new_folder, read_json, write_json
 from model import Config, Transformer
-from spool import SampleWriter
-from tokenizer import Tokenizer
+from preparation.record_store import SampleWriter
+from shell.cli import UserError
+from shell.files import MANIFEST, check_manifest, new_folder, read_json, write_json
+from text.tokenizer import Tokenizer
+from weights import checkpoint, gguf_format, peft_format
 
 SECONDS = 30
 CONFIG = {
@@ -78,7 +77,7 @@ def make_all(root):
     optimizer.step()
     for name in ("adapter", "checkpoint"):
         with new_folder(root / name) as folder:
-            lora.save_adapter(model, ADAPTER, folder, root / "model")
+            peft_format.save_adapter(model, ADAPTER, folder, root / "model")
             write_json(folder / checkpoint.NOTES, {"prompt_style": "plain", "checkpoint_dir": str(root / "model")})
             if name == "checkpoint":
                 checkpoint.save_optimizer(optimizer, folder)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import UserError
-from prompts import STYLES, Segment, encode_dialog, encode_prompt, stop_ids
-from tokenizer import StreamDecoder, Tokenizer, _Words
+from shell.cli import UserError
+from text.prompts import STYLES, Segment, encode_dialog, encode_prompt, stop_ids
+from text.tokenizer import StreamDecoder, Tokenizer, _Words
 
 mistral_common = pytest.importorskip("mistral_common")
 transformers = pytest.importorskip("transformers")

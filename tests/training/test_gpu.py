@@ -11,12 +11,12 @@ from conftest import Ids
 import finetune
 import lora
 from batching import Samples
-from checkpoint import load_model, load_optimizer, save_optimizer
-from decode import fastest_decoder
 from generate import Settings as Sampling
 from generate import generate
+from inference.decode import fastest_decoder
+from preparation.record_store import SampleWriter
 from quantize import NF4_VALUES, QUANTIZERS, nf4_dequantize, nf4_quantize
-from spool import SampleWriter
+from weights.checkpoint import load_model, load_optimizer, save_optimizer
 
 HAS_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run as numpy then, without a GPU
@@ -102,7 +102,7 @@ def test_a_quantised_layer_multiplies_by_what_it_dequantises_to(name, rows, dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_tritons_nf4_is_the_plain_reference(shape, dtype, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
     from nf4_triton import nf4_dequantize_triton
 
     codes, absmax = nf4_quantize(torch.randn(shape, device="cuda" if HAS_GPU else "cpu"))

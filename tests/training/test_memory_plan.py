@@ -9,18 +9,17 @@ import torch
 from conftest import FAMILIES, SMALL
 from test_finetune import random_samples, write_data
 
-import budget
 import finetune
 import lora
-import plan
 from batching import Samples
-from checkpoint import load_model
-from cli import UserError
-from compiled import compiled_library
 from model import IGNORE, Config
-from plan import Job, Predictor, Shape
+from ops.cpp import compiled_library
 from quantize import bitsandbytes
-from tracker import Tracker, traced_step
+from shell.cli import UserError
+from training.memory import budget, plan
+from training.memory.allocations import Tracker, traced_step
+from training.memory.plan import Job, Predictor, Shape
+from weights.checkpoint import load_model
 
 
 def tiny_config(family="llama", layers=3, **changes):
@@ -265,7 +264,7 @@ def test_a_plan_says_how_much_recomputation_is_needed(settings, capsys):
 
 
 def test_auto_lands_in_the_run_and_resumes(settings, tiny_model_dir, monkeypatch):
-    monkeypatch.setattr("metrics.plot_losses", lambda *_: None)
+    monkeypatch.setattr("training.metrics.plot_losses", lambda *_: None)
     flags = dict(checkpoint_dir=tiny_model_dir, micro_batch_tokens="auto", save_interval=2)
     s = settings(**flags, memory_budget="4MB", max_steps=2)
     finetune.main(s)

@@ -16,15 +16,14 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_finetune import column, final_weights, random_sample, random_samples, rows, write_data
 
-import bad_numbers
-import budget
-import files
 import finetune
-import metrics
-from bad_numbers import FILE
 from batching import Samples
-from checkpoint import load_optimizer, save_optimizer
-from cli import UserError
+from shell import files
+from shell.cli import UserError
+from training import metrics, nonfinite
+from training.memory import budget
+from training.nonfinite import FILE
+from weights.checkpoint import load_optimizer, save_optimizer
 
 BAD_TOKEN = 505  # which only the samples that are to be found have
 
@@ -199,7 +198,7 @@ def test_in_the_backward_pass_no_weight_steps_from_an_infinite_gradient_on(setti
     assert all(p.isfinite().all() for p in after.values())
     moved = {name for name, before in seen["before"].items() if not torch.equal(after[name], before)}
     assert moved and not any(".layers.0." in name or ".layers.1." in name for name in moved - {"lm_head.weight"})
-    assert json.loads(bad_numbers.safe_open(s.out_dir / FILE, "pt").metadata()["step"])["moved"]
+    assert json.loads(nonfinite.safe_open(s.out_dir / FILE, "pt").metadata()["step"])["moved"]
 
 
 def test_an_overflow_in_bf16_names_the_module(settings, spoil):
@@ -262,7 +261,7 @@ def run_and_stop(s, monkeypatch, step):
         check(what, value)
         calls[what].append(value.item())
         if what == "the gradient's norm" and len(calls[what]) == step + 1:
-            raise bad_numbers.NotFinite(what, value.item())
+            raise nonfinite.NotFinite(what, value.item())
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "check_finite", find_fault)

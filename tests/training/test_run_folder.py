@@ -25,15 +25,13 @@ from test_finetune import (  # noqa: F401 (fixtures)
 )
 
 import convert_hf_checkpoint
-import files
 import finetune
-import metrics
-import optimizer
-import runs
-from checkpoint import load_model
-from cli import UserError
-from files import MANIFEST, check_manifest, clear_leftovers, new_folder
-from optimizer import TimeBudget
+from shell import files
+from shell.cli import UserError
+from shell.files import MANIFEST, check_manifest, clear_leftovers, new_folder
+from training import metrics, optimizer, run_folder
+from training.optimizer import TimeBudget
+from weights.checkpoint import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -67,7 +65,7 @@ def flip_a_bit(path):
 def test_a_signal_finishes_the_step_and_saves(run, settings, monkeypatch, number, status):  # noqa: F811
     train, flags = random_samples(10), dict(max_steps=5, eval_interval=2, lora_dropout=0.2)
     whole = run(train, random_samples(3), name="whole", **flags)
-    s, handlers = settings(name="stopped", **flags), [signal.getsignal(each) for each in runs.SIGNALS]
+    s, handlers = settings(name="stopped", **flags), [signal.getsignal(each) for each in run_folder.SIGNALS]
     with monkeypatch.context() as patch:
         before_step(patch, 2, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as caught:
@@ -75,7 +73,7 @@ def test_a_signal_finishes_the_step_and_saves(run, settings, monkeypatch, number
     assert caught.value.code == status
     assert column(s.out_dir, "step") == [1, 2, 3] and "step-000003" in names(s.out_dir)
     assert not (s.out_dir / "final").exists()
-    assert [signal.getsignal(each) for each in runs.SIGNALS] == handlers
+    assert [signal.getsignal(each) for each in run_folder.SIGNALS] == handlers
     resumed = run(name="stopped", resume=True, **flags)
     assert final_weights(resumed).read_bytes() == final_weights(whole).read_bytes()
     assert rows(resumed) == rows(whole)
@@ -89,7 +87,7 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(run, monkeypatch):  # noq
 def test_a_second_signal_ends_the_process_at_once():
     pid = os.fork()
     if pid == 0:
-        with runs.signals_noted() as noted:
+        with run_folder.signals_noted() as noted:
             os.kill(os.getpid(), signal.SIGTERM)
             if noted == [signal.SIGTERM]:  # and still here
                 os.kill(os.getpid(), signal.SIGINT)
@@ -100,7 +98,7 @@ def test_a_second_signal_ends_the_process_at_once():
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a shell's & leave it
     try:
-        with runs.signals_noted() as noted:
+        with run_folder.signals_noted() as noted:
             os.kill(os.getpid(), signal.SIGINT)
         assert noted == []
     finally:
@@ -287,7 +285,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint(run, settings, monk
         ):
             finetune.main(s)
     assert not [name for name in names(s.out_dir) if name.startswith(".")]
-    for path in runs.checkpoints(s.out_dir):
+    for path in run_folder.checkpoints(s.out_dir):
         check_manifest(path)
     (small_disk / "filler").unlink()
     finetune.main(settings(**flags, out_dir=small_disk / "run", resume=True))
@@ -337,7 +335,7 @@ def test_the_room_that_a_run_needs_is_known_beforehand(run, settings, flags):  #
     out_dir = run(random_samples(8), **flags)
     s = settings(**flags)
     _, train, val = finetune.open_data(s)
-    predicted = runs.sizes(s, finetune.check_model(s, train, val))
+    predicted = run_folder.sizes(s, finetune.check_model(s, train, val))
     tables = 2048 * 40 if "optimizer" in flags else 0  # of values, two for each tensor: nothing in a large model
     for folder, size in zip(("final", "step-000002"), predicted, strict=True):
         weights = sum(path.stat().st_size for path in (out_dir / folder).glob("*.safetensors"))
@@ -352,11 +350,11 @@ def test_the_newest_and_the_best_checkpoints_stay(run, monkeypatch):  # noqa: F8
     monkeypatch.setattr(finetune, "validate", lambda *_: {"val_loss": next(losses), "val_perplexity": 1.0})
     flags = dict(max_steps=6, save_interval=1, eval_interval=1)
     out_dir = run(random_samples(8), random_samples(2), keep_best=True, keep_last=2, **flags)
-    assert [path.name for path in runs.checkpoints(out_dir)] == ["step-000002", "step-000005", "step-000006"]
+    assert [path.name for path in run_folder.checkpoints(out_dir)] == ["step-000002", "step-000005", "step-000006"]
     out_dir = run(name="all", keep_last=0, max_steps=4, save_interval=1, eval_interval=0)
-    assert len(runs.checkpoints(out_dir)) == 4
+    assert len(run_folder.checkpoints(out_dir)) == 4
     out_dir = run(name="default", max_steps=4, save_interval=1, eval_interval=0)
-    assert [path.name for path in runs.checkpoints(out_dir)] == ["step-000003", "step-000004"]
+    assert [path.name for path in run_folder.checkpoints(out_dir)] == ["step-000003", "step-000004"]
 
 
 @pytest.mark.parametrize(
@@ -379,17 +377,17 @@ def test_leftovers_go_and_what_is_not_ours_stays(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").touch()
     (tmp_path / ".metrics.csv.tmp").touch()
-    clear_leftovers(tmp_path, runs.WRITTEN)
+    clear_leftovers(tmp_path, run_folder.WRITTEN)
     assert names(tmp_path) == [".mine.tmp", "final", "step-000002"]  # the old final/ has its name again
 
 
 def test_one_process_at_a_time(tmp_path):
-    with runs.only_process(tmp_path / "run"):
-        with pytest.raises(UserError, match="in use by another process"), runs.only_process(tmp_path / "run"):
+    with run_folder.only_process(tmp_path / "run"):
+        with pytest.raises(UserError, match="in use by another process"), run_folder.only_process(tmp_path / "run"):
             pass
         assert (tmp_path / "run").is_dir()
     assert not (tmp_path / "run").exists()  # nothing was written
-    with runs.only_process(tmp_path / "run"):
+    with run_folder.only_process(tmp_path / "run"):
         (tmp_path / "run" / "a").touch()
     assert (tmp_path / "run" / "a").exists()
 
@@ -491,18 +489,18 @@ def test_another_base_or_other_data_are_refused_by_name(run, settings, tiny_mode
 
 
 def test_pieces_tell_one_file_from_another(tmp_path):
-    content = bytearray(os.urandom(runs.PIECES * runs.PIECE_BYTES + 10**6))
+    content = bytearray(os.urandom(run_folder.PIECES * run_folder.PIECE_BYTES + 10**6))
     path = tmp_path / "a"
     path.write_bytes(content)
-    before = runs.hash_of_pieces(path)
-    assert runs.hash_of_pieces(path) == before
+    before = run_folder.hash_of_pieces(path)
+    assert run_folder.hash_of_pieces(path) == before
     for place in (0, len(content) - 1):
         content[place] ^= 1
         path.write_bytes(content)
-        assert runs.hash_of_pieces(path) != before
+        assert run_folder.hash_of_pieces(path) != before
         content[place] ^= 1
     path.write_bytes(content[:-1])
-    assert runs.hash_of_pieces(path) != before
+    assert run_folder.hash_of_pieces(path) != before
 
 
 # -------------------------------------------------------------------------------------------------------------- kills

@@ -11,12 +11,12 @@ from conftest import FAMILIES, ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import files
-from checkpoint import INDEX, load_model, save_model, write_weights
-from cli import UserError
-from files import MANIFEST, check_manifest, new_folder
 from model import Config, Transformer
+from shell import files
+from shell.cli import UserError
+from shell.files import MANIFEST, check_manifest, new_folder
+from weights import checkpoint
+from weights.checkpoint import INDEX, load_model, save_model, write_weights
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -426,7 +426,8 @@ def test_manifest_finds_a_flipped_bit_and_a_missing_file(tmp_path):
 
 MEASURE = """
 import sys
-import torch, bitsandbytes, checkpoint, lora
+import torch, bitsandbytes, lora
+from weights import checkpoint
 torch.set_num_threads(1)
 
 def peak():

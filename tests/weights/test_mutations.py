@@ -4,24 +4,20 @@ import json
 import os
 import pickle
 import resource
-import sys
 import time
 
+import mutations
 import pytest
 import torch
-from conftest import ROOT, SEED
+from conftest import SEED
 from safetensors.torch import load_file, save_file
 
-sys.path.append(str(ROOT / "tests" / "stress"))
-import mutations
-
 import batching
-import chat_template
-import checkpoint
-import lora
-from cli import UserError
-from files import MANIFEST, new_folder
-from safetensors_format import read_header, read_tensors
+from shell.cli import UserError
+from shell.files import MANIFEST, new_folder
+from text import chat_template, tokenizer
+from weights import checkpoint, peft_format
+from weights.safetensors_format import read_header, read_tensors
 
 MUTATIONS = 100
 
@@ -34,7 +30,7 @@ def test_damage_is_refused_or_changes_nothing():
 
 def test_the_harness_sees_what_is_let_through(monkeypatch):
     """Without the checks of the manifest and of twins it must find other values, or it would find nothing."""
-    for module in (checkpoint, lora, batching, mutations.sys.modules["tokenizer"]):
+    for module in (checkpoint, peft_format, batching, tokenizer):
         monkeypatch.setattr(module, "check_listed", lambda *_: None)
     monkeypatch.setattr(mutations, "check_manifest", lambda *_: None)
     _, failures = mutations.run(range(SEED * 100, SEED * 100 + 100), report=lambda _: None, share_signed=1)
@@ -99,7 +95,7 @@ def test_a_flipped_bit_anywhere_is_found_and_its_file_named(good, kind):
 
 def test_only_what_is_read_is_hashed(tmp_path):
     """The tokenizer of a large model must not wait for the hash of its weights."""
-    from files import check_listed
+    from shell.files import check_listed
 
     with new_folder(tmp_path / "model") as folder:
         (folder / "config.json").write_text("{}")
@@ -297,7 +293,7 @@ def test_an_endless_pattern_of_an_adapter_ends(good):
         started = time.process_time()
         with pytest.raises(UserError, match="take too long to match|does not have"):
             loader(folder)
-        assert time.process_time() - started < 2 * lora.PATTERN_SECONDS + 2
+        assert time.process_time() - started < 2 * peft_format.PATTERN_SECONDS + 2
     finally:
         path.write_text(whole)
         (folder / MANIFEST).write_text(manifest)

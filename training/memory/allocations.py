@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from metrics import flop_counter
+from training.metrics import flop_counter
 
 aten = torch.ops.aten
 

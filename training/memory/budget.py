@@ -14,15 +14,15 @@ import traceback
 
 import torch
 
-import cli
 import lora
-import plan
 from batching import PLANNERS
-from checkpoint import read_config
-from cli import UserError
-from kernels import compute_dtype
-from metrics import peak_memory, start_measuring
+from ops.dtypes import compute_dtype
 from quantize import bitsandbytes, describe_quantization
+from shell import cli
+from shell.cli import UserError
+from training.memory import plan
+from training.metrics import peak_memory, start_measuring
+from weights.checkpoint import read_config
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32, "16-mixed": torch.float32}
 RECOMPUTED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # that --plan tries, for the smallest one that fits

@@ -25,12 +25,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention
-import kernels
 import lora
 import model as model_room
 import quantize
-from tracker import Tracker, traced_step
+from ops import attention, dtypes
+from training.memory.allocations import Tracker, traced_step
 
 aten = torch.ops.aten
 PARTS = ("weights", "adapters", "gradients", "moments", "saved activations", "working set", "loss")
@@ -98,7 +97,7 @@ class NoRandomness(TorchDispatchMode):
 @contextlib.contextmanager
 def without_memory(mode, device):
     """Tensors made inside have no memory. What functions remember of them is forgotten: a real run must not find it."""
-    rooms = (model_room, attention, kernels, lora, quantize)
+    rooms = (model_room, attention, dtypes, lora, quantize)
     remembering = {f for room in rooms for f in vars(room).values() if hasattr(f, "cache_clear")}
     autocast = torch.is_autocast_enabled
     with contextlib.ExitStack() as stack:
@@ -273,7 +272,7 @@ def largest_micro_batch(predictor, samples, most_rows, budget):
 
 def measured_flops(device, dtype, seconds=0.3):
     """Floating-point operations a second of this device in linear layers of 1024 x 1024, in the dtype it multiplies."""
-    x, weight = torch.rand(2, 1024, 1024).to(device, kernels.compute_dtype(dtype, device))
+    x, weight = torch.rand(2, 1024, 1024).to(device, dtypes.compute_dtype(dtype, device))
     F.linear(x, weight)[0, 0].item()  # the first is slower
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:

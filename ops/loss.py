@@ -1,0 +1,73 @@
+"""The cross-entropy at target positions, chunk by chunk, so that the logits of all never exist at one time.
+
+Shapes: N positions that have a target, D hidden size, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ops.cpp import call_cpp, in_cpp, operator
+from ops.dtypes import as_multiplied
+
+LOSS_CHUNK = 256  # target positions whose logits exist at one time; 256 x 32,000 fp32 logits are 33 MB
+
+
+def plain_head_loss(x, weight, targets):
+    losses = F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets, reduction="none")
+    return losses.sum(), losses.detach()
+
+
+@operator("loss_(Tensor(a!) logits, Tensor targets, bool backward) -> Tensor")
+def _loss_(logits, targets, backward):
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    call_cpp("loss", logits, targets, losses, *logits.shape, backward)
+    return losses
+
+
+def _losses_and_gradient(logits, targets, backward):
+    """-log p(target) (n,) fp32 for logits (n, V), which are used up, and with `backward` their gradient, else None."""
+    if in_cpp(logits):
+        return _loss_(logits, targets, backward), logits if backward else None
+    dtype, logits = logits.dtype, logits.float()
+    log_p = torch.log_softmax(logits, dim=-1, out=logits)  # in place: they are the largest tensor of the step
+    losses = -log_p.gather(1, targets[:, None]).squeeze(1)
+    if not backward:
+        return losses, None
+    grad = log_p.exp_()  # the probabilities, less 1 for the target
+    return losses, grad.scatter_add_(1, targets[:, None], grad.new_full((len(grad), 1), -1.0)).to(dtype)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Logits and their gradient chunk by chunk, both in the forward pass: no chunk is kept or computed twice."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        cast = weight.to(x.dtype)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(cast) if ctx.needs_input_grad[1] else None
+        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        for start in range(0, len(x), LOSS_CHUNK):
+            chunk = slice(start, start + LOSS_CHUNK)
+            logits = F.linear(x[chunk], cast)
+            losses[chunk], grad = _losses_and_gradient(logits, targets[chunk], any(ctx.needs_input_grad[:2]))
+            if grad_x is not None:
+                torch.mm(grad, cast, out=grad_x[chunk])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, x[chunk])
+        ctx.grads = grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        grad_x, grad_weight = ctx.grads
+        ctx.grads = None
+        return *(None if g is None else g.mul_(grad.to(g.dtype)) for g in (grad_x, grad_weight)), None
+
+
+def head_loss(x, weight, targets):
+    """-log p(target) for x (N, D) and targets (N,), by a head `weight` (V, D): the sum, and each (N,), both fp32.
+
+    Only the sum has a gradient.
+    """
+    return _HeadLoss.apply(as_multiplied(x), weight, targets)

@@ -1,0 +1,8 @@
+"""Peak memory, FLOPs and time of a training step, predicted from shapes alone.
+
+allocations.py  adds up what is allocated while a model runs, on real tensors or on those without memory
+plan.py         runs the model without memory under it: the peak by part. Start here
+budget.py       from a run's settings to its plan, the largest micro-batch that fits, what to change when none does
+
+plan.py imports allocations.py, budget.py imports plan.py.
+"""
