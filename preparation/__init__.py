@@ -1,6 +1,6 @@
 """The passes of prepare_data.py: from files of rows to tokens and targets on the disk.
 
-reading.py       files to rows (JSON, JSON Lines, CSV, Parquet, Hugging Face datasets); a new format is a row of `FORMATS`
+reading.py       files to rows (JSON, JSON Lines, CSV, Parquet, Hugging Face datasets); a new format is a row
 records.py       rows to dialogs: which columns mean what
 mixture.py       sources with weights, filters and few-shot examples, from YAML
 cleaning.py      duplicates, near-duplicates, leaked benchmark items, filters

@@ -276,7 +276,7 @@ def test_auto_lands_in_the_run_and_resumes(settings, tiny_model_dir, monkeypatch
     ratio = summary["predicted_memory_gb"] / summary["measured_memory_gb"]
     assert summary["predicted_over_measured"] == pytest.approx(ratio)
     again = settings(**flags, memory_budget="3MB", max_steps=2, resume=True)  # the run keeps its own
-    finetune.runs.newest_checkpoint(again)
+    finetune.run_folder.newest_checkpoint(again)
     assert again.micro_batch_tokens == tokens
 
 

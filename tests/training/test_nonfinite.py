@@ -474,7 +474,9 @@ def test_the_rehearsal_holds_what_later_steps_hold(settings, monkeypatch):
 OUT_OF_MEMORY = """
 import resource, sys
 sys.path.insert(0, {root!r})
-import cli, finetune, budget, plan
+import finetune
+from shell import cli
+from training.memory import plan
 from pathlib import Path
 s = finetune.Settings(checkpoint_dir=Path({model!r}), data_dir=Path({data!r}), out_dir=Path({out!r}), {flags})
 rehearse = finetune.rehearse
