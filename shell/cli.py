@@ -13,6 +13,7 @@ heavy imports, so that a mistyped flag is answered at once and not after seconds
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import itertools
@@ -26,6 +27,9 @@ from pathlib import Path
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
@@ -88,6 +92,17 @@ def check_files(settings, *names):
         path = getattr(settings, name)
         if path is not None and not path.is_file():
             raise UserError(f"--{name} {path}: no such file")
+
+
+def table_keys(file: str, table: str) -> tuple[str, ...]:
+    """The keys of the dict called `table` in a file of the project, such as "lora.py", without running that file.
+
+    So a flag's choices are the rows of the table that defines them, and --help lists them without importing torch.
+    """
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [table]:
+            return tuple(ast.literal_eval(key) for key in node.value.keys)
+    raise LookupError(f"{file} assigns no dict to {table}")
 
 
 def check_model(settings):

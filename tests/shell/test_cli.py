@@ -230,6 +230,16 @@ def test_run_answers_an_interrupt_with_130(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_table_keys_are_those_of_the_dict():
+    from lora import ADAPTERS
+    from quantize import QUANTIZERS
+
+    assert cli.table_keys("lora.py", "ADAPTERS") == tuple(ADAPTERS)
+    assert cli.table_keys("quantize.py", "QUANTIZERS") == tuple(QUANTIZERS)
+    with pytest.raises(LookupError, match="no dict to NONE"):
+        cli.table_keys("lora.py", "NONE")
+
+
 # -------------------------------------------------------------------------------------------------------- scripts
 
 SCRIPTS = sorted(
