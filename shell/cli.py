@@ -28,7 +28,6 @@ from pathlib import Path
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
