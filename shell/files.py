@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +16,12 @@ from shell.cli import UserError
 MANIFEST = "manifest.json"
 THREADS = 4  # that hash and flush files side by side
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: renameat2(2)
+
+
+def project_version() -> str | None:
+    """The version in pyproject.toml."""
+    path = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")).get("project", {}).get("version") if path.is_file() else None
 
 
 def read_json(path):

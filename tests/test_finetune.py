@@ -6,28 +6,34 @@ import json
 import math
 import random
 import shutil
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_tiny_tokenizer
+import yaml
+from conftest import ROOT, write_tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 import finetune
 import lora
 import model as model_file
-from batching import IGNORE, Samples
+from batching import IGNORE, PLANNERS, Samples
 from finetune import Settings
 from ops.attention import Attend
 from preparation.record_store import SampleWriter
 from shell import cli
 from shell.cli import UserError
-from shell.files import check_manifest
+from shell.files import check_manifest, project_version
 from text.tokenizer import Tokenizer
-from training import metrics
+from training import build, metrics, run_folder
+from training.build import Run
+from training.memory.budget import planned_steps
+from training.optimizer import StepInBackward
+from training.schedule import learning_rate
 from weights import peft_format
-from weights.checkpoint import load_model
+from weights.checkpoint import load_model, read_config
 
 TIMES = ("seconds", "tokens_per_second", "memory_gb")  # columns that differ between equal runs
 
@@ -128,13 +134,13 @@ UNEQUAL = ((30, 2), (5, 50), (3, 10), (8, 400), (60, 1))  # tokens of prompt and
 
 def step_gradient(s, samples, micro_batches, monkeypatch):
     """The gradient that `train_step` hands to the optimiser, by parameter name, its row, and the model."""
-    fabric = finetune.start_fabric(s)
-    model, _ = finetune.build_model(s, fabric.device, None)
+    fabric = build.start_fabric(s)
+    model, _ = build.build_model(s, fabric.device, None)
     randomise_adapters(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = fabric.setup_optimizers(torch.optim.SGD(trainable.values(), lr=0.0))
     monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
-    row = finetune.train_step(fabric, s, model.train(), optimizer, samples, micro_batches, 0, 0.0)
+    row = finetune.train_step(Run(s, fabric, model.train(), optimizer, samples), micro_batches, 0, 0.0)
     return {name: p.grad.clone() for name, p in trainable.items()}, row, model
 
 
@@ -170,7 +176,7 @@ def test_the_gradient_does_not_depend_on_the_cut(settings, monkeypatch, tmp_path
     samples = Samples(s.data_dir / "train.safetensors")
     gradients, losses, cuts = [], [], []
     for budget in (1, 500, 10**6):  # one sample each; two and three; all five
-        plan = finetune.PLANNERS[s.planner].plan(samples.lengths, samples.target_counts, 5, budget, s.seed, 0)[0]
+        plan = PLANNERS[s.planner].plan(samples.lengths, samples.target_counts, 5, budget, s.seed, 0)[0]
         cuts.append(sorted(map(len, plan)))
         gradient, row, model = step_gradient(s, samples, plan, monkeypatch)
         gradients.append(gradient)
@@ -254,13 +260,13 @@ def test_optimizer_in_the_backward_pass_takes_the_same_steps(run):
 
 def test_optimizer_in_the_backward_pass_holds_one_gradient_at_most(run, monkeypatch):
     held = []
-    step = finetune.StepInBackward._step
+    step = StepInBackward._step
 
     def counted(self, parameter):
         held.append(sum(p.grad is not None for group in self.param_groups for p in group["params"]))
         step(self, parameter)
 
-    monkeypatch.setattr(finetune.StepInBackward, "_step", counted)
+    monkeypatch.setattr(StepInBackward, "_step", counted)
     run(
         random_samples(4), method="full", precision="32-true", max_steps=1, max_grad_norm=0, eval_interval=0,
         micro_batch_tokens=1000, optimizer_in_backward=True,
@@ -342,7 +348,7 @@ def test_the_adapters_states_are_fp32_and_8_bit_ones_are_8_bit(run):
 def test_learning_rate_by_hand(settings):
     def rates(total, **flags):
         s = settings(learning_rate=1.0, **flags)
-        return [finetune.learning_rate(s, step, total) for step in range(total)]
+        return [learning_rate(s, step, total) for step in range(total)]
 
     assert rates(4, schedule="constant", warmup_steps=0) == [1, 1, 1, 1]
     assert rates(5, schedule="constant", warmup_steps=3) == [0.25, 0.5, 0.75, 1, 1]
@@ -358,7 +364,7 @@ def test_learning_rate_by_hand(settings):
 def test_no_step_is_lost_to_the_schedule(settings, schedule):
     for warmup_steps, total in itertools.product((0, 1, 7), (1, 2, 7, 30)):
         s = settings(learning_rate=3e-4, schedule=schedule, warmup_steps=warmup_steps)
-        rates = [finetune.learning_rate(s, step, total) for step in range(total)]
+        rates = [learning_rate(s, step, total) for step in range(total)]
         assert all(0 < rate <= 3e-4 for rate in rates)
         peak = rates.index(max(rates))
         assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
@@ -385,8 +391,8 @@ def peft_losses(s, steps):
     import peft
     from transformers import LlamaForCausalLM
 
-    fabric = finetune.start_fabric(s)
-    model, config = finetune.build_model(s, fabric.device, None)
+    fabric = build.start_fabric(s)
+    model, config = build.build_model(s, fabric.device, None)
     start = s.out_dir.with_name("start")
     start.mkdir()
     peft_format.save_adapter(model, config, start, "the same")
@@ -399,7 +405,7 @@ def peft_losses(s, steps):
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(s.beta1, s.beta2), eps=1e-8, foreach=False)
     samples, losses = Samples(s.data_dir / "train.safetensors"), []
-    for step, micro_batches in finetune.planned_steps(s, samples, 0, steps):
+    for step, micro_batches in planned_steps(s, samples, 0, steps):
         summed, count = 0.0, 0
         for i in (i for micro_batch in micro_batches for i in micro_batch):
             ids = samples.tokens[samples.offsets[i] : samples.offsets[i + 1]].long()
@@ -460,7 +466,7 @@ def formula_model_dir(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config))
     write_tiny_tokenizer(folder)
     with torch.device("meta"):
-        model = finetune.Transformer(finetune.read_config(folder))
+        model = model_file.Transformer(read_config(folder))
     weights = {
         name: 1 + 0.1 * formula(p.shape, salt) if p.dim() == 1 else formula(p.shape, salt) * 3 / p.size(1) ** 0.5
         for salt, (name, p) in enumerate(model.named_parameters())
@@ -567,7 +573,7 @@ def test_losses_by_source(run, settings, tiny_model_dir, monkeypatch, flags):
     out_dir = run(train, val, **flags)
     s, written = settings(**flags), rows(out_dir)
     samples = Samples(s.data_dir / "train.safetensors")
-    for step, micro_batches in finetune.planned_steps(s, samples, 0, 5):
+    for step, micro_batches in planned_steps(s, samples, 0, 5):
         drawn = [train[i] for i in itertools.chain(*micro_batches)]
         targets = [sum(sum(wanted[1:]) for _, wanted, source in drawn if source == number) for number in range(3)]
         losses = [written[step].get(f"loss/{name}") for name in NAMES]
@@ -597,7 +603,7 @@ def test_losses_by_source_are_no_second_pass(run, monkeypatch):
 
     monkeypatch.setattr(model_file, "head_loss", counted)
     monkeypatch.setattr(finetune.budget, "predicted_peak", lambda *_: 0)  # it tries the model without memory
-    monkeypatch.setattr(finetune, "rehearse", lambda *_: None)  # it tries one micro-batch more
+    monkeypatch.setattr(finetune, "memory_dry_run", lambda *_: None)  # it tries one micro-batch more
     train = random_samples(8, sources=3)
     out_dir = run(train, max_steps=2, global_batch_size=8, micro_batch_tokens=1000, eval_interval=0)
     assert calls == column(out_dir, "targets") and f"loss/{NAMES[2]}" in rows(out_dir)[0]
@@ -621,7 +627,7 @@ def measured(sources, evaluations=True):
     """Made-up `Metrics` of 30 steps; the first source gets worse."""
     result = metrics.Metrics(None, 0, {f"source {i}": 100 * i + 1 for i in range(sources)}, enabled=False)
     for step in range(1, 31):
-        row = {"step": step, "loss": 3 / step}
+        row = {"step": step, "loss": 3 / step, "learning_rate": 1e-4 * step, "grad_norm": 1 / step}
         for i, name in enumerate(result.sources):
             if (step + i) % 3:
                 row[f"loss/{name}"] = i + 3 / step
@@ -644,7 +650,7 @@ def test_which_source_got_better(capsys):
     assert {source["got"] for source in metrics.summarize_sources(measured(2, evaluations=False)).values()} == {None}
 
 
-@pytest.mark.parametrize("sources, evaluations, panels", [(0, False, 1), (3, False, 2), (3, True, 3), (12, True, 3)])
+@pytest.mark.parametrize("sources, evaluations, panels", [(0, False, 3), (3, False, 4), (3, True, 5), (12, True, 5)])
 def test_the_plot_has_the_largest_sources(tmp_path, monkeypatch, sources, evaluations, panels):
     import matplotlib.pyplot as plt
 
@@ -681,11 +687,12 @@ def test_what_a_run_leaves(settings, tiny_model_dir, capsys):
         "trainable_parameters", "frozen_parameters", "steps", "loss_first", "loss_last", "val_loss",
         "training_seconds", "tokens_per_second", "padding", "estimated_tflops_per_second",
         "measured_tflops_per_second", "peak_memory_gb", "predicted_memory_gb", "measured_memory_gb",
-        "predicted_over_measured",
+        "predicted_over_measured", "version",
     }  # fmt: skip
     assert summary["steps"] == 4 and summary["loss_first"] == rows(out)[0]["loss"]
     assert summary["loss_last"] == rows(out)[-1]["loss"] and summary["val_loss"] == rows(out)[-1]["val_loss"]
     assert summary.pop("padding") == 0  # rows of whole samples
+    assert summary.pop("version") == project_version()
     assert all(value > 0 for value in summary.values() if value is not None)
     # The counts: r (in + out) for each of seven projections in three layers, beside all weights of the model.
     weights = load_file(tiny_model_dir / "model.safetensors")
@@ -695,8 +702,10 @@ def test_what_a_run_leaves(settings, tiny_model_dir, capsys):
     printed = capsys.readouterr().out
     assert f"{trainable:,} trainable parameters beside {frozen:,} frozen" in printed and str(out) in printed
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    for path in Path(finetune.__file__).parent.glob("*.py"):
-        assert (out / "source" / path.name).read_bytes() == path.read_bytes()
+    for path in run_folder.source_files():
+        assert (out / "source" / path).read_bytes() == (ROOT / path).read_bytes()
+    done = subprocess.run([sys.executable, out / "source" / "finetune.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--micro_batch_tokens" in done.stdout, done.stderr
     for name in ("final", "step-000002", "step-000004"):
         check_manifest(out / name)
     assert json.loads((out / "final" / "onetune.json").read_text()) == {
@@ -779,10 +788,10 @@ def run_and_kill(s, monkeypatch, step):
     """Train until `step` (from 0) is to begin, and die there."""
     train_step = finetune.train_step
 
-    def deadly_step(fabric, s, model, optimizer, samples, micro_batches, number, rate, sources):
+    def deadly_step(run, micro_batches, number, rate):
         if number == step:
             raise Killed
-        return train_step(fabric, s, model, optimizer, samples, micro_batches, number, rate, sources)
+        return train_step(run, micro_batches, number, rate)
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "train_step", deadly_step)
@@ -808,7 +817,7 @@ def test_a_resumed_run_ends_as_one_never_interrupted(settings, run, monkeypatch,
     if (
         flags.get("precision") == "16-mixed"
     ):  # Fabric has none on a CPU; a loss scale that overflows at first, and that a checkpoint must keep
-        start_fabric = finetune.start_fabric
+        start_fabric = build.start_fabric
 
         def start(s):
             fabric = start_fabric(s)
@@ -818,7 +827,7 @@ def test_a_resumed_run_ends_as_one_never_interrupted(settings, run, monkeypatch,
 
         from lightning.fabric.plugins.precision import MixedPrecision
 
-        monkeypatch.setattr(finetune, "start_fabric", start)
+        monkeypatch.setattr(build, "start_fabric", start)
     train, val = random_samples(10, sources=3), random_samples(3, sources=2)
     options = dict(max_steps=6, save_interval=3, eval_interval=2, **flags)
     whole = run(train, val, name="whole", **options)
@@ -909,7 +918,7 @@ def test_two_devices_do_what_one_does(run, run_script, settings):
     train = [random_sample(*sizes) for sizes in ((3, 9), (9, 4, 1), (2, 3, 2), (7, 12, 1), (1, 6))]
     one = run(train, random_samples(3, sources=2), name="one", **flags)
     s = settings(name="two", devices=2, **flags)
-    s.out_dir.with_suffix(".yaml").write_text(finetune.yaml.safe_dump(finetune.plain(s)))
+    s.out_dir.with_suffix(".yaml").write_text(yaml.safe_dump(run_folder.plain(s)))
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     code, out, err = run_script("finetune.py", "--config", s.out_dir.with_suffix(".yaml"), env=environment)
     assert code == 0, out + err

@@ -33,8 +33,15 @@ def room_of(path):
 
 
 def imports(path):
-    """The modules that a file imports anywhere in it, with dots, and the line."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The modules that a file imports anywhere in it, with dots, and the line; not those for type hints alone."""
+    tree = ast.parse(path.read_text())
+    for_hints = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    left_out = {id(below) for node in for_hints for below in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in left_out:
+            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -1,4 +1,6 @@
-"""What a run measures: a row for every step, memory, arithmetic, and the report at its end."""
+"""What a run measures: a row for every step, memory, FLOPs, and the report at its end."""
+
+from __future__ import annotations
 
 import contextlib
 import csv
@@ -9,12 +11,18 @@ import resource
 import statistics
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from shell.cli import UserError
-from shell.files import whole_file
+from shell.files import project_version, whole_file
+
+if TYPE_CHECKING:
+    from batching import Samples
+    from training.build import Run
 
 COLUMNS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "targets", "padding",
@@ -28,13 +36,13 @@ SHOWN = 10  # sources in a plot or on the screen: as many as there are colours
 class Metrics:
     """The rows of metrics.csv, each on the disk when `add` returns. A resumed run keeps those up to its checkpoint.
 
-    Those after it are computed again, and come out the same; until then they are in metrics-redone.csv, which keeps
-    them. No file is ever changed but by adding a line: another takes its place, whole.
+    The rows after it are computed again, with the same result; metrics-redone.csv keeps the old ones. A file only ever
+    grows by a line, or is replaced whole.
 
-    sources: the number of training targets of each source whose losses are told apart, by its name.
+    sources: the number of training targets of each source that has a loss of its own, by its name.
     """
 
-    def __init__(self, path, start, sources, enabled):
+    def __init__(self, path: Path, start: int, sources: dict[str, int], enabled: bool):
         self.path, self.sources, self.enabled, self.rows = path, sources, enabled, []
         if not enabled:
             return
@@ -55,7 +63,8 @@ class Metrics:
         self.rows = [{key: float(value) for key, value in row.items() if value} for row in kept]
         self.file, self.writer = write_rows(path, columns, kept)
 
-    def add(self, row):
+    def add(self, row: dict) -> None:
+        """Append a row. Raises UserError if the file was removed."""
         if not self.enabled:
             return
         if not self.path.exists():
@@ -65,13 +74,13 @@ class Metrics:
         self.file.flush()
         os.fsync(self.file.fileno())
 
-    def column(self, name):
+    def column(self, name: str) -> tuple[list, list]:
         """Steps and values of the rows that have a value for `name`."""
         rows = [row for row in self.rows if name in row]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
 
-def read_rows(path):
+def read_rows(path: Path) -> tuple[list[str], list[dict]]:
     """Column names and rows (texts by name) of a CSV file, without a last line that was not finished; or [], []."""
     if not path.exists():
         return [], []
@@ -87,8 +96,8 @@ def read_rows(path):
     return names, rows
 
 
-def write_rows(path, columns, rows):
-    """Put a CSV file of these rows in the place of `path`. Returns it, open to add to, and its writer."""
+def write_rows(path: Path, columns: list[str], rows: list[dict]) -> tuple:
+    """Replace `path` by a CSV file of these rows. Returns it, open for appending, and its csv.DictWriter."""
     with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -97,7 +106,7 @@ def write_rows(path, columns, rows):
     return file, csv.DictWriter(file, columns)
 
 
-def add_by_source(sums, losses, samples, indices):
+def add_by_source(sums: Tensor, losses: Tensor, samples: Samples, indices: list[int]) -> None:
     """Add the losses of a micro-batch's targets to the `sums` (S,) fp64 of their sources, in place; none for S = 0.
 
     losses: (n,), of the targets of the samples `indices` in their order, which both layouts keep.
@@ -107,28 +116,36 @@ def add_by_source(sums, losses, samples, indices):
         sums.index_add_(0, sources.to(sums.device), losses.to(sums.dtype))
 
 
-def losses_by_source(kind, names, sums, samples, indices):
+def losses_by_source(
+    kind: str, names: list[str], sums: Tensor, samples: Samples, indices: list[int] | slice
+) -> dict[str, float]:
     """Loss per target token of each source, "kind/name": number, without those that have no target in `indices`."""
     counts = targets_by_source(samples, indices, len(names))
-    means = (sums.cpu() / counts).float().tolist()  # rounded: on a GPU the last bits of `sums` come out as they like
+    means = (sums.cpu() / counts).float().tolist()  # rounded: on a GPU the last bits of `sums` vary
     return {f"{kind}/{name}": mean for name, mean, n in zip(names, means, counts.tolist(), strict=True) if n}
 
 
-def targets_by_source(samples, indices, source_count):
+def targets_by_source(samples: Samples, indices: list[int] | slice, source_count: int) -> Tensor:
     """How many targets the samples `indices` have of each of so many sources: (source_count,) int64."""
     counts = samples.target_counts[indices].double()
     return samples.sources[indices].bincount(counts, source_count)[:source_count].long()
 
 
-def peak_memory(device):
-    """Bytes: the most that tensors took on a GPU, or that the process took on a CPU."""
+def targets_by_source_name(run: Run) -> dict[str, int]:
+    """How many training targets each source of a run has."""
+    counts = targets_by_source(run.train, slice(None), len(run.sources)).tolist()
+    return dict(zip(run.sources, counts, strict=True))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resident_memory("VmHWM")
 
 
-def start_measuring(device):
-    """Let the peak start anew, before the model is built. Returns the bytes that are taken already, by the imports."""
+def start_measuring(device: torch.device) -> int:
+    """Reset the peak, before the model is built. Returns the bytes that are used already, by the imports."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return 0
@@ -137,14 +154,14 @@ def start_measuring(device):
     return resident_memory("VmRSS")
 
 
-def peak_memory_since(before, device):
-    """Bytes that tensors took at most on a GPU, or that the process took above `before` on a CPU."""
+def peak_memory_since(before: int, device: torch.device) -> int:
+    """Peak memory in bytes: of tensors on a GPU, of the process above `before` on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resident_memory("VmHWM") - before
 
 
-def resident_memory(key):
+def resident_memory(key: str) -> int:
     """Bytes of this process in memory: now ("VmRSS"), or the most since that was reset ("VmHWM").
 
     Not from getrusage, where a child begins at its parent's peak; that is for systems that are no Linux.
@@ -156,24 +173,24 @@ def resident_memory(key):
     return 1024 * int(status[key].split()[0])
 
 
-def parameter_counts(model):
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, frozen): a quantised weight counts as the weights that it stands for."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     quantized = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "codes"))
     return sum(n for n, trains in sizes if trains), sum(n for n, trains in sizes if not trains) + quantized
 
 
-def weight_bytes(model):
+def weight_bytes(model: nn.Module) -> int:
     """Bytes of all of a model's weights, adapters included: quantised ones with their scales, shared ones once."""
     quantized = sum(m.nbytes() for m in model.modules() if hasattr(m, "codes"))
     return sum(p.nbytes for p in model.parameters()) + quantized
 
 
-def flop_counter():
-    """A context that counts the floating-point operations inside it, with those of padding and recomputation.
+def flop_counter() -> FlopCounterMode:
+    """A context that counts the FLOPs inside it, with those of padding and recomputation.
 
-    Fused attention counts as if every position saw its whole sample, as torch has it; and in a plan for CUDA, where no
-    offset has a value, as if every sample of a packed row were as long as its longest.
+    Fused attention counts as if every position attended to its whole sample, as in torch; and in a plan for CUDA, where
+    offsets have no values, as if every sample of a packed row were as long as the longest.
     """
     import torch.nn.attention.varlen  # noqa: F401 (imported after the counter was made, it would not be counted)
 
@@ -186,8 +203,30 @@ def flop_counter():
     return FlopCounterMode(display=False, custom_mapping=counts)
 
 
-def estimated_flops(model, tokens, targets):
-    """Floating-point operations of training on so many tokens, of which so many are targets.
+class FirstStepFlops:
+    """Counts the FLOPs of step 0: `with flops.counted(step):` around every step.
+
+    Never in a resumed run: counting takes fused operations apart, which changes their last bits.
+    """
+
+    def __init__(self):
+        self.counter = flop_counter()
+
+    def counted(self, step: int) -> contextlib.AbstractContextManager:
+        """The counter for step 0 (from 0), nothing for all others."""
+        return self.counter if step == 0 else contextlib.nullcontext()
+
+    def per_token(self, fabric, metrics: Metrics) -> float:
+        """FLOPs for each token of step 0, over all devices; 0 if it was not run in this session."""
+        total = torch.tensor(float(self.counter.get_total_flops()), device=fabric.device)
+        if fabric.world_size > 1:
+            total = fabric.all_reduce(total, reduce_op="sum")
+        tokens = metrics.rows[0]["tokens"] if metrics.rows else 1
+        return total.item() / tokens
+
+
+def estimated_flops(model: nn.Module, tokens: int, targets: int) -> float:
+    """FLOPs of training on so many tokens, of which so many are targets.
 
     A weight takes 2 for a token going forward, 2 for the gradient of its input and, if it trains, 2 for its own. The
     head counts at target positions alone; the embedding (a look-up), attention and padding do not count.
@@ -200,10 +239,10 @@ def estimated_flops(model, tokens, targets):
     return tokens * in_blocks + targets * per_weight * head
 
 
-def report(out_dir, model, metrics, flops_per_token, memory):
-    """Print what the run came to and write it to `summary.json` and `loss.png` in `out_dir`.
+def report(out_dir: Path, model: nn.Module, metrics: Metrics, flops_per_token: float, memory: dict[str, int]) -> None:
+    """Print a summary of the run and write it to `summary.json` and `loss.png` in `out_dir`.
 
-    flops_per_token: floating-point operations as they were counted, 0 if they were not (in a resumed run).
+    flops_per_token: as counted in the first step, 0 if they were not counted (in a resumed run).
     memory: the peak as "predicted" and as "measured" (on a CPU above that of the imports), in bytes.
     """
     rows = metrics.rows
@@ -213,6 +252,7 @@ def report(out_dir, model, metrics, flops_per_token, memory):
     estimated = estimated_flops(model, tokens, sum(row["targets"] for row in rows))
     trainable, frozen = parameter_counts(model)
     summary = {
+        "version": project_version(),
         "trainable_parameters": trainable,
         "frozen_parameters": frozen,
         "steps": int(rows[-1]["step"]),
@@ -240,8 +280,8 @@ def report(out_dir, model, metrics, flops_per_token, memory):
     print(f"written to {out_dir}: final/, metrics.csv, loss.png, summary.json")
 
 
-def summarize_sources(metrics):
-    """Of each source its last training loss, its first and last validation loss, and how it "got": better or worse."""
+def summarize_sources(metrics: Metrics) -> dict[str, dict]:
+    """Of each source its last training loss, its first and last validation loss, and if it "got" better or worse."""
     result = {}
     for name in metrics.sources:
         losses, evaluations = (metrics.column(f"{kind}/{name}")[1] for kind in ("loss", "val_loss"))
@@ -255,8 +295,8 @@ def summarize_sources(metrics):
     return result
 
 
-def print_sources(sources):
-    """The first and the last validation loss of at most SHOWN sources, those that got worse before all others."""
+def print_sources(sources: dict[str, dict]) -> None:
+    """Print the first and last validation loss of at most SHOWN sources, beginning with those that got worse."""
     judged = [name for name in sources if sources[name]["got"]]
     judged.sort(key=lambda name: sources[name]["val_loss_first"] - sources[name]["val_loss_last"])
     for name in judged[:SHOWN]:
@@ -266,13 +306,13 @@ def print_sources(sources):
         print(f"and those of {len(judged) - SHOWN} more sources in summary.json")
 
 
-def running_mean(values, span):
+def running_mean(values: list[float], span: int) -> list[float]:
     """The mean of each value and those before it, `span` of them at most."""
     return [statistics.fmean(values[max(0, i - span + 1) : i + 1]) for i in range(len(values))]
 
 
-def plot_losses(metrics, path):
-    """Training loss, its running mean, and validation loss against the step, as a PNG; below them by source."""
+def plot_losses(metrics: Metrics, path: Path) -> None:
+    """Losses against the step as a PNG, below them learning rate and gradient norm, and the losses of each source."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -280,36 +320,54 @@ def plot_losses(metrics, path):
 
     shown = sorted(metrics.sources, key=metrics.sources.get, reverse=True)[:SHOWN]
     evaluated = any(metrics.column(f"val_loss/{name}")[0] for name in shown)
-    below = [["loss", "val_loss" if evaluated else "loss"]] if shown else []
+    by_source = [["loss", "val_loss" if evaluated else "loss"]] if shown else []
+    rows = [["losses", "losses"], ["rate", "norm"], *by_source]
     figure, axes = plt.subplot_mosaic(
-        [["all", "all"], *below], figsize=(11, 9) if shown else (8, 4.5), layout="constrained"
+        rows, figsize=(11, 4 + 3 * (len(rows) - 1)), height_ratios=[4, 2, *([4] if shown else [])], layout="constrained"
     )
-    steps, losses = metrics.column("loss")
-    span = max(2, len(steps) // 20)
-    axes["all"].plot(steps, losses, color="tab:blue", alpha=0.25, label="training, each step")
-    axes["all"].plot(steps, running_mean(losses, span), color="tab:blue", label=f"training, mean of {span} steps")
-    axes["all"].plot(*metrics.column("val_loss"), "o-", color="tab:orange", label="validation")
-    axes["all"].set(title=path.parent.name, ylim=(0, None))
-    axes["all"].legend()
-    for name, color in zip(shown, plt.colormaps["tab10"].colors, strict=False):
-        steps, losses = metrics.column(f"loss/{name}")
-        axes["loss"].plot(steps, running_mean(losses, span), color=color, label=name)
-        if evaluated:
-            axes["val_loss"].plot(*metrics.column(f"val_loss/{name}"), "o-", markersize=4, color=color)
+    span = max(2, len(metrics.rows) // 20)
+    _plot_all_losses(axes["losses"], metrics, span)
+    axes["losses"].set(title=path.parent.name)
+    axes["rate"].plot(*metrics.column("learning_rate"), color="tab:green")
+    axes["rate"].set(ylabel="learning rate", ylim=(0, None))
+    axes["norm"].plot(*metrics.column("grad_norm"), color="tab:red")
+    axes["norm"].set(ylabel="gradient norm before clipping", yscale="log")
     if shown:
-        which = (
-            f"the {SHOWN} largest of {len(metrics.sources)} sources" if len(metrics.sources) > SHOWN else "by source"
-        )
-        axes["loss"].set(title=f"training, mean of {span} steps, {which}")
+        _plot_sources(axes, metrics, shown, plt.colormaps["tab10"].colors, span)
         figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    if evaluated:
-        axes["val_loss"].sharey(axes["loss"])
-        axes["val_loss"].set(title=f"validation, {which}")
     for panel in axes.values():
-        panel.set(xlabel="optimiser step", ylabel="loss per target token (nats)")
+        panel.set(xlabel="optimiser step")
         panel.grid(alpha=0.3)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     plt.close(figure)
     with whole_file(path) as file:
         file.write_bytes(image.getvalue())
+
+
+def _plot_all_losses(panel, metrics, span):
+    """On a log axis: on a linear one the first steps squash all others into the lowest tenth."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    steps, losses = metrics.column("loss")
+    panel.plot(steps, losses, color="tab:blue", alpha=0.25, label="training, each step")
+    panel.plot(steps, running_mean(losses, span), color="tab:blue", label=f"training, mean of {span} steps")
+    panel.plot(*metrics.column("val_loss"), "o-", color="tab:orange", label="validation")
+    panel.set(yscale="log", ylabel="loss per target token (nats)")
+    low, high = panel.get_ylim()
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if high < 10 * low else NullFormatter())
+    panel.legend()
+
+
+def _plot_sources(axes, metrics, shown, colors, span):
+    several = f"the {SHOWN} largest of {len(metrics.sources)} sources" if len(metrics.sources) > SHOWN else "by source"
+    axes["loss"].set(title=f"training, mean of {span} steps, {several}", ylabel="loss per target token (nats)")
+    for name, color in zip(shown, colors, strict=False):
+        steps, losses = metrics.column(f"loss/{name}")
+        axes["loss"].plot(steps, running_mean(losses, span), color=color, label=name)
+    if "val_loss" in axes:
+        axes["val_loss"].set(title=f"validation, {several}")
+        axes["val_loss"].sharey(axes["loss"])
+        for name, color in zip(shown, colors, strict=False):
+            axes["val_loss"].plot(*metrics.column(f"val_loss/{name}"), "o-", markersize=4, color=color)

@@ -1,42 +1,52 @@
-"""A training step whose loss or gradient is not finite: what it comes from, kept in a file, and run again from there.
+"""A training step whose loss or gradient is not finite: finding its cause, keeping it in a file, replaying that file.
 
 `bad_batch.safetensors` holds for each micro-batch k of the step `k.tokens` and `k.targets`, both (B, T) int64, for a
 packed one `k.offsets` (n + 1,) int64; `weights.NAME`, the trainable weights as they were; and as JSON in its metadata
 the other fields of `Step`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from batching import IGNORE, PLANNERS
 from shell.cli import UserError
 from shell.files import whole_file
+from training import build
 from training.memory.budget import dropout_seed
 from training.optimizer import StepInBackward
+
+if TYPE_CHECKING:
+    from batching import Samples
+    from training.build import Run
+    from training.settings import Settings
 
 FILE = "bad_batch.safetensors"
 NAMED = 10  # samples in a message
 
 
 class NotFinite(UserError):
-    """A number of the step is not finite, and no weight has changed since that was so."""
+    """A number of the step is not finite, and no weight has changed since."""
 
-    def __init__(self, what, value):
+    def __init__(self, what: str, value: float):
         super().__init__(f"{what} is {value}")
         self.what = what
 
 
-def check_finite(what, value):
+def check_finite(what: str, value: Tensor) -> None:
     """Raise NotFinite if a scalar tensor is not finite."""
     if not value.isfinite():
         raise NotFinite(what, value.item())
@@ -47,8 +57,8 @@ class Step:
     """What is needed to run the step `number` (from 0) forward and backward as it was.
 
     batches: its micro-batches, of all devices, as (tokens, targets, offsets). names: for each the names of its samples.
-    seeds: for each device where its random numbers start; it has every len(seeds)-th micro-batch. scale: of the loss
-    (16-mixed). message: what was not finite. moved: some weights had stepped before that was seen.
+    seeds: the random seed of each device, which has every len(seeds)-th micro-batch. scale: of the loss (16-mixed).
+    message: what was not finite. moved: some weights had been updated before that was noticed.
     """
 
     number: int
@@ -59,10 +69,11 @@ class Step:
     message: str
     moved: bool
 
-    def target_count(self):
+    def target_count(self) -> int:
+        """How many targets the step has."""
         return sum((targets != IGNORE).sum().item() for _, targets, _ in self.batches)
 
-    def samples(self):
+    def samples(self) -> Iterator[tuple[str, tuple]]:
         """Each sample by itself: its name, and a micro-batch with no other."""
         for (tokens, targets, offsets), names in zip(self.batches, self.names, strict=True):
             for i, name in enumerate(names):
@@ -77,17 +88,18 @@ class Step:
 
 
 @contextlib.contextmanager
-def explained(fabric, s, model, optimizer, samples, micro_batches, step, sources):
-    """Around a training step. One that is NotFinite is looked into and kept; what that finds ends up in a UserError."""
+def explained(run: Run, micro_batches: list[list[int]], step: int) -> Iterator[None]:
+    """Around a training step: if it raises NotFinite, find the cause, keep the step in FILE, and raise a UserError."""
+    s, fabric = run.settings, run.fabric
     try:
         yield
     except NotFinite as error:
-        in_backward = isinstance(optimizer, StepInBackward)
+        in_backward = isinstance(run.optimizer, StepInBackward)
         scaler = getattr(fabric.strategy.precision, "scaler", None)
         bad = Step(
             number=step,
-            batches=[PLANNERS[s.planner].layout(samples, indices) for indices in micro_batches],
-            names=sample_names(s.data_dir, samples, micro_batches, sources),
+            batches=[PLANNERS[s.planner].layout(run.train, indices) for indices in micro_batches],
+            names=sample_names(s.data_dir, run.train, micro_batches, run.sources),
             seeds=[dropout_seed(s, step, rank, fabric.world_size) for rank in range(fabric.world_size)],
             scale=scaler.get_scale() if scaler else 1.0,
             message=str(error),
@@ -96,18 +108,20 @@ def explained(fabric, s, model, optimizer, samples, micro_batches, step, sources
         kept = f"run it again with --config {s.out_dir}/config.yaml --replay {s.out_dir / FILE}"
         if fabric.is_global_zero:
             try:
-                write_step(s.out_dir / FILE, bad, model)
+                write_step(s.out_dir / FILE, bad, run.model)
             except (OSError, SafetensorError) as failure:
                 kept = f"it could not be kept to be run again ({failure})"
         if in_backward:
-            optimizer.stopped = True
-        raise UserError(f"step {step + 1}: {error}; {find_cause(fabric, s, model, bad)}; {kept}") from None
+            run.optimizer.stopped = True
+        raise UserError(f"step {step + 1}: {error}; {find_cause(run, bad)}; {kept}") from None
 
 
-def sample_names(data_dir, samples, micro_batches, sources):
-    """For each micro-batch the names of its samples: the number in train.safetensors, the source, the row it is from.
+def sample_names(
+    data_dir: Path, samples: Samples, micro_batches: list[list[int]], sources: list[str]
+) -> list[list[str]]:
+    """For each micro-batch the names of its samples: the number in train.safetensors, the source if there are several,
 
-    The last is the id that `samples.jsonl` gives, in folders that have it; the source goes without saying if it is one.
+    and the id of the row in `samples.jsonl`, in folders that have that file.
     """
     numbers = {samples.numbers[i].item() for indices in micro_batches for i in indices}
     ids = row_ids(data_dir, numbers)
@@ -121,7 +135,7 @@ def sample_names(data_dir, samples, micro_batches, sources):
     return [[name(i) for i in indices] for indices in micro_batches]
 
 
-def row_ids(data_dir, numbers):
+def row_ids(data_dir: Path, numbers: set[int]) -> dict:
     """The ids of training samples by their numbers; {} if there is no samples.jsonl, or none that can be read."""
     try:
         with open(Path(data_dir, "samples.jsonl"), encoding="utf-8") as file:
@@ -131,22 +145,22 @@ def row_ids(data_dir, numbers):
         return {}
 
 
-def find_cause(fabric, s, model, step):
-    """Which samples of a step, run one by one, are not finite, and where they first turn so, in words."""
+def find_cause(run: Run, step: Step) -> str:
+    """Which samples of a step are not finite when run alone, and in which module that begins, in words."""
     bad, first = [], None
-    for name, outcome in run_samples(fabric, s, model, step):
+    for name, outcome in run_samples(run, step):
         if not outcome.is_finite():
             bad.append(name)
             first = first or outcome.first
-    model.zero_grad()
-    weight = first_bad_weight(model)
+    run.model.zero_grad()
+    weight = first_bad_weight(run.model)
     where = f"; {weight} holds NaN or infinity" if weight else f"; first in {first}" if first else ""
     if not bad:
-        return f"no single sample does it: it may be the learning rate{where}"
-    return f"training samples {', '.join(bad[:NAMED])}{' and others' if len(bad) > NAMED else ''} do it{where}"
+        return f"no single sample causes it: the learning rate may be too high{where}"
+    return f"caused by training samples {', '.join(bad[:NAMED])}{' and others' if len(bad) > NAMED else ''}{where}"
 
 
-def first_bad_weight(model):
+def first_bad_weight(model: nn.Module) -> str | None:
     """The name of the first weight that holds NaN or infinity, None if none does; those of 4 or 8 bits cannot."""
     return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
 
@@ -155,9 +169,9 @@ def first_bad_weight(model):
 
 
 class Outcome(NamedTuple):
-    """Of a micro-batch: its loss, as a share of the step's, each target's, the gradient's norm by weight, in the order
+    """Of a micro-batch: its loss, as a share of the step's; the loss of each target; the gradient's norm by weight, in
 
-    in which they came, and where the first number that was not finite came up, in words (None: nowhere).
+    the order of the backward pass; and where the first number that is not finite appeared, in words (None: nowhere).
     """
 
     loss: torch.Tensor
@@ -165,15 +179,18 @@ class Outcome(NamedTuple):
     norms: dict
     first: str | None
 
-    def is_finite(self):
+    def is_finite(self) -> bool:
+        """Whether all numbers were."""
         return self.first is None
 
 
-def run_batch(fabric, s, model, batch, target_count, scale=1.0):
-    """Run a micro-batch forward and backward and watch it. Its gradient, `scale` times as large, is left in the model.
+def run_batch(run: Run, batch: tuple, target_count: int, scale: float = 1.0) -> Outcome:
+    """Run a micro-batch forward and backward and check every module's output and every gradient.
 
-    batch: tokens, targets, offsets. What torch.compile made is not used: there is no looking into it.
+    The gradient, `scale` times as large, is left in the model. batch: tokens, targets, offsets. Blocks compiled by
+    torch.compile run uncompiled here: their inside cannot be checked.
     """
+    s, fabric, model = run.settings, run.fabric, run.model
     tokens, targets, offsets = batch
     norms, found = {}, []
 
@@ -212,28 +229,34 @@ def run_batch(fabric, s, model, batch, target_count, scale=1.0):
     return Outcome(loss.detach(), losses, norms, found[0] if found else None)
 
 
-def run_samples(fabric, s, model, step):
+def run_samples(run: Run, step: Step) -> Iterator[tuple[str, Outcome]]:
     """Run each sample of a step by itself: its name and its `Outcome`."""
     for name, batch in step.samples():
-        model.zero_grad()
+        run.model.zero_grad()
         torch.manual_seed(step.seeds[0])
-        yield name, run_batch(fabric, s, model, batch, step.target_count(), step.scale)
+        yield name, run_batch(run, batch, step.target_count(), step.scale)
 
 
-def replay(fabric, s, model, step):
-    """Run a kept step again and print what comes of it: losses, norms of gradients, the first number not finite.
+def replay(s: Settings) -> None:
+    """Run the step that --replay names again, from the weights in that file, on one device, and print the result:
 
-    model: with the weights that `read_weights` put in.
+    losses, norms of gradients, the first number that is not finite.
     """
+    step = read_step(s.replay)
+    s.devices = 1
+    fabric = build.start_fabric(s)
+    model, _ = build.build_model(s, fabric.device, None)
+    read_weights(s.replay, model)
+    run = build.Run(s, fabric, model.train(), optimizer=None, train=None)
     print(f"step {step.number + 1}, when {step.message}: {len(step.batches)} micro-batches")
     if step.moved:
-        print("note: with --optimizer_in_backward some weights had stepped before: the numbers differ from that step's")
+        print("note: --optimizer_in_backward had updated some weights before: the numbers differ from that step's")
     loss, first = torch.zeros((), device=fabric.device), None
     model.zero_grad()
     for rank, seed in enumerate(step.seeds):
         torch.manual_seed(seed)
         for number in range(rank, len(step.batches), len(step.seeds)):
-            outcome = run_batch(fabric, s, model, step.batches[number], step.target_count(), step.scale)
+            outcome = run_batch(run, step.batches[number], step.target_count(), step.scale)
             loss, first = loss + outcome.loss, first or outcome.first
     squares = Counter()
     for name, parameter in model.named_parameters():
@@ -241,7 +264,7 @@ def replay(fabric, s, model, step):
             norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).item() / step.scale
             squares[name.rpartition(".")[0]] += norm**2
     print(f"loss {loss.item()}, norm of the gradient {math.sqrt(squares.total())}")
-    for name, outcome in run_samples(fabric, s, model, step):
+    for name, outcome in run_samples(run, step):
         norm = math.hypot(*outcome.norms.values())
         print(f"sample {name}: loss {outcome.losses.mean().item():.6g} per target, norm of its gradient {norm:.6g}")
     print("norm of the gradient by module:")
@@ -253,7 +276,7 @@ def replay(fabric, s, model, step):
 # --------------------------------------------------------------------------------------------------------- the file
 
 
-def write_step(path, step, model):
+def write_step(path: Path, step: Step, model: nn.Module) -> None:
     """Write a step and the trainable weights of the model to `path`, whole or not at all."""
     tensors = {f"weights.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     for k, (tokens, targets, offsets) in enumerate(step.batches):
@@ -265,7 +288,7 @@ def write_step(path, step, model):
         save_file(tensors, file, metadata={"step": json.dumps(values)})
 
 
-def read_step(path):
+def read_step(path: Path) -> Step:
     """The `Step` in a file. Raises UserError if it is none."""
     try:
         with safe_open(path, "pt") as file:
@@ -283,8 +306,8 @@ def read_step(path):
 
 
 @torch.no_grad()
-def read_weights(path, model):
-    """Put the trainable weights of a kept step into a model. Raises UserError if they are not the model's."""
+def read_weights(path: Path, model: nn.Module) -> None:
+    """Copy the trainable weights of a kept step into a model. Raises UserError if they are not the model's."""
     trainable = {f"weights.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     with safe_open(path, "pt") as file:
         stored = {name for name in file.keys() if name.startswith("weights.")}  # noqa: SIM118 (not a dict)

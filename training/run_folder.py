@@ -1,7 +1,9 @@
-"""The folder of a run: its checkpoints, who may write to it, whether there is room for it, what must match to go on.
+"""The folder of a run: what it records, its checkpoints, one process at a time, disk space, what must match to resume.
 
 `s` is always the Settings of finetune.py. A checkpoint is a folder `step-NNNNNN` that `files.new_folder` wrote.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -10,22 +12,44 @@ import hashlib
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
 
 from quantize import describe_quantization
 from shell.cli import UserError
-from shell.files import MANIFEST, check_manifest, clear_leftovers, read_json, remove_folder, sha256
+from shell.files import (
+    MANIFEST,
+    check_manifest,
+    clear_leftovers,
+    new_folder,
+    project_version,
+    read_json,
+    remove_folder,
+    sha256,
+    whole_file,
+    write_json,
+)
 from training.memory.budget import DTYPES
 from training.memory.plan import moment_bytes
-from weights.checkpoint import INDEX, read_config, shard_paths
+from weights import peft_format
+from weights.checkpoint import INDEX, NOTES, read_config, save_model, save_optimizer, shard_paths
+
+if TYPE_CHECKING:
+    from model import Transformer
+    from training.build import Run
+    from training.metrics import Metrics
+    from training.settings import Settings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; what it was made from, and its time
-HARMLESS = (  # settings that may change for a resumed run; the folders because what is in them is compared instead
+SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; identity, time budget, version
+HARMLESS = (  # settings that a resumed run may change; for the folders their contents are compared instead
     "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops",
     "memory_budget", "checkpoint_dir", "data_dir",
 )  # fmt: skip
-PIECES, PIECE_BYTES = 256, 2**16  # of a file of weights, that tell it from another
+PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
 WRITTEN = ("step-*", "final", "source", "*.csv", "config.yaml", "summary.json", "loss.png")
 
@@ -34,22 +58,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE_FOLDERS = ("shell", "ops", "weights", "text", "inference", "preparation", "training")
 
 
-def source_files():
+def source_files() -> list[Path]:
     """The code that a run keeps a copy of: paths relative to the project's folder."""
-    files = [*ROOT.glob("*.py")]
+    files = [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]
     for folder in SOURCE_FOLDERS:
         files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
-    return sorted(path.relative_to(ROOT) for path in files)
+    return sorted(path.relative_to(ROOT) for path in files if path.is_file())
 
 
-def plain(s):
+def plain(s: Settings) -> dict:
     """The settings as plain values for JSON and YAML."""
     return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(s).items()}
 
 
 @contextlib.contextmanager
-def only_process(out_dir):
-    """Hold a run folder, made if it is not there, and cleared of what a killed process left half-written.
+def only_process(out_dir: Path) -> Iterator[None]:
+    """Lock a run folder. It is made if it is not there, and what a killed process left half-written is removed.
 
     Raises UserError if another process has it.
     """
@@ -83,8 +107,8 @@ def _locked(folder):
 
 
 @contextlib.contextmanager
-def signals_noted():
-    """SIGTERM and SIGINT go into the list that this yields, and do no more; the second one ends the process at once."""
+def signals_noted() -> Iterator[list[int]]:
+    """The first SIGTERM or SIGINT is only added to the list that this yields; the second ends the process at once."""
     noted = []
 
     def note(number, frame):
@@ -104,26 +128,85 @@ def signals_noted():
             signal.signal(number, handler)
 
 
+# ------------------------------------------------------------------------------------------------ what a run writes
+
+
+def record_run(s: Settings) -> None:
+    """Keep what runs: the resolved settings, which --config takes, and a copy of the code."""
+    with explained_write_errors(s.out_dir):
+        with new_folder(s.out_dir / "source") as folder:
+            for path in source_files():
+                (folder / path.parent).mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / path, folder / path)
+        with whole_file(s.out_dir / "config.yaml") as file:
+            file.write_bytes(yaml.safe_dump(plain(s), sort_keys=False).encode())
+
+
+def save_checkpoint(run: Run, done: int, schedule_state: dict | None, metrics: Metrics) -> None:
+    """Write `step-NNNNNN/` after so many steps, to resume from, and remove those that are no longer kept."""
+    s = run.settings
+    if not run.fabric.is_global_zero:
+        return
+    hashes = {}
+    with explained_write_errors(s.out_dir), new_folder(checkpoint_path(s, done), hashes) as folder:
+        hashes |= save_weights(run, folder)
+        hashes |= save_optimizer(run.optimizer, folder)
+        write_json(folder / "scaler.json", run.fabric.strategy.precision.state_dict())  # {} but for 16-mixed
+        write_json(folder / SETTINGS, plain(s))
+        write_json(folder / RUN, {"identity": run.identity, "clock": schedule_state, "version": project_version()})
+    rotate(s, *metrics.column("val_loss"))
+
+
+def save_final(run: Run) -> None:
+    """Write `final/`: the adapter, or the model."""
+    if run.fabric.is_global_zero:
+        out_dir, hashes = run.settings.out_dir, {}
+        with explained_write_errors(out_dir), new_folder(out_dir / "final", hashes) as folder:
+            hashes |= save_weights(run, folder)
+
+
+def save_weights(run: Run, folder: Path) -> dict[str, str]:
+    """Write the adapter, or all weights, and `onetune.json`: what generate.py must know to match the training.
+
+    Returns the SHA-256 hashes that are known already, by file name.
+    """
+    s = run.settings
+    style = run.info["prompt_style"]
+    notes = {"prompt_style": style, "checkpoint_dir": str(s.checkpoint_dir), "quantize": s.quantize}
+    write_json(folder / NOTES, notes)
+    if not run.adapter:
+        return save_model(run.model, folder, source=s.checkpoint_dir)
+    peft_format.save_adapter(run.model, run.adapter, folder, s.checkpoint_dir)
+    return {}
+
+
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def checkpoint_path(s, step):
+def checkpoint_path(s: Settings, step: int) -> Path:
+    """The folder of the checkpoint after so many steps."""
     return s.out_dir / f"step-{step:06d}"
 
 
-def step_of(path):
-    return int(path.name.removeprefix("step-"))
+def step_of(path: Path | None) -> int:
+    """How many steps were done at a checkpoint; 0 for None."""
+    return int(path.name.removeprefix("step-")) if path else 0
 
 
-def checkpoints(out_dir):
-    """The checkpoints of a run, the oldest first. One that is here was complete once."""
+def schedule_state(newest: Path | None) -> dict | None:
+    """The state of the time budget at a checkpoint, for `Schedule`."""
+    return read_json(newest / RUN)["clock"] if newest else None
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first. Each was complete when it was written."""
     return sorted((path for path in out_dir.glob("step-*") if path.name[5:].isdecimal()), key=step_of)
 
 
-def newest_checkpoint(s):
+def newest_checkpoint(s: Settings) -> Path | None:
     """The folder to resume from, checked whole; None for a new run. Raises UserError if that would overwrite one.
 
-    Of it `s` takes the number that `--micro_batch_tokens auto` stood for.
+    If --micro_batch_tokens is auto, `s` gets the number that the checkpoint's run used.
     """
     if not s.resume:
         if (s.out_dir / "metrics.csv").exists():
@@ -141,10 +224,10 @@ def newest_checkpoint(s):
     return newest
 
 
-def check_same(s, newest, identity):
-    """Raise UserError if a run with other settings or made from other things would go on from `newest`.
+def check_same(s: Settings, newest: Path, identity: dict) -> None:
+    """Raise UserError if the checkpoint `newest` is of a run with other settings, data, tokenizer or base model.
 
-    identity: of what this run is made from, as the function of that name has it.
+    identity: what the function of that name returns for this run.
     """
     differences = differing_settings(read_json(newest / SETTINGS), plain(s))
     differences += differing_sources(read_json(newest / RUN), identity)
@@ -152,7 +235,7 @@ def check_same(s, newest, identity):
         raise UserError(f"{newest} cannot be resumed with {', '.join(differences)}")
 
 
-def differing_settings(before, now):
+def differing_settings(before: dict, now: dict) -> list[str]:
     """The settings that would change the result, in words. A time budget may become longer or shorter."""
     names = [name for name in now if before.get(name) != now[name] and name not in HARMLESS]
     if before.get("time_budget") and now["time_budget"]:
@@ -161,12 +244,13 @@ def differing_settings(before, now):
     return [f"--{name} {value} (it was {former})" for name, (value, former) in shown.items()]
 
 
-def differing_sources(run, identity):
+def differing_sources(run: dict, identity: dict) -> list[str]:
+    """What else differs, in words: data, tokenizer, base model. run: the parsed RUN file of a checkpoint."""
     before = run["identity"]
     return [f"another {name}" for name in sorted({*before, *identity}) if before.get(name) != identity.get(name)]
 
 
-def rotate(s, steps, losses):
+def rotate(s: Settings, steps: list, losses: list) -> None:
     """Remove all checkpoints but the newest `keep_last` and, with `keep_best`, the best.
 
     losses: validation losses at `steps`. The best is that with the lowest one among the checkpoints that are here.
@@ -179,15 +263,15 @@ def rotate(s, steps, losses):
             remove_folder(path)
 
 
-# ------------------------------------------------------------------------------------------ what a run is made from
+# ------------------------------------------------------------------------------------------ what a run depends on
 
 
-def identity(s, info):
-    """A hash of each thing that decides the result beside the settings, by what it is.
+def identity(s: Settings, info: dict) -> dict[str, str]:
+    """A hash of everything the result depends on beside the settings, by its name.
 
-    The prepared data are hashed whole, and checked if they have a manifest. Of the base model's weights that would take
-    as long as reading them: they are told apart by pieces. So another model is found, but not a flipped bit, unless
-    there is a manifest (`checkpoint.load_model`).
+    The prepared data are hashed whole, and checked if they have a manifest. Hashing the base model's weights would take
+    as long as reading them, so only pieces are hashed: that finds another model, but not a flipped bit, unless there is
+    a manifest (`checkpoint.load_model`).
     """
     parts = [f"{part}.safetensors" for part in ("train", "val")]
     if (s.data_dir / MANIFEST).is_file():
@@ -202,7 +286,7 @@ def identity(s, info):
     return result
 
 
-def hash_of_pieces(path):
+def hash_of_pieces(path: Path) -> str:
     """SHA-256 (hex) of a file's size and of PIECES pieces, evenly spread from its first to its last byte."""
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size}".encode())
@@ -216,11 +300,11 @@ def hash_of_pieces(path):
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------- room
+# ------------------------------------------------------------------------------------------------------- disk space
 
 
-def sizes(s, model):
-    """Bytes of `final/` and of a checkpoint, about. model: as in training, its tensors may be without memory."""
+def sizes(s: Settings, model: Transformer) -> tuple[int, int]:
+    """Bytes of `final/` and of a checkpoint, about. model: as in training; it may be on the meta device."""
     dtype, full = DTYPES[s.precision], s.method == "full"
     trained = [p.to(dtype) if full else p for p in model.parameters() if full or p.requires_grad]
     weights = sum(p.nbytes for p in trained)
@@ -228,15 +312,15 @@ def sizes(s, model):
     return weights, weights + moments
 
 
-def check_room(s, model, total):
-    """Refuse a run for whose files the disk has no room, before its first step. total: how many steps it may have."""
+def check_room(s: Settings, model: Transformer, total: int) -> None:
+    """Raise UserError if the disk has no room for the files of a run of `total` steps at most."""
     if not os.access(s.out_dir, os.W_OK):
         raise UserError(f"--out_dir {s.out_dir} cannot be written to: choose another")
     final, checkpoint = sizes(s, model)
     written = total // s.save_interval if s.save_interval else 0
     kept = min(written, s.keep_last + s.keep_best) if s.keep_last else written
     there = sum(path.stat().st_size for folder in checkpoints(s.out_dir) for path in folder.iterdir())
-    # When one is written those that it replaces are still there. A signal may ask for one more than save_interval.
+    # While a checkpoint is written, those it replaces are still there. A signal may ask for one more.
     need = (kept + 1) * checkpoint + 2 * final + SMALL_FILES - there
     free = shutil.disk_usage(s.out_dir).free
     if need > free:
@@ -248,8 +332,8 @@ def check_room(s, model, total):
 
 
 @contextlib.contextmanager
-def explained_write_errors(out_dir):
-    """Say in one line that a run folder could not be written to, and what is left."""
+def explained_write_errors(out_dir: Path) -> Iterator[None]:
+    """Turn a failed write to a run folder into a UserError that says which checkpoint is left."""
     from safetensors import SafetensorError
 
     try:

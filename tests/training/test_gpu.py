@@ -16,6 +16,8 @@ from generate import generate
 from inference.decode import fastest_decoder
 from preparation.record_store import SampleWriter
 from quantize import NF4_VALUES, QUANTIZERS, nf4_dequantize, nf4_quantize
+from training import build
+from training.memory.budget import planned_steps
 from weights.checkpoint import load_model, load_optimizer, save_optimizer
 
 HAS_GPU = torch.cuda.is_available()
@@ -45,17 +47,17 @@ def trainer(folder, samples, **changes):
     settings = finetune.Settings(
         checkpoint_dir=folder, data_dir=Path("none"), global_batch_size=len(samples), micro_batch_tokens=64, **changes
     )
-    fabric = finetune.start_fabric(settings)
+    fabric = build.start_fabric(settings)
     torch.set_float32_matmul_precision("highest")
     assert fabric.device.type == "cuda"
-    model, _ = finetune.build_model(settings, fabric.device, newest=None)
-    optimizer = fabric.setup_optimizers(finetune.build_optimizer(settings, model))
-    plan = finetune.planned_steps(settings, samples, 0, 100)
+    model, _ = build.build_model(settings, fabric.device, newest=None)
+    optimizer = fabric.setup_optimizers(build.build_optimizer(settings, model))
+    plan = planned_steps(settings, samples, 0, 100)
     model.train()
 
     def step():
         number, micro_batches = next(plan)
-        return finetune.train_step(fabric, settings, model, optimizer, samples, micro_batches, number, 1e-3)
+        return finetune.train_step(build.Run(settings, fabric, model, optimizer, samples), micro_batches, number, 1e-3)
 
     return step, model, optimizer, fabric
 
@@ -151,7 +153,7 @@ def test_the_fused_optimiser_steps_as_the_plain_one_on_a_cpu():
     settings = finetune.Settings(checkpoint_dir=Path("none"), data_dir=Path("none"), weight_decay=0.1)
     options = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "weight_decay": 0.1}
     reference = torch.optim.AdamW([plain], **options, foreach=False)
-    optimizer = finetune.build_optimizer(settings, torch.nn.ParameterList([fused]))
+    optimizer = build.build_optimizer(settings, torch.nn.ParameterList([fused]))
     for gradient in gradients:
         plain.grad, fused.grad = gradient.clone(), gradient.to("cuda")
         reference.step(), optimizer.step()
@@ -183,7 +185,7 @@ def test_an_optimisers_state_survives_saving(tiny_model_dir, samples, tmp_path, 
 def test_large_8bit_states_have_8_bits():
     parameter = torch.nn.Parameter(torch.randn(256, 512, device="cuda"))
     settings = finetune.Settings(checkpoint_dir=Path("none"), data_dir=Path("none"), optimizer="adamw-8bit")
-    optimizer = finetune.build_optimizer(settings, torch.nn.ParameterList([parameter]))
+    optimizer = build.build_optimizer(settings, torch.nn.ParameterList([parameter]))
     parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     assert optimizer.state[parameter]["state1"].dtype == torch.uint8

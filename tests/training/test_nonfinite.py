@@ -1,4 +1,4 @@
-"""Steps that are not finite, and memory that runs out: who is to blame, what is kept, and that nothing else changes."""
+"""Steps that are not finite, and out of memory: the samples that cause it, what is kept, and that nothing else changes."""
 
 import dataclasses
 import json
@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from test_finetune import column, final_weights, random_sample, random_samples, rows, write_data
 
 import finetune
-from batching import Samples
+from batching import PLANNERS, Samples
+from model import Transformer
 from shell import files
 from shell.cli import UserError
-from training import metrics, nonfinite
+from training import build, metrics, nonfinite
 from training.memory import budget
 from training.nonfinite import FILE
-from weights.checkpoint import load_optimizer, save_optimizer
+from weights.checkpoint import load_optimizer, read_config, save_optimizer
 
 BAD_TOKEN = 505  # which only the samples that are to be found have
 
@@ -56,7 +57,7 @@ def spoil(monkeypatch):
     seen = {}
 
     def watch(change):
-        build_model, build_optimizer = finetune.build_model, finetune.build_optimizer
+        build_model, build_optimizer = build.build_model, build.build_optimizer
 
         def build_bad_model(*args):
             model, config = build_model(*args)
@@ -65,12 +66,12 @@ def spoil(monkeypatch):
             seen.update(model=model, before=weights(model))
             return model, config
 
-        def build(s, model):
+        def build_watched(s, model):
             seen["optimizer"] = build_optimizer(s, model)
             return seen["optimizer"]
 
-        monkeypatch.setattr(finetune, "build_model", build_bad_model)
-        monkeypatch.setattr(finetune, "build_optimizer", build)
+        monkeypatch.setattr(build, "build_model", build_bad_model)
+        monkeypatch.setattr(build, "build_optimizer", build_watched)
         return seen
 
     return watch
@@ -98,7 +99,7 @@ def stopped(s):
 
 def blamed(message):
     """The numbers of the samples that a message names."""
-    names = message.partition("training samples ")[2].partition(" do it")[0]
+    names = message.partition("training samples ")[2].partition(";")[0]
     return sorted(int(n) for n in re.findall(r"(\d+)(?: \([^)]*\))?(?:, |$)", names))
 
 
@@ -222,7 +223,7 @@ def scaled(monkeypatch, **options):
     """Let runs in 16-mixed have a loss scaler on the CPU, where Fabric has none."""
     from lightning.fabric.plugins.precision import MixedPrecision
 
-    start_fabric = finetune.start_fabric
+    start_fabric = build.start_fabric
 
     def start(s):
         fabric = start_fabric(s)
@@ -230,7 +231,7 @@ def scaled(monkeypatch, **options):
         fabric.strategy.precision = fabric._precision = MixedPrecision("16-mixed", "cpu", scaler)
         return fabric
 
-    monkeypatch.setattr(finetune, "start_fabric", start)
+    monkeypatch.setattr(build, "start_fabric", start)
 
 
 def test_a_loss_scale_may_be_searched_but_not_for_ever(settings, monkeypatch, spoil):
@@ -265,7 +266,7 @@ def run_and_stop(s, monkeypatch, step):
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "check_finite", find_fault)
-        assert "no single sample does it" in stopped(s)
+        assert "no single sample causes it" in stopped(s)
     return calls["the loss"][-1], calls["the gradient's norm"][-1]
 
 
@@ -314,7 +315,7 @@ def test_the_kept_step_has_the_weights_before_it(settings, monkeypatch):
     s = settings(random_samples(9), max_steps=3, save_interval=1)
     run_and_stop(s, monkeypatch, 1)
     kept = load_file(s.out_dir / FILE)
-    model, _ = finetune.build_model(s, "cpu", newest=s.out_dir / "step-000001")
+    model, _ = build.build_model(s, "cpu", newest=s.out_dir / "step-000001")
     assert {name for name in kept if name.startswith("weights.")} == {f"weights.{name}" for name in weights(model)}
     assert all(torch.equal(kept[f"weights.{name}"], p) for name, p in weights(model).items())
 
@@ -393,35 +394,35 @@ def test_optimiser_states_that_are_not_finite_are_refused(settings, tmp_path):
     s = settings(random_samples(6), max_steps=1, save_interval=1)
     finetune.main(s)
     folder = s.out_dir / "step-000001"
-    model, _ = finetune.build_model(s, "cpu", newest=folder)
-    optimizer = finetune.build_optimizer(s, model)
+    model, _ = build.build_model(s, "cpu", newest=folder)
+    optimizer = build.build_optimizer(s, model)
     load_optimizer(optimizer, folder)
     states = [state["exp_avg"] for state in optimizer.state.values()]
     random.choice(states).view(-1)[0] = math.inf
     save_optimizer(optimizer, tmp_path)
     (tmp_path / "scaler.json").write_text("{}")
     with pytest.raises(UserError, match=r"optimizer.safetensors: \d+.exp_avg holds NaN or infinity"):
-        load_optimizer(finetune.build_optimizer(s, model), tmp_path)
+        load_optimizer(build.build_optimizer(s, model), tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------- the rehearsal
+# ------------------------------------------------------------------------------------------------- the memory dry run
 
 
 def tokens_in(samples, indices):
     return samples.lengths[indices].sum().item()
 
 
-@pytest.mark.parametrize("planner", finetune.PLANNERS)
+@pytest.mark.parametrize("planner", PLANNERS)
 def test_the_first_micro_batch_is_the_largest_of_the_whole_run(settings, monkeypatch, planner):
     s = settings(random_samples(25, 40, 40), epochs=3, global_batch_size=5, micro_batch_tokens=100, planner=planner)
-    seen, run_forward, train_step = [], finetune.run_forward, finetune.train_step
+    seen, forward, train_step = [], finetune.forward, finetune.train_step
 
-    def watch(fabric, s, model, samples, indices):
-        tokens, _, offsets = finetune.PLANNERS[s.planner].layout(samples, indices)
-        seen.append(tokens.numel())
-        return run_forward(fabric, s, model, samples, indices)
+    def watch(run, samples, indices):
+        result = forward(run, samples, indices)
+        seen.append(result.positions)
+        return result
 
-    monkeypatch.setattr(finetune, "run_forward", watch)
+    monkeypatch.setattr(finetune, "forward", watch)
     monkeypatch.setattr(finetune, "train_step", lambda *args: seen.append("step") or train_step(*args))
     finetune.main(s)
     assert seen[1] == "step" and seen.count("step") == 15
@@ -438,11 +439,11 @@ def test_the_first_micro_batch_is_the_largest_of_the_whole_run(settings, monkeyp
     ],
     ids=lambda flags: " ".join(map(str, flags.values())),
 )
-def test_the_rehearsal_changes_no_bit(settings, monkeypatch, flags):
+def test_the_dry_run_changes_no_bit(settings, monkeypatch, flags):
     train, folders = random_samples(10), []
     for name in ("with", "without"):
         if name == "without":
-            monkeypatch.setattr(finetune, "rehearse", lambda *_: None)
+            monkeypatch.setattr(finetune, "memory_dry_run", lambda *_: None)
         s = settings(train, name=name, max_steps=4, save_interval=4, **flags)
         finetune.main(s)
         folders.append(s.out_dir)
@@ -452,7 +453,7 @@ def test_the_rehearsal_changes_no_bit(settings, monkeypatch, flags):
     assert optimizers[0] == optimizers[1]
 
 
-def test_the_rehearsal_holds_what_later_steps_hold(settings, monkeypatch):
+def test_the_dry_run_holds_what_later_steps_hold(settings, monkeypatch):
     """Moments of as many bytes as the optimiser makes, and gradients; none of it once there are moments."""
     held, memory = [], budget.memory_of_later_steps
 
@@ -479,11 +480,11 @@ from shell import cli
 from training.memory import plan
 from pathlib import Path
 s = finetune.Settings(checkpoint_dir=Path({model!r}), data_dir=Path({data!r}), out_dir=Path({out!r}), {flags})
-rehearse = finetune.rehearse
+dry_run = finetune.memory_dry_run
 def limited(*args):
     resource.setrlimit(resource.RLIMIT_AS, (plan.address_space() + 150 * 2**20,) * 2)
-    rehearse(*args)
-finetune.rehearse = limited
+    dry_run(*args)
+finetune.memory_dry_run = limited
 cli.run(finetune.main, s)
 """
 
@@ -494,7 +495,7 @@ def widen(folder, source, intermediate_size=20_000):
     config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": intermediate_size}
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        model = finetune.Transformer(finetune.read_config(folder))
+        model = Transformer(read_config(folder))
     save_file({name: 0.02 * torch.randn(p.shape) for name, p in model.named_parameters()}, folder / "model.safetensors")
     return folder
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_finetune import (  # noqa: F401 (fixtures)
@@ -29,8 +30,8 @@ import finetune
 from shell import files
 from shell.cli import UserError
 from shell.files import MANIFEST, check_manifest, clear_leftovers, new_folder
-from training import metrics, optimizer, run_folder
-from training.optimizer import TimeBudget
+from training import build, metrics, run_folder, schedule
+from training.schedule import TimeBudget
 from weights.checkpoint import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -40,10 +41,10 @@ def before_step(monkeypatch, number, act):
     """Let `act` happen when the step `number` (from 0) is about to begin."""
     train_step = finetune.train_step
 
-    def step(fabric, s, model, optimizer, samples, micro_batches, step, *rest, **more):
+    def step(the_run, micro_batches, step, rate):
         if step == number:
             act()
-        return train_step(fabric, s, model, optimizer, samples, micro_batches, step, *rest, **more)
+        return train_step(the_run, micro_batches, step, rate)
 
     monkeypatch.setattr(finetune, "train_step", step)
 
@@ -112,7 +113,7 @@ def test_an_ignored_signal_stays_ignored():
 def clock(monkeypatch):
     """A clock for the time budget that a test moves: `clock.now`, in seconds."""
     result = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(optimizer, "time", SimpleNamespace(monotonic=lambda: result.now))
+    monkeypatch.setattr(schedule, "time", SimpleNamespace(monotonic=lambda: result.now))
     return result
 
 
@@ -149,12 +150,12 @@ def test_a_budget_that_is_not_the_limit_gives_the_usual_schedule(clock, settings
     s, budget = settings(learning_rate=1.0, warmup_steps=3), TimeBudget(10**6, clock.now)
     rates = []
     for step in range(20):
-        rates.append(optimizer.rate_at(s, step, budget.progress))
+        rates.append(schedule.rate_at(s, step, budget.progress))
         with budget.measuring("step"):
             clock.now += 1
         if step + 1 > s.warmup_steps:
             budget.advance(20 - step - 1, {})
-    assert rates == pytest.approx([optimizer.learning_rate(s, step, 20) for step in range(20)])
+    assert rates == pytest.approx([schedule.learning_rate(s, step, 20) for step in range(20)])
 
 
 def test_a_run_ends_at_its_budget(run, settings, monkeypatch, clock):  # noqa: F811
@@ -311,7 +312,7 @@ def test_a_read_only_folder_is_refused(settings, small_disk):  # noqa: F811
 def test_a_limit_on_the_size_of_files_is_one_line(settings, run_script, tmp_path):  # noqa: F811
     """As `ulimit -f` sets it: the optimiser's file is larger than 64 KB."""
     s = settings(random_samples(8), max_steps=3, save_interval=2, eval_interval=0)
-    (tmp_path / "c.yaml").write_text(finetune.yaml.safe_dump(finetune.plain(s)))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(run_folder.plain(s)))
     command = f"ulimit -f 64; exec {sys.executable} {ROOT / 'finetune.py'} --config {tmp_path / 'c.yaml'}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
@@ -334,8 +335,7 @@ def test_the_room_that_a_run_needs_is_known_beforehand(run, settings, flags):  #
     flags = dict(max_steps=2, save_interval=1, eval_interval=0, **flags)
     out_dir = run(random_samples(8), **flags)
     s = settings(**flags)
-    _, train, val = finetune.open_data(s)
-    predicted = run_folder.sizes(s, finetune.check_model(s, train, val))
+    predicted = run_folder.sizes(s, build.check_model(s, build.open_data(s)))
     tables = 2048 * 40 if "optimizer" in flags else 0  # of values, two for each tensor: nothing in a large model
     for folder, size in zip(("final", "step-000002"), predicted, strict=True):
         weights = sum(path.stat().st_size for path in (out_dir / folder).glob("*.safetensors"))
@@ -426,7 +426,7 @@ def test_a_flipped_bit_in_an_adapter_a_model_or_data_is_found(run, settings, tin
     values[name].view(-1)[3] *= 1.5  # a value like others: only the hash can tell
     save_file(values, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"adapter_model\.safetensors has changed since it was written"):
-        load_model(tiny_model_dir, finetune.torch.float32, adapter_dir=out_dir / "final")
+        load_model(tiny_model_dir, torch.float32, adapter_dir=out_dir / "final")
     merge = convert_hf_checkpoint.Settings(adapter_dir=out_dir / "final", out_dir=tmp_path / "merged")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors has changed"):
         convert_hf_checkpoint.main(merge)
@@ -437,7 +437,7 @@ def test_a_flipped_bit_in_an_adapter_a_model_or_data_is_found(run, settings, tin
     config = model / "config.json"
     config.write_text(config.read_text().replace('"use_cache": true', '"use_cache":true '))
     with pytest.raises(UserError, match=r"config\.json has changed"):
-        load_model(model, finetune.torch.float32)
+        load_model(model, torch.float32)
 
 
 def test_data_that_have_changed_are_found(settings):  # noqa: F811

@@ -1,0 +1,171 @@
+"""From the settings to a run that is ready to train: its data, its model, its optimiser, on its devices."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+import lora
+from batching import Samples, read_data_info, source_names
+from model import Transformer
+from ops.attention import Attend
+from quantize import read_quantization
+from shell.cli import UserError
+from shell.files import read_json
+from text.tokenizer import Tokenizer
+from training.memory.budget import DTYPES, adapter_config, autocast_dtype
+from training.optimizer import StepInBackward, build_optimizer
+from weights.checkpoint import load_model, load_optimizer, read_config
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from training.settings import Settings
+
+
+class Data(NamedTuple):
+    """A prepared folder: its parsed data.json, its samples, and the names of its sources ([] if there is just one)."""
+
+    info: dict
+    train: Samples
+    val: Samples
+    sources: list[str]
+
+
+@dataclass
+class Run:
+    """What the functions of the training loop work on together.
+
+    adapter: what the adapters are like, None with --method full. identity: run_folder.identity's hashes of everything
+    the result depends on beside the settings.
+    """
+
+    settings: Settings
+    fabric: Fabric
+    model: Transformer
+    optimizer: torch.optim.Optimizer | StepInBackward
+    train: Samples
+    val: Samples | None = None
+    sources: list[str] = field(default_factory=list)
+    info: dict | None = None
+    adapter: lora.AdapterConfig | None = None
+    identity: dict | None = None
+
+
+def build_run(s: Settings, fabric: Fabric, data: Data, newest: Path | None, identity: dict) -> Run:
+    """The run at its start, or as it was at the checkpoint folder `newest`."""
+    model, adapter = build_model(s, fabric.device, newest)
+    optimizer = build_optimizer(s, model)
+    optimizer = StepInBackward(model, optimizer) if s.optimizer_in_backward else fabric.setup_optimizers(optimizer)
+    if s.compile:
+        compile_blocks(model, fabric.device)
+    if newest:
+        load_optimizer(optimizer, newest)
+        fabric.strategy.precision.load_state_dict(read_json(newest / "scaler.json"))
+    return Run(s, fabric, model.train(), optimizer, data.train, data.val, data.sources, data.info, adapter, identity)
+
+
+def open_data(s: Settings) -> Data:
+    """The prepared folder of --data_dir. Raises UserError if it was made for another tokenizer."""
+    info = read_data_info(s.data_dir)
+    read_config(s.checkpoint_dir)
+    if Tokenizer(s.checkpoint_dir).file_hash() != info["tokenizer_hash"]:
+        raise UserError(
+            f"{s.data_dir} was made with another tokenizer: run prepare_data.py again with "
+            f"--checkpoint_dir {s.checkpoint_dir}"
+        )
+    train, val = (Samples(s.data_dir / f"{part}.safetensors") for part in ("train", "val"))
+    for part, samples in (("training", train), ("validation", val)):
+        if dropped := samples.drop_without_target():
+            print(f"note: {dropped} {part} samples have no target token and are left out", file=sys.stderr)
+    if not len(train):
+        raise UserError(f"{s.data_dir} has no training sample with a target token: see how prepare_data.py was run")
+    return Data(info, train, val, source_names(info, train, val))
+
+
+def check_model(s: Settings, data: Data) -> Transformer:
+    """Refuse what cannot work before any weight is read. Returns the model to train, on the meta device.
+
+    If --quantize names a file, `s` then has the content of that file, which is what the run stores.
+    """
+    config = read_config(s.checkpoint_dir)
+    with torch.device("meta"):
+        model = Transformer(config)
+        s.quantize = read_quantization(s.quantize, model)
+        if s.method != "full":
+            lora.add_lora(model, adapter_config(s))
+    if s.method == "full" and s.precision == "bf16-true":
+        print(
+            "note: small steps on bf16 weights round to nothing; --precision bf16-mixed trains fp32 weights",
+            file=sys.stderr,
+        )
+    check_samples(s, config, [part for part in (data.train, data.val) if len(part)])
+    if s.keep_best and not len(data.val):
+        raise UserError(
+            f"--keep_best needs validation samples, {s.data_dir} has none: see prepare_data.py --val_fraction"
+        )
+    return model
+
+
+def check_samples(s: Settings, config, parts: list[Samples]) -> None:
+    """Raise UserError if a sample is longer than the model's context, or has a token beyond its vocabulary."""
+    longest = max(part.lengths.max().item() for part in parts)
+    if longest > config.max_position_embeddings:
+        raise UserError(
+            f"{s.data_dir} has a sample of {longest} tokens, the model's context is {config.max_position_embeddings}: "
+            "run prepare_data.py with a smaller --max_seq_length"
+        )
+    largest = max(part.tokens.max().item() for part in parts)
+    if largest >= config.vocab_size:
+        raise UserError(f"{s.data_dir} has the token {largest}, the model's vocabulary ends at {config.vocab_size - 1}")
+
+
+def start_fabric(s: Settings) -> Fabric:
+    """Lightning's Fabric on the devices of the run, with torch's seed set. Raises UserError if they are not there."""
+    from lightning.fabric import Fabric
+
+    # The model is loaded in its dtype. Fabric's own "bf16-true" would cast the fp32 adapter too.
+    precision = s.precision if autocast_dtype(s) else "32-true"
+    try:
+        fabric = Fabric(devices=s.devices, precision=precision, strategy="ddp" if s.devices > 1 else "auto")
+    except Exception as error:
+        raise UserError(f"--devices {s.devices}: {error}") from None
+    fabric.launch()
+    if s.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+        torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(s.seed)
+    return fabric
+
+
+def build_model(
+    s: Settings, device: torch.device, newest: Path | None
+) -> tuple[Transformer, lora.AdapterConfig | None]:
+    """The model to train, from the checkpoint `newest` if there is one, and its AdapterConfig (None for "full")."""
+    dtype = DTYPES[s.precision]
+    if s.method == "full":
+        return load_model(newest or s.checkpoint_dir, dtype, device).requires_grad_(True), None
+    config = adapter_config(s)
+    model = load_model(s.checkpoint_dir, dtype, device, s.quantize, adapter_dir=newest)
+    if not newest:
+        lora.add_lora(model, config)
+    return model, config
+
+
+def compile_blocks(model: Transformer, device: torch.device) -> None:
+    """Let torch.compile fuse the small operations of a block: one graph for all blocks and all lengths."""
+    compiler = "triton" if device.type == "cuda" else os.environ.get("CXX", "g++")
+    if not (importlib.util.find_spec(compiler) if device.type == "cuda" else shutil.which(compiler)):
+        print(f"note: --compile needs {compiler}, which is not installed: going on without", file=sys.stderr)
+        return
+    Attend.__call__ = torch.compiler.disable(Attend.__call__)  # not where it is defined: that takes a second to import
+    for block in model.model.layers:
+        block.compile(dynamic=True)

@@ -1,0 +1,37 @@
+"""The largest micro-batch of a run, forward and backward once before the first step: if memory is short, it is now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from training.memory import budget
+from training.optimizer import StepInBackward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from training.build import Run
+
+
+def memory_dry_run(run: Run, forward: Callable) -> None:
+    """Run the largest micro-batch of all epochs through `forward(run, samples, indices)` and backward, and forget it.
+
+    Memory is allocated for what a later step has and the first has not: AdamW's moments, and the gradients of earlier
+    micro-batches. No number of the run changes: not the weights, not the optimiser, not the random numbers.
+    """
+    s, model, device = run.settings, run.model, run.fabric.device
+    indices, most = budget.heaviest_micro_batch(s, run.train)
+    in_backward = isinstance(run.optimizer, StepInBackward)
+    if in_backward:
+        run.optimizer.stopped = True
+    random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with random_state, budget.no_more_than_free(device):
+        held = budget.memory_of_later_steps(s, model, run.optimizer, gradients=most > run.fabric.world_size)
+        forward(run, run.train, indices).summed.backward()
+    if in_backward:
+        run.optimizer.take_norm()
+        run.optimizer.stopped = False
+    model.zero_grad()
+    del held

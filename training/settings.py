@@ -1,0 +1,151 @@
+"""The command line of finetune.py: every flag with its default, and what is refused before anything is loaded."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from shell import cli
+from shell.cli import UserError
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Args:
+        checkpoint_dir: Model folder: config.json, *.safetensors, tokenizer files.
+        data_dir: Folder made by prepare_data.py.
+        out_dir: Folder for everything the run writes.
+        method: The adapter to train, or "full" to train all weights.
+        quantize: Keep the frozen base weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8 (QLoRA), or each
+            layer as in a file written by eval/quality.py --sensitivity; the run stores the content of that file.
+        precision: Dtype of the weights ("true"), or of the matrix products over fp32 weights ("mixed").
+        lora_r: Rank of the adapter.
+        lora_alpha: Scale of the adapter; its product is multiplied by alpha / r.
+        lora_dropout: Share of the adapter's inputs set to zero in training.
+        lora_targets: Projections that get an adapter.
+        lora_rslora: Multiply by alpha / sqrt(r) instead.
+        global_batch_size: Samples in an optimiser step, over all micro-batches and devices.
+        micro_batch_tokens: Tokens in a micro-batch, padding included: memory against speed. Does not change the result.
+            "auto" takes the most that fits in memory_budget.
+        planner: How the samples of a step are cut into micro-batches (batching.py).
+        epochs: Passes over the data, unless max_steps is given.
+        max_steps: Optimiser steps.
+        time_budget: End after this wall-clock time, such as 24h, 90m or 3600s, with the schedule complete and final/
+            written; earlier if epochs or max_steps are reached. Counts from the start, loading and saving included.
+        optimizer: AdamW: fused, with 8-bit states, or with states paged out of GPU memory (bitsandbytes).
+        learning_rate: The highest learning rate; 2e-4 suits adapters, 2e-5 all weights.
+        schedule: How the rate falls to zero after the warm-up; "constant" keeps it.
+        warmup_steps: Steps over which the rate rises.
+        weight_decay: Decay of matrices (not of norms and biases).
+        beta1: AdamW's decay of the first moment.
+        beta2: AdamW's decay of the second moment.
+        max_grad_norm: Clip the gradient to this norm; 0 for no clipping.
+        recompute: Share of the blocks with activation checkpointing: less memory, at 1 a third more time.
+        compile: Let torch.compile fuse the small operations of a block; takes a while at the start of a run.
+        optimizer_in_backward: With "full", update each weight as soon as its gradient is computed, and free the
+            gradient: none are kept in memory, but a step must fit in one micro-batch, and there is no clipping.
+        eval_interval: Validate every so many steps, and at the end; 0 for never.
+        save_interval: Write a checkpoint every so many steps; 0 for never.
+        keep_last: How many of the newest checkpoints to keep; 0 for all.
+        keep_best: Keep the checkpoint with the lowest validation loss too.
+        seed: Seed of the adapter's initial weights, the order of the data and dropout.
+        deterministic: On a GPU, use only algorithms that give the same bits every time; a CPU always does.
+        resume: Continue the run in out_dir from its newest checkpoint, or start it if there is none.
+        replay: Run the step stored in a bad_batch.safetensors again, and print where its numbers go wrong.
+        devices: How many GPUs (or CPU processes) share each step.
+        plan: Predict memory, FLOPs and time from config.json and the data alone, print them, and stop.
+        plan_tflops: The speed that the plan's time assumes, in TFLOP/s; measured if not given.
+        memory_budget: Memory that a device may use, such as 24GB, for plan and for micro_batch_tokens auto; by default
+            what is free.
+    """
+
+    checkpoint_dir: Path
+    data_dir: Path
+    out_dir: Path = Path("out/finetune")
+    method: Literal[(*cli.table_keys("lora.py", "ADAPTERS"), "full")] = "lora"
+    quantize: str | dict[str, str] | None = None
+    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-true"
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    lora_rslora: bool = False
+    global_batch_size: int = 32
+    micro_batch_tokens: int | Literal["auto"] = 2048
+    planner: Literal[cli.table_keys("batching.py", "PLANNERS")] = "packed"
+    epochs: float = 1.0
+    max_steps: int | None = None
+    time_budget: str | None = None
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
+    learning_rate: float = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    recompute: float = 0.0
+    compile: bool = False
+    optimizer_in_backward: bool = False
+    eval_interval: int = 100
+    save_interval: int = 100
+    keep_last: int = 2
+    keep_best: bool = False
+    seed: int = 1337
+    deterministic: bool = False
+    resume: bool = False
+    replay: Path | None = None
+    devices: int = 1
+    plan: bool = False
+    plan_tflops: float | None = None
+    memory_budget: str | None = None
+
+    def __post_init__(self):
+        self.started = time.monotonic()  # for time_budget: before the imports, which take a while
+        self._check_ranges()
+        self._check_checkpoints()
+        self._check_optimizer_in_backward()
+        if self.method == "full" and self.quantize:
+            raise UserError(
+                "--quantize needs --method lora or another adapter, not full: quantised weights cannot train"
+            )
+        if self.time_budget is not None:
+            cli.number_of_seconds(self.time_budget, "time_budget")
+        if self.memory_budget is not None:
+            cli.number_of_bytes(self.memory_budget, "memory_budget")
+            if not self.plan and self.micro_batch_tokens != "auto":
+                raise UserError(f"--memory_budget {self.memory_budget} needs --plan or --micro_batch_tokens auto")
+
+    def _check_ranges(self):
+        above_zero = ("lora_r", "lora_alpha", "global_batch_size", "micro_batch_tokens", "epochs", "learning_rate")
+        cli.check_numbers(self, *above_zero, "devices", "plan_tflops", above=0)
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
+        zero_or_above = ("warmup_steps", "weight_decay", "max_grad_norm", "eval_interval", "save_interval", "keep_last")
+        cli.check_numbers(self, *zero_or_above, "seed", least=0)
+        cli.check_numbers(self, "lora_dropout", "beta1", "beta2", least=0, below=1)
+        cli.check_numbers(self, "recompute", least=0, most=1)
+        if not self.lora_targets:
+            raise UserError("--lora_targets is empty: name at least one projection, such as [q_proj,v_proj]")
+
+    def _check_checkpoints(self):
+        if self.keep_best and not (self.eval_interval and self.save_interval and self.keep_last):
+            raise UserError("--keep_best needs --eval_interval, --save_interval and --keep_last above 0")
+        if self.keep_best and self.save_interval % self.eval_interval:
+            raise UserError(
+                f"--keep_best needs a validation at each checkpoint: --save_interval {self.save_interval} is not "
+                f"a multiple of --eval_interval {self.eval_interval}"
+            )
+
+    def _check_optimizer_in_backward(self):
+        if not self.optimizer_in_backward:
+            return
+        for name, value in (("method", "full"), ("max_grad_norm", 0), ("devices", 1)):
+            if getattr(self, name) != value:
+                raise UserError(f"--optimizer_in_backward needs --{name} {value}, not {getattr(self, name)}")
+        if self.precision == "16-mixed":
+            raise UserError("--optimizer_in_backward needs another --precision: 16-mixed scales its gradients")
