@@ -1,6 +1,7 @@
 """The training loop against plain torch, transformers and PEFT: the gradient, the losses, and what a run leaves."""
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -661,9 +662,37 @@ def test_the_plot_has_the_largest_sources(tmp_path, monkeypatch, sources, evalua
     (figure,) = figures
     assert len(figure.axes) == panels
     if sources:
-        legend, panel = [text.get_text() for text in figure.legends[0].get_texts()], figure.axes[1]
+        legend, panel = [text.get_text() for text in figure.legends[0].get_texts()], figure.axes[3]
         assert legend == [f"source {i}" for i in reversed(range(sources))][:10]
         assert len(panel.lines) == min(sources, 10) and ("the 10 largest of 12" in panel.get_title()) == (sources > 10)
+
+
+def test_the_first_steps_do_not_squash_the_rest_of_the_plot(tmp_path, monkeypatch):
+    """The lower half of a loss that begins at 10 takes about as much of the axis as it would have steps."""
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    made = measured(0)
+    for row in made.rows:
+        row["loss"] = 10.0 if row["step"] < 3 else 1.0 / row["step"]
+    metrics.plot_losses(made, tmp_path / "loss.png")
+    panel = figures[0].axes[0]
+    bottom, top = (panel.transData.transform((0, y))[1] for y in (1 / 30, 1 / 3))
+    assert top - bottom > 0.25 * panel.bbox.height
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_the_losses_fit_a_terminal_of_80_columns(monkeypatch, validated):
+    monkeypatch.setenv("COLUMNS", "80")
+    screen = io.StringIO()
+    row = dict(loss=10.123, tokens_per_second=123456.7, memory_gb=23.45, learning_rate=2e-4, padding=0.034)
+    with finetune.progress_bar(99_000, 100_000, shown=True) as bar:
+        bar.fp, bar.ncols, bar.mininterval = screen, 80, 0
+        finetune.show_progress(bar, row | (dict(val_loss=9.876, val_perplexity=19_456.0) if validated else {}))
+        finetune.show_progress(bar, row)
+        line = str(bar)
+    assert len(line) <= 80 and "loss 10.123" in line and ("val 9.876" in line) == validated and "tok/s" in line
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves

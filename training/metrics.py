@@ -330,8 +330,9 @@ def plot_losses(metrics: Metrics, path: Path) -> None:
     axes["losses"].set(title=path.parent.name)
     axes["rate"].plot(*metrics.column("learning_rate"), color="tab:green")
     axes["rate"].set(ylabel="learning rate", ylim=(0, None))
+    axes["rate"].ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     axes["norm"].plot(*metrics.column("grad_norm"), color="tab:red")
-    axes["norm"].set(ylabel="gradient norm before clipping", yscale="log")
+    axes["norm"].set(ylabel="gradient norm", yscale="log")
     if shown:
         _plot_sources(axes, metrics, shown, plt.colormaps["tab10"].colors, span)
         figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -346,28 +347,34 @@ def plot_losses(metrics: Metrics, path: Path) -> None:
 
 
 def _plot_all_losses(panel, metrics, span):
-    """On a log axis: on a linear one the first steps squash all others into the lowest tenth."""
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
-
     steps, losses = metrics.column("loss")
     panel.plot(steps, losses, color="tab:blue", alpha=0.25, label="training, each step")
     panel.plot(steps, running_mean(losses, span), color="tab:blue", label=f"training, mean of {span} steps")
     panel.plot(*metrics.column("val_loss"), "o-", color="tab:orange", label="validation")
-    panel.set(yscale="log", ylabel="loss per target token (nats)")
-    low, high = panel.get_ylim()
-    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    panel.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if high < 10 * low else NullFormatter())
+    _log_axis(panel)
     panel.legend()
 
 
 def _plot_sources(axes, metrics, shown, colors, span):
     several = f"the {SHOWN} largest of {len(metrics.sources)} sources" if len(metrics.sources) > SHOWN else "by source"
-    axes["loss"].set(title=f"training, mean of {span} steps, {several}", ylabel="loss per target token (nats)")
+    axes["loss"].set(title=f"training, mean of {span} steps, {several}")
     for name, color in zip(shown, colors, strict=False):
         steps, losses = metrics.column(f"loss/{name}")
         axes["loss"].plot(steps, running_mean(losses, span), color=color, label=name)
     if "val_loss" in axes:
         axes["val_loss"].set(title=f"validation, {several}")
         axes["val_loss"].sharey(axes["loss"])
+        axes["val_loss"].sharex(axes["loss"])
         for name, color in zip(shown, colors, strict=False):
             axes["val_loss"].plot(*metrics.column(f"val_loss/{name}"), "o-", markersize=4, color=color)
+    _log_axis(axes["loss"])
+
+
+def _log_axis(panel):
+    """For losses: on a linear axis the first steps squash all others into the lowest tenth."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    panel.set(yscale="log", ylabel="loss per target token (nats)")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())

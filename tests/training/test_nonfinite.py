@@ -1,4 +1,4 @@
-"""Steps that are not finite, and out of memory: the samples that cause it, what is kept, and that nothing else changes."""
+"""Steps that are not finite, and out of memory: what is named as the cause, what is kept; no weight changes."""
 
 import dataclasses
 import json
