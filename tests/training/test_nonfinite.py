@@ -536,14 +536,14 @@ CUDA_MESSAGE = (
     ],
     ids=str,
 )
-def test_the_ways_out_are_those_that_help(settings, monkeypatch, flags, ways):
+def test_the_suggestions_help(settings, monkeypatch, flags, ways):
     """Each with the peak that the plan predicts for a run which takes it."""
 
     def run_out(*_):
         raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
     s = settings(random_samples(12, 60, 60), **{"micro_batch_tokens": 300, **flags})
-    monkeypatch.setattr(finetune, "run_forward", run_out)
+    monkeypatch.setattr(finetune, "forward", run_out)
     message = stopped(s)
     assert "2.68 GB more asked for" in message
     found = re.findall(r"((?:prepare_data.py )?--\S+ \S+) \((\S+) GB\)", message)
@@ -563,7 +563,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(settings, monkeypatch):
     def fail(*_):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(finetune, "run_forward", fail)
+    monkeypatch.setattr(finetune, "forward", fail)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         finetune.main(settings(random_samples(4)))
 
