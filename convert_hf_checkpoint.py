@@ -65,7 +65,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from model import Config, Transformer
+from model import Transformer
 from quantize import describe_quantization
 from shell.files import checked, flush, new_folder, read_json, write_json
 from text.tokenizer import Tokenizer
@@ -82,6 +82,7 @@ from weights.checkpoint import (
     with_dtype,
     write_weights,
 )
+from weights.families import config_from_json
 from weights.merge import Tuned, compare
 
 
@@ -252,7 +253,7 @@ def check(weights, config, where):
     """The shapes by name that this config.json asks for. Raises UserError if it is unsupported or `weights` differ."""
     try:
         with torch.device("meta"):
-            model = Transformer(Config.from_dict(config))
+            model = Transformer(config_from_json(config))
     except ValueError as error:
         raise UserError(f"{where}: config.json: {error}") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 import lora
-from model import Config, Transformer
+from model import Transformer
 from quantize import quantizer_of, read_quantization
 from shell.cli import UserError
 from shell.files import check_listed, checked, damage_first, read_json
 from weights import peft_format
+from weights.families import config_from_json
 from weights.safetensors_format import encode_header, read_header, read_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -55,7 +56,7 @@ def read_config(checkpoint_dir):
         raise UserError(f"{folder} does not exist: --checkpoint_dir must be a model folder (convert_hf_checkpoint.py)")
     check_listed(folder, ["config.json"], CHECKPOINT_AGAIN)
     try:
-        return Config.from_dict(read_json(folder / "config.json"))
+        return config_from_json(read_json(folder / "config.json"))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
 

@@ -12,10 +12,11 @@ from torch import nn
 from tqdm import tqdm
 
 import lora
-from model import Config, Linear, Transformer, rope_angles
+from model import Layout, Linear, Transformer, rope_angles
 from ops.attention import choose_attention
 from quantize import quantizer_of, read_quantization
 from weights import peft_format
+from weights.families import config_from_json
 
 PROBE_LENGTH = 32  # positions on which a merged model is compared with base and adapter
 
@@ -27,7 +28,7 @@ class Tuned:
         """The arguments are those of `load_model`, but that the first two have been read."""
         self.weights, self.adapter, self.tensors = weights, None, {}
         with torch.device("meta"):
-            self.model = Transformer(Config.from_dict(config))
+            self.model = Transformer(config_from_json(config))
         self.quantization = read_quantization(quantize, self.model)
         if adapter_dir is not None:
             peft_format.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
@@ -90,9 +91,10 @@ class Tuned:
         """Logits (1, T, V) for tokens (1, T), as `Transformer` computes them, one block after the other."""
         config, tokens = self.model.config, tokens.to(self.device)
         x = F.embedding(tokens, self.read("model.embed_tokens.weight"))
-        angles = rope_angles(config, torch.arange(tokens.size(1), device=self.device), x.dtype)
+        layout = Layout(tokens)
+        angles = rope_angles(config, layout.places().positions, x.dtype)
         for layer, window in enumerate(tqdm(config.windows, "comparing", disable=None)):
-            attention = choose_attention(config, tokens, x.dtype, None, window, None)
+            attention = choose_attention(layout, config.head_dim, x.dtype, window)
             x = self.module(f"model.layers.{layer}")(x, angles, attention)
         return self.linear("lm_head")(self.module("model.norm")(x))
 

@@ -34,12 +34,13 @@ from conftest import write_tiny_tokenizer
 import batching
 import convert_hf_checkpoint
 import lora
-from model import Config, Transformer
+from model import Transformer
 from preparation.record_store import SampleWriter
 from shell.cli import UserError
 from shell.files import MANIFEST, check_manifest, new_folder, read_json, write_json
 from text.tokenizer import Tokenizer
 from weights import checkpoint, gguf_format, peft_format
+from weights.families import config_from_json
 
 SECONDS = 30
 CONFIG = {
@@ -56,7 +57,7 @@ ADAPTER = lora.AdapterConfig(r=2, targets=("q_proj", "down_proj"))
 def make_all(root):
     """Write one of each to the folder `root`. Returns {kind: (path, a function that loads a path to plain values)}."""
     torch.manual_seed(0)
-    model = Transformer(Config.from_dict(CONFIG))
+    model = Transformer(config_from_json(CONFIG))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
@@ -150,7 +151,7 @@ def load_checkpoint(folder):
     if (folder / MANIFEST).exists():
         check_manifest(folder)
     values = load_adapter(folder)
-    model = Transformer(Config.from_dict(CONFIG))
+    model = Transformer(config_from_json(CONFIG))
     lora.add_lora(model, ADAPTER)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
