@@ -10,7 +10,7 @@ linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA
 norm.py        RMSNorm. Start here: the smallest
 activation.py  SwiGLU
 rotation.py    RoPE applied to queries and keys
-attention.py   the fastest way to attend on a device: SDPA, variable-length FlashAttention, C++
+attention.py   the fastest way to attend on a device: SDPA, variable-length FlashAttention, C++. Plain: in model.py
 loss.py        cross-entropy at target positions, in chunks
 cpp.py         C++ compiled on first use, kept in a cache, called through ctypes
 kernels_cpu.cpp                the C++ of training
