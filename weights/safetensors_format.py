@@ -1,7 +1,7 @@
 """safetensors files, read strictly: a file that is damaged or made to deceive is refused before memory is allocated.
 
 A file is the header's length (8 bytes), the header (JSON: dtype, shape and place of each tensor by name), the tensors
-end to end. The safetensors library checks that these fit each other and the file's size; here is what it does not check.
+end to end. The safetensors library checks that these fit each other and the file's size; here is what it leaves out.
 """
 
 import json
