@@ -225,8 +225,8 @@ class BinWeights(Weights):
                     raise UserError(f"{path}: tensor {name} is in {self._tensors[name][0].name} too")
                 self._tensors[name] = path, tensor
         self.shapes = {name: tuple(tensor.shape) for name, (_, tensor) in self._tensors.items()}
-        ours = DTYPES.values()
-        self.dtypes = {name: t.dtype if t.dtype in ours else None for name, (_, t) in self._tensors.items()}
+        known = DTYPES.values()
+        self.dtypes = {name: t.dtype if t.dtype in known else None for name, (_, t) in self._tensors.items()}
 
     @staticmethod
     def _unpickle(path):

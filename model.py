@@ -81,7 +81,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that multiplies in its input's dtype, whatever its weight is stored in."""
+    """nn.Linear that multiplies in its input's dtype, also where its weight is stored in another."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""

@@ -24,11 +24,11 @@ from weights.families import config_from_json
 from weights.safetensors_format import encode_header, read_header, read_tensors
 
 INDEX = "model.safetensors.index.json"
-NOTES = "onetune.json"  # beside an adapter or a model: what generating has to know to match the training
-OPTIMIZER = "optimizer.safetensors"  # beside the weights in a checkpoint to resume from
+NOTES = "onetune.json"  # in the folder of an adapter or a model: what generating has to know to match the training
+OPTIMIZER = "optimizer.safetensors"  # in a checkpoint to resume from
 SHARD_BYTES = 5 * 10**9
 
-# What a model folder holds beside its weights; whatever is there travels with them.
+# What a model folder holds besides its weights. Those that are there are copied with the weights.
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -43,8 +43,14 @@ SIDE_FILES = (
 )
 
 CHECKPOINT_AGAIN = "download or convert it again"  # how to repair a model folder
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names for ours
-STATES = {**DTYPES, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # and an optimiser's
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names: those of weights
+STATES = {
+    **DTYPES,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}  # and those of an optimiser's state
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -97,7 +103,7 @@ def _is_inside(folder, name):
 
 
 class Weights:
-    """The tensors of a model folder: `shapes` and `dtypes` by name (None: not one of ours), and `read(name)`.
+    """The tensors of a model folder: `shapes` and `dtypes` by name (None: not in `DTYPES`), and `read(name)`.
 
     They are read, not memory-mapped: that is a copy less, and pages of a map would count as used memory.
 
@@ -171,7 +177,7 @@ def load_model(
 
     The model is built without memory; then each tensor is read, cast, quantised on its device and put in place before
     the next is read, so peak memory is the finished model and one tensor. Raises UserError for tensors that are
-    missing, surplus, of another shape or not finite, and for a file that is not as the manifest beside it says.
+    missing, surplus, of another shape or not finite, and for a file that is not as its folder's manifest says.
     """
     config = read_config(checkpoint_dir)
     with torch.device("meta"):
@@ -276,18 +282,18 @@ def _write_shard(path, layout, read):
     }
     encoded = encode_header(places, {"format": "pt"})
     digest = hashlib.sha256(encoded)
-    with open(path, "wb") as file, ThreadPoolExecutor(2) as beside:
+    with open(path, "wb") as file, ThreadPoolExecutor(2) as threads:
         file.write(encoded)
-        flushed = beside.submit(os.fsync, file.fileno())
+        flushed = threads.submit(os.fsync, file.fileno())
         for name, (dtype, shape) in layout.items():
             tensor = read(name).detach()
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), name
             content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
-            hashed = beside.submit(digest.update, content)
+            hashed = threads.submit(digest.update, content)
             file.write(content)
             if flushed.done():
                 flushed.result()  # or its error
-                flushed = beside.submit(os.fsync, file.fileno())
+                flushed = threads.submit(os.fsync, file.fileno())
             hashed.result()  # before the tensor is gone
         flushed.result()
     return digest.hexdigest()
@@ -399,7 +405,7 @@ def with_dtype(config: dict, dtype: torch.dtype) -> dict:
 
 
 def copy_side_files(source: str | Path, folder: str | Path) -> None:
-    """Copy what belongs to a model beside its weights: configuration and tokenizer."""
+    """Copy the files that belong to a model besides its weights: configuration and tokenizer."""
     for name in SIDE_FILES:
         if Path(source, name).is_file():
             shutil.copyfile(Path(source, name), Path(folder, name))

@@ -1,8 +1,8 @@
 """Model families: what the keys of a checkpoint's config.json mean, as the decoder's `Config`.
 
-What a family computes is defined by its class in transformers. So a key that config.json leaves out has that class's
-default, and a file that is not understood is refused by name. tests/weights/test_families.py holds each row here to the
-class, and the logits to its model's, for files with keys left out, spelled in two ways, and changed.
+A family is defined by its class in transformers: a key that config.json leaves out has that class's default. A key or
+value that is not understood is refused by name. tests/weights/test_families.py compares each row here with the class,
+and the logits with its model's, for files with keys left out, changed, or spelled in two ways.
 
 To add a family: a function that gives what is its own, and a row in `FAMILIES`.
 """
@@ -28,7 +28,7 @@ LARGEST_NUMBER = 1e30  # of a number that is no size
 COMMON = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None,
 }  # fmt: skip
-MAY_BE_NULL = ("num_key_value_heads", "sliding_window", "layer_types")  # and whatever is None by default
+MAY_BE_NULL = ("num_key_value_heads", "sliding_window", "layer_types")  # and every key whose default is None
 
 # Keys of other families that change what is computed there, and the values that change nothing.
 FOREIGN = {
@@ -91,9 +91,11 @@ QWEN = {
 
 
 class Family(NamedTuple):
-    """A family's own defaults, beside `COMMON` or in place of it, and the fields of `Config` that are its own.
+    """A model family.
 
-    `structure` takes the keys of a config.json, completed by the defaults.
+    structure: a function from the keys of a config.json, completed by the defaults, to the fields of `Config` that this
+        family sets in its own way.
+    defaults: of its transformers class, where they are not those in `COMMON`.
     """
 
     structure: Callable[[dict], dict]

@@ -342,7 +342,7 @@ PRE_TOKENIZERS = {
     "llama-bpe": [LLAMA3],
     "tekken": [TEKKEN],
 }
-WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")  # a word in the vocabulary is its token, whatever the merges say
+WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")  # a word in the vocabulary is its token, and the merges are not asked
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, SentencePiece's own numbers
 
 

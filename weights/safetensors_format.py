@@ -23,7 +23,7 @@ def read_header(path: str | Path, remedy: str) -> tuple[int, dict[str, dict]]:
         # up the bytes, and bytes that are in two tensors or in none. Of equal names it takes the last.
         with safe_open(path, "pt"), open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size), object_pairs_hook=_without_twins)
+            header = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {remedy}") from None
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
@@ -47,13 +47,13 @@ def encode_header(layout: dict[str, tuple[str, tuple, int]], metadata: dict[str,
     return len(text).to_bytes(8, "little") + text
 
 
-def _without_twins(pairs):
+def _without_duplicates(pairs):
     """The pairs of a JSON object as a dict; ValueError where a name comes twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twin!r} comes twice in its header")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} comes twice in its header")
     return values
 
 
