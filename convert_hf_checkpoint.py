@@ -14,6 +14,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,20 +25,20 @@ from shell.cli import UserError
 
 @dataclass
 class Settings:
-    """The command line: one of repo_id, source and adapter_dir says what to do.
+    """Make a model folder: download a model, convert a file or folder, or merge an adapter into its base.
 
     Args:
-        repo_id: Model to download from Hugging Face's hub, such as mistralai/Mistral-7B-v0.1. A gated one needs a
+        repo_id: To download: a model on Hugging Face's hub, such as mistralai/Mistral-7B-v0.1. A gated one needs a
             token in the environment variable HF_TOKEN.
         revision: Branch, tag or commit of repo_id, if not the newest.
-        source: A folder with safetensors or pytorch_model*.bin, or a .gguf file. With adapter_dir: the base model, if
-            not the one that the adapter names.
-        adapter_dir: LoRA adapter, ours or PEFT's, to merge into its base.
+        source: To convert: a folder with safetensors or pytorch_model*.bin, or a .gguf file. With adapter_dir: the base
+            model, if not the one that the adapter names.
+        adapter_dir: To merge: a LoRA adapter, onetune's or PEFT's.
         quantize: How the base was quantised when the adapter was trained, if not as the adapter's onetune.json says:
             none, bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or the file of a plan.
         out_dir: Folder to write; by default checkpoints/REPO_ID, checkpoints/NAME or ADAPTER_DIR-merged.
-        dtype: Of the weights written. "auto" is that of the source (float16 if it is quantised), and float32 for a
-            merged model: rounding to 16 bits loses a part of what the adapter learnt (it is measured and printed).
+        dtype: Dtype of the weights written. "auto" is that of the source (float16 if it is quantised), and float32 for
+            a merged model: rounding to 16 bits loses a part of what the adapter learnt (it is measured and printed).
     """
 
     repo_id: str | None = None
@@ -65,7 +66,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from model import Config, Transformer
+from model import Transformer
 from quantize import describe_quantization
 from shell.files import checked, flush, new_folder, read_json, write_json
 from text.tokenizer import Tokenizer
@@ -82,10 +83,12 @@ from weights.checkpoint import (
     with_dtype,
     write_weights,
 )
+from weights.families import config_from_json
 from weights.merge import Tuned, compare
 
 
-def main(s):
+def main(s: Settings) -> None:
+    """Make the folder that the settings ask for, and print the next command."""
     if s.adapter_dir is not None:
         folder = merge(s)
     elif s.repo_id is not None:
@@ -99,10 +102,11 @@ def main(s):
 # --------------------------------------------------------------------------------------------------- downloading
 
 
-def download(s):
-    """Fetch a model from the hub. Returns its model folder, checked, and converted if need be.
+def download(s: Settings) -> Path:
+    """Download a model from the hub, check it, and convert it if it is in another format. Returns its folder.
 
-    It goes to a hidden folder beside, where a download that was cut off goes on, and appears whole or not at all.
+    The files go to a hidden folder beside it, in which a download that was cut off continues, and which gets its name
+    when all is there.
     """
     import huggingface_hub
 
@@ -131,7 +135,7 @@ def download(s):
     return out_dir
 
 
-def files_to_fetch(repo_id, names):
+def files_to_fetch(repo_id: str, names: set[str]) -> list[str]:
     """Which files of a repository make up a model folder: of the weights safetensors, and .bin only without them."""
     for pattern in (r"model[^/]*\.safetensors(\.index\.json)?", r"pytorch_model[^/]*\.bin(\.index\.json)?"):
         weights = sorted(name for name in names if re.fullmatch(pattern, name))
@@ -143,8 +147,8 @@ def files_to_fetch(repo_id, names):
 
 
 @contextlib.contextmanager
-def explained_hub_errors(repo_id):
-    """Say in one line what went wrong between us and the hub."""
+def explained_hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn the errors of a download into a UserError: one line that says what to do."""
     from huggingface_hub import errors
 
     try:
@@ -156,15 +160,15 @@ def explained_hub_errors(repo_id):
         raise UserError(f"{repo_id} is not on the hub, or private (HF_TOKEN must hold a token that may read)") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{repo_id} has no such --revision") from None
-    except Exception as error:  # the libraries beneath have each their own: no network, no space, cut off
+    except Exception as error:  # each library below has its own: no network, no space, cut off
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{repo_id}: no download ({reason}); the same command continues where it stopped") from None
+        raise UserError(f"{repo_id}: download failed ({reason}); the same command continues where it stopped") from None
 
 
 # ---------------------------------------------------------------------------------------------------- converting
 
 
-def convert(source, out_dir, dtype):
+def convert(source: Path, out_dir: Path | None, dtype: str) -> Path:
     """Write the model in `source` to `out_dir`, or only check it where it is a model folder. Returns the folder."""
     in_place = source.is_dir() and out_dir in (None, source) and dtype == "auto" and any(source.glob("*.safetensors"))
     out_dir = source if in_place else out_dir or Path("checkpoints", source.resolve().name.removesuffix(".gguf"))
@@ -192,7 +196,7 @@ def convert(source, out_dir, dtype):
     return out_dir
 
 
-def open_source(source):
+def open_source(source: Path) -> tuple[Weights, dict, Callable[[Path], None]]:
     """The weights in `source`, its config.json as a dict, and a function that writes its other files to a folder."""
     if source.is_dir():
         if not any(path.suffix in (".safetensors", ".bin") for path in source.iterdir()):
@@ -213,7 +217,7 @@ def open_source(source):
 class BinWeights(Weights):
     """The tensors of pytorch_model*.bin files, memory-mapped; otherwise as `Weights`."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path):
         self._tensors = {}
         for path in shard_paths(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin"):
             for name, tensor in self._unpickle(path).items():
@@ -221,8 +225,8 @@ class BinWeights(Weights):
                     raise UserError(f"{path}: tensor {name} is in {self._tensors[name][0].name} too")
                 self._tensors[name] = path, tensor
         self.shapes = {name: tuple(tensor.shape) for name, (_, tensor) in self._tensors.items()}
-        ours = DTYPES.values()
-        self.dtypes = {name: t.dtype if t.dtype in ours else None for name, (_, t) in self._tensors.items()}
+        known = DTYPES.values()
+        self.dtypes = {name: t.dtype if t.dtype in known else None for name, (_, t) in self._tensors.items()}
 
     @staticmethod
     def _unpickle(path):
@@ -231,7 +235,7 @@ class BinWeights(Weights):
         except pickle.UnpicklingError:
             advice = "it was not unpickled, as that could run code; take the model's safetensors"
             raise UserError(f"{path} is damaged or holds other things than tensors: {advice}") from None
-        except Exception as error:  # the library's reader ends in whatever the damage leads to
+        except Exception as error:  # the library's reader raises anything for a damaged file
             raise UserError(f"{path} is damaged ({str(error).partition('. ')[0]}): download it again") from None
         if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
             raise UserError(f"{path} does not hold a model's tensors by name")
@@ -241,18 +245,19 @@ class BinWeights(Weights):
                 raise UserError(f"{path}: tensor {name} is not stored whole")
         return tensors
 
-    def read(self, name):
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, as stored. Raises UserError if it holds NaN or infinity."""
         path, tensor = self._tensors[name]
         if not tensor.isfinite().all():
             raise UserError(f"{path}: tensor {name} holds NaN or infinity")
         return tensor
 
 
-def check(weights, config, where):
-    """The shapes by name that this config.json asks for. Raises UserError if it is unsupported or `weights` differ."""
+def check(weights: Weights, config: dict, where: Path) -> dict[str, tuple]:
+    """The shapes by name that a config.json asks for. Raises UserError if it is not supported or `weights` differ."""
     try:
         with torch.device("meta"):
-            model = Transformer(Config.from_dict(config))
+            model = Transformer(config_from_json(config))
     except ValueError as error:
         raise UserError(f"{where}: config.json: {error}") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -263,7 +268,7 @@ def check(weights, config, where):
     return shapes
 
 
-def check_tokenizer(folder):
+def check_tokenizer(folder: Path) -> None:
     """Raise UserError if the tokenizer in a folder cannot be read; a folder may have none."""
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         Tokenizer(folder)
@@ -271,21 +276,25 @@ def check_tokenizer(folder):
         print(f"note: {folder} has no tokenizer.json or tokenizer.model: copy the model's there before you use it")
 
 
-def refuse_existing(folder):
+def refuse_existing(folder: Path) -> None:
+    """Raise UserError if the folder to write is there and not empty."""
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists: remove it, or choose another --out_dir")
 
 
-def target_dtype(weights, name, dtype):
+def target_dtype(weights: Weights, name: str, dtype: str) -> torch.dtype:
+    """The dtype to write a tensor in: as --dtype says, or as it is stored."""
     return weights.dtypes[name] or torch.float32 if dtype == "auto" else getattr(torch, dtype)
 
 
-def write(folder, layout, read):
+def write(folder: Path, layout: dict, read: Callable[[str], torch.Tensor]) -> dict[str, str]:
+    """`write_weights` with a progress bar."""
     with tqdm(total=len(layout), desc="writing", disable=None) as bar:
         return write_weights(folder, layout, lambda name: bar.update() or read(name))
 
 
-def describe(layout):
+def describe(layout: dict[str, tuple[torch.dtype, tuple]]) -> str:
+    """In words: how many tensors, of which dtypes and size."""
     size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
     dtypes = {str(dtype).removeprefix("torch.") for dtype, _ in layout.values()}
     return f"{len(layout)} tensors, {' and '.join(sorted(dtypes))}, {size / 1e9:.2f} GB"
@@ -294,8 +303,8 @@ def describe(layout):
 # ------------------------------------------------------------------------------------------------------- merging
 
 
-def merge(s):
-    """Write the model that does what base and adapter do together. Returns its folder."""
+def merge(s: Settings) -> Path:
+    """Write base and adapter as one model. Returns its folder."""
     base = s.source or find_base(s.adapter_dir)
     notes, quantize = read_notes(s.adapter_dir), trained_quantization(s.adapter_dir, s.quantize)
     out_dir = s.out_dir or Path(f"{s.adapter_dir}-merged")
@@ -326,11 +335,11 @@ def merge(s):
 
 
 @torch.no_grad()
-def write_merged(tuned, layout, folder):
+def write_merged(tuned: Tuned, layout: dict, folder: Path) -> tuple[float, dict[str, str]]:
     """Write each weight with its adapter merged into it.
 
-    Returns how far rounding to `layout`'s dtypes moved them, and the hashes of the files. The first is
-    |rounded - merged| / |merged - base| over the adapted weights, Euclidean norms.
+    Returns how much rounding to `layout`'s dtypes changed them, |rounded - merged| / |merged - base| over the adapted
+    weights (Euclidean norms), and the hashes of the files.
     """
     changed = rounded = 0.0
 

@@ -83,11 +83,11 @@ def make_predictor(values, method, quantize, optimizer, recompute):
     import torch
 
     import lora
-    from model import Config
     from training.memory import plan
+    from weights.families import config_from_json
 
     job = plan.Job(
-        Config.from_dict(values), "meta", torch.bfloat16, quantize=quantize, optimizer=optimizer, recompute=recompute,
+        config_from_json(values), "meta", torch.bfloat16, quantize=quantize, optimizer=optimizer, recompute=recompute,
         adapter=lora.AdapterConfig() if method == "lora" else None,
     )  # fmt: skip
     return plan.Predictor(job)

@@ -89,12 +89,13 @@ import lora
 from batching import Samples
 from inference import sampling
 from inference.decode import fastest_decoder
-from model import Config, Transformer
+from model import Transformer
 from preparation.record_store import SampleWriter
 from quantize import BLOCK, bitsandbytes, nf4_quantize
 from training.memory import budget, plan
 from training.metrics import peak_memory
 from weights.checkpoint import fill_model
+from weights.families import config_from_json
 
 LLAMA_2_7B = dict(
     model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -285,7 +286,7 @@ def random_weight(name, shape, device):
 def random_model(shape, device, quantize=None):
     """A frozen bf16 model of a shape's config.json, made as checkpoint.load_model makes one."""
     with torch.device("meta"):
-        model = Transformer(Config.from_dict(shape))
+        model = Transformer(config_from_json(shape))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     fill_model(model, lambda name: random_weight(name, shapes[name], device), torch.bfloat16, device, quantize)
     return model.eval()
@@ -294,7 +295,7 @@ def random_model(shape, device, quantize=None):
 def matrix_weights(shape):
     """How many weights take part in products: all but the embedding, which is looked up, and the norms."""
     with torch.device("meta"):
-        model = Transformer(Config.from_dict(shape))
+        model = Transformer(config_from_json(shape))
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
 
 
@@ -375,7 +376,7 @@ def predicted_peak(size, run, device, tokens, sample_tokens):
     """Bytes, by plan.py."""
     settings = our_settings(Settings(size, device, tokens, sample_tokens), run)
     job = plan.Job(
-        config=Config.from_dict(SHAPES[size][run.shape]),
+        config=config_from_json(SHAPES[size][run.shape]),
         device=device,
         dtype=torch.bfloat16,
         quantize=settings.quantize,

@@ -12,12 +12,13 @@ import torch
 import generate
 from eval import divergence, quality_texts
 from eval.exact_match import match_answers
-from model import Config, Transformer
+from model import Transformer
 from quantize import bitsandbytes, read_quantization
 from shell.files import checked, read_json
 from text.prompts import encode_prompt
 from training.metrics import peak_memory_since, start_measuring, weight_bytes
 from weights.checkpoint import Weights, fill_model, load_model
+from weights.families import config_from_json
 from weights.merge import Tuned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,7 +35,7 @@ def load_variant(s, kind, form):
     values = read_json(s.checkpoint_dir / "config.json")
     tuned = Tuned(values, Weights(s.checkpoint_dir), s.quantize, s.adapter_dir)
     with torch.device("meta"):
-        model = Transformer(Config.from_dict(tuned.merged_config(values)))
+        model = Transformer(config_from_json(tuned.merged_config(values)))
     with checked(s.checkpoint_dir):
         quantization = read_quantization(quantize, model)
         fill_model(model, lambda name: tuned.merged(name)[0], dtype, device, quantization)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from eval.divergence import CHUNK, divergence, head_weight, micro_batches
 from lora import LoRALinear
-from model import IGNORE, positions_of, rope_angles
+from model import IGNORE, Layout, rope_angles
 from ops.attention import choose_attention
 from ops.dtypes import compute_dtype
 from quantize import QUANTIZERS
@@ -105,8 +105,9 @@ def start(model, text, positions):
     for tokens, targets, offsets in micro_batches(text, positions):
         tokens = tokens.to(weight.device)
         x = model.model.embed_tokens(tokens).to(compute_dtype(weight.dtype, weight.device.type))
-        angles = rope_angles(config, positions_of(tokens, None, offsets), x.dtype)
-        attention = {w: choose_attention(config, tokens, x.dtype, None, w, offsets) for w in set(config.windows)}
+        layout = Layout(tokens, offsets=offsets)
+        angles = rope_angles(config, layout.places().positions, x.dtype)
+        attention = {w: choose_attention(layout, config.head_dim, x.dtype, w) for w in set(config.windows)}
         rows = (targets.flatten() != IGNORE).to(weight.device)
         batches.append(Batch(x, angles, attention, rows))
         batches[-1].hidden = final_states(model, batches[-1], 0)

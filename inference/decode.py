@@ -16,9 +16,10 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
+from inference.kv_cache import KVCache
 from lora import DoRALinear, LoRALinear
-from model import KVCache, Linear, rope_angles
-from ops.attention import Attend, attend
+from model import Linear, rope_angles
+from ops.attention import Attend, sdpa_attention
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
 from quantize import BLOCK, Linear4bit, Linear8bit
@@ -153,7 +154,7 @@ class StaticDecoder(Decoder):
         angles = rope_angles(model.config, (cache.position - cache.padding)[:, None], x.dtype)
         masks = {window: cache.mask(window) for window in set(model.config.windows)}
         for block, window in zip(model.model.layers, model.config.windows, strict=True):
-            x = block(x, angles, Attend(attend, mask=masks[window]), cache)
+            x = block(x, angles, Attend(sdpa_attention, mask=masks[window]), cache)
         return model.lm_head(model.model.norm(x)[:, -1])
 
     def _record(self):

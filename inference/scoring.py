@@ -1,7 +1,7 @@
 """How likely texts are to a model: log-likelihoods of continuations, for multiple choice and perplexity.
 
 `score` takes pairs of ids (context, continuation) in any number and order. Continuations of one context, as the
-options of a question, are the ends of a row that begins with it, so that it is computed once (`attention.Tree`). Rows
+options of a question, are the ends of a row that begins with it, so that it is computed once (`model.Places`). Rows
 are sorted by length and cut into batches; the head sees only the positions that predict something. `plain_score` is
 what it computes, one pair at a time.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ops.attention import Tree
+from model import Places
 from ops.loss import LOSS_CHUNK
 from shell.cli import UserError
 
@@ -151,7 +151,7 @@ def _score_batch(model, rows):
 
 
 def _lay_out(rows, device):
-    """Rows as tokens (B, T) int64, padded on the right, and their `Tree`; None where causality alone will do."""
+    """Rows as tokens (B, T) int64, padded on the right, and their `Places`; None where causality alone will do."""
     T = max(row.length for row in rows)
     tokens, positions, branches = (torch.zeros(len(rows), T, dtype=torch.int64) for _ in range(3))
     for row, row_tokens, row_positions, row_branches in zip(rows, tokens, positions, branches, strict=True):
@@ -165,7 +165,7 @@ def _lay_out(rows, device):
             row_branches[part] = branch
             end = part.stop
     branching = any(sum(len(continuation) > 1 for _, continuation in row.ends) > 1 for row in rows)
-    return tokens.to(device), Tree(positions.to(device), branches.to(device)) if branching else None
+    return tokens.to(device), Places(positions.to(device), branches.to(device)) if branching else None
 
 
 def _of_targets(model, x, places, targets):

@@ -1,13 +1,15 @@
-"""SwiGLU: the plain form, and one that keeps only its two inputs for the backward pass."""
+"""SwiGLU: the plain form, and one that saves only its two inputs for the backward pass."""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ops.cpp import call_cpp, in_cpp, operator
 from ops.dtypes import alike
 
 
-def plain_swiglu(gate, up):
+def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The reference: silu(gate) * up, of one shape."""
     return F.silu(gate) * up
 
 
@@ -30,7 +32,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         if in_cpp(gate):
             gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)  # and not silu(gate), which autograd would keep too
+        ctx.save_for_backward(gate, up)  # autograd would save silu(gate) as well
         return _swiglu(gate, up) if in_cpp(gate) else F.silu(gate).mul_(up)
 
     @staticmethod
@@ -41,6 +43,6 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
-def swiglu(gate, up):
-    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202), of one shape, in the wider of their dtypes."""
     return plain_swiglu(gate, up) if torch.compiler.is_compiling() else _SwiGLU.apply(*alike(gate, up))

@@ -1,115 +1,73 @@
-"""Attention: which positions see which, and the fastest way to compute it on a device.
+"""Attention by the fastest way of each device. What it computes is written out in model.py, in `plain_attention`.
 
-`plain_attention` is the thing itself, written out; the other ways are held against it. On CUDA fused kernels are
-torch's, on a CPU they are kernels_cpu.cpp's.
+On CUDA the kernels are torch's, on a CPU they are kernels_cpu.cpp's. tests/ops/test_attention.py holds each way to the
+plain one.
 
 Shapes: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K heads that share keys, d head size.
 """
 
 import ctypes
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ops.cpp import call_cpp, in_cpp, operator
 
-# From torch 2.12 on varlen_attn wants to be told that query heads share keys. Its kernel took them before, too.
+# From torch 2.12 on varlen_attn has to be told that query heads share keys. Before, it took them without a word.
 GROUPS_ANNOUNCED = torch.__version__ >= (2, 12)
 
 
-def choose_attention(config, tokens, dtype, cache, window, offsets, tree=None):
-    """The fastest way to attend for these tokens (B, T), in `dtype` on their device: a function of q, k and v.
+def choose_attention(layout: Any, head_dim: int, dtype: torch.dtype, window: int | None) -> "Attend":
+    """The fastest way to attend for the tokens of a `model.Layout`: a function of q, k and v of `dtype`.
 
-    offsets: where the samples begin that lie end to end in a single row, and the last one ends; None if each row is
-    one sample. A sample attends to itself alone. tree: a `Tree`, where a row is one beginning with several ends.
+    It computes what `plain_attention` does with `layout.mask(window)`.
     """
-    (B, T), device = tokens.shape, tokens.device.type
-    if tree is not None:
-        return Attend(attend, mask=tree_mask(tree, window))
-    if cache is None and in_cpp(tokens, dtype):
-        return Attend(compiled_attention, offsets=offsets or list(range(0, (B + 1) * T, T)), window=window)
-    if offsets is not None:
-        # "meta" is a CUDA device that is not there, in plan.py.
-        half = dtype != torch.float32 or (device == "cuda" and torch.is_autocast_enabled(device))
-        if device in ("cuda", "meta") and half and config.head_dim % 8 == 0:
-            longest = max(end - start for start, end in pairwise(offsets))
-            on_device = torch.tensor(offsets, dtype=torch.int32, device=device)
-            return Attend(fast_varlen_attention, offsets=on_device, max_length=longest, window=window)
-        return Attend(plain_varlen_attention, offsets=offsets, window=window)
-    length, padding = (0, None) if cache is None else (cache.length, cache.padding)
-    return Attend(attend, mask=attention_mask(T, length + T, window, padding, tokens.device))
+    (B, T), cache, offsets, tree = layout.tokens.shape, layout.cache, layout.offsets, layout.tree
+    if cache is None and tree is None:
+        if in_cpp(layout.tokens, dtype):
+            return Attend(cpp_attention, offsets=offsets or list(range(0, (B + 1) * T, T)), window=window)
+        if offsets is not None:
+            return _varlen(layout, head_dim, dtype, window)
+    S = T if cache is None else cache.length + T
+    padded = cache is not None and cache.padding is not None
+    if tree is None and not padded and (window is None or window >= S) and T in (1, S):
+        return Attend(sdpa_attention, mask=None)  # causality alone says it: the kernel can leave out half of the work
+    return Attend(sdpa_attention, mask=layout.mask(window))
 
 
-class Tree(NamedTuple):
-    """Rows that branch: a beginning, and after it ends that each follow it directly and do not see one another.
-
-    positions (B, T) int64: each token's place in its own text. branches (B, T) int64: 0 for the beginning, and a number
-    above 0 for each end, the same for all of its tokens.
-    """
-
-    positions: torch.Tensor
-    branches: torch.Tensor
+def _varlen(layout, head_dim, dtype, window):
+    """The way for samples end to end in one row, where kernels_cpu.cpp is not used."""
+    offsets, device = layout.offsets, layout.tokens.device.type
+    # "meta" is a CUDA device that is not there, in training/memory/plan.py.
+    half = dtype != torch.float32 or (device == "cuda" and torch.is_autocast_enabled(device))
+    if device not in ("cuda", "meta") or not half or head_dim % 8:
+        return Attend(sdpa_varlen_attention, offsets=offsets, window=window)
+    longest = max(end - start for start, end in pairwise(offsets))
+    on_device = torch.tensor(offsets, dtype=torch.int32, device=device)
+    return Attend(flash_varlen_attention, offsets=on_device, max_length=longest, window=window)
 
 
 class Attend:
-    """One of the functions below with what it needs to know of a micro-batch: `attend(q, k, v)` calls it.
+    """One of the functions below with what it has to know of a micro-batch: `attend(q, k, v)` calls it.
 
-    torch.compile is to leave it alone (finetune.compile_blocks says so to it): it would make a new graph for every
-    micro-batch, and has nothing to fuse here.
+    torch.compile has to leave it alone: it would make a new graph for every micro-batch, and has nothing to fuse here.
     """
 
-    def __init__(self, function, **known):
+    def __init__(self, function: Callable, **known):
         self.function, self.known = function, known
 
-    def __call__(self, q, k, v):
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of q (B, H, T, d) to k, v (B, K, S, d): (B, H, T, d)."""
         return self.function(q, k, v, **self.known)
 
 
-def plain_attention(q, k, v, mask=None):
-    """Attention written out, causal where `mask` (T, S) bool is None: q (B, H, T, d), k, v (B, K, S, d): as q."""
-    B, H, T, d = q.shape
-    K, S = k.size(1), k.size(2)
-    scores = (q.reshape(B, K, H // K * T, d) @ k.transpose(-2, -1)).view(B, H, T, S).float() * d**-0.5
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(v.dtype)
-    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
-
-
-def attention_mask(T, S, window, padding, device):
-    """Which of the S keys each of the last T positions may see: bool (B or 1, 1, T, S).
-
-    None where causality alone says it, so that attention can take its fast path. `padding` (B,) counts the
-    positions at the left of each row that hold nothing.
-    """
-    if padding is None and (window is None or S <= window) and T in (1, S):  # noqa: SIM300
-        return None
-    query = torch.arange(S - T, S, device=device)[:, None]
-    key = torch.arange(S, device=device)[None]
-    mask = (key <= query)[None, None]
-    if window is not None:
-        mask = mask & (key > query - window)
-    if padding is not None:  # a padding position sees itself: a softmax over nothing would be NaN
-        mask = mask & (key >= padding[:, None, None, None]) | (key == query)
-    return mask
-
-
-def tree_mask(tree, window):
-    """Which keys each position of a `Tree` may see, in a window of its own text or in all of it: bool (B, 1, T, T)."""
-    positions, branches = tree
-    T = branches.size(1)
-    mask = torch.ones(T, T, dtype=torch.bool, device=branches.device).tril()
-    mask = mask & ((branches[:, None] == 0) | (branches[:, None] == branches[:, :, None]))
-    if window is not None:
-        mask &= positions[:, :, None] - positions[:, None] < window
-    return mask[:, None]
-
-
-def attend(q, k, v, mask):
-    """Attention of q (B, H, T, d) to k, v (B, K, S, d), causal where `mask` is None: (B, H, T, d)."""
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`plain_attention` in torch's fused kernels; causal where `mask` is None."""
     B, H, T, d = q.shape
     K = k.size(1)
     if T == 1:  # the heads that share keys are the rows of one product: no key is copied
@@ -120,7 +78,9 @@ def attend(q, k, v, mask):
 # ---------------------------------------------------------------------------------- samples end to end in one row
 
 
-def fast_varlen_attention(q, k, v, offsets, max_length, window=None):
+def flash_varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, window: int | None = None
+) -> Tensor:
     """Causal attention of q (1, H, T, d) to k, v (1, K, T, d) inside each sample of a packed row: (1, H, T, d).
 
     In one kernel: FlashAttention (Dao 2023, arXiv 2307.08691), which takes bf16 and fp16 on CUDA alone.
@@ -138,12 +98,14 @@ def fast_varlen_attention(q, k, v, offsets, max_length, window=None):
     return y.transpose(0, 1)[None]
 
 
-def plain_varlen_attention(q, k, v, offsets, window=None):
-    """The same, sample by sample: the reference, and the way where the fast kernel cannot go. offsets: a list."""
+def sdpa_varlen_attention(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], window: int | None = None) -> Tensor:
+    """The same, sample by sample, where that kernel cannot go: in fp32, or on a CPU without kernels_cpu.cpp."""
     parts = []
     for start, end in pairwise(offsets):
-        mask = attention_mask(end - start, end - start, window, None, q.device)
-        parts.append(attend(*(x[:, :, start:end] for x in (q, k, v)), mask))
+        T, mask = end - start, None
+        if window is not None and window < T:
+            mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        parts.append(sdpa_attention(*(x[:, :, start:end] for x in (q, k, v)), mask))
     return torch.cat(parts, dim=2)
 
 
@@ -193,7 +155,7 @@ def _attend_backward_flops(grad, q, k, v, log_sums, offsets, *_, out_shape=None)
     return 5 * _attend_flops(q, k, v, offsets) // 2  # five products instead of two
 
 
-class _CompiledAttention(torch.autograd.Function):
+class _CppAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, offsets, window):
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
@@ -208,11 +170,11 @@ class _CompiledAttention(torch.autograd.Function):
         return *(x.transpose(1, 2) for x in grads), None, None
 
 
-def compiled_attention(q, k, v, offsets, window=None):
-    """As `plain_varlen_attention`, in kernels_cpu.cpp: softmax in fp32, no tensor of weights, backward by hand.
+def cpp_attention(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], window: int | None = None) -> Tensor:
+    """As `sdpa_varlen_attention`, in kernels_cpu.cpp: softmax in fp32, no tensor of weights, backward by hand.
 
     q (B, H, T, d), k, v (B, K, T, d) on a CPU: in bf16 if all three are, else in fp32 (autocast may mix them).
     offsets: of all rows, end to end: B * T positions.
     """
     dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
-    return _CompiledAttention.apply(*(x.to(dtype) for x in (q, k, v)), offsets, window or 0)
+    return _CppAttention.apply(*(x.to(dtype) for x in (q, k, v)), offsets, window or 0)

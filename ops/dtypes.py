@@ -3,10 +3,11 @@
 from functools import lru_cache, reduce
 
 import torch
+from torch import Tensor
 
 
 @lru_cache
-def compute_dtype(dtype, device_type):
+def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The dtype to multiply in, for weights of `dtype`.
 
     A CPU without bf16 instructions multiplies bf16 at a tenth of its fp32 speed (20 against 180 GFLOP/s on two Zen 3
@@ -18,12 +19,12 @@ def compute_dtype(dtype, device_type):
     return dtype if fast else torch.float32
 
 
-def as_multiplied(x):
-    """x in the dtype that autocast, where it is on, multiplies in. The functions below then know nothing of it."""
+def as_multiplied(x: Tensor) -> Tensor:
+    """x in the dtype that autocast, where it is on, multiplies in, for functions that autocast does not know."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
-def alike(*tensors):
+def alike(*tensors: Tensor) -> list[Tensor]:
     """The tensors in one dtype, the widest of theirs: under autocast some come in bf16 and some in fp32."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     return [tensor.to(dtype) for tensor in tensors]

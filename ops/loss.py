@@ -1,10 +1,11 @@
-"""The cross-entropy at target positions, chunk by chunk, so that the logits of all never exist at one time.
+"""The cross-entropy at target positions, in chunks, so that the logits of all positions never exist at one time.
 
 Shapes: N positions that have a target, D hidden size, V vocabulary.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ops.cpp import call_cpp, in_cpp, operator
 from ops.dtypes import as_multiplied
@@ -12,7 +13,8 @@ from ops.dtypes import as_multiplied
 LOSS_CHUNK = 256  # target positions whose logits exist at one time; 256 x 32,000 fp32 logits are 33 MB
 
 
-def plain_head_loss(x, weight, targets):
+def plain_head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The reference, with the logits of all positions at one time. Shapes as in `head_loss`."""
     losses = F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets, reduction="none")
     return losses.sum(), losses.detach()
 
@@ -25,7 +27,7 @@ def _loss_(logits, targets, backward):
 
 
 def _losses_and_gradient(logits, targets, backward):
-    """-log p(target) (n,) fp32 for logits (n, V), which are used up, and with `backward` their gradient, else None."""
+    """-log p(target) (n,) fp32 for logits (n, V), which are overwritten, and with `backward` their gradient."""
     if in_cpp(logits):
         return _loss_(logits, targets, backward), logits if backward else None
     dtype, logits = logits.dtype, logits.float()
@@ -38,7 +40,7 @@ def _losses_and_gradient(logits, targets, backward):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Logits and their gradient chunk by chunk, both in the forward pass: no chunk is kept or computed twice."""
+    """Logits and their gradient chunk by chunk, both in the forward pass: no chunk is saved or computed twice."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
@@ -65,7 +67,7 @@ class _HeadLoss(torch.autograd.Function):
         return *(None if g is None else g.mul_(grad.to(g.dtype)) for g in (grad_x, grad_weight)), None
 
 
-def head_loss(x, weight, targets):
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """-log p(target) for x (N, D) and targets (N,), by a head `weight` (V, D): the sum, and each (N,), both fp32.
 
     Only the sum has a gradient.

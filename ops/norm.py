@@ -2,11 +2,13 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ops.cpp import call_cpp, in_cpp, operator
 
 
-def plain_rms_norm(x, weight, eps):
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The reference: x (..., D) and weight (D,), in x's dtype."""
     return F.rms_norm(x, (x.size(-1),), weight.to(x.dtype), eps)
 
 
@@ -43,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype) if trains else None, None
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), in x's dtype.
 
     torch has a fused kernel for CUDA only; on a CPU its backward pass costs seven times LayerNorm's.

@@ -1,11 +1,13 @@
-"""Rotary position embedding applied to queries and keys: the plain form, and one whose gradient is turned back."""
+"""Rotary position embedding applied to queries and keys: the plain form, and one whose backward pass turns back."""
 
 import torch
+from torch import Tensor
 
 from ops.cpp import call_cpp, in_cpp, operator
 
 
-def plain_rotate(x, cos, sin):
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The reference. Shapes as in `rotate`."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -38,12 +40,12 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, back=True), None, None  # a rotation's gradient is turned back
+        return _turn(grad, cos, sin, back=True), None, None  # the gradient of a rotation is the rotation back
 
 
-def rotate(x, cos, sin):
-    """Turn x (B, heads, T, d), whose dimension i pairs with i + d/2 (Hugging Face's layout, not Meta's), by angles
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, heads, T, d) turned by angles whose cosines and sines are (T, d/2) or (B or 1, 1, T, d/2).
 
-    whose cosines and sines are (T, d/2), or (B, 1, T, d/2).
+    Dimension i pairs with i + d/2: Hugging Face's layout, not Meta's.
     """
     return plain_rotate(x, cos, sin) if torch.compiler.is_compiling() else _Rotate.apply(x, cos, sin)

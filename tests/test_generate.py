@@ -16,14 +16,16 @@ import lora
 from generate import Settings, Writer, read_prompts
 from inference import sampling
 from inference.decode import CompiledDecoder, Decoder, StaticDecoder, Weights, dense, fastest_decoder
+from inference.kv_cache import KVCache
 from inference.sampling import Batch, Reply, Row, choose, penalize
-from model import Config, KVCache, Transformer
+from model import Transformer
 from ops.cpp import compiled_library
 from quantize import QUANTIZERS
 from shell.cli import UserError
 from text.prompts import encode_prompt
 from weights import peft_format
 from weights.checkpoint import load_model
+from weights.families import config_from_json
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 needs_compiler = pytest.mark.skipif(not compiled_library("decode_cpu"), reason="no C++ compiler")
@@ -251,7 +253,7 @@ def test_a_decoder_with_more_than_one_thread(model_of, kind):
 
 def wide_model(quantize=None, dtype=torch.float32, device="cpu"):
     """Rows of whole blocks of 64 weights, as in real models, and enough of them for several threads."""
-    config = Config.from_dict(
+    config = config_from_json(
         dict(
             model_type="qwen2", vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5,

@@ -3,19 +3,21 @@
 import json
 import subprocess
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, LINEAR_ROPE, LLAMA3_ROPE
+from conftest import FAMILIES
 from safetensors.torch import load_file
 
 import lora
 import model as model_module
-from model import IGNORE, Config, KVCache, Transformer
+from inference.kv_cache import KVCache
+from model import IGNORE, Layout, Places, Transformer, plain_attention
 from ops import dtypes
-from ops.attention import attend
+from ops.attention import sdpa_attention
+from weights.families import config_from_json
 
 family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -25,7 +27,7 @@ def read_config(folder):
 
 
 def build(folder, dtype=torch.float32):
-    model = Transformer(Config.from_dict(read_config(folder)))
+    model = Transformer(config_from_json(read_config(folder)))
     missing, surplus = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     assert set(missing) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
     assert not surplus
@@ -118,7 +120,7 @@ def test_the_window_matters_in_the_comparison(tiny_checkpoint):
     """The tiny Mistral would differ without its window, so the parity above has seen it."""
     windowed = build(tiny_checkpoint("mistral"))
     values = {**read_config(tiny_checkpoint("mistral")), "sliding_window": None}
-    full = Transformer(Config.from_dict(values)).eval()
+    full = Transformer(config_from_json(values)).eval()
     full.load_state_dict(windowed.state_dict())
     tokens = random_tokens(1, 20)
     near, far = windowed(tokens), full(tokens)
@@ -173,8 +175,8 @@ def test_the_blocks_of_bf16_attend_alike(tiny_checkpoint, family, monkeypatch):
     one_by_one = model(tokens, offsets=offsets)
     choose = model_module.choose_attention
 
-    def as_in_bf16(config, tokens, dtype, *rest):
-        return choose(config, tokens, torch.bfloat16, *rest)
+    def as_in_bf16(layout, head_dim, dtype, window):
+        return choose(layout, head_dim, torch.bfloat16, window)
 
     monkeypatch.setattr(model_module, "choose_attention", as_in_bf16)
     assert distance(model(tokens, offsets=offsets), one_by_one) < 1e-5
@@ -182,6 +184,64 @@ def test_the_blocks_of_bf16_attend_alike(tiny_checkpoint, family, monkeypatch):
     in_blocks = model(rows)
     monkeypatch.undo()
     assert distance(in_blocks, model(rows)) < 1e-5
+
+
+def with_plain_attention(monkeypatch):
+    """Replace the one line in `hidden_states` that chooses the device's way, as its comment says."""
+    monkeypatch.setattr(
+        model_module,
+        "choose_attention",
+        lambda layout, head_dim, dtype, window: partial(plain_attention, mask=layout.mask(window)),
+    )
+
+
+@family
+@torch.no_grad()
+def test_plain_attention_does_whatever_the_devices_way_does(tiny_checkpoint, family, monkeypatch):
+    """Rows, packed rows, a cache with and without padding, rows that branch."""
+    model = build(tiny_checkpoint(family))
+    rows, packed = random_tokens(3, 20), random_tokens(1, 48)
+    positions = torch.tensor([[*range(12), *range(12, 15), *range(12, 17)]])
+    tree = Places(positions.expand(3, -1), torch.tensor([[0] * 12 + [1] * 3 + [2] * 5]).expand(3, -1))
+    ways = {
+        "rows": lambda: model(rows),
+        "packed": lambda: model(packed, offsets=[0, 5, 6, 36, 48]),
+        "cache": lambda: cached(model, rows, [9, 5, 1, 1, 4]),
+        "padding": lambda: cached(model, rows, [12, 1, 7], torch.tensor([0, 3, 11])),
+        "tree": lambda: model.hidden_states(rows, tree=tree),
+    }
+    by_device = {name: way() for name, way in ways.items()}
+    with_plain_attention(monkeypatch)
+    for name, way in ways.items():
+        plain, devices = way(), by_device[name]
+        if name == "padding":  # what stands in the padding itself means nothing
+            shown = torch.arange(20) >= torch.tensor([0, 3, 11])[:, None]
+            plain, devices = plain[shown], devices[shown]
+        assert distance(devices, plain) < 1e-5, name
+
+
+@family
+def test_plain_attention_gives_the_same_gradients(tiny_checkpoint, family, monkeypatch):
+    model = build(tiny_checkpoint(family))
+    tokens, targets, offsets = random_tokens(1, 48), random_targets(1, 48), [0, 5, 6, 36, 48]
+    model(tokens, targets, offsets=offsets).backward()
+    by_device = gradients(model)
+    with_plain_attention(monkeypatch)
+    model(tokens, targets, offsets=offsets).backward()
+    assert_same_gradients(by_device, gradients(model), 1e-5)
+
+
+def test_positions_of_packed_samples_and_of_padded_rows():
+    tokens = torch.zeros(1, 10, dtype=torch.int64)
+    places = Layout(tokens, offsets=[0, 4, 5, 10]).places()
+    assert places.positions.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3, 4]]
+    assert places.branches.tolist() == [[1, 1, 1, 1, 2, 3, 3, 3, 3, 3]]
+    config = config_from_json({**LLAMA_2_7B, "num_hidden_layers": 1, "hidden_size": 64})
+    cache = KVCache(config, 2, 8, torch.float32, "cpu", torch.tensor([0, 3]))
+    cache.length = 4
+    places = Layout(torch.zeros(2, 2, dtype=torch.int64), cache).places()
+    assert places.positions.tolist() == [[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2]]
+    assert places.branches.tolist() == [[0] * 6, [-1] * 3 + [0] * 3]
 
 
 @family
@@ -320,13 +380,13 @@ def test_grouped_decoding_copies_no_key():
         return F.scaled_dot_product_attention(q, *repeated)
 
     expected, much = allocated(copying)
-    y, little = allocated(lambda: attend(q, k, v, None))
+    y, little = allocated(lambda: sdpa_attention(q, k, v, None))
     assert distance(y, expected) < 1e-5
     assert much > 2 * k.nbytes  # the meter does see a copy
     assert little < k.nbytes / 2
 
 
-# ---------------------------------------------------------------------------------------------------- configurations
+# -------------------------------------------------------------------------------------------------------- the whole
 
 LLAMA_2_7B = dict(
     model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -351,7 +411,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 )
 def test_published_parameter_counts(values, r, targets, trainable, frozen):
     with torch.device("meta"):
-        model = Transformer(Config.from_dict(values))
+        model = Transformer(config_from_json(values))
     lora.add_lora(model, lora.AdapterConfig(r=r, targets=targets))
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
@@ -359,67 +419,8 @@ def test_published_parameter_counts(values, r, targets, trainable, frozen):
     assert counts == {True: trainable, False: frozen}
 
 
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (dict(model_type="gpt_neox"), "gpt_neox"),
-        (dict(model_type=None), "model_type None"),
-        (dict(hidden_act="gelu"), "gelu"),
-        (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "yarn"),
-        (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
-        (dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "longrope"),
-        (dict(rope_scaling={"type": "linear"}), "factor"),
-        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
-        (dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
-        (dict(num_key_value_heads=5), "num_key_value_heads"),
-        (dict(head_dim=7), "head_dim"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_config_refuses_by_name(change, named):
-    with pytest.raises(ValueError, match=named):
-        Config.from_dict({**LLAMA_2_7B, **change})
-
-
-@pytest.mark.parametrize("key", [key for key in LLAMA_2_7B if key not in ("model_type", "num_key_value_heads")])
-def test_config_names_a_missing_key(key):
-    with pytest.raises(ValueError, match=key):
-        Config.from_dict({name: value for name, value in LLAMA_2_7B.items() if name != key})
-
-
-def test_epsilon_and_theta_come_from_the_file():
-    config = Config.from_dict({**LLAMA_2_7B, "rms_norm_eps": 3e-4, "rope_theta": 123.0})
-    assert (config.rms_norm_eps, config.rope.theta) == (3e-4, 123.0)
-    assert Config.from_dict(LLAMA_2_7B).rope.theta == 10000.0
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_old_and_new_spellings_give_the_same_config(tiny_checkpoint, family):
-    """transformers 5 writes `rope_parameters` and `layer_types`; files from before it have other keys."""
-    new = read_config(tiny_checkpoint(family))
-    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "layer_types")}
-    rope = dict(new["rope_parameters"])
-    old["rope_theta"] = rope.pop("rope_theta")
-    kind = rope.pop("rope_type")
-    if kind == "default":
-        old["rope_scaling"] = None
-        assert Config.from_dict(old) == Config.from_dict(new)
-    else:
-        assert rope in [{k: v for k, v in x.items() if k[:5] != "rope_"} for x in (LLAMA3_ROPE, LINEAR_ROPE)]
-        for spelling in ("type", "rope_type"):
-            old["rope_scaling"] = {spelling: kind, **rope}
-            assert Config.from_dict(old) == Config.from_dict(new)
-
-
-def test_windows_of_each_layer(tiny_checkpoint):
-    windows = {name: Config.from_dict(read_config(tiny_checkpoint(name))).windows for name in FAMILIES}
-    assert windows["mistral"] == (7, 7, 7)
-    assert windows["qwen2"] == (None, 6, 6)
-    assert windows["llama"] == windows["qwen3"] == (None, None, None)
-
-
 def test_model_imports_only_torch():
-    """A decoder that can be lifted out: no library but torch, and the three files that compute for it."""
+    """A decoder that can be lifted out: no library but torch, and the folder that computes for it."""
     code = "import sys, torch; before = set(sys.modules); import model; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=model_module.__file__.rpartition("/")[0], capture_output=True, text=True

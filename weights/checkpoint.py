@@ -1,4 +1,4 @@
-"""Model folders, read and written: one tensor at a time, strict, and never half.
+"""Model folders, read and written one tensor at a time; what does not fit is refused, what is written is complete.
 
 A model folder is Hugging Face's own: `config.json`, one or more safetensors files, tokenizer files.
 """
@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora
 from model import Config, Transformer
@@ -19,14 +20,15 @@ from quantize import quantizer_of, read_quantization
 from shell.cli import UserError
 from shell.files import check_listed, checked, damage_first, read_json
 from weights import peft_format
+from weights.families import config_from_json
 from weights.safetensors_format import encode_header, read_header, read_tensors
 
 INDEX = "model.safetensors.index.json"
-NOTES = "onetune.json"  # beside an adapter or a model: what generating must know to match the training
-OPTIMIZER = "optimizer.safetensors"  # beside the weights in a checkpoint to resume from
+NOTES = "onetune.json"  # in the folder of an adapter or a model: what generating has to know to match the training
+OPTIMIZER = "optimizer.safetensors"  # in a checkpoint to resume from
 SHARD_BYTES = 5 * 10**9
 
-# What a model folder holds beside its weights; whatever is there travels with them.
+# What a model folder holds besides its weights. Those that are there are copied with the weights.
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -40,27 +42,33 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 
-CHECKPOINT_AGAIN = "download or convert it again"  # what mends a model folder
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names for ours
-STATES = {**DTYPES, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # and an optimiser's
+CHECKPOINT_AGAIN = "download or convert it again"  # how to repair a model folder
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names: those of weights
+STATES = {
+    **DTYPES,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}  # and those of an optimiser's state
 
 
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def read_config(checkpoint_dir):
+def read_config(checkpoint_dir: str | Path) -> Config:
     """The `Config` of a model folder. Raises UserError if there is none or its model is not supported."""
     folder = Path(checkpoint_dir)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: --checkpoint_dir must be a model folder (convert_hf_checkpoint.py)")
     check_listed(folder, ["config.json"], CHECKPOINT_AGAIN)
     try:
-        return Config.from_dict(read_json(folder / "config.json"))
+        return config_from_json(read_json(folder / "config.json"))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
-def shard_paths(folder, index, pattern):
+def shard_paths(folder: str | Path, index: str, pattern: str) -> list[Path]:
     """The weight files of a folder: those that its index names, or without an index those that match `pattern`.
 
     Raises UserError for an index that names anything but files in its folder.
@@ -95,15 +103,17 @@ def _is_inside(folder, name):
 
 
 class Weights:
-    """The tensors of a model folder: `shapes` and `dtypes` by name (None: not one of ours), and `read(name)`.
+    """The tensors of a model folder: `shapes` and `dtypes` by name (None: not in `DTYPES`), and `read(name)`.
 
     They are read, not memory-mapped: that is a copy less, and pages of a map would count as used memory.
 
-    `files.checked` finds a changed byte in a folder that we wrote, by its manifest. One that came from elsewhere has
-    none: there a flipped bit is found in a header, or where it makes NaN or infinity, and otherwise not.
+    In a folder that onetune wrote, `files.checked` finds a changed byte by the manifest. A folder from elsewhere has no
+    manifest: there a flipped bit is only found in a header, or where it makes NaN or infinity.
+
+    Raises UserError for a folder without weights, for a damaged file, and for a tensor that is there twice.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.shapes, self.dtypes, self._places = {}, {}, {}
         for path in shard_paths(folder, INDEX, "*.safetensors"):
@@ -114,7 +124,7 @@ class Weights:
                 self._places[name] = path, start + entry["data_offsets"][0]
                 self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
 
-    def read(self, name):
+    def read(self, name: str) -> Tensor:
         """The tensor `name`, as stored. Raises UserError if it holds NaN or infinity, or is of another type."""
         path, start = self._places[name]
         if self.dtypes[name] is None:
@@ -129,7 +139,7 @@ class Weights:
             raise UserError(f"{path}: tensor {name} holds NaN or infinity")
         return tensor
 
-    def check(self, expected):
+    def check(self, expected: dict[str, torch.Size | tuple]) -> None:
         """Compare with the shapes that a model needs. Raises UserError that names the first few that differ."""
         ignored = (
             ("rotary_emb.inv_freq",) if "lm_head.weight" in expected else ("rotary_emb.inv_freq", "lm_head.weight")
@@ -151,17 +161,23 @@ def _ended_early(path):
     raise UserError(f"{path} is damaged (it ends early): {CHECKPOINT_AGAIN}")
 
 
-def load_model(checkpoint_dir, dtype, device="cpu", quantize=None, adapter_dir=None):
+def load_model(
+    checkpoint_dir: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    quantize: str | dict | None = None,
+    adapter_dir: str | Path | None = None,
+) -> Transformer:
     """A frozen `Transformer` in evaluation mode with the weights of a model folder.
 
     dtype: a torch dtype for the weights; quantised ones are multiplied in the dtype of their input.
     quantize: what --quantize says, for the linear layers in the blocks (quantize.py); embedding and head stay as they
         are.
-    adapter_dir: an adapter to put over it, ours or PEFT's (its matrices are fp32).
+    adapter_dir: an adapter to add, onetune's or PEFT's (its matrices are fp32).
 
     The model is built without memory; then each tensor is read, cast, quantised on its device and put in place before
-    the next is touched, so the peak is the finished model and one tensor. Raises UserError for what does not fit, and
-    for a file that is not as the manifest beside it says.
+    the next is read, so peak memory is the finished model and one tensor. Raises UserError for tensors that are
+    missing, surplus, of another shape or not finite, and for a file that is not as its folder's manifest says.
     """
     config = read_config(checkpoint_dir)
     with torch.device("meta"):
@@ -186,10 +202,16 @@ def _open_weights(checkpoint_dir, expected):
     return weights
 
 
-def fill_model(model, read, dtype, device="cpu", quantization=None):
+def fill_model(
+    model: Transformer,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    quantization: str | dict | None = None,
+) -> None:
     """Give a model without memory its frozen weights: `read(name)` is called for each in turn. As in `load_model`.
 
-    quantization: as `quantize.read_quantization` returns it.
+    quantization: as `quantize.read_quantization` returns it. Raises UserError for a value too large for `dtype`.
     """
     for name in [name for name, _ in model.named_parameters()]:
         _put(model, name, read(name).to(device), dtype, quantization)
@@ -216,10 +238,15 @@ def _put(model, name, tensor, dtype, quantization):
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write_weights(folder, layout, read, shard_bytes=SHARD_BYTES):
-    """Write tensors to `folder` as safetensors, several files and an index where they are larger than `shard_bytes`.
+def write_weights(
+    folder: str | Path,
+    layout: dict[str, tuple[torch.dtype, tuple]],
+    read: Callable[[str], Tensor],
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
+    """Write tensors to `folder` as safetensors: one file, or several and an index if larger than `shard_bytes`.
 
-    layout: (dtype, shape) by name. read: a function from a name to its tensor, called once each, in order; no more
+    layout: (dtype, shape) by name. read: a function from a name to its tensor, called once for each, in order; no more
     than one tensor is held at a time. Returns the SHA-256 (hex) of each file with tensors, for `files.new_folder`.
     """
     shards, size = [{}], 0
@@ -245,8 +272,8 @@ def write_weights(folder, layout, read, shard_bytes=SHARD_BYTES):
 def _write_shard(path, layout, read):
     """One safetensors file. Returns its hash.
 
-    The library's own writer wants all tensors of a file in memory at once. Beside the writing one thread hashes, and
-    one sends what is written to the disk already: so a save takes about as long as a plain write.
+    The library's own writer wants all tensors of a file in memory at once. While this thread writes, one hashes and one
+    flushes to the disk what has been written: so a save takes about as long as a plain write.
     """
     names = {dtype: name for name, dtype in STATES.items()}
     places = {
@@ -255,24 +282,24 @@ def _write_shard(path, layout, read):
     }
     encoded = encode_header(places, {"format": "pt"})
     digest = hashlib.sha256(encoded)
-    with open(path, "wb") as file, ThreadPoolExecutor(2) as beside:
+    with open(path, "wb") as file, ThreadPoolExecutor(2) as threads:
         file.write(encoded)
-        flushed = beside.submit(os.fsync, file.fileno())
+        flushed = threads.submit(os.fsync, file.fileno())
         for name, (dtype, shape) in layout.items():
             tensor = read(name).detach()
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), name
             content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
-            hashed = beside.submit(digest.update, content)
+            hashed = threads.submit(digest.update, content)
             file.write(content)
             if flushed.done():
                 flushed.result()  # or its error
-                flushed = beside.submit(os.fsync, file.fileno())
+                flushed = threads.submit(os.fsync, file.fileno())
             hashed.result()  # before the tensor is gone
         flushed.result()
     return digest.hexdigest()
 
 
-def save_model(model, folder, source):
+def save_model(model: Transformer, folder: str | Path, source: str | Path) -> dict[str, str]:
     """Write a dense model's weights, in their dtypes, to `folder`, with the side files of the folder `source`.
 
     Returns the hashes of `write_weights`.
@@ -286,11 +313,11 @@ def save_model(model, folder, source):
     return hashes
 
 
-def save_optimizer(optimizer, folder):
-    """Write what an optimiser has gathered for each parameter, whichever optimiser it is, without pickle.
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: str | Path) -> dict[str, str]:
+    """Write the state of any torch optimiser for each parameter, without pickle.
 
-    Tensors go to `optimizer.safetensors`, one at a time, plain numbers to `optimizer.json`; parameters are counted in
-    their order. Returns the SHA-256 (hex) of the first by its name, for `files.new_folder`.
+    Tensors go to `optimizer.safetensors`, one at a time, plain numbers to `optimizer.json`; parameters are numbered in
+    the optimiser's order. Returns the SHA-256 (hex) of the first by its name, for `files.new_folder`.
     """
     tensors, numbers = {}, {}
     for index, parameter in enumerate(_parameters(optimizer)):
@@ -300,16 +327,16 @@ def save_optimizer(optimizer, folder):
             else:
                 numbers[f"{index}.{key}"] = value
     Path(folder, "optimizer.json").write_text(json.dumps(numbers, sort_keys=True) + "\n")
-    # The largest items first, so that each tensor is aligned; by name, as a resumed run gathers them in another order.
+    # The largest items first, so that each tensor is aligned; by name, as a resumed run has them in another order.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     layout = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
     return {OPTIMIZER: _write_shard(Path(folder, OPTIMIZER), layout, tensors.__getitem__)}
 
 
-def load_optimizer(optimizer, folder):
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
     """Put what `save_optimizer` wrote to `folder` into an optimiser over the same parameters.
 
-    Raises UserError unless it is for each of them (or for none, as before the first step), and all of it is finite.
+    Raises UserError unless all parameters have a state (or none, as before the first step), and it is finite.
     """
     parameters, path = _parameters(optimizer), Path(folder, OPTIMIZER)
     entries = read_tensors(path, f"delete {folder} to go on from an earlier one")
@@ -336,15 +363,21 @@ def _parameters(optimizer):
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def read_notes(folder):
-    """What a training or a merge left in `onetune.json`: prompt style, base model, quantisation. {} without it."""
+def read_notes(folder: str | Path) -> dict:
+    """What training or merging wrote to `onetune.json`: prompt style, base model, quantisation. {} without that file.
+
+    Raises UserError if the file has changed or is no JSON object.
+    """
     path = Path(folder, NOTES)
     check_listed(folder, [NOTES], CHECKPOINT_AGAIN)
     return read_json(path) if path.exists() else {}
 
 
-def find_base(adapter_dir):
-    """The base model of an adapter, as its own files name it: a folder, or the id of a model in checkpoints/."""
+def find_base(adapter_dir: str | Path) -> Path:
+    """The base model of an adapter, as its own files name it: a folder, or the id of a model in checkpoints/.
+
+    Raises UserError if the adapter or its base is not there.
+    """
     if not Path(adapter_dir).is_dir():
         raise UserError(f"--adapter_dir {adapter_dir} does not exist")
     name = read_notes(adapter_dir).get("checkpoint_dir")
@@ -355,8 +388,8 @@ def find_base(adapter_dir):
     raise UserError(f"{adapter_dir} was trained on {name}, which is not here: say where it is (--help has the flag)")
 
 
-def trained_quantization(adapter_dir, quantize):
-    """How to quantise an adapter's base: as the flag says, "none" for not at all, or without it as in training.
+def trained_quantization(adapter_dir: str | Path | None, quantize: str | None) -> str | dict | None:
+    """How to quantise an adapter's base: as the flag --quantize says ("none": not at all), else as in training.
 
     A plan is kept whole in the adapter's notes, so its file need not be there any more.
     """
@@ -365,14 +398,14 @@ def trained_quantization(adapter_dir, quantize):
     return None if quantize == "none" else quantize
 
 
-def with_dtype(config, dtype):
-    """config.json's values for weights of a torch dtype, the one that transformers then loads them in."""
+def with_dtype(config: dict, dtype: torch.dtype) -> dict:
+    """config.json's values for weights of a torch dtype, in which transformers then loads them."""
     name = str(dtype).removeprefix("torch.")
     return {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": name}
 
 
-def copy_side_files(source, folder):
-    """Copy what belongs to a model beside its weights: configuration and tokenizer."""
+def copy_side_files(source: str | Path, folder: str | Path) -> None:
+    """Copy the files that belong to a model besides its weights: configuration and tokenizer."""
     for name in SIDE_FILES:
         if Path(source, name).is_file():
             shutil.copyfile(Path(source, name), Path(folder, name))

@@ -1,8 +1,8 @@
 """GGUF, llama.cpp's file format: its tensors, configuration and tokenizer as those of a Hugging Face model folder.
 
 Architectures llama (Llama, Mistral, SmolLM2 and kin), qwen2 and qwen3; every tensor type that the gguf package can
-dequantise; byte-level BPE and SentencePiece vocabularies. What cannot be told from the file is refused by name. One
-thing it does not say is Mistral v0.1's sliding window, which only matters beyond 4,096 tokens.
+dequantise; byte-level BPE and SentencePiece vocabularies. What the file leaves open is refused by name, but for the
+sliding window of Mistral v0.1, which no file has, and which only matters beyond 4,096 tokens.
 """
 
 import functools
@@ -11,7 +11,7 @@ import mmap
 import re
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -47,10 +47,10 @@ class GGUFWeights(Weights):
 
     `dtypes` are those to write: as stored, and fp16 for quantised ones, which lie on grids whose steps are fp16 numbers
     (SmolLM2-135M in Q4_1: KL of the logits to those of fp32 weights 3e-6, with bf16 7e-5). `rope_factors` (d/2,), or
-    None: what RoPE's frequencies are divided by.
+    None: what RoPE's frequencies are divided by. Raises UserError for a file that is damaged or not supported.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self.path = path
         try:
             self.metadata, tensors = read_structure(path)
@@ -68,15 +68,15 @@ class GGUFWeights(Weights):
         if self.get("general.architecture") not in ("llama", "qwen2", "qwen3"):
             raise UserError(f"{path}: architecture {self.get('general.architecture')!r} is not supported")
 
-    def get(self, key, *default):
+    def get(self, key: str, *default: Any) -> Any:
         """The metadata of `key`, or of `{architecture}.` + key. Raises UserError without it and without a default."""
         own = f"{self.metadata.get('general.architecture')}.{key}"
         value = self.metadata.get(key, self.metadata.get(own, *default))
         if value is None and not default:
-            raise UserError(f"{self.path}: its metadata lack {key}")
+            raise UserError(f"{self.path}: its metadata has no {key}")
         return value
 
-    def number(self, key, *default):
+    def number(self, key: str, *default: float) -> float:
         """A number in the metadata. Floats are as short as fp32 allows (1e-5, not 9.999999747e-06)."""
         value = self.get(key, *default)
         if isinstance(value, list):
@@ -85,7 +85,7 @@ class GGUFWeights(Weights):
             value = value[0]
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
-    def read(self, name):
+    def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in fp32. Raises UserError if it is not finite."""
         tensor = self._tensors[name]
         values = torch.from_numpy(self._values(tensor)).view(tensor.shape)
@@ -124,7 +124,7 @@ def _half_split(rows, heads):
 
 
 # --------------------------------------------------------------------------------------------- what is in the file
-# The gguf package has a reader too, but it believes the file: a length of 2**60 makes it read on and on.
+# The gguf package has a reader, but it trusts the file: a length of 2**60 makes it read without end.
 
 NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
@@ -177,7 +177,7 @@ class _Cursor:
         return [self.text() for _ in range(count)]
 
 
-def read_structure(path):
+def read_structure(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
     """The metadata of a .gguf file by key, and its tensors, a list of `StoredTensor`. Raises ValueError, OSError.
 
     Tensors lie end to end in the file's order, each at a multiple of `general.alignment`, as llama.cpp wants them.
@@ -222,7 +222,7 @@ def _tensor_info(cursor):
 
 
 def _unlike(pairs):
-    """Yield pairs whose first halves differ; ValueError at one that comes twice."""
+    """Yield (name, value) pairs; ValueError at a name that comes twice."""
     seen = set()
     for name, value in pairs:
         if name in seen:
@@ -235,21 +235,21 @@ def _unlike(pairs):
 
 
 def _explained(function):
-    """What damaged metadata can raise, as a UserError."""
+    """Turn what damaged metadata can raise into a UserError."""
 
     @functools.wraps(function)
     def wrapped(weights, *args):
         try:
             return function(weights, *args)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{weights.path}: its metadata make no sense ({error!r}): download it again") from None
+            raise UserError(f"{weights.path}: its metadata is damaged ({error!r}): download it again") from None
 
     return wrapped
 
 
 @_explained
-def config_json(weights):
-    """The config.json, a dict, that describes the model in a `GGUFWeights`."""
+def config_json(weights: GGUFWeights) -> dict:
+    """The config.json, a dict, of the model in a `GGUFWeights`. Raises UserError for what is not supported."""
     get, path = weights.number, weights.path
     for key in UNSUPPORTED:
         if get(key, 0):
@@ -342,13 +342,13 @@ PRE_TOKENIZERS = {
     "llama-bpe": [LLAMA3],
     "tekken": [TEKKEN],
 }
-WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")  # a word in the vocabulary is its token, whatever the merges say
+WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")  # a word in the vocabulary is its token, and the merges are not asked
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, SentencePiece's own numbers
 
 
 @_explained
-def write_tokenizer(weights, folder):
-    """Write the vocabulary in a `GGUFWeights`, and all that belongs to it, as Hugging Face's files to `folder`."""
+def write_tokenizer(weights: GGUFWeights, folder: Path) -> None:
+    """Write the tokenizer of a `GGUFWeights` as Hugging Face's files to `folder`. Raises UserError as `config_json`."""
     model = weights.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         raise UserError(f"{weights.path}: tokenizer {model!r} is not supported, only gpt2 and llama are")
@@ -363,7 +363,7 @@ def write_tokenizer(weights, folder):
         if id is not None:
             settings[f"{name}_token"] = tokens[id]
     if "eos_token" not in settings:
-        raise UserError(f"{weights.path}: its metadata lack tokenizer.ggml.eos_token_id")
+        raise UserError(f"{weights.path}: its metadata has no tokenizer.ggml.eos_token_id")
     write = _write_bpe if model == "gpt2" else _write_sentencepiece
     settings |= write(weights, tokens, types, folder)
     if weights.get("tokenizer.chat_template", None):

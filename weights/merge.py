@@ -1,33 +1,39 @@
-"""Base and adapter as one model: computed in fp32, a module at a time, so that a model need not fit into memory.
+"""Base and adapter as one model, computed in fp32, a module at a time, so that a model need not fit into memory.
 
-The adapter is merged into the base that it was trained on: if that was quantised, into the values that its codes stand
-for.
+The adapter is merged into the base that it was trained on: if that was quantised, into its dequantised values.
 """
 
 import copy
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora
-from model import Config, Linear, Transformer, rope_angles
+from model import Layout, Linear, Transformer, rope_angles
 from ops.attention import choose_attention
 from quantize import quantizer_of, read_quantization
 from weights import peft_format
+from weights.checkpoint import Weights
+from weights.families import config_from_json
 
 PROBE_LENGTH = 32  # positions on which a merged model is compared with base and adapter
 
 
 class Tuned:
-    """A model, and perhaps an adapter over it, of which a module at a time is in memory (in fp32)."""
+    """A model, with an adapter or without, of which one module at a time is in memory (in fp32).
 
-    def __init__(self, config, weights, quantize=None, adapter_dir=None):
-        """The arguments are those of `load_model`, but that the first two have been read."""
+    config: a parsed config.json. weights: the model's `Weights`. The rest as in `load_model`.
+    """
+
+    def __init__(
+        self, config: dict, weights: Weights, quantize: str | dict | None = None, adapter_dir: str | Path | None = None
+    ):
         self.weights, self.adapter, self.tensors = weights, None, {}
         with torch.device("meta"):
-            self.model = Transformer(Config.from_dict(config))
+            self.model = Transformer(config_from_json(config))
         self.quantization = read_quantization(quantize, self.model)
         if adapter_dir is not None:
             peft_format.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
@@ -35,11 +41,12 @@ class Tuned:
         self.linears = lora.linear_layers(self.model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def read(self, name):
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` in fp32; a tied head has the embedding's."""
         tied = name == "lm_head.weight" and self.model.config.tie_word_embeddings
         return self.weights.read("model.embed_tokens.weight" if tied else name).to(self.device, torch.float32)
 
-    def linear(self, name):
+    def linear(self, name: str) -> nn.Module:
         """The linear layer `name`: quantised and adapted as in training."""
         weight, bias = self.read(f"{name}.weight"), None
         if self.linears[name].bias is not None:
@@ -56,10 +63,10 @@ class Tuned:
         return layer
 
     @torch.no_grad()
-    def merged(self, name):
-        """The tensor `name` of the one model that does what base and adapter do together, and that of the base alone.
+    def merged(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The tensor `name` with the adapter merged into it, and without; both fp32.
 
-        Both fp32; the second is None where the adapter changes nothing.
+        The second is None where the adapter changes nothing.
         """
         path = name.removesuffix(".weight")
         if path not in self.linears or path == name:
@@ -69,11 +76,11 @@ class Tuned:
             return layer.dequantize(torch.float32), None
         return layer.merged_weight(), layer.base.dequantize(torch.float32)
 
-    def merged_config(self, config):
+    def merged_config(self, config: dict) -> dict:
         """config.json's values for the merged model: with an adapter on it the head is no longer the embedding."""
         return config | {"tie_word_embeddings": False} if "lm_head" in self.tensors else config
 
-    def module(self, name):
+    def module(self, name: str) -> nn.Module:
         """The module `name`, a block or a norm, with all that is in it."""
         module = copy.deepcopy(self.model.get_submodule(name))
         for path in [path for path, _ in module.named_parameters()]:
@@ -86,19 +93,20 @@ class Tuned:
         return module
 
     @torch.no_grad()
-    def logits(self, tokens):
+    def logits(self, tokens: Tensor) -> Tensor:
         """Logits (1, T, V) for tokens (1, T), as `Transformer` computes them, one block after the other."""
         config, tokens = self.model.config, tokens.to(self.device)
         x = F.embedding(tokens, self.read("model.embed_tokens.weight"))
-        angles = rope_angles(config, torch.arange(tokens.size(1), device=self.device), x.dtype)
+        layout = Layout(tokens)
+        angles = rope_angles(config, layout.places().positions, x.dtype)
         for layer, window in enumerate(tqdm(config.windows, "comparing", disable=None)):
-            attention = choose_attention(config, tokens, x.dtype, None, window, None)
+            attention = choose_attention(layout, config.head_dim, x.dtype, window)
             x = self.module(f"model.layers.{layer}")(x, angles, attention)
         return self.linear("lm_head")(self.module("model.norm")(x))
 
 
-def compare(tuned, merged):
-    """Print how far the logits of a merged model are from those of base and adapter, on tokens from all over."""
+def compare(tuned: Tuned, merged: Tuned) -> None:
+    """Print how far the logits of a merged model are from those of base and adapter, on tokens from the vocabulary."""
     tokens = torch.linspace(0, tuned.model.config.vocab_size - 1, PROBE_LENGTH).long()[None]
     one, other = tuned.logits(tokens).double(), merged.logits(tokens).double()
     difference = (one - other).abs().max().item()

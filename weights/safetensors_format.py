@@ -1,18 +1,19 @@
-"""safetensors files, read strictly: what is damaged or made to mislead is refused before any memory is taken for it.
+"""safetensors files, read strictly: a file that is damaged or made to deceive is refused before memory is allocated.
 
 A file is the header's length (8 bytes), the header (JSON: dtype, shape and place of each tensor by name), the tensors
-end to end. The safetensors library checks that these fit each other and the file's size; here is what it lets pass.
+end to end. The safetensors library checks that these fit each other and the file's size; here is what it leaves out.
 """
 
 import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from shell.cli import UserError
 
 
-def read_header(path, remedy):
+def read_header(path: str | Path, remedy: str) -> tuple[int, dict[str, dict]]:
     """Where the tensors of a file begin, and its header: {name: {"dtype", "shape", "data_offsets"}}.
 
     Raises UserError that ends in `remedy`, what to do, if the file is missing or damaged.
@@ -22,7 +23,7 @@ def read_header(path, remedy):
         # up the bytes, and bytes that are in two tensors or in none. Of equal names it takes the last.
         with safe_open(path, "pt"), open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size), object_pairs_hook=_without_twins)
+            header = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {remedy}") from None
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
@@ -32,7 +33,7 @@ def read_header(path, remedy):
     return 8 + size, header
 
 
-def encode_header(layout, metadata=None):
+def encode_header(layout: dict[str, tuple[str, tuple, int]], metadata: dict[str, str] | None = None) -> bytes:
     """How a file begins: the header's length and the header, so that the tensors start at a multiple of 8.
 
     layout: for each tensor by name, in order, its dtype by safetensors' name, its shape, and its bytes.
@@ -46,16 +47,17 @@ def encode_header(layout, metadata=None):
     return len(text).to_bytes(8, "little") + text
 
 
-def _without_twins(pairs):
+def _without_duplicates(pairs):
+    """The pairs of a JSON object as a dict; ValueError where a name comes twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twin!r} comes twice in its header")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} comes twice in its header")
     return values
 
 
-def read_tensors(path, remedy):
+def read_tensors(path: str | Path, remedy: str) -> dict[str, Tensor]:
     """The tensors of a file by name, memory-mapped. Raises UserError as `read_header`."""
     _, header = read_header(path, remedy)
     with safe_open(path, "pt") as file:

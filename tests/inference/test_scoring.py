@@ -11,7 +11,7 @@ import torch
 import lora
 from inference import scoring
 from inference.scoring import Score, cut_batches, plain_score, rolling, score, share_contexts, windows
-from ops.attention import Tree, tree_mask
+from model import Layout, Places
 from quantize import QUANTIZERS
 from shell.cli import UserError
 from weights.checkpoint import load_model
@@ -192,7 +192,7 @@ def test_the_mask_of_a_tree():
     branches = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, -1], [0, 1, 2, 2, 2, 2, 3, -1, -1, -1]])
     positions = torch.tensor([[0, 1, 2, 3, 4, 3, 3, 4, 5, 0], [0, 1, 1, 2, 3, 4, 1, 0, 0, 0]])
     for window in (None, 1, 2, 4):
-        mask = tree_mask(Tree(positions, branches), window)
+        mask = Layout(branches, tree=Places(positions, branches)).mask(window)
         assert mask.shape == (2, 1, 10, 10) and mask.any(-1).all()
         for b, q, k in itertools.product(range(2), range(10), range(10)):
             if branches[b, q] < 0:

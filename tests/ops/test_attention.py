@@ -4,14 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ops.attention import (
-    attend,
-    attention_mask,
-    compiled_attention,
-    fast_varlen_attention,
-    plain_attention,
-    plain_varlen_attention,
-)
+from model import Layout, plain_attention
+from ops.attention import cpp_attention, flash_varlen_attention, sdpa_attention, sdpa_varlen_attention
 from ops.cpp import compiled_library
 
 LENGTHS = (5, 1, 40, 17, 2)
@@ -27,34 +21,52 @@ def packed(lengths, H, K, d, **options):
     return (q, k, v), offsets
 
 
-def windowed_attention(q, k, v, window):
-    """One sample alone, written out. With `window`, keys further back are hidden."""
-    if window is None:
-        return plain_attention(q, k, v)
-    T, groups = q.size(2), q.size(1) // k.size(1)
-    scores = q @ k.repeat_interleave(groups, 1).transpose(-2, -1) * q.size(-1) ** -0.5
-    back = torch.arange(T)[:, None] - torch.arange(T)
-    weights = scores.masked_fill((back < 0) | (back >= window), -torch.inf).softmax(-1)
-    return weights @ v.repeat_interleave(groups, 1)
+def plain(q, k, v, offsets=None, window=None):
+    """`plain_attention` of whole rows, or of samples end to end in one."""
+    tokens = torch.zeros(len(q), q.size(2), dtype=torch.int64, device=q.device)
+    return plain_attention(q, k, v, Layout(tokens, offsets=offsets).mask(window))
+
+
+def one_by_one(q, k, v, window):
+    """One sample alone, a query and a head at a time: what `plain_attention` itself is held to."""
+    groups, heads = q.size(1) // k.size(1), []
+    for head in range(q.size(1)):
+        keys, values, rows = k[0, head // groups], v[0, head // groups], []
+        for t, query in enumerate(q[0, head]):
+            first = 0 if window is None else max(0, t + 1 - window)
+            weights = (keys[first : t + 1] @ query / q.size(-1) ** 0.5).softmax(0)
+            rows.append(weights @ values[first : t + 1])
+        heads.append(torch.stack(rows))
+    return torch.stack(heads)[None]
+
+
+@pytest.mark.parametrize("window", [None, 3, 1])
+@pytest.mark.parametrize("H, K", [(4, 4), (6, 2)])
+def test_plain_attention_is_what_the_formula_says(H, K, window):
+    inputs, offsets = packed((5, 1, 9), H, K, 8)
+    samples = zip(*(x.split((5, 1, 9), dim=2) for x in inputs), strict=True)
+    alone = torch.cat([one_by_one(*sample, window) for sample in samples], dim=2)
+    assert_alike(plain(*inputs, offsets.tolist(), window), alone, inputs)
 
 
 @pytest.mark.parametrize("window", [None, 3, 1])
 @pytest.mark.parametrize("H, K", [(6, 6), (6, 2)])
 def test_each_sample_gets_what_it_gets_alone(H, K, window):
     inputs, offsets = packed(LENGTHS, H, K, 8)
-    y = plain_varlen_attention(*inputs, offsets.tolist(), window)
+    y = sdpa_varlen_attention(*inputs, offsets.tolist(), window)
+    assert_alike(y, plain(*inputs, offsets.tolist(), window), inputs)
     samples = zip(*(x.split(LENGTHS, dim=2) for x in inputs), strict=True)
-    alone = torch.cat([windowed_attention(*sample, window) for sample in samples], dim=2)
+    alone = torch.cat([plain(*sample, window=window) for sample in samples], dim=2)
     assert_alike(y, alone, inputs)
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_later_sample_does_not_change_an_earlier_one(window):
     (q, k, v), offsets = packed(LENGTHS, 4, 2, 8)
-    before = plain_varlen_attention(q, k, v, offsets.tolist(), window)[:, :, :46]
+    before = sdpa_varlen_attention(q, k, v, offsets.tolist(), window)[:, :, :46]
     with torch.no_grad():
         k[:, :, 46:], v[:, :, 46:] = 100, torch.nan
-    assert torch.equal(plain_varlen_attention(q, k, v, offsets.tolist(), window)[:, :, :46], before)
+    assert torch.equal(sdpa_varlen_attention(q, k, v, offsets.tolist(), window)[:, :, :46], before)
 
 
 @pytest.mark.parametrize("window", [None, 3, 64])
@@ -66,8 +78,8 @@ def test_the_fast_kernel_agrees_with_the_plain_path(H, K, window, dtype, toleran
     inputs, offsets = packed(lengths, H, K, 64, dtype=dtype, device=device)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     y, expected = (
-        fast_varlen_attention(*inputs, offsets, max(lengths), window),
-        plain_varlen_attention(*exact, offsets.tolist(), window),
+        flash_varlen_attention(*inputs, offsets, max(lengths), window),
+        plain(*exact, offsets.tolist(), window),
     )
     grad = torch.randn_like(y)
     assert y.dtype == dtype
@@ -79,10 +91,10 @@ def test_the_fast_kernel_agrees_with_the_plain_path(H, K, window, dtype, toleran
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
 def test_the_fast_kernel_compiles_without_a_break(device):
-    compiled = torch.compile(fast_varlen_attention, fullgraph=True, dynamic=True)
+    compiled = torch.compile(flash_varlen_attention, fullgraph=True, dynamic=True)
     for lengths in (LENGTHS, (70, 30), (8, 9, 10, 11)):
         (q, k, v), offsets = packed(lengths, 4, 2, 64, dtype=torch.bfloat16, device=device)
-        y, expected = (f(q, k, v, offsets, max(lengths)) for f in (compiled, fast_varlen_attention))
+        y, expected = (f(q, k, v, offsets, max(lengths)) for f in (compiled, flash_varlen_attention))
         torch.testing.assert_close(y, expected, atol=1e-2, rtol=1e-2)
         got, wanted = (torch.autograd.grad(out.float().square().sum(), q)[0] for out in (y, expected))
         assert (got.float() - wanted.float()).norm() < 2e-2 * wanted.float().norm()
@@ -104,7 +116,7 @@ def test_torch_traces_the_fast_kernel_forward_and_backward():
 
     (q, k, v), offsets = packed(LENGTHS, 4, 2, 64, dtype=torch.bfloat16)
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    y = torch.compile(fast_varlen_attention, backend=backend, fullgraph=True)(q, k, v, offsets, 40, 7)
+    y = torch.compile(flash_varlen_attention, backend=backend, fullgraph=True)(q, k, v, offsets, 40, 7)
     assert y.shape == q.shape
     y.sum().backward()
     assert called == ["torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"]
@@ -117,7 +129,9 @@ def test_torch_traces_the_fast_kernel_forward_and_backward():
 def test_plain_attention_is_the_fused_one(H, K, T):
     q = torch.randn(3, H, T, 16, requires_grad=True)
     k, v = (torch.randn(3, K, T, 16, requires_grad=True) for _ in range(2))
-    assert_alike(plain_attention(q, k, v), attend(q, k, v, None), (q, k, v))
+    assert_alike(plain(q, k, v), sdpa_attention(q, k, v, None), (q, k, v))
+    mask = Layout(torch.zeros(3, T, dtype=torch.int64)).mask(7)
+    assert_alike(plain(q, k, v, window=7), sdpa_attention(q, k, v, mask), (q, k, v))
 
 
 def assert_alike(y, expected, inputs):
@@ -132,34 +146,33 @@ def assert_alike(y, expected, inputs):
 @pytest.mark.parametrize("d", [8, 64, 40])
 @pytest.mark.parametrize("window", [None, 2, 9, 100])
 @pytest.mark.parametrize("H, K", [(6, 6), (9, 3), (4, 1)])
-def test_compiled_attention_is_the_plain_one(H, K, window, d):
+def test_cpp_attention_is_the_plain_one(H, K, window, d):
     inputs, offsets = packed((*LENGTHS, 200, 64, 129), H, K, d)
-    y = compiled_attention(*inputs, offsets.tolist(), window)
-    assert_alike(y, plain_varlen_attention(*inputs, offsets.tolist(), window), inputs)
+    y = cpp_attention(*inputs, offsets.tolist(), window)
+    assert_alike(y, plain(*inputs, offsets.tolist(), window), inputs)
 
 
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 5])
-def test_compiled_attention_of_several_rows(window):
+def test_cpp_attention_of_several_rows(window):
     q, k, v = (torch.randn(3, 40, heads, 8).transpose(1, 2).requires_grad_() for heads in (6, 2, 2))
-    mask = attention_mask(40, 40, window, None, q.device)
-    y = compiled_attention(q, k, v, [0, 40, 80, 120], window)
-    assert_alike(y, plain_attention(q, k, v, None if mask is None else mask[0, 0]), (q, k, v))
+    y = cpp_attention(q, k, v, [0, 40, 80, 120], window)
+    assert_alike(y, plain(q, k, v, window=window), (q, k, v))
 
 
 @needs_compiler
-def test_compiled_attention_takes_any_layout():
+def test_cpp_attention_takes_any_layout():
     q, k, v = (torch.randn(1, heads, 40, 8, requires_grad=True) for heads in (6, 2, 2))  # not as the model has it
-    assert_alike(compiled_attention(q, k, v, [0, 40]), plain_attention(q, k, v), (q, k, v))
+    assert_alike(cpp_attention(q, k, v, [0, 40]), plain(q, k, v), (q, k, v))
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)])
-def test_compiled_attention_of_what_autocast_hands_over(dtypes):
+def test_cpp_attention_of_what_autocast_hands_over(dtypes):
     inputs, offsets = packed((20, 30), 4, 2, 8)
     q, k, v = (x.to(dtype) for x, dtype in zip(inputs, (dtypes[0], *[dtypes[1]] * 2), strict=True))
-    y = compiled_attention(q, k, v, offsets.tolist())
-    expected = plain_varlen_attention(q.float(), k.float(), v.float(), offsets.tolist())
+    y = cpp_attention(q, k, v, offsets.tolist())
+    expected = plain(q.float(), k.float(), v.float(), offsets.tolist())
     torch.testing.assert_close(y, expected)
     grads = [torch.autograd.grad(result.square().sum(), inputs, retain_graph=True) for result in (y, expected)]
     for one, other in zip(*grads, strict=True):
@@ -168,13 +181,13 @@ def test_compiled_attention_of_what_autocast_hands_over(dtypes):
 
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
-def test_compiled_attention_gives_the_same_bits_again(threads):
+def test_cpp_attention_gives_the_same_bits_again(threads):
     inputs, offsets = packed((200, 56, 70), 6, 2, 16, dtype=torch.bfloat16)
     before = torch.get_num_threads()
     results = []
     for count in (1, threads, threads):
         torch.set_num_threads(count)
-        y = compiled_attention(*inputs, offsets.tolist())
+        y = cpp_attention(*inputs, offsets.tolist())
         results.append((y, *torch.autograd.grad(y.float().square().sum(), inputs)))
     torch.set_num_threads(before)
     assert all(torch.equal(x, z) for result in results[1:] for x, z in zip(results[0], result, strict=True))
@@ -182,15 +195,15 @@ def test_compiled_attention_gives_the_same_bits_again(threads):
 
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 50])
-def test_compiled_attention_in_bf16_is_about_as_close_as_torchs(window):
+def test_cpp_attention_in_bf16_is_about_as_close_as_torchs(window):
     exact, offsets = packed((200, 56, 1), 6, 2, 16)
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     results = [
         attention(*inputs, offsets.tolist(), window)
         for attention, inputs in (
-            (plain_varlen_attention, exact),
-            (compiled_attention, rounded),
-            (plain_varlen_attention, rounded),
+            (sdpa_varlen_attention, exact),
+            (cpp_attention, rounded),
+            (sdpa_varlen_attention, rounded),
         )
     ]
     assert results[1].dtype == torch.bfloat16
@@ -204,10 +217,10 @@ def test_compiled_attention_in_bf16_is_about_as_close_as_torchs(window):
 
 
 @needs_compiler
-def test_a_nan_does_not_vanish_in_compiled_attention():
+def test_a_nan_does_not_vanish_in_cpp_attention():
     inputs, offsets = packed((20, 30), 4, 2, 8)
     with torch.no_grad():
         inputs[1][0, 0, 5, 0] = torch.nan
-    y = compiled_attention(*inputs, offsets.tolist())
+    y = cpp_attention(*inputs, offsets.tolist())
     seen = y.isnan().any(dim=-1)[0]  # (H, T): the heads that share the key head, from its position on
     assert seen[:2, 5:20].all() and seen.sum() == 2 * 15

@@ -1,10 +1,10 @@
-"""Damage to files at random: each ends in one line of error, or the values are the original ones.
+"""Files damaged at random: loading each ends in one line of error, or gives the original values.
 
     python tests/stress/mutations.py --count 1000 --seed 1
 
 The files: a model in one file and in several, an adapter, prepared data, a checkpoint to resume from (all with the
-manifest that is written with them), and a GGUF file. Half of the time the manifest is taken away, as from a folder that
-somebody else made: then what is damaged in a way that can be seen must be refused, and the rest must not crash.
+manifest that is written with them), and a GGUF file. Half of the time the manifest is removed, as in a folder that
+somebody else made: then damage that can be seen must be refused, and the rest must not crash.
 
 Any other exception, more than `SECONDS` for one load, or other values than before are failures; the script prints them
 with the number that makes them again (--only).
@@ -34,12 +34,13 @@ from conftest import write_tiny_tokenizer
 import batching
 import convert_hf_checkpoint
 import lora
-from model import Config, Transformer
+from model import Transformer
 from preparation.record_store import SampleWriter
 from shell.cli import UserError
 from shell.files import MANIFEST, check_manifest, new_folder, read_json, write_json
 from text.tokenizer import Tokenizer
 from weights import checkpoint, gguf_format, peft_format
+from weights.families import config_from_json
 
 SECONDS = 30
 CONFIG = {
@@ -56,7 +57,7 @@ ADAPTER = lora.AdapterConfig(r=2, targets=("q_proj", "down_proj"))
 def make_all(root):
     """Write one of each to the folder `root`. Returns {kind: (path, a function that loads a path to plain values)}."""
     torch.manual_seed(0)
-    model = Transformer(Config.from_dict(CONFIG))
+    model = Transformer(config_from_json(CONFIG))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
@@ -150,7 +151,7 @@ def load_checkpoint(folder):
     if (folder / MANIFEST).exists():
         check_manifest(folder)
     values = load_adapter(folder)
-    model = Transformer(Config.from_dict(CONFIG))
+    model = Transformer(config_from_json(CONFIG))
     lora.add_lora(model, ADAPTER)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
@@ -182,69 +183,69 @@ def load_gguf(path):
 
 
 # ------------------------------------------------------------------------------------------------------ the mutations
-# Each changes one file, with `draw`, a random.Random. True: what it did must be seen even without a manifest.
+# Each changes one file, with `rng`, a random.Random. True: the damage must be found even without a manifest.
 
 
-def truncate(draw, path):
+def truncate(rng, path):
     size = path.stat().st_size
-    keep = draw.choice([0, 1, 7, 8, 9, size // 2, size - 1, draw.randrange(size)])
+    keep = rng.choice([0, 1, 7, 8, 9, size // 2, size - 1, rng.randrange(size)])
     path.write_bytes(path.read_bytes()[: min(keep, size - 1)])
     return path.suffix != ".jinja"
 
 
-def flip_bits(draw, path, within=None):
+def flip_bits(rng, path, within=None):
     data = bytearray(path.read_bytes())
-    for _ in range(draw.choice([1, 1, 2, 16])):
-        data[draw.randrange(min(len(data), within or len(data)))] ^= 1 << draw.randrange(8)
+    for _ in range(rng.choice([1, 1, 2, 16])):
+        data[rng.randrange(min(len(data), within or len(data)))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
     return False
 
 
-def flip_bits_of_the_header(draw, path):
-    return flip_bits(draw, path, within=400)
+def flip_bits_of_the_header(rng, path):
+    return flip_bits(rng, path, within=400)
 
 
-def overwrite(draw, path):
+def overwrite(rng, path):
     """A stretch of zeros, ones or noise, as a bad disk leaves it."""
-    data, start = bytearray(path.read_bytes()), draw.randrange(path.stat().st_size)
-    length = min(len(data) - start, draw.choice([4, 64, 4096]))
-    data[start : start + length] = draw.choice([bytes(length), b"\xff" * length, draw.randbytes(length)])
+    data, start = bytearray(path.read_bytes()), rng.randrange(path.stat().st_size)
+    length = min(len(data) - start, rng.choice([4, 64, 4096]))
+    data[start : start + length] = rng.choice([bytes(length), b"\xff" * length, rng.randbytes(length)])
     path.write_bytes(data)
     return False
 
 
-def append(draw, path):
-    path.write_bytes(path.read_bytes() + draw.randbytes(draw.choice([1, 8, 1000])))
+def append(rng, path):
+    path.write_bytes(path.read_bytes() + rng.randbytes(rng.choice([1, 8, 1000])))
     return path.suffix == ".safetensors"
 
 
-def put_folder(draw, path):
+def put_folder(rng, path):
     path.unlink()
     path.mkdir()
     return True
 
 
-def remove(draw, path):
+def remove(rng, path):
     path.unlink()
     return path.suffix == ".safetensors" or path.suffix == ".gguf"
 
 
-def huge_number(draw, path):
+def huge_number(rng, path):
     """Eight bytes near the start, such as a length, become huge or negative."""
     data = bytearray(path.read_bytes())
-    place = draw.choice([0, 8, 16, 24, draw.randrange(min(len(data), 3000))])
-    number = draw.choice([2**64 - 1, 2**63, 2**63 - 1, 2**62, 2**40, 2**32, 10**8 + 1, 0])
+    place = rng.choice([0, 8, 16, 24, rng.randrange(min(len(data), 3000))])
+    number = rng.choice([2**64 - 1, 2**63, 2**63 - 1, 2**62, 2**40, 2**32, 10**8 + 1, 0])
     data[place : place + 8] = struct.pack("<Q", number)
     path.write_bytes(data)
     return path.suffix == ".safetensors" and place == 0
 
 
-def edit_header(draw, path):
+def edit_header(rng, path):
     """Lie about a tensor in a safetensors header."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    name = draw.choice([name for name in header if name != "__metadata__"])
+    name = rng.choice([name for name in header if name != "__metadata__"])
     entry, (start, end) = header[name], header[name]["data_offsets"]
     lies = [
         {"data_offsets": [start, end + 4]}, {"data_offsets": [start + 4, end]}, {"data_offsets": [end, start]},
@@ -255,33 +256,33 @@ def edit_header(draw, path):
         {"dtype": "I64" if entry["dtype"] != "I64" else "F64"}, {"dtype": "U8"}, {"dtype": "F8_E4M3"}, {"dtype": 5},
         {"dtype": "F4"},
     ]  # fmt: skip
-    header[name] = entry | draw.choice(lies)
+    header[name] = entry | rng.choice(lies)
     _put_header(path, data, size, json.dumps(header).encode())
     return True
 
 
-def twin_in_header(draw, path):
+def name_twice_in_header(rng, path):
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    name = draw.choice([name for name in header if name != "__metadata__"])
-    twin = header[name] | {"dtype": {"F32": "I32", "I32": "F32", "I64": "F64", "BOOL": "U8"}[header[name]["dtype"]]}
-    encoded = json.dumps(header)[:-1] + f", {json.dumps(name)}: {json.dumps(twin)}}}"
+    name = rng.choice([name for name in header if name != "__metadata__"])
+    second = header[name] | {"dtype": {"F32": "I32", "I32": "F32", "I64": "F64", "BOOL": "U8"}[header[name]["dtype"]]}
+    encoded = json.dumps(header)[:-1] + f", {json.dumps(name)}: {json.dumps(second)}}}"
     _put_header(path, data, size, encoded.encode())
     return True
 
 
-def deep_header(draw, path):
+def deep_header(rng, path):
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    _put_header(path, data, size, data[8 : 8 + size].rstrip()[:-1] + b', "x": ' + b"[" * draw.choice([200, 10**5]))
+    _put_header(path, data, size, data[8 : 8 + size].rstrip()[:-1] + b', "x": ' + b"[" * rng.choice([200, 10**5]))
     return True
 
 
-def swap_header(draw, path):
+def swap_header(rng, path):
     """The header of another file of safetensors."""
     others = [other for other in path.parents[1].glob("*/*.safetensors") if other.stat().st_size != path.stat().st_size]
-    data, other = path.read_bytes(), draw.choice(others).read_bytes()
+    data, other = path.read_bytes(), rng.choice(others).read_bytes()
     size, other_size = (int.from_bytes(content[:8], "little") for content in (data, other))
     _put_header(path, data, size, other[8 : 8 + other_size])
     return data[8 : 8 + size] != other[8 : 8 + other_size]
@@ -296,38 +297,38 @@ ODD = [None, True, -1, 0, 10**30, 2.5, 1e308, float("nan"), float("inf"), "", "o
        [], [[]], {}, {"a": {}}, [None]]  # fmt: skip
 
 
-def odd_value(draw, path):
+def odd_value(rng, path):
     """Another value for a key somewhere in a JSON file."""
     root = json.loads(path.read_text())
     nodes = [root]
     for node in nodes:
         children = node.values() if isinstance(node, dict) else node
         nodes += [child for child in children if isinstance(child, dict | list) and child]
-    node = draw.choice(nodes[:50])
-    key = draw.choice([*node, "more"]) if isinstance(node, dict) else draw.randrange(len(node))
-    node[key] = draw.choice(ODD)
+    node = rng.choice(nodes[:50])
+    key = rng.choice([*node, "more"]) if isinstance(node, dict) else rng.randrange(len(node))
+    node[key] = rng.choice(ODD)
     path.write_text(json.dumps(root))
     return False
 
 
-def deep_json(draw, path):
+def deep_json(rng, path):
     text = path.read_text().rstrip()
-    deep = draw.choice(["[", '{"a":']) * draw.choice([2000, 10**5])
-    path.write_text(draw.choice([deep, text[:-1] + ', "x": ' + deep]))
+    deep = rng.choice(["[", '{"a":']) * rng.choice([2000, 10**5])
+    path.write_text(rng.choice([deep, text[:-1] + ', "x": ' + deep]))
     return True
 
 
 ALL = (truncate, flip_bits, flip_bits_of_the_header, overwrite, append, put_folder, remove, huge_number)
-SAFETENSORS = (edit_header, edit_header, twin_in_header, deep_header, swap_header)
+SAFETENSORS = (edit_header, edit_header, name_twice_in_header, deep_header, swap_header)
 JSON = (odd_value, odd_value, deep_json)
 
 
-def mutate(draw, path):
+def mutate(rng, path):
     """Change one file in a folder, or this one. Returns (the file, the name of what was done, whether it is seen)."""
-    file = path if path.is_file() else draw.choice(sorted(path.iterdir()))
+    file = path if path.is_file() else rng.choice(sorted(path.iterdir()))
     more = {".safetensors": SAFETENSORS, ".json": JSON}.get(file.suffix, ())
-    how = draw.choice([*ALL, *more, *more])
-    return file, how.__name__, how(draw, file)
+    how = rng.choice([*ALL, *more, *more])
+    return file, how.__name__, how(rng, file)
 
 
 # Keys that the readers of a file know beside those it has.
@@ -335,6 +336,7 @@ KNOWN = {
     "config.json": (
         "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "head_dim", "quantization_config",
         "attention_bias", "mlp_bias", "qk_norm", "use_sliding_window", "max_window_layers", "partial_rotary_factor",
+        "original_max_position_embeddings", "hidden_activation", "per_layer_config", "num_experts",
     ),
     "tokenizer_config.json": (
         "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "chat_template", "add_bos_token",
@@ -380,8 +382,8 @@ def same(one, other):
 
 def try_one(good, originals, place, seed, share_signed):
     """Damage a copy of something good and load it. Returns (what happened, description); "wrong: …" is a failure."""
-    draw = random.Random(seed)
-    kind = draw.choice(sorted(good))
+    rng = random.Random(seed)
+    kind = rng.choice(sorted(good))
     path, loader = good[kind]
     copy = place / path.name
     shutil.copytree(path, copy) if path.is_dir() else shutil.copy(path, copy)
@@ -389,11 +391,11 @@ def try_one(good, originals, place, seed, share_signed):
     for other in good.values():
         if not (place / other[0].name).exists():
             (place / other[0].name).symlink_to(other[0])
-    signed = path.is_dir() and draw.random() < share_signed
+    signed = path.is_dir() and rng.random() < share_signed
     if not signed and path.is_dir():
         (copy / MANIFEST).unlink()
     before = {file: file.read_bytes() for file in ([copy] if copy.is_file() else copy.iterdir())}
-    file, how, seen = mutate(draw, copy)
+    file, how, seen = mutate(rng, copy)
     what = f"{seed}: {how} of {kind}/{file.name}{' with its manifest' if signed else ''}"
     if file.is_file() and file.read_bytes() == before[file]:
         return "unchanged", what

@@ -12,7 +12,7 @@ from test_finetune import random_samples, write_data
 import finetune
 import lora
 from batching import Samples
-from model import IGNORE, Config
+from model import IGNORE
 from ops.cpp import compiled_library
 from quantize import bitsandbytes
 from shell.cli import UserError
@@ -20,10 +20,11 @@ from training.memory import budget, plan
 from training.memory.allocations import Tracker, traced_step
 from training.memory.plan import Job, Predictor, Shape
 from weights.checkpoint import load_model
+from weights.families import config_from_json
 
 
 def tiny_config(family="llama", layers=3, **changes):
-    return Config.from_dict(
+    return config_from_json(
         {"model_type": family.partition("-")[0], **SMALL, **FAMILIES[family][1], "num_hidden_layers": layers, **changes}
     )
 
@@ -142,7 +143,7 @@ def test_moments_take_what_an_optimiser_makes(optimizer):
 
 
 def test_weights_and_adapters_take_what_a_loaded_model_takes(tiny_model_dir):
-    config = Config.from_dict(json.loads((tiny_model_dir / "config.json").read_text()))
+    config = config_from_json(json.loads((tiny_model_dir / "config.json").read_text()))
     for quantize in (None, "bnb.nf4-dq"):
         model = load_model(tiny_model_dir, torch.bfloat16, quantize=quantize)
         lora.add_lora(model, lora.AdapterConfig())
@@ -169,7 +170,7 @@ def test_attention_on_a_card_that_is_not_here_is_counted(dtype):
 
 
 def test_planning_leaves_nothing_without_memory_behind(tiny_model_dir):
-    config = Config.from_dict(json.loads((tiny_model_dir / "config.json").read_text()))
+    config = config_from_json(json.loads((tiny_model_dir / "config.json").read_text()))
     state = torch.get_rng_state()
     Predictor(Job(config, "cpu", torch.float32, quantize="bnb.nf4-dq", adapter=lora.AdapterConfig())).peak(SHAPES[0])
     assert torch.equal(state, torch.get_rng_state())

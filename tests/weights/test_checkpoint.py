@@ -11,12 +11,13 @@ from conftest import FAMILIES, ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model import Config, Transformer
+from model import Transformer
 from shell import files
 from shell.cli import UserError
 from shell.files import MANIFEST, check_manifest, new_folder
 from weights import checkpoint
 from weights.checkpoint import INDEX, load_model, save_model, write_weights
+from weights.families import config_from_json
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -456,7 +457,7 @@ def half_a_gigabyte(tmp_path_factory):
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(values))
     with torch.device("meta"):
-        model = Transformer(Config.from_dict(values))
+        model = Transformer(config_from_json(values))
     layout = {name: (torch.bfloat16, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
     noise = torch.randn(32000 * 1024).bfloat16() / 50
     write_weights(folder, layout, lambda name: noise[: torch.Size(layout[name][1]).numel()].view(layout[name][1]))
