@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora import ADAPTERS, Adapter, AdapterConfig, DoRALinear, LoRALinear, adapters, linear_layers, match_pattern, wrap
-from model import LARGEST, Linear
+from model import Linear
 from shell.cli import UserError
 from shell.files import check_listed, read_json
 from weights.safetensors_format import read_tensors
@@ -120,17 +120,22 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterConfig:
     for name in wanted:
         if name not in tensors:
             raise UserError(f"{folder}: no tensors for {name}, which adapter_config.json says it adapts")
-        _check_shapes(_without_memory(config, layers[name], name), tensors[name], f"{folder}: {name}")
+        where = f"{folder}: {name}"
+        _check_shapes(_without_memory(config, layers[name], name, where), tensors[name], where)
     wrap(model, config, wanted)
     for name, adapter in adapters(model).items():
         fill_adapter(adapter, tensors[name], f"{folder}: {name}")
     return config
 
 
-def _without_memory(config, layer, name):
+def _without_memory(config, layer, name, where):
     """The adapter over a layer of this size, but without memory: for checks before any is taken for the rank."""
     with torch.device("meta"):
-        return config.adapt(Linear(layer.in_features, layer.out_features, layer.bias is not None), name)
+        base = Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        try:
+            return config.adapt(base, name)
+        except (OverflowError, RuntimeError, TypeError) as error:  # of a rank that no tensor can have
+            raise UserError(f"{where}: no adapter can be as adapter_config.json says ({error})") from None
 
 
 @torch.no_grad()
@@ -296,8 +301,8 @@ def _check_numbers(values):
     """Raise ValueError if a rank, an alpha or the dropout in an adapter_config.json is none."""
     ranks, alphas = (_pattern(values, key) for key in ("rank_pattern", "alpha_pattern"))
     for rank in (values["r"], *ranks.values()):
-        if type(rank) is not int or not 1 <= rank <= LARGEST:
-            raise ValueError(f"a rank of {rank!r} is not a whole number above 0 and up to {LARGEST:,}")
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"a rank of {rank!r} is not a whole number above 0")
     for alpha in (values["lora_alpha"], *alphas.values()):
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise ValueError(f"an alpha of {alpha!r} is not a number")
