@@ -109,7 +109,19 @@ def start(model, text, positions):
         rows = (targets.flatten() != IGNORE).to(weight.device)
         batches.append(Batch(x, angles, attention, rows))
         batches[-1].hidden = final_states(model, batches[-1], 0)
+        if len(batches) == 1:
+            _check_blocks(batches[0], model.hidden_states(tokens, offsets=offsets))
     return batches
+
+
+def _check_blocks(batch, hidden):
+    """Raise UserError unless the blocks, called one by one, compute what `Transformer.hidden_states` did, (1, T, D)."""
+    expected = hidden.flatten(0, 1)[batch.rows].float()
+    if not (batch.hidden - expected).norm() <= 0.05 * expected.norm():  # equal but for rounding
+        raise UserError(
+            "model.py's Transformer.hidden_states does more than call its blocks in turn: let start and through_blocks "
+            "in eval/sensitivity.py do so too"
+        )
 
 
 def through_blocks(model, batch, first, end):
