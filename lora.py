@@ -1,61 +1,140 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) over dense and quantised linear layers alike.
+"""Adapters: a few trained numbers over a frozen linear layer. LoRA (Hu et al. 2021, arXiv 2106.09685) and its kin.
 
-An adapter wraps a frozen linear layer, sits in its place in the model, and trains a few fp32 parameters. Files are
-PEFT's: `adapter_model.safetensors` and `adapter_config.json`, which PEFT loads and which load from PEFT.
+An adapter takes the place of a linear layer in the model and calls it. LoRA and DoRA are saved in PEFT's format.
 
-To add an adapter: a class like `DoRALinear` and a line in `ADAPTERS`.
+To add an adapter: a class that inherits from `Adapter` and a line in `ADAPTERS`; nothing else. The class has
+- `__init__(self, base, r, alpha, dropout=0.0, rslora=False)`, the flags --lora_r and so on. It calls
+  `super().__init__(base)` and makes its trained parameters on `self.device`, in fp32. It is also called on the "meta"
+  device, where tensors have no values: it must not look at any.
+- `forward(x)`, (..., in_features) to (..., out_features). It may use `self.base(x)` and
+  `self.base.dequantize(dtype)`, the frozen weight. Dropout is for `self.training` only.
+
+Its parameters and buffers are saved and read back by their names. A frozen random matrix is a buffer: saved if it is
+persistent, else made again from a fixed seed; layers share one through a function with `functools.cache`. Merging finds
+the weight by calling `forward`; a class with a shorter way overrides `merged_weight`. To change LoRA in one point,
+inherit from `LoRALinear` and override that method.
 """
 
 import contextlib
 import ctypes
 import math
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from model import Linear
 from ops.linear import low_rank_linears
 from shell.cli import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+UNIT_VECTORS = 1024  # that go through an adapter at one time, to find its weight
 
 
-class LoRALinear(nn.Module):
+class Adapter(nn.Module):
+    """What stands in the place of the frozen linear layer `base`, and trains. The page's beginning says what to add.
+
+    standard: whether this computes exactly LoRA or DoRA as published, as PEFT does too. Only then may code that has
+        that formula stand in for `forward`: `LoRALinear.together`, decode_cpu.cpp, PEFT's file format.
+    """
+
+    standard = False
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.device = base.weight.device if isinstance(base, nn.Linear) else base.device
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The one weight, (out, in) fp32, that does what base and adapter do together.
+
+        It is what `forward` makes of the unit vectors. Raises UserError if no weight does the same, beside the base's
+        bias: an adapter that is not linear, or that changes the bias.
+        """
+        training, columns = self.training, []
+        self.eval()
+        offset = self(torch.zeros(1, self.in_features, device=self.device))
+        for start in range(0, self.in_features, UNIT_VECTORS):
+            number = min(UNIT_VECTORS, self.in_features - start)
+            x = torch.zeros(number, self.in_features, device=self.device)
+            x[:, start:].fill_diagonal_(1)
+            columns.append(self(x) - offset)
+        weight = torch.cat(columns).float().T.contiguous()
+        x = torch.randn(4, self.in_features, generator=torch.Generator().manual_seed(0)).to(self.device)
+        y, bare = self(x), self.base(x)
+        self.train(training)
+        error = (y - F.linear(x, weight, None if self.base.bias is None else self.base.bias.float())).norm()
+        if not error <= 0.01 * (y - bare).norm() + 1e-5 * y.norm():
+            raise UserError(
+                f"{type(self).__name__} does what no single weight does (it is not linear, or changes the bias): it "
+                "cannot be merged"
+            )
+        return weight
+
+    @classmethod
+    @cache
+    def is_standard(cls) -> bool:
+        """Whether the class is one of `FORMULAS`, itself, and computes what is said there.
+
+        A researcher may edit `LoRALinear` in place, so that is tried on a small layer. Then a line on standard error
+        says that the fast ways are not taken.
+        """
+        if cls not in FORMULAS:
+            return False
+        with torch.random.fork_rng([]), _disable_current_modes(), torch.no_grad():
+            try:
+                follows = _follows_formula(cls)
+            except (AttributeError, RuntimeError, TypeError, ValueError):  # what else an edit may lead to
+                follows = False
+        if not follows:
+            print(f"note: {cls.__name__} computes something new: going on without its fast ways", file=sys.stderr)
+        return follows
+
+
+class LoRALinear(Adapter):
     """y = base(x) + scale * B A x. A (r, in) starts random and B (out, r) zero, so it starts as the base itself.
 
     A and B are fp32 whatever the model's dtype: in bf16 most of AdamW's steps would round to nothing.
     """
 
-    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
-        super().__init__()
-        self.base, self.dropout = base, dropout
-        self.in_features, self.out_features = base.in_features, base.out_features
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__(base)
+        self.dropout = dropout
         self.scale = alpha / (math.sqrt(r) if rslora else r)  # rsLoRA: Kalajdzievski 2023, arXiv 2312.03732
-        device = base.weight.device if isinstance(base, nn.Linear) else base.codes.device
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=self.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=self.device))
         if not self.lora_A.is_meta:  # there it would do nothing, and take a second to import what it needs for that
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def low_rank(self, x):
+    def low_rank(self, x: Tensor) -> Tensor:
         """scale * B A dropout(x), multiplied in x's dtype."""
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         x = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # (..., r): scaled where it is small
         return F.linear(x, self.lora_B.to(x.dtype))
 
-    def forward(self, x):
-        if not self.trains_by_hand():
-            return self.base(x) + self.low_rank(x)
-        return self.together(x, [self])[0]
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out), in x's dtype."""
+        if self.trains_by_hand():
+            return self.together(x, [self])[0]
+        return self.base(x) + self.low_rank(x)
 
-    def trains_by_hand(self):
-        """Whether `together` does what `forward` does. When nothing trains, the base may have a faster way."""
-        return torch.is_grad_enabled() and not (self.dropout and self.training)
+    def trains_by_hand(self) -> bool:
+        """Whether `together` may stand in for `forward`: in training, without dropout, and for standard LoRA alone.
+
+        When nothing trains, the base may have a faster way. A subclass goes through its `forward` and `low_rank`.
+        """
+        return self.standard and torch.is_grad_enabled() and not (self.dropout and self.training)
 
     @staticmethod
-    def together(x, layers):
+    def together(x: Tensor, layers: Sequence["LoRALinear"]) -> list[Tensor]:
         """What each of `layers` makes of x, in fewer products and with less kept than one after the other."""
         bases, scales = [layer.base for layer in layers], [layer.scale for layer in layers]
         factors = [(layer.lora_A, layer.lora_B) for layer in layers]
@@ -63,9 +142,9 @@ class LoRALinear(nn.Module):
         return [y if base.bias is None else y + base.bias.to(y.dtype) for y, base in zip(ys, bases, strict=True)]
 
     @torch.no_grad()
-    def merged_weight(self):
-        """The one weight, (out, in) fp32, that does what base and adapter do together."""
-        return self.base.dequantize(torch.float32) + self.scale * (self.lora_B @ self.lora_A)
+    def merged_weight(self) -> Tensor:
+        """As in `Adapter`: by the formula where it holds, which is faster."""
+        return FORMULAS[type(self)](self) if self.standard else super().merged_weight()
 
 
 class DoRALinear(LoRALinear):
@@ -74,33 +153,59 @@ class DoRALinear(LoRALinear):
     m (out,) starts as |W|. As in section 4.3 of the paper |V| counts as a constant in the gradient.
     """
 
-    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(base, r, alpha, dropout, rslora)
         self.lora_magnitude_vector = nn.Parameter(self.row_norms())
 
     @torch.no_grad()
-    def row_norms(self):
-        return LoRALinear.merged_weight(self).norm(dim=1).clamp(min=1e-38)  # a row may be zero: 0 / 0 is NaN
+    def row_norms(self) -> Tensor:
+        """|V|: (out,) fp32."""
+        return lora_weight(self).norm(dim=1).clamp(min=1e-38)  # a row may be zero: 0 / 0 is NaN
 
-    def ratio(self):
+    def ratio(self) -> Tensor:
         """m / |V|, the factor of each row: (out,) fp32."""
         return self.lora_magnitude_vector / self.row_norms()
 
-    def trains_by_hand(self):
+    def trains_by_hand(self) -> bool:
+        """Never: `together` knows nothing of the magnitudes."""
         return False
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out), in x's dtype."""
         y = self.base(x)
         bare = y if self.base.bias is None else y - self.base.bias.to(y.dtype)
         ratio = self.ratio().to(y.dtype)
         return y + (ratio - 1) * bare + ratio * self.low_rank(x)  # exactly y at the start, where ratio is 1
 
-    @torch.no_grad()
-    def merged_weight(self):
-        return super().merged_weight() * self.ratio()[:, None]
-
 
 ADAPTERS = {"lora": LoRALinear, "dora": DoRALinear}
+
+
+def lora_weight(adapter: LoRALinear) -> Tensor:
+    """W + scale * B A, (out, in) fp32."""
+    return adapter.base.dequantize(torch.float32) + adapter.scale * (adapter.lora_B @ adapter.lora_A)
+
+
+def dora_weight(adapter: DoRALinear) -> Tensor:
+    """m V / |V| by row, (out, in) fp32."""
+    return lora_weight(adapter) * adapter.ratio()[:, None]
+
+
+FORMULAS = {LoRALinear: lora_weight, DoRALinear: dora_weight}  # the published ones, which PEFT's files stand for
+
+
+def _follows_formula(cls):
+    """Whether `forward`, and `together` where a class takes it, agree with `FORMULAS` on a small random layer."""
+    torch.manual_seed(0)
+    adapter = cls(Linear(7, 5, device="cpu").requires_grad_(False), 3, 4.0)
+    for parameter in adapter.parameters():
+        parameter.copy_(torch.rand(parameter.shape, device="cpu"))
+    x = torch.rand(6, 7, device="cpu")
+    expected = F.linear(x, FORMULAS[cls](adapter), adapter.base.bias)
+    ys = [adapter(x)]
+    if cls is LoRALinear:
+        ys += cls.together(x, [adapter])
+    return all(torch.allclose(y, expected, rtol=1e-4) for y in ys)
 
 
 @dataclass(frozen=True)
@@ -120,31 +225,34 @@ class AdapterConfig:
     rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict = field(default_factory=dict)
 
-    def adapt(self, base, name):
+    def adapt(self, base: nn.Module, name: str) -> Adapter:
         """The adapter over the linear layer `base`, which is called `name` in the model."""
-        r = self.rank(name)
+        r = match_pattern(self.rank_pattern, name, self.r)
         alpha = match_pattern(self.alpha_pattern, name, self.alpha)
-        return ADAPTERS[self.kind](base, r, alpha, self.dropout, self.rslora)
+        adapter = ADAPTERS[self.kind](base, r, alpha, self.dropout, self.rslora)
+        adapter.standard = adapter.is_standard()
+        return adapter
 
-    def rank(self, name):
-        return match_pattern(self.rank_pattern, name, self.r)
-
-    def covers(self, name):
+    def covers(self, name: str) -> bool:
+        """Whether the linear layer called `name` gets an adapter."""
         if isinstance(self.targets, str):
             return re.fullmatch(self.targets, name) is not None
         return any(name == target or name.endswith("." + target) for target in self.targets)
 
 
-def match_pattern(pattern, name, default):
+def match_pattern(pattern: dict, name: str, default: float | None) -> float | None:
+    """The value of the first key, a regular expression, that the end of a module's name matches."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def linear_layers(model):
-    """Name and module of every layer that an adapter could wrap: all linear ones, quantised or not."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name and module of every linear layer, quantised or not, adapted or not, and not what is inside an adapter."""
+    inside = tuple(f"{name}." for name in adapters(model))
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    return {name: module for name, module in layers.items() if not name.startswith(inside)}
 
 
-def add_lora(model, config):
+def add_lora(model: nn.Module, config: AdapterConfig) -> None:
     """Freeze the model and wrap its linear layers as `config` says. Its trainable parameters are the adapter's."""
     layers = linear_layers(model)
     for target in () if isinstance(config.targets, str) else config.targets:
@@ -157,7 +265,7 @@ def add_lora(model, config):
     wrap(model, config, names)
 
 
-def wrap(model, config, names):
+def wrap(model: nn.Module, config: AdapterConfig, names: Sequence[str]) -> None:
     """Freeze the model and put an adapter over each linear layer in `names`."""
     model.requires_grad_(False)
     for name in names:
@@ -166,7 +274,7 @@ def wrap(model, config, names):
         give_back_memory()
 
 
-def give_back_memory():
+def give_back_memory() -> None:
     """Return what was freed to the system. glibc keeps it, in holes between the results that larger ones never fit.
 
     A model of 557 MB in bf16, 251 MB in NF4, peaked at 327 MB above the bare process while it was loaded; without this
@@ -176,6 +284,6 @@ def give_back_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def adapters(model):
+def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Name and module of every adapter in the model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}

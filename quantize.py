@@ -1,24 +1,31 @@
 """Linear layers whose frozen weight is kept in 4 or 8 bits: what `--quantize` chooses among.
 
-The quantising itself is bitsandbytes', called directly, on CPU and CUDA alike. The layers only store its result and
-multiply by what it dequantises to, so that the gradient is the exact one of the dequantised weight. NF4 (Dettmers et
-al. 2023, arXiv 2305.14314) is written out in plain torch at the end: slow, readable, and bit for bit the same.
+bitsandbytes does the quantising, called directly, on CPU and CUDA alike. A layer stores its result and multiplies by
+what that dequantises to, so the gradient is the exact one of the dequantised weight. NF4 (Dettmers et al. 2023, arXiv
+2305.14314) is written out in plain torch at the end of this file: slow, readable, and bit for bit the same.
 
-A model's layers may all have the same quantiser, or each its own: then they have a plan, a dict from the path of every
+A model's layers may all have the same quantiser, or each its own. Then they have a plan: a dict from the path of every
 linear layer in the blocks to a key of `QUANTIZERS` or "none". eval/quality.py --sensitivity writes one to a file.
 
-To add a quantiser: a class with `in_features`, `out_features`, `bias`, `codes`, `forward` and `dequantize(dtype)`,
-made from a weight and an optional bias, and a line in `QUANTIZERS`. bitsandbytes takes seconds to import, so that
-waits until a layer is made.
+To add a quantiser: a class that inherits from `QuantizedLinear` and a line in `QUANTIZERS`; nothing else. The class has
+- `__init__(self, weight, bias)`, which calls `super().__init__(weight, bias)` and stores the quantised weight on the
+  weight's device, in plain attributes. It also runs on tensors without values ("meta"): it must not look at any.
+- `dequantize(dtype)`, the weight that the layer multiplies by, and `nbytes()`, what it takes in memory.
+It may override `forward` where there is a faster product. bitsandbytes takes seconds to import, so that waits until a
+layer is made.
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from model import Config
 from ops.linear import stored_linear
 from shell.cli import UserError
 from shell.files import read_json, whole_file, write_json
@@ -26,7 +33,7 @@ from shell.files import read_json, whole_file, write_json
 BLOCK = 64  # weights that share one scale in the 4-bit formats
 
 
-def bitsandbytes():
+def bitsandbytes() -> ModuleType:
     """The bitsandbytes package, without its advice to install `kernels`: with it, it would fetch native code."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
@@ -35,22 +42,24 @@ def bitsandbytes():
 
 
 class QuantizedLinear(nn.Module):
-    """What the quantised layers share: y = x @ dequantize(x.dtype).T + bias, for x (..., in_features)."""
+    """What every quantised layer is: y = x @ dequantize(x.dtype).T + bias. The page's beginning says what to add."""
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.device = weight.device
         self.bias = bias  # (out_features,), unquantised, or None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) to (..., out_features), in x's dtype."""
         y = stored_linear(x, self.dequantize)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def dequantize(self, dtype):
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight that this layer multiplies by, (out_features, in_features) of `dtype`."""
         raise NotImplementedError
 
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes that the quantised weight takes, its scales included."""
         raise NotImplementedError
 
@@ -58,7 +67,7 @@ class QuantizedLinear(nn.Module):
 class Linear4bit(QuantizedLinear):
     """4 bits a weight and one fp32 scale for each 64: 4.5 bits. `double_quant` stores the scales in 8 bits: 4.13."""
 
-    def __init__(self, weight, bias, data_type, double_quant):
+    def __init__(self, weight: Tensor, bias: Tensor | None, data_type: str, double_quant: bool):
         super().__init__(weight, bias)
         # From fp32 always: the codes must not depend on the precision that the rest of the model is loaded in.
         codes, self.state = bitsandbytes().functional.quantize_4bit(
@@ -66,33 +75,36 @@ class Linear4bit(QuantizedLinear):
         )
         self.codes = F.pad(codes, (0, 0, 0, -len(codes) % (BLOCK // 2)))  # whole blocks of two codes a byte
 
-    def dequantize(self, dtype):
-        # The operation itself, which torch.compile can trace; the function around it would break the graph. It gets
-        # whole blocks as rows: its AVX-512 kernel takes each row for the start of a block, which ours need not be.
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """As in `QuantizedLinear`."""
+        # The operation itself, which torch.compile can trace; bitsandbytes' function around it would break the graph.
+        # Whole blocks are given as rows, as its AVX-512 kernel takes each row for the start of a block.
         scales = self.block_scales()
         shape, kind = (len(scales), BLOCK), self.state.quant_type
         blocks = torch.ops.bitsandbytes.dequantize_4bit(self.codes, scales, BLOCK, kind, shape, dtype)
         return blocks.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """As in `QuantizedLinear`; a single row is faster on CUDA."""
         one_row = x.numel() == self.in_features and self.in_features % BLOCK == 0
         if x.is_cuda and one_row and not torch.is_grad_enabled():
             return self.one_row(x)
         return super().forward(x)
 
-    def one_row(self, x):
+    def one_row(self, x: Tensor) -> Tensor:
         """The product with one row in bitsandbytes' kernel, which reads the codes alone: x (1, ..., in_features)."""
         y = bitsandbytes().functional.gemv_4bit(x, self.codes, state=self.state)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def block_scales(self):
+    def block_scales(self) -> Tensor:
         """The scale of each block of 64 weights, in row order: fp32, also where they are stored in 8 bits."""
         if not self.state.nested:
             return self.state.absmax.float()
         scales = bitsandbytes().functional.dequantize_blockwise(self.state.absmax, self.state.state2)
         return (scales + self.state.offset).float()
 
-    def nbytes(self):
+    def nbytes(self) -> int:
+        """As in `QuantizedLinear`."""
         tensors = [self.codes, self.state.absmax]
         if self.state.nested:
             tensors.append(self.state.state2.absmax)
@@ -102,18 +114,20 @@ class Linear4bit(QuantizedLinear):
 class Linear8bit(QuantizedLinear):
     """8 bits a weight and one fp32 scale a row, as LLM.int8() stores them (Dettmers et al. 2022, arXiv 2208.07339).
 
-    Only the weight is quantised: activations stay as they are, so there are no outlier columns to treat apart.
+    Only the weight is quantised, not the activations: so their outliers need no care.
     """
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight, bias)
         # bitsandbytes takes fp16 alone here, whose range a weight never leaves.
         self.codes, self.scales, _ = bitsandbytes().functional.int8_vectorwise_quant(weight.half().contiguous())
 
-    def dequantize(self, dtype):
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """As in `QuantizedLinear`."""
         return bitsandbytes().functional.int8_vectorwise_dequant(self.codes, self.scales).to(dtype)
 
-    def nbytes(self):
+    def nbytes(self) -> int:
+        """As in `QuantizedLinear`."""
         return self.codes.nbytes + self.scales.nbytes
 
 
@@ -126,16 +140,21 @@ QUANTIZERS = {
 }
 
 
+def quantized_layers(module: nn.Module) -> list[QuantizedLinear]:
+    """Every quantised layer in a module, which may be one itself."""
+    return [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+
+
 # --------------------------------------------------------------------------------------- which layer has which of them
 
-# What two models share if a plan for the one fits the other: under these names in `model.Config` and in the file.
+# What two models must have in common for a plan to fit both; named so in `model.Config` and in the file.
 SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size",
 )  # fmt: skip
 
 
-def read_quantization(value, model):
+def read_quantization(value: str | dict | None, model: nn.Module) -> str | dict | None:
     """What --quantize says, checked against a `Transformer` that is not quantised yet: None, a key, or a plan.
 
     value: None or "none"; a key of QUANTIZERS; a plan; or the path of a plan's file, NAME.json. Raises UserError.
@@ -151,7 +170,7 @@ def read_quantization(value, model):
     return value
 
 
-def quantizer_of(quantization, path):
+def quantizer_of(quantization: str | dict | None, path: str) -> Callable[..., QuantizedLinear] | None:
     """The quantiser of a linear layer, a function of weight and bias, or None if it stays as it is.
 
     quantization: as `read_quantization` returns it. path: of a layer in the blocks.
@@ -159,15 +178,15 @@ def quantizer_of(quantization, path):
     return QUANTIZERS.get(quantization[path] if isinstance(quantization, dict) else quantization)
 
 
-def quantizers_in_block(quantization, number):
-    """What tells blocks apart whose layers have other quantisers: equal for those that have the same."""
+def quantizers_in_block(quantization: str | dict | None, number: int) -> str | tuple | None:
+    """The quantisers of the layers of block `number`, in a form that is equal for blocks that have the same ones."""
     if not isinstance(quantization, dict):
         return quantization
     start = f"model.layers.{number}."
     return tuple(sorted((path.removeprefix(start), q) for path, q in quantization.items() if path.startswith(start)))
 
 
-def describe_quantization(quantization):
+def describe_quantization(quantization: str | dict | None) -> str:
     """In words, for a line on the terminal."""
     if not isinstance(quantization, dict):
         return str(quantization)
@@ -176,7 +195,7 @@ def describe_quantization(quantization):
     return f"a plan ({', '.join(counts)} layers)"
 
 
-def quantizable_layers(model):
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Path and module of every linear layer in the blocks of a model that is not quantised yet."""
     return {
         path: module
@@ -185,8 +204,8 @@ def quantizable_layers(model):
     }
 
 
-def write_plan(path, plan, config, notes):
-    """Write a plan for a model of this `Config` to a file that --quantize takes. notes: what else to say in it."""
+def write_plan(path: Path, plan: dict, config: Config, notes: dict) -> None:
+    """Write a plan for a model of this `Config` to a file that --quantize takes. notes: further keys of the file."""
     with whole_file(path) as file:
         write_json(file, {**notes, "model": {name: getattr(config, name) for name in SIZES}, "layers": plan})
 
@@ -232,7 +251,7 @@ NF4_VALUES = (
 )  # fmt: skip
 
 
-def nf4_quantize(weight):
+def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """NF4 codes and scales of a weight whose size is a multiple of 64.
 
     Returns codes (size/2,) uint8, the first of two weights in the high half, and absmax (size/64,) fp32.
@@ -245,7 +264,7 @@ def nf4_quantize(weight):
     return codes[0::2] << 4 | codes[1::2], absmax
 
 
-def nf4_dequantize(codes, absmax, shape, dtype):
+def nf4_dequantize(codes: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight of `shape` and `dtype` that NF4 codes and scales stand for."""
     values = torch.tensor(NF4_VALUES, device=codes.device)
     pairs = torch.stack((codes >> 4, codes & 15), dim=1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.divergence import CHUNK, divergence, head_weight, micro_batches
-from lora import LoRALinear
+from lora import Adapter, adapters, linear_layers
 from model import IGNORE, Layout, rope_angles
 from ops.attention import choose_attention
 from ops.dtypes import compute_dtype
@@ -70,8 +70,7 @@ def measure_plan(model, text, positions, plan):
 
 def block_layers(model):
     """The paths of all linear layers in the blocks, in order, whether or not an adapter lies over them."""
-    names = (name for name, module in model.named_modules() if hasattr(module, "in_features"))
-    return [name for name in names if name.startswith("model.layers.") and not name.endswith(".base")]
+    return [name for name in linear_layers(model) if name.startswith("model.layers.")]
 
 
 def layer_size(model, path):
@@ -87,7 +86,7 @@ def quantized(model, quantizers):
         for path, name in quantizers.items():
             parent, _, leaf = path.rpartition(".")
             module, parent = model.get_submodule(path), model.get_submodule(parent)
-            if isinstance(module, LoRALinear):
+            if isinstance(module, Adapter):
                 module, parent, leaf = module.base, module, "base"
             places.append((parent, leaf, module))
             setattr(parent, leaf, QUANTIZERS[name](module.weight.detach(), module.bias))
@@ -111,7 +110,19 @@ def start(model, text, positions):
         rows = (targets.flatten() != IGNORE).to(weight.device)
         batches.append(Batch(x, angles, attention, rows))
         batches[-1].hidden = final_states(model, batches[-1], 0)
+        if len(batches) == 1:
+            _check_blocks(batches[0], model.hidden_states(tokens, offsets=offsets))
     return batches
+
+
+def _check_blocks(batch, hidden):
+    """Raise UserError unless the blocks, called one by one, compute what `Transformer.hidden_states` did, (1, T, D)."""
+    expected = hidden.flatten(0, 1)[batch.rows].float()
+    if not (batch.hidden - expected).norm() <= 0.05 * expected.norm():  # equal but for rounding
+        raise UserError(
+            "model.py's Transformer.hidden_states does more than call its blocks in turn: let start and through_blocks "
+            "in eval/sensitivity.py do so too"
+        )
 
 
 def through_blocks(model, batch, first, end):
@@ -148,11 +159,10 @@ def mean_divergence(model, batches, block, head):
 
 def other_bytes(model):
     """Bytes of what no plan quantises, in bf16: embedding, head, norms, biases; without adapters."""
-    layers = set(block_layers(model))
-    weights = {f"{path}{base}.weight" for path in layers for base in ("", ".base")}
-    names = (name for name, _ in model.named_parameters())
-    kept = [name for name in names if name not in weights and ".lora_" not in f".{name}"]
-    return DENSE_BYTES * sum(model.get_parameter(name).numel() for name in kept)
+    left_out = {f"{path}{base}.weight" for path in block_layers(model) for base in ("", ".base")}
+    for path, adapter in adapters(model).items():
+        left_out |= {f"{path}.{name}" for name, _ in adapter.named_parameters() if not name.startswith("base.")}
+    return DENSE_BYTES * sum(parameter.numel() for name, parameter in model.named_parameters() if name not in left_out)
 
 
 def least_bytes(model, quantizers):

@@ -2,50 +2,99 @@
 
 `fastest_decoder(model)` chooses by what the machine has, and all of them compute the same:
 
-- `Decoder`: the model's own forward pass with its `KVCache`. The reference, and what is left without a compiler.
 - `CompiledDecoder`: on a CPU. The products read the weights as they are stored, 16, 8 or 4 bits, and compute in fp32;
   they and what lies between them are decode_cpu.cpp.
 - `StaticDecoder`: on CUDA, where a step is some hundred launches of small kernels. Its shapes and addresses never
   change, so the step is recorded once as a CUDA graph and replayed.
+- `Decoder`: the model's blocks with its `KVCache`. What is left without a compiler.
+- `PlainDecoder`: `Transformer.forward` and nothing else. The reference.
+
+The fast ones repeat what model.py says, and model.py is there to be edited. So `fastest_decoder` lets each read a few
+tokens first, and takes the fastest that computes what the model's own forward pass does. What an edit changes only
+after more than PROBE_LENGTH positions, or by less than rounding does, is not noticed.
 """
 
 import ctypes
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from inference.kv_cache import KVCache
-from lora import DoRALinear, LoRALinear
-from model import Linear, rope_angles
+from lora import Adapter, DoRALinear
+from model import Linear, Transformer, rope_angles
 from ops.attention import Attend, sdpa_attention
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
 from quantize import BLOCK, Linear4bit, Linear8bit
 
 HEAD_CHUNK = 128  # positions of a prompt whose logits exist at one time
+PROBE_LENGTH = 8  # tokens on which a decoder is compared with the model: 0.2 s for 135M parameters on one core
+# How far its logits may then be from the model's, |difference| / |logits|. Rounding in bf16 makes them differ by 1 to
+# 2%, in fp32 by 1e-6.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
-def fastest_decoder(model):
-    """The fastest `Decoder` of a model in evaluation mode on this machine. Its weights must not change afterwards."""
+def fastest_decoder(model: Transformer) -> "Decoder":
+    """The fastest decoder of a model in evaluation mode that computes what the model does.
+
+    The model's weights and code must not change afterwards. A line on standard error names a decoder that was not
+    taken because it computes something else.
+    """
     weight = model.model.embed_tokens.weight
+    kinds = [Decoder]
     if weight.is_cuda:
-        return StaticDecoder(model)
-    if weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and cpp() is not None:
-        return CompiledDecoder(model)
-    return Decoder(model)
+        kinds = [StaticDecoder, Decoder]
+    elif weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and cpp() is not None:
+        kinds = [CompiledDecoder, Decoder]
+    length = min(PROBE_LENGTH, model.config.max_position_embeddings)
+    tokens = torch.linspace(0, model.config.vocab_size - 1, length, device=weight.device).long()[None]
+    with torch.inference_mode():
+        expected = model(tokens)[0, -2:].float()
+    for kind in kinds:
+        difference = probe(kind, model, tokens, expected)
+        if isinstance(difference, Decoder):
+            return difference
+        print(f"note: {kind.__name__} is not taken: {difference}; decoding is slower", file=sys.stderr)
+    return PlainDecoder(model)
+
+
+def probe(kind: type["Decoder"], model: Transformer, tokens: Tensor, expected: Tensor) -> "Decoder | str":
+    """A decoder of the class `kind` if it computes what the model does, else why it is not taken.
+
+    tokens: (1, T). expected: the model's own logits after the last two of them, (2, V) fp32.
+    """
+    try:
+        decoder = kind(model)
+        start = decoder.start(tokens[:, :-1], torch.zeros(1, dtype=torch.int64, device=tokens.device), tokens.size(1))
+        logits = torch.cat([start.float(), decoder.step(tokens[:, -1]).float()])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an edit of model.py leads to, such as a layer that is not there any more
+        return f"it does not work with this model.py ({type(error).__name__}: {error})"
+    difference = ((logits - expected).norm() / expected.norm()).item()
+    if expected.isfinite().all() and not difference <= PROBE_TOLERANCE[model.model.embed_tokens.weight.dtype]:
+        return f"it computes something else than this model.py (logits differ by {difference:.1%})"
+    decoder.cache = None
+    return decoder
 
 
 class Decoder:
     """`start` reads B prompts, `step` takes one token for each: both give the logits of the next, (B, V)."""
 
-    def __init__(self, model):
+    def __init__(self, model: Transformer):
         self.model, self.cache = model, None
 
     @torch.inference_mode()
-    def start(self, tokens, padding, room, score=None, scored=()):
-        """tokens (B, T) int64, of which the first `padding` (B,) are none; room: positions in all, T included.
+    def start(
+        self, tokens: Tensor, padding: Tensor, room: int, score: Callable | None = None, scored: Sequence[int] = ()
+    ) -> Tensor:
+        """Read prompts. tokens (B, T) int64, of which the first `padding` (B,) are none; room: positions, T included.
 
         score: called with (row, position, logits (n, V)) for stretches of each of the rows `scored`: what the model
         predicts after the tokens from that position of the prompt on, the last one included.
@@ -56,7 +105,9 @@ class Decoder:
         return logits
 
     @torch.inference_mode()
-    def join(self, tokens, padding, more, score=None, scored=()):
+    def join(
+        self, tokens: Tensor, padding: Tensor, more: int, score: Callable | None = None, scored: Sequence[int] = ()
+    ) -> Tensor:
         """Read more prompts, which become the last rows of the batch; its logits (B, V) are those rows' alone.
 
         more: positions that any row may still need after its tokens so far. The rest as in `start`.
@@ -68,17 +119,17 @@ class Decoder:
         return logits
 
     @torch.inference_mode()
-    def step(self, ids):
-        """ids (B,) int64. The logits are good until the next step."""
+    def step(self, ids: Tensor) -> Tensor:
+        """Read the next token of each row: ids (B,) int64. The logits (B, V) are good until the next step."""
         return self._read(ids[:, None], self.cache)
 
     @torch.inference_mode()
-    def keep(self, rows):
+    def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone: indices (B',) int64."""
         self.cache.keep(rows)
         self.prepare()
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Make what a step needs, for the cache as it now is."""
 
     def _new_cache(self, tokens, padding, room):
@@ -98,25 +149,38 @@ class Decoder:
         return self.model.lm_head(hidden[:, -1])
 
 
+class PlainDecoder(Decoder):
+    """`Transformer.forward` alone, which makes logits for every position of a prompt, needed or not."""
+
+    def _read(self, tokens, cache, score=None, scored=()):
+        logits = self.model(tokens, cache=cache)
+        for row in scored:
+            first = 0 if cache.padding is None else int(cache.padding[row])
+            for position in range(first, tokens.size(1), HEAD_CHUNK):
+                score(row, position - first, logits[row, position : position + HEAD_CHUNK])
+        return logits[:, -1]
+
+
 # ------------------------------------------------------------------------------------------------------------- CUDA
 
 
 class StaticCache(KVCache):
     """A cache whose position is a tensor, and which always returns all of its room: what a CUDA graph can record."""
 
-    def __init__(self, cache):
+    def __init__(self, cache: KVCache):
         self.k, self.v = cache.k, cache.v
         self.padding = (
             torch.zeros_like(self.k[0, :, 0, 0, 0], dtype=torch.int64) if cache.padding is None else cache.padding
         )
         self.position = torch.tensor([cache.length], device=self.k.device)
 
-    def update(self, layer, k, v):
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k, v (B, K, 1, d) of one layer in their place; returns all its room, (B, K, room, d)."""
         self.k[layer].index_copy_(2, self.position, k)
         self.v[layer].index_copy_(2, self.position, v)
         return self.k[layer], self.v[layer]
 
-    def mask(self, window):
+    def mask(self, window: int | None) -> Tensor:
         """The keys that the new position may see: bool (B, 1, 1, room)."""
         key = torch.arange(self.k.size(3), device=self.k.device)
         mask = (key <= self.position) & (key >= self.padding[:, None])
@@ -128,13 +192,15 @@ class StaticCache(KVCache):
 class StaticDecoder(Decoder):
     """A step of fixed shapes, on CUDA recorded as a graph. On a CPU it runs as it is, so that it can be tested."""
 
-    def prepare(self):
+    def prepare(self) -> None:
+        """As in `Decoder`: the buffers whose addresses the graph will have."""
         self.static = StaticCache(self.cache)
         self.ids = torch.zeros(self.cache.k.size(1), dtype=torch.int64, device=self.cache.k.device)
         self.graph = None  # recorded in the first step: an answer of one token needs none
 
     @torch.inference_mode()
-    def step(self, ids):
+    def step(self, ids: Tensor) -> Tensor:
+        """As in `Decoder`."""
         if self.cache.length == self.cache.k.size(3):
             raise ValueError(f"the cache has room for {self.cache.length} positions, one more is needed")
         self.ids.copy_(ids)
@@ -191,7 +257,7 @@ DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, FOURBIT = 2, 3
 
 
-def cpp():
+def cpp() -> ctypes.CDLL | None:
     """decode_cpu.cpp as a ctypes library, None where it cannot be compiled."""
     library = compiled_library("decode_cpu")
     if library is not None:
@@ -209,7 +275,7 @@ class Weights:
     layers: linear layers, dense or quantised, without adapters. gains: for each None or a factor (out,) of its rows.
     """
 
-    def __init__(self, layers, gains=None):
+    def __init__(self, layers: Sequence[nn.Module], gains: Sequence[Tensor | None] | None = None):
         self.tensors = []  # what the matrices point to
         pairs = zip(layers, gains or [None] * len(layers), strict=True)
         self.matrices = (Matrix * len(layers))(*(self._matrix(layer, gain) for layer, gain in pairs))
@@ -228,9 +294,10 @@ class Weights:
         self.tensors += tensors
         return Matrix(code, layer.out_features, layer.in_features, *(t if t is None else t.data_ptr() for t in tensors))
 
-    def call(self, x, y, add=False, in_bf16=False):
-        """x (B, in), y (B, sum of out) fp32, whose rows may be apart; with `add` the result goes on top of y.
+    def call(self, x: Tensor, y: Tensor, add: bool = False, in_bf16: bool = False) -> Callable:
+        """A function that computes y (B, sum of out) from x (B, in), both fp32 with rows that may be apart.
 
+        add: add the result to what is in y.
         in_bf16: multiply in bf16, unless the weights are in fp32.
         """
         place = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(x), add, in_bf16, torch.get_num_threads())
@@ -241,10 +308,10 @@ class Product:
     """Linear layers that share an input, with their adapters; their outputs side by side."""
 
     @torch.no_grad()
-    def __init__(self, *layers):
+    def __init__(self, *layers: nn.Module):
         self.layers = layers
         self.widths = [layer.out_features for layer in layers]
-        bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
+        bases = [base_of(layer) for layer in layers]
         self.weights = None  # or one `Weights` for neighbours of one format, and how wide their outputs are
         if all(map(readable, layers, bases)):
             ratios = [layer.ratio() if isinstance(layer, DoRALinear) else None for layer in layers]
@@ -254,7 +321,7 @@ class Product:
             self._lay_out_adapters(ratios)
 
     def _lay_out_adapters(self, ratios):
-        self.adapted = [i for i, layer in enumerate(self.layers) if isinstance(layer, LoRALinear)]
+        self.adapted = [i for i, layer in enumerate(self.layers) if isinstance(layer, Adapter)]
         if not self.adapted:
             return
         adapters = [self.layers[i] for i in self.adapted]
@@ -264,7 +331,7 @@ class Product:
             gain = torch.full((adapter.out_features,), float(adapter.scale))
             self.up.append(Weights([dense(adapter.lora_B)], [gain if ratios[i] is None else gain * ratios[i]]))
 
-    def calls(self, x, y, in_bf16, add=False):
+    def calls(self, x: Tensor, y: Tensor, in_bf16: bool, add: bool = False) -> list[Callable]:
         """The functions that, called in turn, compute y (B, sum of out) from x (B, in), as `Weights.call`."""
         if self.weights is None:
             return [partial(self._by_layers, x, y, add)]
@@ -282,16 +349,13 @@ class Product:
     def _by_layers(self, x, y, add):
         """What the compiled products cannot read, each layer computes itself."""
         for layer, part in zip(self.layers, y.split(self.widths, dim=1), strict=True):
-            result = layer(x.to(self.dtype(layer)))
+            base = base_of(layer)
+            dtype = compute_dtype(base.weight.dtype, "cpu") if isinstance(base, nn.Linear) else torch.float32
+            result = layer(x.to(dtype))
             part.add_(result) if add else part.copy_(result)
 
-    @staticmethod
-    def dtype(layer):
-        base = layer.base if isinstance(layer, LoRALinear) else layer
-        return compute_dtype(base.weight.dtype, "cpu") if isinstance(base, Linear) else torch.float32
 
-
-def dense(weight):
+def dense(weight: nn.Parameter) -> Linear:
     """A linear layer over a parameter (out, in), without bias."""
     out_features, in_features = weight.shape
     layer = Linear(in_features, out_features, bias=False, device="meta")
@@ -299,13 +363,19 @@ def dense(weight):
     return layer
 
 
-def format_of(base):
+def base_of(layer: nn.Module) -> nn.Module:
+    """The linear layer under an adapter, or the layer itself where there is none."""
+    return layer.base if isinstance(layer, Adapter) else layer
+
+
+def format_of(base: nn.Module) -> Any:
+    """What is equal for layers that decode_cpu.cpp can multiply in one call."""
     return base.weight.dtype if isinstance(base, Linear) else type(base)
 
 
-def readable(layer, base):
+def readable(layer: nn.Module, base: nn.Module) -> bool:
     """Whether decode_cpu.cpp can do the work of a layer over this base. Exact types: a new kind may do otherwise."""
-    if layer is not base and type(layer) not in (LoRALinear, DoRALinear):
+    if isinstance(layer, Adapter) and not layer.standard:
         return False
     if type(base) is Linear:
         return base.weight.dtype in DENSE_FORMATS
@@ -318,7 +388,7 @@ class CompiledDecoder(Decoder):
     Activations are fp32, keys and values what the model's own pass keeps.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: Transformer):
         super().__init__(model)
         self.layers = []
         for block in model.model.layers:
@@ -338,7 +408,8 @@ class CompiledDecoder(Decoder):
         self.norm = model.model.norm.weight.detach().float()
         self.head = Product(model.lm_head)
 
-    def prepare(self):
+    def prepare(self) -> None:
+        """As in `Decoder`: the buffers of a step, and the list of its calls."""
         c, cache = self.model.config, self.cache
         B, heads = cache.k.size(1), c.num_attention_heads * c.head_dim
         # As in the model's own pass; one row is read from memory faster than anything is multiplied, so it is exact.
@@ -382,7 +453,8 @@ class CompiledDecoder(Decoder):
         return partial(cpp().rms_norm, *place)
 
     @torch.inference_mode()
-    def step(self, ids):
+    def step(self, ids: Tensor) -> Tensor:
+        """As in `Decoder`."""
         if self.cache.length == self.cache.k.size(3):
             raise ValueError(f"the cache has room for {self.cache.length} positions, one more is needed")
         self.x.copy_(F.embedding(ids, self.model.model.embed_tokens.weight))

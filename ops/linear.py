@@ -1,21 +1,24 @@
-"""Linear layers whose weight is stored in another form than it multiplies in, and those with LoRA, backward by hand.
+"""Products with weights that are stored in another form than they multiply in, and with LoRA; backward by hand.
 
-Autograd keeps more than it needs: a restored weight, or a cast copy, for every layer. Written by hand, a function keeps
-its inputs only and restores the weight again in the backward pass.
+Autograd would keep a dequantised weight, or a cast copy, for every layer. Here a function keeps its inputs only, and
+dequantises the weight again in the backward pass.
 
 Shapes: N positions (rows of a micro-batch end to end), r rank.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ops.dtypes import as_multiplied
 
 
 class _StoredLinear(torch.autograd.Function):
-    """x @ W.T for a W that is stored in another form than it multiplies in: `restore(dtype)` gives it.
+    """x @ W.T for a W that is stored in another form than it multiplies in: `restore(dtype)` makes it.
 
-    The backward pass restores it again: kept for all layers, the restored weights would undo all the saving.
+    The backward pass makes it again: kept for all layers, these weights would take what quantising has saved.
     """
 
     @staticmethod
@@ -28,7 +31,7 @@ class _StoredLinear(torch.autograd.Function):
         return grad @ ctx.restore(grad.dtype), None
 
 
-def stored_linear(x, restore):
+def stored_linear(x: Tensor, restore: Callable[[torch.dtype], Tensor]) -> Tensor:
     """x (..., in) times the frozen weight (out, in) that `restore(dtype)` makes: (..., out)."""
     return _StoredLinear.apply(as_multiplied(x), restore)
 
@@ -47,7 +50,7 @@ class _CastLinear(torch.autograd.Function):
         return grad @ weight.to(grad.dtype), (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
 
 
-def linear(x, weight, bias=None):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear in x's dtype, whatever the weight is stored in, without keeping a cast copy of it."""
     x = as_multiplied(x)
     if weight.dtype == x.dtype:
@@ -57,9 +60,9 @@ def linear(x, weight, bias=None):
 
 
 class _LowRankLinears(torch.autograd.Function):
-    """For several layers of one input x @ W.T + scale * (x @ A.T) @ B.T, the small products added in place.
+    """x @ W.T + scale * (x @ A.T) @ B.T for several layers of one input, the small products added in place.
 
-    All A are multiplied as one matrix, in both directions; a product so thin costs what it takes to read x.
+    All A are multiplied as one matrix, forward and backward: so thin a product costs as much as reading x.
     """
 
     @staticmethod
@@ -93,10 +96,15 @@ class _LowRankLinears(torch.autograd.Function):
         return grad_x, None, None, *(gradient for pair in zip(grad_a, grad_b, strict=True) for gradient in pair)
 
 
-def low_rank_linears(x, restores, scales, factors):
-    """Frozen linear layers of one input, each with its LoRA: a tuple with (..., out) for each.
+def low_rank_linears(
+    x: Tensor,
+    restores: Sequence[Callable[[torch.dtype], Tensor]],
+    scales: Sequence[float],
+    factors: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[Tensor, ...]:
+    """Frozen linear layers of one input, each with its LoRA: (..., out) for each.
 
-    x (..., in). restores: functions that give the weight (out, in) in a dtype. factors: for each layer A (r, in) and
-    B (out, r), both trainable and fp32.
+    x (..., in). restores: for each layer a function that gives its weight (out, in) in a dtype. factors: for each layer
+    A (r, in) and B (out, r), both trainable and fp32.
     """
     return _LowRankLinears.apply(as_multiplied(x), restores, scales, *(matrix for pair in factors for matrix in pair))

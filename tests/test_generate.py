@@ -13,14 +13,15 @@ from conftest import SEED, Ids, write_tiny_tokenizer
 
 import generate
 import lora
+import model as model_file
 from generate import Settings, Writer, read_prompts
 from inference import sampling
-from inference.decode import CompiledDecoder, Decoder, StaticDecoder, Weights, dense, fastest_decoder
+from inference.decode import CompiledDecoder, Decoder, PlainDecoder, StaticDecoder, Weights, dense, fastest_decoder
 from inference.kv_cache import KVCache
 from inference.sampling import Batch, Reply, Row, choose, penalize
-from model import Transformer
+from model import Linear, Transformer
 from ops.cpp import compiled_library
-from quantize import QUANTIZERS
+from quantize import QUANTIZERS, QuantizedLinear
 from shell.cli import UserError
 from text.prompts import encode_prompt
 from weights import peft_format
@@ -419,8 +420,100 @@ def test_the_fastest_decoder_is_what_the_machine_has(model_of, monkeypatch, caps
         monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent" if compiler == "false" else "")
         compiled_library.cache_clear()
         assert type(fastest_decoder(model_of("llama"))) is Decoder
-        assert capsys.readouterr().err.count("\n") == 1
+        err = capsys.readouterr().err
+        assert err.count("without decode_cpu.cpp") == 1 and "not taken" not in err
     compiled_library.cache_clear()
+
+
+def louder_norm(monkeypatch):
+    norm = model_file.RMSNorm.forward
+    monkeypatch.setattr(model_file.RMSNorm, "forward", lambda self, x: 1.1 * norm(self, x))
+
+
+def other_activation(monkeypatch):
+    monkeypatch.setattr(model_file, "swiglu", lambda gate, up: torch.nn.functional.gelu(gate) * up)
+
+
+def other_residual(monkeypatch):
+    block = model_file.Block.forward
+    monkeypatch.setattr(model_file.Block, "forward", lambda self, x, *rest: 0.9 * x + 0.1 * block(self, x, *rest))
+
+
+def other_rotation(monkeypatch):
+    monkeypatch.setattr(model_file, "rotate", lambda x, cos, sin: x)
+
+
+def no_gate(monkeypatch):
+    def change(self, config):
+        mlp(self, config)
+        del self.gate_proj
+
+    mlp = model_file.MLP.__init__
+    monkeypatch.setattr(model_file.MLP, "__init__", change)
+    monkeypatch.setattr(model_file.MLP, "forward", lambda self, x: self.down_proj(self.up_proj(x).relu()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("edit", [louder_norm, other_activation, other_residual, other_rotation, no_gate])
+def test_a_model_that_was_edited_is_not_decoded_as_it_was(monkeypatch, capsys, edit):
+    """decode_cpu.cpp says the same as model.py once more, and knows nothing of a researcher's edit."""
+    assert type(fastest_decoder(wide_model())) is CompiledDecoder
+    assert capsys.readouterr().err == ""
+    edit(monkeypatch)
+    model = wide_model()
+    decoder = fastest_decoder(model)
+    assert type(decoder) is Decoder
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: CompiledDecoder is not taken: it ")
+    prompt = random_prompt(7)
+    assert new_ids(decoder, [prompt], settings()) == [plain_greedy(model, prompt, 12)]
+
+
+@needs_compiler
+def test_what_is_done_to_the_logits_is_done_in_decoding(monkeypatch, capsys):
+    """Such as Gemma 2's soft cap (arXiv 2408.00118): only `Transformer.forward` has it."""
+    forward = Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, *a, **b: 2 * (forward(self, *a, **b) / 2).tanh())
+    model = wide_model()
+    decoder = fastest_decoder(model)
+    assert type(decoder) is PlainDecoder and capsys.readouterr().err.count("is not taken") == 2
+    prompts = [random_prompt(5), random_prompt(130)]
+    tokens = torch.tensor([[0] * 125 + prompts[0], prompts[1]])
+    scores = {0: [], 1: []}
+    logits = decoder.start(tokens, torch.tensor([125, 0]), 140, lambda row, at, part: scores[row].append(part), [0, 1])
+    for row, prompt in enumerate(prompts):
+        expected = model(torch.tensor([prompt]))[0]
+        torch.testing.assert_close(torch.cat(scores[row]), expected, rtol=1e-5, atol=3e-5)
+        torch.testing.assert_close(logits[row], expected[-1], rtol=1e-5, atol=3e-5)
+    assert new_ids(decoder, prompts, settings()) == [plain_greedy(model, prompt, 12) for prompt in prompts]
+
+
+@DECODERS
+def test_a_decoder_over_a_quantiser_and_a_layer_that_it_does_not_know(kind):
+    class Coarse(QuantizedLinear):
+        def __init__(self, weight, bias):
+            super().__init__(weight, bias)
+            self.values = weight.mul(8).round()
+
+        def dequantize(self, dtype):
+            return (self.values / 8).to(dtype)
+
+    class Halved(Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    model, attention = wide_model(), None
+    attention = model.model.layers[0].self_attn
+    attention.k_proj = Coarse(attention.k_proj.weight.detach(), attention.k_proj.bias)
+    attention.o_proj.__class__ = Halved
+    model.lm_head.__class__ = Halved
+    lora.add_lora(model, lora.AdapterConfig(r=3, targets=("k_proj", "v_proj")))
+    for adapter in lora.adapters(model).values():
+        adapter.lora_B.data.normal_(std=0.2)
+    assert_same_logits(kind, model.eval())
+    tokens = torch.randint(3, 512, (1, 9))
+    losses = torch.nn.functional.cross_entropy(model(tokens)[0], tokens[0], reduction="sum")
+    assert model(tokens, tokens).item() == pytest.approx(losses.item(), rel=1e-5)  # the fused loss has no such head
 
 
 @pytest.mark.skipif(

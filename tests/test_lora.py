@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
-from lora import ADAPTERS, PROJECTIONS, AdapterConfig, DoRALinear, LoRALinear
+from lora import ADAPTERS, PROJECTIONS, Adapter, AdapterConfig, DoRALinear, LoRALinear
 from model import Linear
 from ops.dtypes import compute_dtype
 from quantize import QUANTIZERS
 from shell.cli import UserError
 from weights import peft_format
-from weights.checkpoint import load_model
+from weights.checkpoint import find_base, load_model
 
 KINDS = pytest.mark.parametrize("kind", ADAPTERS)
 
@@ -147,6 +148,40 @@ def test_peft_loads_what_we_save(tiny_checkpoint, tmp_path, config):
     with torch.no_grad():
         assert distance(ours(tokens), theirs(input_ids=tokens).logits) < 1e-5
     assert theirs.peft_config["default"].base_model_name_or_path == "some/base"
+
+
+def test_peft_finds_the_base_from_any_folder(tiny_checkpoint, tmp_path, monkeypatch):
+    """Though the path was given relative to where the run was started."""
+    from peft import AutoPeftModelForCausalLM
+
+    folder = tiny_checkpoint("llama")
+    ours, adapter, elsewhere = adapted(folder, VARIANTS["lora"]), tmp_path / "adapter", tmp_path / "elsewhere"
+    adapter.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(folder.parent)
+    peft_format.save_adapter(ours, VARIANTS["lora"], adapter, Path(folder.name))
+    (adapter / "onetune.json").write_text(json.dumps({"checkpoint_dir": folder.name}))
+    assert find_base(adapter) == Path(folder.name)
+    monkeypatch.chdir(elsewhere)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
+    tokens, _ = inputs()
+    with torch.no_grad():
+        assert distance(ours(tokens), theirs(input_ids=tokens).logits) < 1e-5
+    assert find_base(adapter) == folder.resolve()
+
+
+def test_an_adapter_whose_base_has_moved_with_the_project(tmp_path, monkeypatch):
+    """The path as it was given still holds; the absolute one does not."""
+    project = tmp_path / "moved"
+    for name in ("checkpoints/model", "out/final"):
+        (project / name).mkdir(parents=True)
+    (project / "out/final/onetune.json").write_text(json.dumps({"checkpoint_dir": "checkpoints/model"}))
+    (project / "out/final/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone/model"}))
+    monkeypatch.chdir(project)
+    assert find_base("out/final") == Path("checkpoints/model")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"was trained on checkpoints/model, which is not here"):
+        find_base("moved/out/final")
 
 
 @variant
@@ -350,6 +385,136 @@ def test_dropout_leaves_the_base_alone():
     module = LoRALinear(some_base(None, True), 4, 8.0, dropout=0.5).train()
     x = torch.randn(5, 64)
     assert torch.equal(module(x), module.base(x))
+
+
+class Steep(LoRALinear):
+    """Overrides one method; not linear."""
+
+    def low_rank(self, x):
+        y = super().low_rank(x)
+        return y + y.square()
+
+
+class Gains(Adapter):
+    """(IA)^3, Liu et al. 2022, arXiv 2205.05638: a factor for each output."""
+
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
+        super().__init__(base)
+        self.gains = nn.Parameter(torch.ones(self.out_features, device=self.device))
+
+    def forward(self, x):
+        return self.base(x) * self.gains.to(x.dtype)
+
+
+class Inner(Adapter):
+    """Whose parts are modules, and which has a buffer that is saved."""
+
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
+        super().__init__(base)
+        self.down = nn.Linear(self.in_features, r, bias=False, device=self.device)
+        self.up = nn.Linear(r, self.out_features, bias=False, device=self.device)
+        self.register_buffer("sign", torch.randn(self.out_features, device=self.device).sign())
+
+    def forward(self, x):
+        return self.base(x) + self.sign.to(x.dtype) * self.up(self.down(x.float())).to(x.dtype)
+
+
+@pytest.fixture
+def new_kinds(monkeypatch):
+    for kind in (Steep, Gains, Inner):
+        monkeypatch.setitem(ADAPTERS, kind.__name__, kind)
+
+
+@pytest.mark.parametrize("quantizer", [None, "bnb.nf4"])
+@pytest.mark.parametrize("kind", [Gains, Inner])
+def test_the_merged_weight_of_a_new_kind_is_found(new_kinds, kind, quantizer):
+    base = some_base(quantizer, kind is Inner)
+    module = AdapterConfig(kind.__name__, r=4).adapt(base, "q_proj").train()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    x = torch.randn(3, 64)
+    assert distance(F.linear(x, module.merged_weight(), base.bias), module(x)) < 1e-5
+    assert module.training and not module.standard
+
+
+@pytest.mark.parametrize("kind, bias", [(Steep, False), (Gains, True)])
+def test_what_no_weight_does_is_not_merged(new_kinds, kind, bias):
+    module = AdapterConfig(kind.__name__, r=4).adapt(some_base(None, bias), "q_proj")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.rand_like(parameter) + 0.5)
+    with pytest.raises(UserError, match=f"{kind.__name__} does what no single weight does"):
+        module.merged_weight()
+
+
+@pytest.mark.parametrize("quantizer", [None, "bnb.nf4"])
+@pytest.mark.parametrize("kind", ["Steep", "Gains", "Inner"])
+def test_a_new_kind_is_trained_saved_and_loaded(new_kinds, tiny_checkpoint, tmp_path, kind, quantizer):
+    config = AdapterConfig(kind, r=4, targets=("q_proj", "up_proj", "lm_head"))
+    model = load_model(tiny_checkpoint("llama"), torch.float32, quantize=quantizer)
+    lora.add_lora(model, config)
+    tokens, targets = inputs()
+    before = model.eval()(tokens)
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(tokens, targets).backward()
+        torch.nn.utils.clip_grad_norm_(trainable(model).values(), 1.0)
+        optimizer.step()
+    logits = model.eval()(tokens)
+    assert distance(logits, before) > 1e-4
+    assert set(lora.linear_layers(model)) == set(
+        lora.linear_layers(load_model(tiny_checkpoint("llama"), torch.float32))
+    )
+    peft_format.save_adapter(model, config, tmp_path, "base")
+    again = load_model(tiny_checkpoint("llama"), torch.float32, quantize=quantizer, adapter_dir=tmp_path)
+    assert torch.equal(again(tokens), logits)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == f"ONETUNE_{kind}"
+
+
+class Unseeded(Adapter):
+    """A mistake: its random matrix is not saved, and is another each time."""
+
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
+        super().__init__(base)
+        self.register_buffer("A", torch.randn(self.in_features, device=self.device), persistent=False)
+        self.b = nn.Parameter(torch.ones(self.out_features, device=self.device))
+
+    def forward(self, x):
+        return self.base(x) + (x @ self.A)[..., None] * self.b
+
+
+def test_random_numbers_that_are_lost_are_noticed(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(ADAPTERS, "unseeded", Unseeded)
+    config = AdapterConfig("unseeded", targets=("q_proj",))
+    model = load_model(tiny_checkpoint("llama"), torch.float32)
+    lora.add_lora(model, config)
+    peft_format.save_adapter(model, config, tmp_path, "base")
+    with pytest.raises(UserError, match=r"layers\.0.*not saved differ.*Unseeded"):
+        load_model(tiny_checkpoint("llama"), torch.float32, adapter_dir=tmp_path)
+
+
+def test_the_fast_way_is_for_lora_itself(monkeypatch):
+    """In training `together` stands in for a LoRALinear, and for nothing else; it would give the wrong numbers here."""
+    monkeypatch.setattr(LoRALinear, "together", staticmethod(lambda x, layers: [x.sum() for _ in layers]))
+    base, x = some_base(None, False), torch.randn(3, 64)
+    LoRALinear.is_standard.__func__.cache_clear()
+    try:
+        module = AdapterConfig("lora", r=4).adapt(base, "q_proj")
+        assert not module.standard and distance(module(x), base(x)) < 1e-6  # B is zero; and `together` was tried
+    finally:
+        LoRALinear.is_standard.__func__.cache_clear()
+
+
+def test_a_subclass_is_trained_by_its_own_methods(new_kinds, tiny_checkpoint):
+    model = load_model(tiny_checkpoint("llama"), torch.float32)
+    lora.add_lora(model, AdapterConfig("Steep", r=4, alpha=8))
+    randomise(model)
+    tokens, targets = inputs()
+    with torch.no_grad():
+        expected = model(tokens, targets)  # without gradients there is no fast way
+    assert model(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("config, expected", [(dict(r=4, alpha=8), 2.0), (dict(r=16, alpha=8, rslora=True), 2.0)])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from quantize import quantized_layers
 from shell.cli import UserError
 from shell.files import project_version, whole_file
 
@@ -176,14 +177,14 @@ def resident_memory(key: str) -> int:
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, frozen): a quantised weight counts as the weights that it stands for."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    quantized = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "codes"))
+    quantized = sum(layer.in_features * layer.out_features for layer in quantized_layers(model))
     return sum(n for n, trains in sizes if trains), sum(n for n, trains in sizes if not trains) + quantized
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all of a model's weights, adapters included: quantised ones with their scales, shared ones once."""
-    quantized = sum(m.nbytes() for m in model.modules() if hasattr(m, "codes"))
-    return sum(p.nbytes for p in model.parameters()) + quantized
+    quantized = sum(layer.nbytes() for layer in quantized_layers(model))
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + quantized
 
 
 def flop_counter() -> FlopCounterMode:

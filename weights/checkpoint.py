@@ -380,11 +380,15 @@ def find_base(adapter_dir: str | Path) -> Path:
     """
     if not Path(adapter_dir).is_dir():
         raise UserError(f"--adapter_dir {adapter_dir} does not exist")
-    name = read_notes(adapter_dir).get("checkpoint_dir")
-    name = name or read_json(Path(adapter_dir, "adapter_config.json")).get("base_model_name_or_path")
-    for path in (Path(str(name)), Path("checkpoints", str(name))):
-        if name and path.exists():
-            return path
+    # Ours notes the path as it was given to the run, which still holds after the whole project has moved, and the
+    # absolute one, which holds wherever a script is started.
+    noted = read_notes(adapter_dir).get("checkpoint_dir")
+    names = [noted, read_json(Path(adapter_dir, "adapter_config.json")).get("base_model_name_or_path")]
+    for name in filter(None, names):
+        for path in (Path(str(name)), Path("checkpoints", str(name))):
+            if path.exists():
+                return path
+    name = noted or names[1]
     raise UserError(f"{adapter_dir} was trained on {name}, which is not here: say where it is (--help has the flag)")
 
 

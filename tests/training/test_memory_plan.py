@@ -1,6 +1,7 @@
 """The plan before the run: traced without memory against the same code on real tensors, budgets, and the command."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -295,3 +296,32 @@ def test_bad_flags_are_one_line(flags, message, run_script):
     code, out, err = run_script("finetune.py", "--checkpoint_dir", "x", "--data_dir", "y", *flags)
     assert (code, len(err.splitlines())) == (2, 1), err
     assert message in err
+
+
+@functools.cache
+def shared_matrix(in_features, device):
+    return torch.zeros(1000, in_features, device=device)
+
+
+class Shared(lora.Adapter):
+    """Its matrix is one for all layers of a size, as VeRA's."""
+
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
+        super().__init__(base)
+        self.register_buffer("A", shared_matrix(self.in_features, self.device), persistent=False)
+        self.b = torch.nn.Parameter(torch.zeros(self.out_features, device=self.device))
+
+    def forward(self, x):
+        return self.base(x) + (x @ self.A.T).sum(-1, keepdim=True) * self.b
+
+
+def test_what_adapters_share_counts_once(monkeypatch):
+    """Of five like blocks two are traced, and the second stands for three more."""
+    monkeypatch.setitem(lora.ADAPTERS, "shared", Shared)
+    monkeypatch.setattr(lora, "shared_matrix", shared_matrix, raising=False)  # where a plan finds it, to forget it
+    config = tiny_config(layers=5)
+    with_shared, without = (
+        Predictor(Job(config, "cpu", torch.float32, adapter=lora.AdapterConfig(kind, r=1, targets=("q_proj",)))).fixed
+        for kind in ("shared", "lora")
+    )
+    assert with_shared["weights"] - without["weights"] == 4 * 1000 * config.hidden_size

@@ -135,11 +135,15 @@ def build(job, numbers):
     return model.train()
 
 
-def parameter_bytes(module, job):
-    """What a module holds all the time, in bytes by part, without activations."""
-    frozen = sum(p.nbytes for p in module.parameters() if not p.requires_grad)
-    frozen += sum(m.nbytes() for m in module.modules() if hasattr(m, "codes"))
-    trainable = [p for p in module.parameters() if p.requires_grad]
+def parameter_bytes(module, job, elsewhere=()):
+    """What a module holds all the time, in bytes by part, without activations.
+
+    elsewhere: the ids of tensors that do not count, as another module that is counted has them too.
+    """
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in elsewhere]
+    frozen = sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
+    frozen += sum(layer.nbytes() for layer in quantize.quantized_layers(module))
+    trainable = [tensor for tensor in tensors if tensor.requires_grad]
     training = sum(p.nbytes for p in trainable)
     return Counter(
         {
@@ -189,7 +193,9 @@ class Predictor:
             self.model = build(job, traced)
         self.fixed = parameter_bytes(self.model, job)
         for number, count in self.left_out.items():
-            block = parameter_bytes(self.model.model["layers"][number], job)
+            before = self.model.model["layers"][number - 1]  # a like one: an adapter may share tensors among layers
+            shared = {id(tensor) for tensor in (*before.parameters(), *before.buffers())}
+            block = parameter_bytes(self.model.model["layers"][number], job, shared)
             self.fixed.update({part: count * nbytes for part, nbytes in block.items()})
 
     def trace(self, shape):
