@@ -31,7 +31,8 @@ class Tokenizer:
     vocab_size: the largest id + 1. bos_id, bos_token: BOS and its text, or None. eos_id, eos_token: EOS and its text.
     eos_ids: all ids that end a text, by the tokenizer's files, config.json and generation_config.json.
     add_bos: whether this checkpoint's sequences start with BOS. chat_template: the checkpoint's Jinja source, or None.
-    special_tokens: {name such as "bos_token": text}. has_prefix: whether a text gets a dummy prefix.
+    special_tokens: {name such as "bos_token": text}. prefix: which texts get a dummy prefix: "always" (those after a
+    special token too), "first" (only a sequence's first text) or "never"; has_prefix: whether any does.
     template_pattern: a compiled regex, the added tokens that template text is searched for.
     """
 
@@ -64,7 +65,8 @@ class Tokenizer:
         self._user_pattern = _pattern(token for token in tokens if token["id"] not in self._special_ids)
         self._special_pattern = _pattern(token for token in tokens if token["id"] in self._special_ids)
         self.vocab_size = max(self._model.size, *(id + 1 for id in self._by_id), 0)
-        self.has_prefix = self._model.prefix != "never"
+        self.prefix = self._model.prefix
+        self.has_prefix = self.prefix != "never"
         self._find_bos_and_eos(config)
         self.chat_template = self._find_chat_template(config)
 
@@ -178,15 +180,34 @@ class Tokenizer:
         return piece.replace("▁", " ").encode()
 
     def file_hash(self):
-        """SHA-256 (hex) of the files that decide the ids. Prepared data carries it, to refuse another tokenizer."""
+        """SHA-256 (hex) of the files that decide the ids of a text: all but the chat template.
+
+        Prepared data carries it, to refuse another tokenizer (see `fits`).
+        """
         digest = hashlib.sha256()
-        others = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-        for name in sorted((self._model.path.name, *others)):
+        for name in sorted((self._model.path.name, "special_tokens_map.json", "added_tokens.json")):
             path = self.folder / name
             if path.is_file():
                 digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
+        config = _read_json(self.folder / "tokenizer_config.json")
+        config.pop("chat_template", None)
+        digest.update(json.dumps(config, sort_keys=True).encode())
         digest.update(repr((self.bos_id, self.eos_id)).encode())  # EOS may come from config.json
         return digest.hexdigest()
+
+
+    def template_hash(self) -> str | None:
+        """SHA-256 (hex) of the chat template, None if there is none."""
+        return self.chat_template and hashlib.sha256(self.chat_template.encode()).hexdigest()
+
+    def fits(self, info: dict) -> bool:
+        """Whether a prepared folder was made with this tokenizer, and with this chat template if it was rendered in it.
+
+        info: its data.json. A merged model has another chat template than its base (style_templates.py), and may go on
+        with data that are rendered in a style of ours.
+        """
+        template = info.get("chat_template_hash")
+        return info["tokenizer_hash"] == self.file_hash() and template in (None, self.template_hash())
 
 
 class StreamDecoder:
