@@ -2,7 +2,7 @@
 
 A prepared folder holds `train.safetensors`, `val.safetensors` and `data.json`. In the first two all samples lie end to
 end, memory-mapped: `tokens` (all,) int32, `is_target` (all,) bool, `offsets` (N + 1,) int64, `target_counts` (N,) and
-`sources` (N,) int32. (spool.SampleWriter writes them.)
+`sources` (N,) int32. (preparation/record_store.py writes them.)
 
 To add a batching idea: a function like `packed_in_step` and a line in `PLANNERS`.
 """
@@ -157,7 +157,7 @@ def packed_in_step(lengths, target_counts, global_batch_size, micro_batch_tokens
     Returns a list of steps; a step is a list of micro-batches; a micro-batch is a list of sample numbers. One step of
     the epoch may be smaller. A pure function of its arguments, the number of devices not among them.
     """
-    steps = draw_steps(lengths, global_batch_size, seed, epoch)
+    steps = sample_steps(lengths, global_batch_size, seed, epoch)
     return [_fill_rows(_longest_first(drawn, lengths), lengths, micro_batch_tokens) for drawn in steps]
 
 
@@ -187,7 +187,7 @@ def sorted_in_step(lengths, target_counts, global_batch_size, micro_batch_tokens
     micro_batch_tokens: how many positions a micro-batch may have, padding included; a sample that is longer is a
     micro-batch by itself. The longest samples come first. Otherwise as `packed_in_step`.
     """
-    steps = draw_steps(lengths, global_batch_size, seed, epoch)
+    steps = sample_steps(lengths, global_batch_size, seed, epoch)
     return [_cut(_longest_first(drawn, lengths), lengths, micro_batch_tokens) for drawn in steps]
 
 
@@ -196,7 +196,7 @@ def random_in_step(lengths, target_counts, global_batch_size, micro_batch_tokens
 
     To compare with: it takes the same optimiser steps as `sorted_in_step`, with far more padding.
     """
-    steps = draw_steps(lengths, global_batch_size, seed, epoch)
+    steps = sample_steps(lengths, global_batch_size, seed, epoch)
     return [_cut(drawn.tolist(), lengths, micro_batch_tokens) for drawn in steps]
 
 
@@ -242,7 +242,7 @@ PLANNERS = {
 }
 
 
-def draw_steps(lengths, global_batch_size, seed, epoch):
+def sample_steps(lengths, global_batch_size, seed, epoch):
     """The samples of each step of an epoch, drawn at random from the whole set: int64 tensors of their numbers."""
     return torch.randperm(len(lengths), generator=_generator(seed, epoch)).split(global_batch_size)
 

@@ -1,8 +1,8 @@
-"""What a training set is better without: duplicates, near-duplicates, leaks of a benchmark, and text that is no text.
+"""What is found for cleaning: duplicates, near-duplicates, leaks of a benchmark, repetitive text.
 
-Each function looks at columns: numpy arrays with one row per sample, or memory maps where rows are large. Besides them
-it holds a few tens of bytes per sample, so memory stays flat. `alive` (N,) bool says which samples are still there: the
-others are neither duplicates nor compared with.
+Each function looks at columns: numpy arrays with one row per sample, or memory maps where rows are large. Beside them
+it needs a few tens of bytes per sample, so memory stays small. `kept` (N,) bool says which samples are not yet dropped;
+the others are not compared.
 """
 
 import functools
@@ -31,9 +31,9 @@ CLOSE = 10  # pairs shown from each side of a threshold
 class Matches(NamedTuple):
     """What each sample is a duplicate or a leak of.
 
-    of: (N,) int64, a sample or benchmark item, -1 for those that stay. score: (N,) float32, how similar the two are, 0
-    for those that stay. close: the (kept, other, score) nearest to the threshold, at most ten from each side of it, by
-    score.
+    of: (N,) int64, the number of a sample or benchmark item, -1 for a sample that is neither. score: (N,) float32, the
+    similarity of the two, 0 without a match. close: the (kept, other, score) nearest to the threshold, at most ten from
+    each side of it, by score.
     """
 
     of: np.ndarray
@@ -142,32 +142,32 @@ class Ngrams:
 # ------------------------------------------------------------------------------------------------ equal and similar
 
 
-def exact_duplicates(hashes, answer_lengths, alive):
+def exact_duplicates(hashes, answer_lengths, kept):
     """For each sample the one with the same hash and the longest answer, the first of those; -1 for that one itself.
 
-    hashes (N,), answer_lengths (N,), alive (N,) bool; the result is (N,) int64.
+    hashes (N,), answer_lengths (N,), kept (N,) bool; the result is (N,) int64.
     """
-    rows, duplicate_of = np.flatnonzero(alive), np.full(len(alive), -1)
+    rows, duplicate_of = np.flatnonzero(kept), np.full(len(kept), -1)
     rows = rows[np.lexsort((rows, -answer_lengths[rows].astype(np.int64), hashes[rows]))]
     first = _is_first(hashes[rows])
-    kept = rows[np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))]
-    duplicate_of[rows[~first]] = kept[~first]
+    longest = rows[np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))]
+    duplicate_of[rows[~first]] = longest[~first]
     return duplicate_of
 
 
-def near_duplicates(signatures, alive, threshold):
+def near_duplicates(signatures, kept, threshold):
     """Samples whose signature agrees with that of an earlier one in at least this share of the places.
 
     Greedy: a sample is a duplicate only of one that stays, the most similar of them. Which pairs are looked at is
     decided by locality-sensitive hashing (Indyk and Motwani, 1998): those that agree in all places of a band. `_bands`
     says how many of the pairs at the threshold that finds. Samples without words are left alone.
 
-    signatures (N, SIGNATURE) uint32, alive (N,) bool, threshold from 0 to 1.
+    signatures (N, SIGNATURE) uint32, kept (N,) bool, threshold from 0 to 1.
     """
-    of, score, pairs = np.full(len(alive), -1), np.zeros(len(alive), np.float32), []
-    alive, has_words = np.flatnonzero(alive), [np.empty(0, bool)]
-    has_words += [block[:, 0] != NOTHING for _, block in _blocks(signatures, alive)]
-    rows = alive[np.concatenate(has_words)]
+    of, score, pairs = np.full(len(kept), -1), np.zeros(len(kept), np.float32), []
+    rows, has_words = np.flatnonzero(kept), [np.empty(0, bool)]
+    has_words += [block[:, 0] != NOTHING for _, block in _blocks(signatures, rows)]
+    rows = rows[np.concatenate(has_words)]
     bands, size = _bands(threshold)
     with tempfile.TemporaryFile() as file:
         # The rows that stay of row i's bucket in band k are counts[k, start] many and stand from members[k, start] on,
@@ -278,16 +278,16 @@ def _minilm():
     return SentenceTransformer(str(get_model_path()), local_files_only=True)
 
 
-def similar(embeddings, alive, threshold):
+def similar(embeddings, kept, threshold):
     """Samples whose cosine with an earlier one is at least `threshold`, as in Open-Platypus (Lee et al., 2023).
 
     Greedy: a sample is a duplicate only of one that stays, the most similar of them. Cosines are rounded to five
     decimals, so that a text has 1 with itself. Every pair is looked at: N² · D operations.
 
-    embeddings (N, D) float16 or float32 with rows of norm 1, alive (N,) bool.
+    embeddings (N, D) float16 or float32 with rows of norm 1, kept (N,) bool.
     """
-    of, score, pairs = np.full(len(alive), -1), np.zeros(len(alive), np.float32), []
-    rows = np.flatnonzero(alive)
+    of, score, pairs = np.full(len(kept), -1), np.zeros(len(kept), np.float32), []
+    rows = np.flatnonzero(kept)
     for start, block in _blocks(embeddings, rows):
         numbers = rows[start : start + len(block)]
         before = rows[:start]
@@ -305,14 +305,14 @@ def similar(embeddings, alive, threshold):
     return Matches(of, score, pairs)
 
 
-def leaks(embeddings, alive, benchmark_embeddings, threshold):
+def leaks(embeddings, kept, benchmark_embeddings, threshold):
     """Samples whose cosine with a benchmark item is at least `threshold`, each with the item that is most similar.
 
-    embeddings (N, D) and benchmark_embeddings (M, D) float16 or float32 with rows of norm 1, alive (N,) bool. In the
+    embeddings (N, D) and benchmark_embeddings (M, D) float16 or float32 with rows of norm 1, kept (N,) bool. In the
     result `of` and the first of the `close` pairs are benchmark items. Cosines are rounded as in `similar`.
     """
-    of, score, pairs = np.full(len(alive), -1), np.zeros(len(alive), np.float32), []
-    rows = np.flatnonzero(alive)
+    of, score, pairs = np.full(len(kept), -1), np.zeros(len(kept), np.float32), []
+    rows = np.flatnonzero(kept)
     for start, block in _blocks(embeddings, rows):
         numbers = rows[start : start + len(block)]
         cosine, item = _best(_unit(block), benchmark_embeddings, np.arange(len(benchmark_embeddings)))

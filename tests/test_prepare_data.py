@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import prepare_data
 from batching import Samples
 from preparation.mixture import Source
-from preparation.sampling import how_often
+from preparation.prepared_folder import default_name
+from preparation.sampling import copies_of_samples
 from prepare_data import Settings
 from shell.cli import UserError
 from shell.files import check_manifest, sha256
@@ -423,10 +424,10 @@ def test_a_failure_leaves_the_old_folder(prepare, tokenizer, tmp_path):
 def test_the_default_folder_has_the_name_of_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_rows(tmp_path / "my.jsonl", [question_and_answer()])
-    assert prepare_data.default_name(str(path)) == "my"
+    assert default_name(str(path)) == "my"
     for text, name in {"x/a.v1.jsonl.gz": "a.v1", "data/*.jsonl": "data", "my.yaml": "my", "openai/gsm8k:test": "gsm8k",
                        "*.json": "data"}.items():  # fmt: skip
-        assert prepare_data.default_name(text) == name
+        assert default_name(text) == name
 
 
 # ------------------------------------------------------------------------------------------------------- cleaning
@@ -576,7 +577,7 @@ def test_the_shares_of_a_mixture(data):
     sources = [Source("a", [], weight=weights[0]), Source("b", [], weight=weights[1]), Source("c", [], samples=7)]
     total = data.draw(st.none() | st.integers(1, 500))
     s = Settings(data="x", checkpoint_dir="y", mix_size=total, seed=data.draw(st.integers(0, 99)))
-    times = how_often(s, sources, of, sizes)
+    times = copies_of_samples(s, sources, of, sizes)
     total = total or sizes[of < 2].sum()
     for i in range(2):
         taken = (sizes * times)[of == i].sum()

@@ -141,7 +141,9 @@ def chat_template(tokenizer: Tokenizer, style: str) -> str:
     end = next(segment.text for segment in segments if segment.kind == "end")
     values = {"bos": bos, "start": start, "end": end, "gap": "" if tokenizer.has_prefix else " "}
     # ascii() writes a text as both Python and Jinja read it.
-    return "".join(f"{{%- set {name} = {ascii(text)} %}}\n" for name, text in values.items()) + TEMPLATES[style].lstrip()
+    return (
+        "".join(f"{{%- set {name} = {ascii(text)} %}}\n" for name, text in values.items()) + TEMPLATES[style].lstrip()
+    )
 
 
 def save_chat_template(folder: Path, style: str | None) -> str:
@@ -156,7 +158,9 @@ def save_chat_template(folder: Path, style: str | None) -> str:
     if style == "checkpoint":
         return "chat template: the base model's, in which it was trained"
     if style not in TEMPLATES:
-        return f"chat template: the base model's, which is NOT prompt style {style}: no Jinja template is known for that"
+        return (
+            f"chat template: the base model's, which is NOT prompt style {style}: no Jinja template is known for that"
+        )
     config_path, jinja_path = Path(folder, "tokenizer_config.json"), Path(folder, "chat_template.jinja")
     if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return f"chat template: none, since there is no tokenizer; the model was trained in prompt style {style}"

@@ -195,7 +195,6 @@ class Tokenizer:
         digest.update(repr((self.bos_id, self.eos_id)).encode())  # EOS may come from config.json
         return digest.hexdigest()
 
-
     def template_hash(self) -> str | None:
         """SHA-256 (hex) of the chat template, None if there is none."""
         return self.chat_template and hashlib.sha256(self.chat_template.encode()).hexdigest()

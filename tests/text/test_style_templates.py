@@ -18,7 +18,17 @@ KINDS = ["byte-level", "byte-level-bos", "llama-json", "llama-chatml", "llama-fi
 SINGLE = ("plain", "alpaca", "dolly")  # styles of one question and one answer
 SPACE_BEFORE_ANSWER = ("vicuna", "llama2-chat", "mistral-instruct")
 
-FRAGMENTS = [*(text for text in ORDINARY if len(text) < 100), "{{ 7 * 7 }}", "{% raw %}", "'", '"', "\\n", "\\", " ", "  "]
+FRAGMENTS = [
+    *(text for text in ORDINARY if len(text) < 100),
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "'",
+    '"',
+    "\\n",
+    "\\",
+    " ",
+    "  ",
+]
 FRAGMENTS += ["### Response:\n", "USER: ", "ASSISTANT:", "<<SYS>>", "<</SYS>>", "Ünï", "x", "A", "9", ",", "\n\n"]
 
 
@@ -70,8 +80,9 @@ def test_the_text_is_the_same_where_a_token_is_not(style, loaded, peers):  # noq
     """Byte-level BPE, an answer after a space: other tokens, as the module says, of the same text."""
     tokenizer, messages = loaded["byte-level"], [user("one\n"), assistant("two"), user("three\n"), assistant("four")]
     messages = messages[:2] if style in SINGLE else messages
-    expected, found = encode_dialog(tokenizer, messages, style)[0], theirs(
-        peers["byte-level"], chat_template(tokenizer, style), messages, False
+    expected, found = (
+        encode_dialog(tokenizer, messages, style)[0],
+        theirs(peers["byte-level"], chat_template(tokenizer, style), messages, False),
     )
     assert tokenizer.decode(found, skip_special=False) == tokenizer.decode(expected, skip_special=False)
     assert (found == expected) is (style not in SPACE_BEFORE_ANSWER)
