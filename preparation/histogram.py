@@ -6,13 +6,13 @@ import math
 import numpy as np
 
 
-def short(number):
+def short(number: float) -> str:
     """12000 as 12k, 1500000 as 1.5M, for the labels of an axis."""
     return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:g}k" if number >= 1e4 else f"{number:,}"
 
 
-def draw_lengths(names, lengths):
-    """A histogram for each source, as the geometry that the template draws. All have the same horizontal axis.
+def histograms(names: list[str], lengths: list[tuple[np.ndarray, np.ndarray]]) -> list[dict]:
+    """A histogram for each source, as the geometry of an SVG. All have the same horizontal axis.
 
     lengths: as `details["lengths"]`.
     """
@@ -34,12 +34,12 @@ def draw_lengths(names, lengths):
     ticks = _ticks_log(longest, x) if wide else _ticks(longest, count=width // 60)
     x_ticks = [(round(x(tick + 0.5), 1), tick) for tick in ticks]  # below the middle of a bin of one length
     return [
-        frame | {"name": name, "log": wide, "x_ticks": x_ticks} | _draw_panel(frame, edges, x, pair)
+        frame | {"name": name, "log": wide, "x_ticks": x_ticks} | _panel(frame, edges, x, pair)
         for name, pair in zip(names, lengths, strict=True)
     ]
 
 
-def _draw_panel(frame, edges, x, pair):
+def _panel(frame, edges, x, pair):
     """What one histogram has for itself: curves, vertical axis, and the figures of its caption."""
     counts = [np.histogram(array, edges)[0] for array in pair]
     most = max(1, *(int(count.max()) for count in counts))

@@ -9,8 +9,8 @@ WHOLE_PROMPT, WHOLE_ANSWER = 900, 3600  # characters; of a longer one the middle
 WHOLE_MATCH = 320  # characters; where two duplicates agree for longer, the middle is left out
 COMPARED = 2000  # characters of a text that are compared: the time of a comparison grows with their square
 
-# What a browser or a terminal would obey or hide: control characters less tab and newline, marks of writing direction,
-# blanks of no width (the two joiners excepted, which emoji and Indian scripts need), halves of surrogate pairs.
+# Characters that a browser or a terminal obeys or hides: control characters other than tab and newline, marks of writing
+# direction, blanks of no width (but not the two joiners, which emoji and Indian scripts need), halves of surrogate pairs.
 _ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -23,13 +23,13 @@ _UNSEEN = re.compile(
 _WORDS = re.compile("[\u2e80-\U0010ffff]\\s*|[^\\s\u2e80-\U0010ffff]+\\s*|\\s+")
 
 
-def harmless(text):
-    """`text` with what would act spelled out: the escape character as ⟨U+001B⟩."""
+def harmless(text: str) -> str:
+    """`text` with control characters spelled out: the escape character as ⟨U+001B⟩."""
     return _ACTING.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
-def visible(text):
-    """`text` as markup in which newlines, tabs, and what the eye would miss can be seen."""
+def visible(text: str) -> Markup:
+    """`text` as markup in which newlines, tabs, and blanks that are easily missed can be seen."""
     parts, last = [], 0
     for match in _UNSEEN.finditer(text):
         # The page's style draws the sign for a newline, so that what is copied from it is the text.
@@ -39,17 +39,17 @@ def visible(text):
     return Markup("").join([*parts, escape(text[last:])])
 
 
-def breakable(name):
+def breakable(name: str) -> Markup:
     """A name as markup that a narrow column breaks at its signs rather than inside a word."""
     return Markup(re.sub("([-_/.:])", r"\1<wbr>", str(escape(harmless(name)))))
 
 
-def fold_parts(parts):
+def fold_parts(parts: list[tuple[str, bool]]) -> list[tuple[dict, bool]]:
     """What `segments` returns with each text as `fold` returns it."""
     return [(fold(text, WHOLE_ANSWER if target else WHOLE_PROMPT), target) for text, target in parts]
 
 
-def fold(text, limit):
+def fold(text: str, limit: int) -> dict:
     """{"start", "middle", "end"} as markup and "hidden", the characters of the middle: 0 for a text up to `limit`."""
     first, last = len(text), len(text)
     if len(text) > limit:
@@ -65,7 +65,7 @@ def _word_start(text, place):
     return place - len(near) + blank + 1 if blank >= 0 else place
 
 
-def mark_differences(left, right):
+def mark_differences(left: str, right: str) -> list[Markup]:
     """Two texts as markup, the words that differ marked, long stretches that agree cut short in the middle."""
     words = [_WORDS.findall(text[:COMPARED]) for text in (left, right)]
     blocks = difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes()

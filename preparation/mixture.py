@@ -10,7 +10,7 @@
       - path: openai/gsm8k
         config: main
 
-A path in a mixture is one that is found from the mixture's own folder, or else from the current one.
+A path in a mixture is looked for from the mixture's own folder, then from the current one.
 """
 
 import difflib
@@ -72,7 +72,7 @@ class Source:
     rows_hash: str | None = field(default=None, init=False)  # SHA-256 of a dataset's rows, once they are read
 
 
-def find_sources(data, fields=None, flag="data"):
+def find_sources(data: list[str], fields: dict[str, str] | None = None, flag: str = "data") -> list[Source]:
     """The sources that a list of texts stands for: one each, or those of a mixture's YAML file, alone in the list.
 
     A text is a file; a glob, one source of all its files, sorted; a folder that holds a dataset; or a Hugging Face
@@ -104,7 +104,7 @@ def find_sources(data, fields=None, flag="data"):
     return sources
 
 
-def read_mixture(path):
+def read_mixture(path: str) -> list[Source]:
     """The sources of a mixture's YAML file. Raises UserError that names the file, the source and the key."""
     path, sources = Path(path), []
     entries = _read_entries(path)
@@ -183,7 +183,7 @@ def _dataset(text, folders):
     return {"path": name[1], **({"config": name[2]} if name[2] else {}), **more}
 
 
-def free_name(text, taken):
+def free_name(text: str, taken: set[str]) -> str:
     """A name for a source, by its path: that of the file without its ending, with a number if it is among `taken`."""
     path = Path(text.partition("*")[0].partition("?")[0].partition("[")[0] if glob.has_magic(text) else text)
     stem = path.name

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from preparation.histogram import draw_lengths, short
+from preparation.histogram import histograms, short
 from preparation.markup import breakable, fold_parts, harmless, mark_differences
 from preparation.prepared_folder import Prepared
 from preparation.show import segments
@@ -69,7 +69,7 @@ def _padding(lengths, seed):
     return rows
 
 
-def write_report(path, info, details):
+def write_report(path: Path, info: dict, details: dict[str, Any]) -> None:
     """Write report.html: counts, mix, lengths, padding, close pairs, samples, settings, hashes. Same input, same bytes.
 
     info: the content of data.json. details: what the page shows beyond it,
@@ -94,7 +94,7 @@ def write_report(path, info, details):
         info=info,
         cleaning=cleaning_table(info["sources"]),
         mix=mix_table(info["sources"]),
-        panels=draw_lengths([source["name"] for source in info["sources"]], details["lengths"]),
+        panels=histograms([source["name"] for source in info["sources"]], details["lengths"]),
         padding=padding_table(details["padding"]),
         pairs=[
             pair | {"texts": mark_differences(pair["kept"]["text"], pair["other"]["text"])} for pair in details["pairs"]
@@ -104,7 +104,7 @@ def write_report(path, info, details):
     Path(path).write_text(page, encoding="utf-8", newline="\n")
 
 
-def percent(share):
+def percent(share: float) -> str:
     """0.5 as 50.0%; with one digit more where that would look like none or all."""
     digits = 2 if 0 < share < 0.001 or 0.999 < share < 1 else 1
     return f"{100 * share:.{digits}f}%"
@@ -113,7 +113,7 @@ def percent(share):
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def cleaning_table(sources):
+def cleaning_table(sources: list[dict]) -> dict:
     """{"steps": the steps that dropped anything, "rows": a row for each source, the total last}.
 
     A row: name, read, for each step (dropped, left), kept.
@@ -131,7 +131,7 @@ def cleaning_table(sources):
     return {"steps": steps, "rows": rows}
 
 
-def mix_table(sources):
+def mix_table(sources: list[dict]) -> list[dict]:
     """A row for each source, the total last: what was asked for, and its samples, tokens and targets in the mix."""
     rows = []
     for source in sources:
@@ -151,7 +151,7 @@ def mix_table(sources):
     return [*rows, {"name": "all sources", "style": "", "asked": ""} | total]
 
 
-def padding_table(entries):
+def padding_table(entries: list[dict]) -> dict:
     """{"budgets": [...], "rows": [(planner, a cell for each budget)]}; the best cell of each budget has "best" true."""
     rows = {}  # {planner: {budget: cell}}
     for entry in sorted(entries, key=lambda entry: entry["micro_batch_tokens"]):

@@ -5,6 +5,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from preparation.markup import harmless
 from shell.cli import UserError
@@ -35,7 +36,7 @@ def show_folder(out_dir: Path, checkpoint_dir: Path | None, count: int, seed: in
     show(tokenizer, Samples(out_dir / "train.safetensors"), info, count, seed, color)
 
 
-def segments(tokenizer, ids, is_target):
+def segments(tokenizer: Tokenizer, ids: list[int], is_target: list[bool]) -> list[tuple[str, bool]]:
     """The text of a sample in stretches of one kind: a list of (text, whether its tokens are targets).
 
     Special tokens are written out. The texts joined equal `tokenizer.decode(ids, skip_special=False)`: a character
@@ -55,7 +56,7 @@ def segments(tokenizer, ids, is_target):
     return found
 
 
-def show(tokenizer, samples, info, count, seed, color):
+def show(tokenizer: Tokenizer, samples: Any, info: dict, count: int, seed: int, color: bool) -> None:
     """Print `count` random samples of a prepared file, targets in green and the rest dim, or targets between ⟦ and ⟧.
 
     samples: a `batching.Samples`. info: the folder's data.json. color: whether the terminal understands ANSI codes.

@@ -17,12 +17,12 @@ from batching import (
     IGNORE,
     PLANNERS,
     Samples,
-    sample_steps,
     grouped,
     in_order,
     packed_in_step,
     random_in_step,
     read_data_info,
+    sample_steps,
     sorted_in_step,
     source_names,
 )

@@ -1,4 +1,4 @@
-"""Every prompt style as a Jinja chat template, so that other programs render a fine-tuned model's prompts as training did.
+"""Every prompt style as a Jinja chat template, so that other programs render prompts as our training did.
 
 transformers, vLLM and llama.cpp know nothing of `prompts.STYLES`: they render a conversation with the chat template in
 the model folder. `save_chat_template` writes there the template of the style that a model was trained in.
@@ -6,10 +6,10 @@ the model folder. `save_chat_template` writes there the template of the style th
 What is equal to `prompts.encode_dialog` and `encode_prompt`, token for token (tests/text/test_style_templates.py):
 
 - the prompt up to the first answer, in every style with every tokenizer;
-- the whole conversation as well, if no answer begins with white space, with these exceptions. A tokenizer without
-  a dummy prefix (byte-level BPE) joins the space before an answer to its first word, where training has them apart: the
-  first tokens of earlier answers differ in vicuna, llama2-chat and mistral-instruct. In plain nothing but the
-  question's own end (a line break, say) keeps question and answer apart.
+- the whole conversation as well, if no answer begins with white space, with two exceptions. In vicuna, llama2-chat and
+  mistral-instruct a space stands before an answer; byte-level BPE joins it to the answer's first word, where training
+  has two tokens. In plain, the last token of a question and the first of its answer may become one token, unless the
+  question ends in a line break.
 
 What differs on purpose: a special token that a user writes out, such as "</s>", is ordinary text here and a special
 token in those programs. And transformers' Llama tokenizer drops a space at the start of a sequence, where SentencePiece
@@ -22,7 +22,7 @@ from shell.files import read_json, write_json
 from text.prompts import STYLES
 from text.tokenizer import Tokenizer
 
-# What the templates call: `bos`, the text of BOS if this tokenizer's sequences have it; `start`, what the sequence starts
+# The templates use: `bos`, the text of BOS if this tokenizer's sequences have it; `start`, what the sequence starts
 # with; `end`, the token that ends an answer; `gap`, the space before an answer that is still to come, empty where the
 # tokenizer's dummy prefix takes its place.
 
@@ -158,9 +158,7 @@ def save_chat_template(folder: Path, style: str | None) -> str:
     if style == "checkpoint":
         return "chat template: the base model's, in which it was trained"
     if style not in TEMPLATES:
-        return (
-            f"chat template: the base model's, which is NOT prompt style {style}: no Jinja template is known for that"
-        )
+        return f"chat template: the base model's, NOT prompt style {style}, for which style_templates.py has none"
     config_path, jinja_path = Path(folder, "tokenizer_config.json"), Path(folder, "chat_template.jinja")
     if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return f"chat template: none, since there is no tokenizer; the model was trained in prompt style {style}"

@@ -36,13 +36,13 @@ class Tokenizer:
     template_pattern: a compiled regex, the added tokens that template text is searched for.
     """
 
-    def __init__(self, checkpoint_dir):
+    def __init__(self, checkpoint_dir: Path):
         self.folder = Path(checkpoint_dir)
         check_listed(self.folder, TOKENIZER_FILES, "download or convert it again")
         try:
             self._read_files(self.folder)
         except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            raise UserError(f"{self.folder}: its tokenizer files make no sense ({error!r}): get them again") from None
+            raise UserError(f"{self.folder}: its tokenizer files are damaged ({error!r}): get them again") from None
 
     def _read_files(self, folder):
         config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
@@ -121,7 +121,7 @@ class Tokenizer:
             raise ValueError("chat_template is no text")
         return template
 
-    def encode(self, text, special=False, start=True):
+    def encode(self, text: str, special: bool = False, start: bool = True) -> list[int]:
         """`text` as ids, without BOS or EOS.
 
         special: the text is a template's: special tokens written out in it become their ids. Otherwise it is a user's,
@@ -130,16 +130,16 @@ class Tokenizer:
         """
         return self.encode_parts(self.split(text, special), start)[0]
 
-    def split(self, text, special=False):
+    def split(self, text: str, special: bool = False) -> list[str | int]:
         """`text` cut at its added tokens (special: as in `encode`): a list of ordinary texts (str) and ids (int)."""
         if not text.isascii() and (surrogate := re.search("[\ud800-\udfff]", text)):
-            raise UserError(f"text with {surrogate[0]!r}, half a surrogate pair: it is not Unicode; mend its source")
+            raise UserError(f"text with {surrogate[0]!r}, half a surrogate pair: it is not Unicode; correct its source")
         pattern = self.template_pattern if special else self._user_pattern
         pieces = pattern.split(text) if pattern.groups else [text]  # no group: there are no such tokens to look for
         # Every second piece is an added token, perhaps with blanks that it swallows.
         return [self._added.get(p, self._added.get(p.strip()))["id"] if i % 2 else p for i, p in enumerate(pieces) if p]
 
-    def encode_parts(self, parts, start=True):
+    def encode_parts(self, parts: list[str | int], start: bool = True) -> tuple[list[int], bool]:
         """The ids of what `split` returned, and whether a text that follows them would get a dummy prefix.
 
         Neighbouring texts are encoded as one, so that it makes no difference where a template ends and a user begins.
@@ -163,12 +163,12 @@ class Tokenizer:
         pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
         return [id for i, piece in enumerate(pieces) for id in self._model.encode(piece, start and i == 0)]
 
-    def decode(self, ids, skip_special=True, start=True):
+    def decode(self, ids: list[int], skip_special: bool = True, start: bool = True) -> str:
         """The text of a list of ids. start=False keeps the dummy prefix: the ids continue a text."""
         decoder = StreamDecoder(self, skip_special, start)
         return "".join(map(decoder.push, ids)) + decoder.flush()
 
-    def token_bytes(self, id, skip_special=False):
+    def token_bytes(self, id: int, skip_special: bool = False) -> bytes:
         """What a token stands for, as UTF-8 bytes (perhaps part of a character); empty for an id without a token."""
         if id in self._by_id:
             return b"" if skip_special and id in self._special_ids else self._by_id[id]["content"].encode()
@@ -179,7 +179,7 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
 
-    def file_hash(self):
+    def file_hash(self) -> str:
         """SHA-256 (hex) of the files that decide the ids of a text: all but the chat template.
 
         Prepared data carries it, to refuse another tokenizer (see `fits`).
@@ -212,19 +212,19 @@ class Tokenizer:
 class StreamDecoder:
     """Ids to text one by one. The pieces joined equal `tokenizer.decode(ids)`; none holds half a character."""
 
-    def __init__(self, tokenizer, skip_special=True, start=True):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, start: bool = True):
         self._tokenizer, self._skip_special = tokenizer, skip_special
         self._at_prefix = start and tokenizer.has_prefix
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, id):
+    def push(self, id: int) -> str:
         """The text that this id completes; "" if it is a special token or leaves a character unfinished."""
         data = self._tokenizer.token_bytes(id, self._skip_special)
         if data and self._at_prefix:
             data, self._at_prefix = data.removeprefix(b" "), False
         return self._utf8.decode(data)
 
-    def flush(self):
+    def flush(self) -> str:
         """The end of the text: a replacement character if it stops in mid-character, otherwise ""."""
         return self._utf8.decode(b"", final=True)
 
@@ -232,7 +232,7 @@ class StreamDecoder:
 class _TokenizerJson:
     """A tokenizer.json, byte-level BPE or SentencePiece's kind, less its added tokens and its dummy prefix.
 
-    Those two are the Tokenizer's and `encode`'s work. prefix: "always" (a text after a special token gets one too),
+    `Tokenizer` and `encode` add those two. prefix: "always" (a text after a special token gets one too),
     "first" (only a sequence's first text) or "never".
     """
 
@@ -319,7 +319,7 @@ class _SentencePiece:
 
 
 class _Words:
-    """The ids of a text word by word, each remembered: a library takes several times as long to work them out.
+    """The ids of a text word by word, each word cached: a library takes several times as long to encode them.
 
     A word here is what lies between two spaces that have something visible on both sides; the space before it is its.
     encode: the library's function for a text that continues one; at_start: for one that begins a sequence. pieces: the
@@ -329,8 +329,8 @@ class _Words:
     def __init__(self, encode, at_start, pieces, space):
         visible, pieces = f"[^{space}ĊčĉċČ\\s]", [piece for piece in pieces if piece]  # the letters: byte-level blanks
         split_off = not any(map(re.compile(f"[A-Za-z0-9]{_MARK}").search, pieces))
-        self._inside = _Remembered(encode, "", split_off)
-        self._at_start, self._later = (_Remembered(*how, split_off) for how in ((at_start, ""), (encode, " ")))
+        self._inside = _WordCache(encode, "", split_off)
+        self._at_start, self._later = (_WordCache(*how, split_off) for how in ((at_start, ""), (encode, " ")))
         self._at_start.after = self._later.after = self._inside.after = self._inside
         self._encode = encode, at_start
         self._apart = not any(map(re.compile(visible + space).search, pieces))
@@ -350,8 +350,8 @@ class _Words:
         return [*first, *itertools.chain.from_iterable(map(self._later.__getitem__, later))]
 
 
-class _Remembered(dict):
-    """The ids of `before` + a word, by the word, worked out once.
+class _WordCache(dict):
+    """The ids of `before` + a word, by the word: a cache.
 
     split_off: a punctuation mark and what follows it are looked up apart, in `after`. So they may be if no piece of the
     vocabulary has such a mark after a letter or digit.
