@@ -8,7 +8,7 @@
 benchmark; `sample_validation` holds back a validation part; `tokenize_all` renders and tokenises the rest, with
 few-shot examples where a source asks for them; `mix` repeats samples by the sources' weights; `write_folder` and
 `write_report` write the result. Between passes rows and tokens are on the disk (record_store.py), so memory stays
-small whatever is read. dropped.jsonl lists each row that was dropped, and why.
+small however much is read. dropped.jsonl lists each row that was dropped, and why.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Settings:
         out_dir: Folder to write; prepared/NAME for NAME.jsonl if not given.
         prompt_style: plain, alpaca, dolly, vicuna, llama2-chat, mistral-instruct, chatml or checkpoint (the model's own
             chat template); checkpoint where the model has a template, otherwise alpaca, if not given.
-        max_seq_length: Tokens a sample may have. Of longer ones the prompt is cut from its start, never the answer.
+        max_seq_length: Tokens a sample may have. Of longer ones the start of the prompt is cut, never the answer.
         mask_prompt: Only the answers are targets.
         prompt_field: Name of the field with the prompt, if not one of the usual ones, or a template such as
             "{context} {question}".
@@ -43,14 +43,14 @@ class Settings:
         similar: Drop a sample whose prompt's embedding has a cosine above this to an earlier one's, such as 0.7; 0
             for not at all. Needs requirements-data.txt.
         benchmarks: Files or datasets with the usual field names, or a mixture; none of their samples is trained on.
-        leak_words: A sample that has so many words in a row from a benchmark is dropped; 0 for no such check.
-        leak_cosine: So is one whose prompt's embedding has at least this cosine to a benchmark's; 0 for no such check.
-            Needs requirements-data.txt.
+        leak_words: Drop a sample that shares so many words in a row with a benchmark; 0 for no such check.
+        leak_cosine: Drop a sample whose prompt's embedding has at least this cosine to a benchmark's; 0 for no such
+            check. Needs requirements-data.txt.
         min_words: Words that prompt and answer must have together.
         max_tokens: Drop samples that are longer, instead of cutting their prompts.
         max_repetition: Drop samples with a larger share of repeated runs of five words.
         mix_by: What the weights of a mixture count: samples or target tokens.
-        mix_size: How many of these the weighted sources have together; as many as are there, if not given.
+        mix_size: How many of these the weighted sources have together; as many as they have, if not given.
         val_fraction: Share of the samples that is held back for validation.
         seed: Of all that is random: the validation part, few-shot examples, the order of choices, the mixture.
         workers: Processes that tokenise; one for each core, if not given.

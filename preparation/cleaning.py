@@ -23,7 +23,7 @@ from shell.cli import UserError
 
 SIGNATURE = 128  # places of a MinHash signature: the estimate of a similarity of 0.8 is off by 0.035 (one sigma)
 COMMON = 10  # benchmark texts; what more of them share is their template
-NOTHING = 2**32 - 1  # what stands in every place of the signature of a text without words
+NOTHING = 2**32 - 1  # in every place of the signature of a text without words
 BLOCK = 512  # rows of a memory map that are looked at together
 CLOSE = 10  # pairs shown from each side of a threshold
 

@@ -9,8 +9,9 @@ WHOLE_PROMPT, WHOLE_ANSWER = 900, 3600  # characters; of a longer one the middle
 WHOLE_MATCH = 320  # characters; where two duplicates agree for longer, the middle is left out
 COMPARED = 2000  # characters of a text that are compared: the time of a comparison grows with their square
 
-# Characters that a browser or a terminal obeys or hides: control characters other than tab and newline, marks of writing
-# direction, blanks of no width (but not the two joiners, which emoji and Indian scripts need), halves of surrogate pairs.
+# Characters that a browser or a terminal obeys or hides: control characters other than tab and newline, marks of
+# writing direction, blanks of no width (but not the two joiners, which emoji and Indian scripts need), halves of
+# surrogate pairs.
 _ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"

@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where it stands, for people: "rows.jsonl:7", "rows.json, item 7"."""
+        """Where it is, for messages: "rows.jsonl:7", "rows.json, item 7"."""
         return f"{self.file}:{self.number}" if self.unit == "line" else f"{self.file}, {self.unit} {self.number}"
 
 
@@ -84,7 +84,7 @@ def read_rows(source: Any, progress: Progress, skip_bad: bool = False) -> Iterat
 
 
 def format_of(path: Path) -> str | None:
-    """The format that a file's ending stands for, .gz taken off; None if it is no known one."""
+    """The format that a file's ending names, without .gz; None if it is not a known one."""
     endings = [ending.lower() for ending in path.suffixes]
     packed = endings[-1:] == [".gz"]
     name = (endings[:-1] if packed else endings)[-1:] or [""]

@@ -1,7 +1,7 @@
 """What one pass of prepare_data.py leaves for the next: rows as records, then samples as tokens.
 
 Both are in temporary files without a name, which the system removes when the process ends, even if it is killed.
-Memory has a few numbers for each, in columns, so it stays small whatever is read.
+Memory has a few numbers for each, in columns, so it stays small however much is read.
 """
 
 import json

@@ -115,7 +115,7 @@ def _question_and_answer(data, fields):
 
 
 def _text(data, field):
-    """What a column's name or a template stands for in a row: text."""
+    """The text that a column's name or a template gives for a row."""
     if not is_template(field):
         return _column(data, field, str, "text")
     return "".join(

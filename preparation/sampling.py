@@ -14,9 +14,9 @@ from shell.cli import UserError
 
 
 def sample_validation(records: Records, val_fraction: float, seed: int) -> np.ndarray:
-    """(N,) bool: which records are held back for validation, sampled from each source; one at least is left.
+    """(N,) bool: which records are held back for validation, sampled from each source. At least one of each is left.
 
-    Records with the same prompt, of whatever source, are on one side.
+    Records with the same prompt are all held back or all trained on, across sources too.
     """
     hashes, source_of, kept = np.array(records.hashes), np.array(records.sources, np.int32), records.kept()
     held, seen, generator = np.empty(0, hashes.dtype), np.empty(0, hashes.dtype), np.random.default_rng(seed)

@@ -29,7 +29,9 @@ def show_folder(out_dir: Path, checkpoint_dir: Path | None, count: int, seed: in
         raise UserError(f"--show needs the model folder whose tokenizer {out_dir} was made with: give --checkpoint_dir")
     tokenizer = Tokenizer(folder)
     if not tokenizer.fits(info):
-        raise UserError(f"{out_dir} was made with another tokenizer than {folder}'s: see --checkpoint_dir")
+        raise UserError(
+            f"{out_dir} was made with another tokenizer or chat template than {folder}'s: see --checkpoint_dir"
+        )
     with contextlib.suppress(AttributeError):  # where the output is no terminal or file
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -816,6 +817,20 @@ def test_a_folder_made_before_is_shown(prepare, tiny_model_dir, capsys):
         prepare_data.main(Settings(show=1, out_dir=folder))
     prepare_data.main(Settings(show=1, out_dir=folder, checkpoint_dir=tiny_model_dir))
     assert "what? ⟦that<|im_end|>⟧" in capsys.readouterr().out
+
+
+def test_data_rendered_in_a_chat_template_fit_that_template_only(prepare, tokenizer, tiny_model_dir, tmp_path, capsys):
+    """Data in a style of ours go on with a merged model, which has another chat template than its base."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model, ignore=shutil.ignore_patterns("*.safetensors", "manifest.json"))
+    (model / "chat_template.jinja").write_text("of another revision")
+    for style, fits in (("checkpoint", False), ("alpaca", True)):
+        folder = prepare(numbered("a", 3), prompt_style=style)
+        assert tokenizer.fits(info(folder)) and Tokenizer(model).fits(info(folder)) is fits
+        if not fits:
+            with pytest.raises(UserError, match="made with another tokenizer or chat template than"):
+                prepare_data.main(Settings(show=1, out_dir=folder, checkpoint_dir=model))
+    assert not Tokenizer(model).fits({"tokenizer_hash": "0"})
 
 
 def test_a_benchmark_that_is_the_data(prepare, tmp_path):

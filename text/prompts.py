@@ -114,7 +114,7 @@ def _encode_segments(tokenizer, segments):
 
 
 def _drop_last_space(tokenizer, parts):
-    """Whether the prompt ends in a space that the answer's dummy prefix stands for; if so, take it off."""
+    """Whether the prompt ends in a space that the answer's dummy prefix replaces; if so, remove it."""
     found = tokenizer.has_prefix and parts and isinstance(parts[-1], str) and parts[-1].endswith(" ")
     if found:
         parts[-1] = parts[-1][:-1]
@@ -122,7 +122,7 @@ def _drop_last_space(tokenizer, parts):
 
 
 def _plain(tokenizer, messages):
-    """The question as it stands, the answer directly after it."""
+    """The question, unchanged, and the answer directly after it."""
     [(question, answer)] = _turns(messages, "plain", system=False, many=False)[1]
     return [Segment(_joined(question), "user"), *_answer(tokenizer, answer)]
 
@@ -209,8 +209,8 @@ def _chatml(tokenizer, messages):
 def _checkpoint(tokenizer, messages):
     """The checkpoint's own chat template, rendered with a mark in place of each content and cut at the marks.
 
-    So a content cannot write special tokens, whatever the template does with it. A template that strips contents is
-    known by the blank that it strips from a mark. Where it ends an answer with no special token, EOS is added.
+    So a content cannot write special tokens, and need not go through the template. A template that strips contents is
+    recognised by the blank that it strips from a mark. Where it ends an answer with no special token, EOS is added.
     """
     marks = [{"role": m["role"], "content": f"{_BLANK}mark{i}mark{_BLANK}"} for i, m in enumerate(messages)]
     rendered = _run_template(tokenizer, marks)

@@ -169,7 +169,7 @@ class Tokenizer:
         return "".join(map(decoder.push, ids)) + decoder.flush()
 
     def token_bytes(self, id: int, skip_special: bool = False) -> bytes:
-        """What a token stands for, as UTF-8 bytes (perhaps part of a character); empty for an id without a token."""
+        """The text of a token as UTF-8 bytes (perhaps part of a character); empty for an id without a token."""
         if id in self._by_id:
             return b"" if skip_special and id in self._special_ids else self._by_id[id]["content"].encode()
         piece = self._model.piece(id) or ""
@@ -379,7 +379,7 @@ _PROBE = 'a b  c\n d. "e" 12 3,456.7 it\'s\t f   \n\ng? 日本 語 — é ½ ﬁ
 
 
 def _take_prefix(parts):
-    """Switch off whatever adds a leading space in a tokenizer.json, and say when it was added."""
+    """Switch off the parts of a tokenizer.json that add a leading space. Returns when they add it: see `Tokenizer`."""
     scheme = "never"
     for part in parts:
         if part["type"] == "Prepend" and part["prepend"] == "▁":

@@ -267,7 +267,11 @@ def test_every_source_has_its_rows_and_its_histogram(tmp_path, sources):
         assert totals[0][1] == f"{sum(source['counts']['read'] for source in info['sources']):,}"
         assert totals[1][4] == f"{sum(source['counts']['mixed'] for source in info['sources']):,}"
         assert totals[1][6] == f"{sum(source['tokens'] for source in info['sources']):,}"
-    assert info["tokenizer_hash"] in page.text and "b" * 64 in page.text and "No near-duplicate pairs were found" in page.text
+    assert (
+        info["tokenizer_hash"] in page.text
+        and "b" * 64 in page.text
+        and "No near-duplicate pairs were found" in page.text
+    )
 
 
 def test_an_empty_mixture_is_a_page_too(tmp_path):
