@@ -1,8 +1,8 @@
-"""The prepared data on disk, and which of its samples make up which micro-batch.
+"""Prepared data, read from disk, and the plan of which samples make up which micro-batch.
 
 A prepared folder holds `train.safetensors`, `val.safetensors` and `data.json`. In the first two all samples lie end to
 end, memory-mapped: `tokens` (all,) int32, `is_target` (all,) bool, `offsets` (N + 1,) int64, `target_counts` (N,) and
-`sources` (N,) int32. (spool.SampleWriter writes them.)
+`sources` (N,) int32. (preparation/record_store.py writes them.)
 
 To add a batching idea: a function like `packed_in_step` and a line in `PLANNERS`.
 """
@@ -15,17 +15,20 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from shell.cli import UserError
 from shell.files import check_listed, read_json
 from weights.safetensors_format import read_tensors
 
-DATA_AGAIN = "make it again with prepare_data.py"  # what mends a prepared folder
+DATA_AGAIN = "make it again with prepare_data.py"  # what to do about a damaged prepared folder
 COLUMNS = {
     "tokens": torch.int32, "is_target": torch.bool, "offsets": torch.int64, "target_counts": torch.int32,
     "sources": torch.int32,
 }  # fmt: skip
 IGNORE = -100  # the target of a position that does not count (model.IGNORE)
+Step = list[list[int]]  # the micro-batches of an optimiser step, each the numbers of its samples
+Counts = Tensor | None  # (N,) the targets of each sample, for a planner that asks for them
 
 
 # ----------------------------------------------------------------------------------------------- samples on disk
@@ -39,7 +42,7 @@ class Samples:
     sample is from, by its place in the `sources` of data.json.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         path = Path(path)
         check_listed(path.parent, [path.name], DATA_AGAIN)
         tensors = read_tensors(path, DATA_AGAIN)
@@ -63,15 +66,12 @@ class Samples:
         return len(self.lengths)
 
     @cached_property
-    def numbers(self):
+    def numbers(self) -> Tensor:
         """(N,) int64: the place of each sample in the file, from 0, by which messages name it."""
         return torch.arange(len(self))
 
-    def drop_without_target(self):
-        """Leave out the samples without a target, which would only take time. Returns how many they are.
-
-        The tokens of the others are then copied into memory, if there were any.
-        """
+    def drop_without_target(self) -> int:
+        """Drop the samples without a target. Returns how many; if any, the tokens of the others are now in memory."""
         kept = self.target_counts > 0
         if not kept.all():
             tokens = kept.repeat_interleave(self.lengths + 1)
@@ -81,12 +81,12 @@ class Samples:
             self.offsets = F.pad((self.lengths + 1).cumsum(0), (1, 0))
         return len(kept) - len(self)
 
-    def inputs_and_targets(self, i):
+    def inputs_and_targets(self, i: int) -> tuple[Tensor, Tensor]:
         """Sample i: its tokens but the last, and for each the token to predict or IGNORE: two (length,) int64."""
         start, end = self.offsets[i].item(), self.offsets[i + 1].item()
         return shift(self.tokens[start:end].long(), self.is_target[start:end])
 
-    def padded(self, indices):
+    def padded(self, indices: list[int]) -> tuple[Tensor, Tensor, None]:
         """The samples `indices` in a row each, padded on the right: tokens and targets, both (B, T) int64, and None.
 
         targets[b, t] is the token to predict from tokens[b, :t + 1], or IGNORE.
@@ -99,22 +99,22 @@ class Samples:
             tokens[row, : len(inputs)], targets[row, : len(inputs)] = inputs, wanted
         return tokens, targets, None
 
-    def packed(self, indices):
+    def packed(self, indices: list[int]) -> tuple[Tensor, Tensor, list[int]]:
         """The samples `indices` end to end in one row: tokens and targets, both (1, T) int64, and the offsets.
 
-        offsets: n + 1 numbers, where each sample begins and the last one ends: what keeps them apart in the model.
+        offsets: n + 1 numbers, where each sample begins and the last one ends: attention stays within a sample.
         """
         tokens, targets = (torch.cat(parts)[None] for parts in zip(*map(self.inputs_and_targets, indices), strict=True))
         return tokens, targets, [0, *self.lengths[indices].cumsum(0).tolist()]
 
 
-def shift(ids, is_target):
+def shift(ids: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens but the last, and for each the token to predict or IGNORE: of ids (n,) int64 and is_target (n,) bool."""
     return ids[:-1], torch.where(is_target[1:], ids[1:], IGNORE)
 
 
-def read_data_info(data_dir):
-    """The parsed data.json of a prepared folder. Raises UserError if it is none."""
+def read_data_info(data_dir: Path) -> dict:
+    """The parsed data.json of a prepared folder. Raises UserError if the folder is not one."""
     path = Path(data_dir, "data.json")
     if not path.is_file():
         raise UserError(f"{path} does not exist: --data_dir must be a folder made by prepare_data.py")
@@ -122,43 +122,44 @@ def read_data_info(data_dir):
     info = read_json(path)
     for key, kind in (("tokenizer_hash", str), ("prompt_style", str), ("sources", list)):
         if not isinstance(info.get(key), kind):
-            raise UserError(f"{path}: key {key!r} is missing or damaged: make the folder again with prepare_data.py")
+            raise UserError(f"{path}: key {key!r} is missing or damaged: {DATA_AGAIN}")
     for source in info["sources"]:
         if not isinstance(source, dict) or not isinstance(source.get("name") or source.get("path"), str):
-            raise UserError(f"{path}: a source has no name: make the folder again with prepare_data.py")
+            raise UserError(f"{path}: a source has no name: {DATA_AGAIN}")
     return info
 
 
-def source_names(info, *parts):
+def source_names(info: dict, *parts: Samples) -> list[str]:
     """The name of each source that `Samples.sources` numbers, from a parsed data.json; [] if there is just one.
 
-    info: older folders name no source, only its file. A name that several have gets their number, from 1.
-    Raises UserError if a sample of `parts` is from a source that has no name.
+    A source without a name has that of its file. Sources with the same name get their number, from 1, at its end.
+    Raises UserError if a sample of `parts` is from a source that data.json does not list.
     """
     names = [source.get("name") or Path(source["path"]).stem for source in info["sources"]]
     if len(names) < 2:
         return []
     if max(part.sources.max().item() for part in parts if len(part)) >= len(names):
-        raise UserError("data.json names fewer sources than its samples are from: make it again with prepare_data.py")
+        raise UserError(f"data.json names fewer sources than its samples are from: {DATA_AGAIN}")
     return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names, start=1)]
 
 
 # ------------------------------------------------------------------------------------------------------- planning
 
 
-def packed_in_step(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
-    """Each step a random draw from the whole set, its samples put end to end into rows of at most the budget.
+def packed_in_step(
+    lengths: Tensor, target_counts: Counts, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
+) -> list[Step]:
+    """Each step is a random sample of the whole set, its samples put end to end into rows of at most the budget.
 
-    The default: every step sees the full mix of tasks and lengths, and nothing is padded. Rows are full but for the
-    last one of a step, which has what is left: to fill it too, a step would need another number of samples.
+    The default: every step sees the full mix of tasks and lengths, and nothing is padded. All rows of a step are nearly
+    full but the last, which has what is left: to fill it too, a step would need another number of samples.
 
-    lengths, target_counts: (N,) tensors. micro_batch_tokens: how many positions a micro-batch may have; a sample that
-    is longer is a micro-batch by itself.
-    Returns a list of steps; a step is a list of micro-batches; a micro-batch is a list of sample numbers. One step of
-    the epoch may be smaller. A pure function of its arguments, the number of devices not among them.
+    lengths, target_counts: (N,). micro_batch_tokens: how many positions a micro-batch may have; a longer sample is a
+    micro-batch by itself. Returns the epoch's steps, of which one may be smaller. A pure function of its arguments, and
+    the number of devices is not among them.
     """
-    steps = draw_steps(lengths, global_batch_size, seed, epoch)
-    return [_fill_rows(_longest_first(drawn, lengths), lengths, micro_batch_tokens) for drawn in steps]
+    steps = sample_steps(lengths, global_batch_size, seed, epoch)
+    return [_fill_rows(_longest_first(step, lengths), lengths, micro_batch_tokens) for step in steps]
 
 
 def _fill_rows(samples, lengths, budget):
@@ -178,35 +179,39 @@ def _fill_rows(samples, lengths, budget):
     return rows
 
 
-def sorted_in_step(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
-    """The same draws, sorted by length inside the step and cut into micro-batches whose rows are padded to one length.
+def sorted_in_step(
+    lengths: Tensor, target_counts: Counts, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
+) -> list[Step]:
+    """The same steps, sorted by length inside the step and cut into micro-batches whose rows are padded to one length.
 
-    For attention that cannot keep the samples of one row apart, and for small micro-batches, where a few percent is
-    padding (2.3% on GSM8K at 1,024 positions and steps of 128 samples; 10% at 4,096).
+    For attention that cannot be kept within the samples of a row, and for small micro-batches, where little is padding
+    (2.3% on GSM8K at 1,024 positions and steps of 128 samples; 10% at 4,096).
 
-    micro_batch_tokens: how many positions a micro-batch may have, padding included; a sample that is longer is a
-    micro-batch by itself. The longest samples come first. Otherwise as `packed_in_step`.
+    micro_batch_tokens counts padding too. The longest samples come first. Otherwise as `packed_in_step`.
     """
-    steps = draw_steps(lengths, global_batch_size, seed, epoch)
-    return [_cut(_longest_first(drawn, lengths), lengths, micro_batch_tokens) for drawn in steps]
+    steps = sample_steps(lengths, global_batch_size, seed, epoch)
+    return [_cut(_longest_first(step, lengths), lengths, micro_batch_tokens) for step in steps]
 
 
-def random_in_step(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
-    """The same draws in the order in which they were drawn, padded: what a plain data loader does.
+def random_in_step(
+    lengths: Tensor, target_counts: Counts, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
+) -> list[Step]:
+    """The same steps in the order in which they were sampled, padded: what a plain data loader does.
 
-    To compare with: it takes the same optimiser steps as `sorted_in_step`, with far more padding.
+    A baseline: it takes the same optimiser steps as `sorted_in_step`, with far more padding.
     """
-    steps = draw_steps(lengths, global_batch_size, seed, epoch)
-    return [_cut(drawn.tolist(), lengths, micro_batch_tokens) for drawn in steps]
+    steps = sample_steps(lengths, global_batch_size, seed, epoch)
+    return [_cut(step.tolist(), lengths, micro_batch_tokens) for step in steps]
 
 
-def grouped(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
+def grouped(
+    lengths: Tensor, target_counts: Counts, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
+) -> list[Step]:
     """Samples sorted by length over the whole epoch and cut into steps of neighbours; the steps in random order.
 
-    To compare with: next to no padding, but not the default, because a step then has samples of one length only, and
-    so mostly of one kind of task. Its loss and its gradient are those of that kind: the loss zig-zags from step to
-    step, and the optimiser is pulled to and fro. Which samples share a step hardly changes from epoch to epoch: those
-    of equal length are shuffled among themselves.
+    A baseline: almost no padding, but not the default. A step has samples of one length only, and so mostly of one kind
+    of task, and its gradient is that of this kind: the loss zig-zags from step to step, and the optimiser is pulled to
+    and fro. Which samples share a step hardly changes from epoch to epoch: only those of equal length are shuffled.
     """
     generator = _generator(seed, epoch)
     order = torch.randperm(len(lengths), generator=generator)
@@ -228,7 +233,7 @@ def _cut(samples, lengths, budget):
 
 
 class Planner(NamedTuple):
-    """plan: which samples make up which micro-batch, a function as above. layout: a micro-batch of them as tensors."""
+    """A batching strategy. plan: a function as above, samples to micro-batches. layout: a micro-batch as tensors."""
 
     plan: Callable
     layout: Callable
@@ -242,13 +247,13 @@ PLANNERS = {
 }
 
 
-def draw_steps(lengths, global_batch_size, seed, epoch):
-    """The samples of each step of an epoch, drawn at random from the whole set: int64 tensors of their numbers."""
+def sample_steps(lengths: Tensor, global_batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """The samples of each step of an epoch, shuffled over the whole set: int64 tensors of their numbers."""
     return torch.randperm(len(lengths), generator=_generator(seed, epoch)).split(global_batch_size)
 
 
 def _generator(seed, epoch):
-    """One of its own for every epoch of every seed; the global one is left alone."""
+    """A random generator for this epoch and seed; torch's global one is not used."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
@@ -257,7 +262,6 @@ def _longest_first(samples, lengths):
     return samples[lengths[samples].argsort(descending=True, stable=True)].tolist()
 
 
-def in_order(planner, lengths, micro_batch_tokens):
+def in_order(planner: Planner, lengths: Tensor, micro_batch_tokens: int) -> Step:
     """All samples once, cut into micro-batches by a `Planner`: the plan of a validation."""
-    N = len(lengths)
-    return planner.plan(lengths, None, N, micro_batch_tokens, seed=0, epoch=0)[0] if N else []
+    return planner.plan(lengths, None, len(lengths), micro_batch_tokens, seed=0, epoch=0)[0] if len(lengths) else []

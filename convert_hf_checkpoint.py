@@ -69,6 +69,7 @@ from tqdm import tqdm
 from model import Transformer
 from quantize import describe_quantization
 from shell.files import checked, flush, new_folder, read_json, write_json
+from text.style_templates import save_chat_template
 from text.tokenizer import Tokenizer
 from weights.checkpoint import (
     DTYPES,
@@ -324,6 +325,7 @@ def merge(s: Settings) -> Path:
         rounding, written = write_merged(tuned, layout, folder)
         hashes |= written
         write_side_files(folder)
+        print(save_chat_template(folder, notes.get("prompt_style")))
         write_json(folder / "config.json", config)
         if notes:
             kept = {key: value for key, value in notes.items() if key not in ("quantize", "checkpoint_dir")}

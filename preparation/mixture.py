@@ -10,7 +10,7 @@
       - path: openai/gsm8k
         config: main
 
-A path in a mixture is one that is found from the mixture's own folder, or else from the current one.
+A path in a mixture is looked for from the mixture's own folder, then from the current one.
 """
 
 import difflib
@@ -37,7 +37,7 @@ class Source:
         name: What reports call it; unique.
         path: Files, in the order in which they are read; or text: a Hugging Face dataset's name or folder.
         format: A key of `FORMATS`; by the ending of each file if not given.
-        fields: Where a sample lies in a row. "prompt", "answer" and, if wanted, "input": the name of a column, or a
+        fields: Where the parts of a sample are. "prompt", "answer" and, if wanted, "input": the name of a column, or a
             template over columns such as "{context} {question}" ({{ and }} for braces). Or "messages": the name of a
             column. With "choices" (the name of a column with a list, or a list of columns) and "label" (the name of
             the column with the right one's index from 0, letter or text) it is multiple choice: {choices} in the
@@ -47,10 +47,10 @@ class Source:
         prompt_style: How its prompts are rendered, if not as all.
         weight: Its share when mixing; not together with `samples`.
         samples: How many samples of it are wanted.
-        few_shot: A prompt has between so many and so many examples of the same source before it.
-        min_words: In place of the flag of that name, as the next two.
-        max_tokens:
-        max_repetition:
+        few_shot: The least and the greatest number of examples, of the same source, before a prompt.
+        min_words: This source's own value of the flag of that name.
+        max_tokens: As min_words.
+        max_repetition: As min_words.
         config: The configuration of a Hugging Face dataset, if it has several.
         split: Its split.
     """
@@ -72,8 +72,8 @@ class Source:
     rows_hash: str | None = field(default=None, init=False)  # SHA-256 of a dataset's rows, once they are read
 
 
-def find_sources(data, fields=None, flag="data"):
-    """The sources that a list of texts stands for: one each, or those of a mixture's YAML file, alone in the list.
+def find_sources(data: list[str], fields: dict[str, str] | None = None, flag: str = "data") -> list[Source]:
+    """The sources that a list of texts names: one each, or those of a mixture's YAML file, which must be the only text.
 
     A text is a file; a glob, one source of all its files, sorted; a folder that holds a dataset; or a Hugging Face
     dataset as ORG/NAME or ORG/NAME/CONFIG. After the last two :SPLIT may follow if it is not "train". fields: as in
@@ -83,7 +83,7 @@ def find_sources(data, fields=None, flag="data"):
         raise UserError(f"--{flag} is empty: name at least one file")
     mixture = next((text for text in data if text.lower().endswith((".yaml", ".yml"))), None)
     if mixture and len(data) > 1:
-        raise UserError(f"--{flag} {mixture}: a mixture stands alone: name the other data in it")
+        raise UserError(f"--{flag} {mixture}: a mixture cannot be given with other data: name that in it")
     if mixture and fields:
         raise UserError(f"--{flag} {mixture}: a mixture names its fields itself, with fields under a source")
     if mixture:
@@ -104,7 +104,7 @@ def find_sources(data, fields=None, flag="data"):
     return sources
 
 
-def read_mixture(path):
+def read_mixture(path: str) -> list[Source]:
     """The sources of a mixture's YAML file. Raises UserError that names the file, the source and the key."""
     path, sources = Path(path), []
     entries = _read_entries(path)
@@ -183,7 +183,7 @@ def _dataset(text, folders):
     return {"path": name[1], **({"config": name[2]} if name[2] else {}), **more}
 
 
-def free_name(text, taken):
+def free_name(text: str, taken: set[str]) -> str:
     """A name for a source, by its path: that of the file without its ending, with a number if it is among `taken`."""
     path = Path(text.partition("*")[0].partition("?")[0].partition("[")[0] if glob.has_magic(text) else text)
     stem = path.name
@@ -312,7 +312,7 @@ def _check_fields(fields):
     _check_known(fields, FIELDS)
     needed = ["prompt", "choices", "label"] if "choices" in fields or "label" in fields else ["prompt", "answer"]
     if "messages" in fields and len(fields) > 1:
-        raise UserError("messages: stands alone, it is the whole dialog")
+        raise UserError("messages: is the whole dialog, so it excludes other fields")
     for name in needed if "messages" not in fields else []:
         if name not in fields:
             raise UserError(f"{name}: is missing, {' and '.join(needed)} go together")

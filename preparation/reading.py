@@ -1,7 +1,7 @@
-"""Files in, rows out: every format, read strictly and a piece at a time, so that memory does not grow with a file.
+"""From files to rows: every format, read strictly and a piece at a time, so that memory does not grow with a file.
 
-What is wrong with a row is a `BadRow`, which the caller may make an error or count; what makes the rest of a file
-unreadable is a `UserError`. What a row means is for records.py to find out.
+A row that is wrong is a `BadRow`, which the caller may make an error or count; where the rest of a file is unreadable,
+a `UserError` is raised. records.py finds out what a row means.
 
 To add a format: a function `(path, progress) -> (number, data), …` and a line in `FORMATS`.
 """
@@ -17,14 +17,18 @@ import os
 import re
 import reprlib
 import zlib
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shell.cli import UserError
 
 CHUNK = 2**15  # bytes of a file that are read at one time
 LONGEST_FIELD = 2**27  # characters of a CSV field: a quote that is never closed must not take all memory
 TABLE_ROWS = 256  # rows of a parquet file that are unpacked at one time
+
+
+Progress = Callable[[float], None]
 
 
 class BadRow(Exception):
@@ -44,17 +48,17 @@ class Row(NamedTuple):
     unit: str = "line"
 
     @property
-    def place(self):
-        """Where it stands, for people: "rows.jsonl:7", "rows.json, item 7"."""
+    def place(self) -> str:
+        """Where it is, for messages: "rows.jsonl:7", "rows.json, item 7"."""
         return f"{self.file}:{self.number}" if self.unit == "line" else f"{self.file}, {self.unit} {self.number}"
 
 
-def read_rows(source, progress, skip_bad=False):
+def read_rows(source: Any, progress: Progress, skip_bad: bool = False) -> Iterator[Row]:
     """Yield each `Row` of a `mixture.Source`, in order.
 
-    progress: called every now and then with the share of the source that has been read, 0 to 1 (0 all along if its
-    length is unknown). UserError for what cannot be read on, and for a file with no row; with `skip_bad` the rest of
-    that file is one more row, a `BadRow`.
+    progress: called every now and then with the share of the source that has been read, 0 to 1 (always 0 if its length
+    is unknown). UserError where the rest of a file cannot be read, and for a file without rows; with `skip_bad` this is
+    one more row instead, a `BadRow`.
     """
     if isinstance(source.path, str):
         yield from _read_dataset(source, progress)
@@ -79,8 +83,8 @@ def read_rows(source, progress, skip_bad=False):
 # -------------------------------------------------------------------------------------------------------- formats
 
 
-def format_of(path):
-    """The format that a file's ending stands for, .gz taken off; None if it is no known one."""
+def format_of(path: Path) -> str | None:
+    """The format that a file's ending names, without .gz; None if it is not a known one."""
     endings = [ending.lower() for ending in path.suffixes]
     packed = endings[-1:] == [".gz"]
     name = (endings[:-1] if packed else endings)[-1:] or [""]
@@ -108,14 +112,14 @@ def _lines(path, progress):
         yield from lines
 
 
-def read_json_lines(path, progress):
+def read_json_lines(path: Path, progress: Progress) -> Iterator[tuple[int, bytes]]:
     """Yield (line, the line's bytes) for each line of a JSON Lines file that is not blank."""
     for number, line in enumerate(_lines(path, progress), start=1):
         if line.strip():
             yield number, line
 
 
-def read_json_list(path, progress):
+def read_json_list(path: Path, progress: Progress) -> Iterator[tuple[int, bytes]]:
     """Yield (item, its bytes) for each item of a JSON file that holds a list.
 
     What is in memory is a piece of the file, or an item if that is longer, twice.
@@ -183,7 +187,7 @@ def _texts(path, progress):
             yield text
 
 
-def read_csv(path, progress, delimiter=","):
+def read_csv(path: Path, progress: Progress, delimiter: str = ",") -> Iterator[tuple[int, dict | BadRow]]:
     """Yield (first line, columns by name) for each row of a CSV file whose first row names the columns.
 
     Quotes are as spreadsheets and pandas write them, also with tabs. A column without a name is left out.
@@ -230,11 +234,12 @@ def _decode_lines(lines, broken):
         yield text
 
 
-def count(items, what):
+def count(items: Sized, what: str) -> str:
+    """ "3 fields", "1 field"."""
     return f"{len(items)} {what}" + ("s" if len(items) != 1 else "")
 
 
-def read_parquet(path, progress):
+def read_parquet(path: Path, progress: Progress) -> Iterator[tuple[int, dict | BadRow]]:
     """Yield (row, columns by name) for each row of a parquet file."""
     try:
         import pyarrow

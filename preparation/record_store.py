@@ -1,7 +1,7 @@
-"""What the passes of prepare_data.py hand on, and write at the end: rows as records, samples as tokens.
+"""What one pass of prepare_data.py leaves for the next: rows as records, then samples as tokens.
 
-Both lie on the disk, in files without a name that are gone when the process is; memory has a few numbers for each, in
-columns. So it stays flat whatever is read, and nothing is left of a run that was killed.
+Both are in temporary files without a name, which the system removes when the process ends, even if it is killed.
+Memory has a few numbers for each, in columns, so it stays small however much is read.
 """
 
 import json
@@ -10,72 +10,77 @@ import pickle
 import tempfile
 from array import array
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from preparation.cleaning import SIGNATURE
+from preparation.filtering import FilteredRow
 from weights.safetensors_format import encode_header
 
-LEAKS = ("words of a benchmark", "similar to a benchmark")  # the reasons that name a benchmark's sample
+LEAKS = ("words of a benchmark", "similar to a benchmark")  # the reasons for which a line names a benchmark's sample
 SHOWN = 300  # characters of a dropped prompt that are written down
 
 
 class Records:
-    """Every row that was read: its record on the disk, what the passes ask about it in columns, what became of it.
+    """Every row that was read: its record on the disk, and in columns what the passes need to know of it.
 
-    sources, answers (characters), hashes: arrays with an element for each. counts: for each source, how many of its
-    rows went which way; cut: of how many the prompt had to be cut. leaks: for the place of a benchmark's sample, how
-    many rows leaked from it. folder: a place on the disk with room for the records. log: an open file, for a line of
-    JSON on each that is dropped.
+    sources, answer_lengths (characters), hashes (of prompts): arrays with an element for each. counts: for each source,
+    how many of its rows were read, and dropped for which reason; cut: of how many the prompt had to be cut. leaks: for
+    the place of a benchmark's sample, how many rows leaked from it. folder: a place on the disk with room for the
+    records. names: of the sources. log: an open file, for a line of JSON on each row that is dropped.
     """
 
-    def __init__(self, folder, names, log):
+    def __init__(self, folder: Path, names: list[str], log: IO[str]):
         self._texts, self._signatures = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 (nameless)
-        self._offsets, self._stays = array("q", [0]), array("b")
-        self.sources, self.answers, self.hashes = array("i"), array("i"), array("Q")
+        self._offsets, self._kept = array("q", [0]), array("b")
+        self.sources, self.answer_lengths, self.hashes = array("i"), array("i"), array("Q")
         self.names, self.counts, self.cut = names, [Counter() for _ in names], [0 for _ in names]
         self.leaks, self._log = Counter(), log
 
     def __len__(self):
         return len(self.sources)
 
-    def add(self, source, row):
-        """Append an `Examined` row of the source with this number."""
+    def add(self, source: int, row: FilteredRow) -> None:
+        """Append a row of the source with this number."""
         self._texts.write(row.record)
         self._signatures.write(row.signature)
         self._offsets.append(self._offsets[-1] + len(row.record))
-        for column, value in ((self.sources, source), (self.answers, row.answer), (self.hashes, row.prompt_hash)):
-            column.append(value)
-        self._stays.append(1)
+        self.sources.append(source)
+        self.answer_lengths.append(row.answer_length)
+        self.hashes.append(row.prompt_hash)
+        self._kept.append(1)
         if row.reason:
             self.drop(len(self) - 1, row.reason, of=row.of, detail=row.detail)
 
-    def raw(self, number):
+    def raw(self, number: int) -> bytes:
         """The record as it was added, pickled."""
-        return _cut(self._texts, 1, self._offsets[number], self._offsets[number + 1])
+        return _read(self._texts, 1, self._offsets[number], self._offsets[number + 1])
 
     def __getitem__(self, number):
         return pickle.loads(self.raw(number))
 
-    def alive(self):
-        """(N,) bool: which stay."""
-        return np.array(self._stays, np.bool_)
+    def kept(self) -> np.ndarray:
+        """(N,) bool: which are not dropped."""
+        return np.array(self._kept, np.bool_)
 
-    def signatures(self):
-        """(N, SIGNATURE) uint32, on the disk."""
+    def signatures(self) -> np.ndarray:
+        """(N, SIGNATURE) uint32, on the disk: the MinHash of each prompt's words."""
         self._signatures.flush()
         return np.memmap(self._signatures, np.uint32, "r", shape=(len(self), SIGNATURE))
 
-    def drop(self, number, reason, **more):
-        """Take a row out and write down why. more: "of", the id of what it is too much like, and "score"; "detail"."""
-        self._stays[number] = 0
+    def drop(self, number: int, reason: str, **more) -> None:
+        """Drop a row and log why. more: "of", the id of what it is too similar to, and "score"; "detail"."""
+        self._kept[number] = 0
         if reason in LEAKS:
             self.leaks[more["of"]] += 1
         record = self[number]
-        self.note(record["id"], self.sources[number], reason, **more, prompt=record["key"][:SHOWN])
+        self.log(record["id"], self.sources[number], reason, **more, prompt=record["key"][:SHOWN])
 
-    def note(self, id, source, reason, **more):
-        """Count a row that is not used, and write it down."""
+    def log(self, id: str, source: int, reason: str, **more) -> None:
+        """Count a row that is not used, and log it."""
         self.counts[source][reason] += 1
         line = {"id": id, "source": self.names[source], "reason": reason, **more}
         line = {key: value for key, value in line.items() if value is not None}
@@ -83,19 +88,19 @@ class Records:
 
 
 class SampleWriter:
-    """Collects samples and writes them as prepared files. Tokens wait on the disk; memory has a few numbers for each.
+    """Collects samples and writes them as prepared files. Tokens are on the disk; memory has a few numbers for each.
 
-    folder: a place on the disk with room for them as long as the writer lives; by default that of temporary files.
+    folder: a place on the disk with room for them until they are saved; by default that of temporary files.
     """
 
-    def __init__(self, folder=None):
+    def __init__(self, folder: Path | None = None):
         self._tokens, self._is_target = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 (nameless)
         self.offsets, self.target_counts, self.sources = array("q", [0]), array("i"), array("i")
 
     def __len__(self):
         return len(self.target_counts)
 
-    def add(self, ids, is_target, source):
+    def add(self, ids: Iterable[int], is_target: Iterable[bool], source: int) -> None:
         """Add one sample: token ids, for each of them whether it is a target, and the number of its source."""
         self._tokens.write(array("i", ids))
         self._is_target.write(bytes(is_target))
@@ -103,16 +108,16 @@ class SampleWriter:
         self.target_counts.append(sum(is_target[1:]))  # nothing comes before the first token to predict it from
         self.sources.append(source)
 
-    def read(self, number):
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample `number` as it was added: ids (n,) int32 and is_target (n,) bool, two arrays."""
         span = self.offsets[number], self.offsets[number + 1]
-        tokens, is_target = _cut(self._tokens, 4, *span), _cut(self._is_target, 1, *span)
+        tokens, is_target = _read(self._tokens, 4, *span), _read(self._is_target, 1, *span)
         return np.frombuffer(tokens, np.int32), np.frombuffer(is_target, np.bool_)
 
-    def save(self, path, order=None):
+    def save(self, path: Path, order: Iterable[int] | None = None) -> None:
         """Write the samples with the numbers `order`, by default all, as one prepared file.
 
-        Written piece by piece, since safetensors' own writer wants whole tensors in memory.
+        Written one sample at a time, since safetensors' own writer wants whole tensors in memory.
         """
         order = np.arange(len(self)) if order is None else np.asarray(order, np.int64)
         offsets, counts, sources = (np.array(column) for column in (self.offsets, self.target_counts, self.sources))
@@ -120,7 +125,7 @@ class SampleWriter:
         total = int((ends - starts).sum())
 
         def pieces(file, width):
-            return (_cut(file, width, int(start), int(end)) for start, end in zip(starts, ends, strict=True))
+            return (_read(file, width, int(start), int(end)) for start, end in zip(starts, ends, strict=True))
 
         columns = {  # the widest first, so that each begins at a multiple of its width
             "offsets": ("I64", 8, len(order) + 1, [np.concatenate([[0], (ends - starts).cumsum()]).astype("<i8")]),
@@ -136,43 +141,49 @@ class SampleWriter:
                 file.writelines(content)
 
 
-def _cut(file, width, start, end):
+def _read(file, width, start, end):
     """The bytes of the elements start to end, `width` bytes each."""
     file.flush()
     return os.pread(file.fileno(), (end - start) * width, start * width)
 
 
-class Tokenized:
+class TokenizedSamples:
     """The samples as tokens, with the number of the record that each was made of, and of its examples' records."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path):
         self.writer = SampleWriter(folder)
         self._records, self._examples, self._ends = array("q"), array("q"), array("q", [0])
 
     def __len__(self):
         return len(self._records)
 
-    def add(self, source, record, examples, ids, is_target):
+    def add(self, source: int, record: int, examples: list[int], ids: Iterable[int], is_target: Iterable[bool]) -> None:
+        """Append a sample of a source, made of a record and of examples before it, all by their numbers."""
         self.writer.add(ids, is_target, source)
         self._records.append(record)
         self._examples.extend(examples)
         self._ends.append(len(self._examples))
 
-    def records(self):
-        """(M,) int64: the number of each sample's record."""
-        return np.array(self._records, np.int64)
+    def record(self, number: int) -> int:
+        """The number of the record that a sample was made of."""
+        return self._records[number]
 
-    def examples(self, number):
+    def examples(self, number: int) -> array:
         """The numbers of the records that stand before the question of a sample."""
         return self._examples[self._ends[number] : self._ends[number + 1]]
 
-    def record(self, number):
-        return self._records[number]
+    def records(self) -> np.ndarray:
+        """(M,) int64: the number of each sample's record."""
+        return np.array(self._records, np.int64)
 
-    def sources(self):
-        """(M,) int64: the number of each one's source."""
+    def sources(self) -> np.ndarray:
+        """(M,) int64: the number of each sample's source."""
         return np.array(self.writer.sources, np.int64)
 
-    def targets(self):
-        """(M,) int64: the target tokens of each."""
+    def lengths(self) -> np.ndarray:
+        """(M,) int64: the tokens of each sample."""
+        return np.diff(self.writer.offsets)
+
+    def target_counts(self) -> np.ndarray:
+        """(M,) int64: the target tokens of each sample."""
         return np.array(self.writer.target_counts, np.int64)

@@ -1,4 +1,4 @@
-"""Rows in, records out: the dialog that a row of a source holds, by the usual names or by the source's `fields`.
+"""From rows to records: the dialog that a row of a source holds, by the usual names or by the source's `fields`.
 
 A value in `fields` with a brace in it is a template over the row's columns, "{context} {question}", with {{ and }} for
 braces themselves; any other is a column's name.
@@ -12,8 +12,9 @@ import re
 import reprlib
 import string
 from pathlib import Path
+from typing import Any
 
-from preparation.reading import BadRow, count
+from preparation.reading import BadRow, Row, count
 
 # Names of prompt, text that it is about, and answer, tried in this order.
 FIELD_NAMES = (("instruction", "input", "output"), ("prompt", None, "completion"), ("question", None, "answer"))
@@ -21,12 +22,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 
 
-def to_record(source, row, seed):
-    """The sample in a row: {"messages": a dialog for prompts.py, "key": the text that tells duplicates apart}.
+def to_record(source: Any, row: Row, seed: int) -> dict:
+    """The sample in a row: {"messages": a dialog for prompts.py, "key": the text by which duplicates are found}.
 
-    The key is all before the last answer, with the choices of multiple choice in their original order. seed: with the
-    source's name, the file's name and the row's number it decides the order in which they are given. A dialog under
-    "messages" is only known to be a list of objects. Raises BadRow.
+    source: a `mixture.Source`. The key is all before the last answer, with the choices of multiple choice in their
+    original order. seed: the order in which they are given follows from it, the source's name, the file's name and the
+    row's number. A dialog under "messages" is only known to be a list of objects. Raises BadRow.
     """
     if isinstance(row.data, BadRow):
         raise row.data
@@ -114,7 +115,7 @@ def _question_and_answer(data, fields):
 
 
 def _text(data, field):
-    """What a column's name or a template stands for in a row: text."""
+    """The text that a column's name or a template gives for a row."""
     if not is_template(field):
         return _column(data, field, str, "text")
     return "".join(
@@ -135,13 +136,13 @@ def _column(data, name, types, expected):
     return value
 
 
-def is_template(field):
+def is_template(field: str) -> bool:
     """Whether a field of a mixture is a template, not a column's name."""
     return "{" in field or "}" in field
 
 
 @functools.cache
-def parse_template(template):
+def parse_template(template: str) -> list[tuple[str, str | None]]:
     """The parts of a template: pairs (literal text, None) or (anything, a column's name). Raises ValueError."""
     parts = []
     for text, column in re.findall(r"(\{\{|\}\}|\{([^{}]+)\}|[{}]|[^{}]+)", template):

@@ -1,72 +1,80 @@
-"""What the seed decides: the validation part, the examples before a question, how often a sample is taken."""
+"""What is random in a prepared folder: the validation split, few-shot examples, how often a mixture takes each sample.
+
+All of it follows from --seed.
+"""
 
 import random
+from typing import Any
 
 import numpy as np
 
+from preparation.mixture import Source
+from preparation.record_store import Records
 from shell.cli import UserError
 
 
-def draw_validation(s, records):
-    """(N,) bool: which records are held back for validation, drawn from each source; one at least is left.
+def sample_validation(records: Records, val_fraction: float, seed: int) -> np.ndarray:
+    """(N,) bool: which records are held back for validation, sampled from each source. At least one of each is left.
 
-    Records with the same prompt, of whatever source, are on one side.
+    Records with the same prompt are all held back or all trained on, across sources too.
     """
-    hashes, of, alive = np.array(records.hashes), np.array(records.sources, np.int32), records.alive()
-    held, seen, draw = np.empty(0, hashes.dtype), np.empty(0, hashes.dtype), np.random.default_rng(s.seed)
-    for source in np.unique(of):
-        mine = hashes[alive & (of == source)]
+    hashes, source_of, kept = np.array(records.hashes), np.array(records.sources, np.int32), records.kept()
+    held, seen, generator = np.empty(0, hashes.dtype), np.empty(0, hashes.dtype), np.random.default_rng(seed)
+    for source in np.unique(source_of):
+        mine = hashes[kept & (source_of == source)]
         prompts, sizes = np.unique(mine[~np.isin(mine, seen)], return_counts=True)
-        order = draw.permutation(len(prompts))[: max(0, len(prompts) - 1)]
-        wanted = round(s.val_fraction * len(mine)) - int(np.isin(mine, held).sum())
+        order = generator.permutation(len(prompts))[: max(0, len(prompts) - 1)]
+        wanted = round(val_fraction * len(mine)) - int(np.isin(mine, held).sum())
         held = np.concatenate([held, prompts[order[sizes[order].cumsum() <= wanted]]])
         seen = np.concatenate([seen, prompts])
-    return alive & np.isin(hashes, held)
+    return kept & np.isin(hashes, held)
 
 
-def example_pools(sources, records, in_val):
-    """For each source the numbers of the records that may stand before a question; None where none shall."""
-    usable, of = records.alive() & ~in_val, np.array(records.sources, np.int32)
-    return [np.flatnonzero(usable & (of == i)) if x.few_shot[1] else None for i, x in enumerate(sources)]
+def example_pools(sources: list[Source], records: Records, in_val: np.ndarray) -> list[np.ndarray | None]:
+    """For each source the numbers of the records that may stand before a question; None if it asks for no examples."""
+    usable, source_of = records.kept() & ~in_val, np.array(records.sources, np.int32)
+    return [np.flatnonzero(usable & (source_of == i)) if x.few_shot[1] else None for i, x in enumerate(sources)]
 
 
-def choose_examples(s, sources, records, pools, number, copy):
-    """The numbers of the records to stand before the question of one: of the same source, not itself."""
-    pool, (least, most) = pools[records.sources[number]], sources[records.sources[number]].few_shot
+def sample_examples(source: Source, pool: np.ndarray | None, seed: int, number: int, copy: int) -> list[int]:
+    """The numbers of the records to stand before the question of record `number`: from the pool, not itself.
+
+    copy: counts the times that the mixture takes the record; each has examples of its own.
+    """
     if pool is None:
         return []
-    draw = random.Random(f"{s.seed} {number} {copy}")
-    count = min(draw.randint(least, most), len(pool) - 1)
-    drawn = [int(pool[i]) for i in draw.sample(range(len(pool)), max(0, count + 1))]
-    return [i for i in drawn if i != number][: max(0, count)]
+    generator = random.Random(f"{seed} {number} {copy}")
+    count = min(generator.randint(*source.few_shot), len(pool) - 1)
+    sampled = [int(pool[i]) for i in generator.sample(range(len(pool)), max(0, count + 1))]
+    return [i for i in sampled if i != number][: max(0, count)]
 
 
-def redrawn(sources):
-    """(sources,) bool: whether a second copy of a sample differs from the first."""
+def resampled_sources(sources: list[Source]) -> np.ndarray:
+    """(sources,) bool: whether each copy of a sample differs, since its examples are sampled again."""
     return np.array([source.few_shot[1] > 0 for source in sources])
 
 
-def how_often(s, sources, of, sizes):
-    """(n,) how often each sample is taken.
+def copies_of_samples(s: Any, sources: list[Source], source_of: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(n,) int64: how many copies of each sample the mixture has.
 
-    of: (n,) the number of each one's source. sizes: (n,) what weights count, 1 or its target tokens. A source with a
-    weight gets its share of what all those with weights have together (or of --mix_size), one with a number of samples
-    so many, any other each sample once.
+    s: the Settings of prepare_data.py. source_of: (n,) the number of each sample's source. sizes: (n,) what weights
+    count, 1 or its target tokens. A source with a weight gets its share of what all those with weights have together
+    (or of --mix_size), one with a number of samples so many, any other each sample once.
     """
-    times, draw = np.ones(len(of), np.int64), np.random.default_rng(s.seed)
+    copies, generator = np.ones(len(source_of), np.int64), np.random.default_rng(s.seed)
     weights = {i: source.weight for i, source in enumerate(sources) if source.weight is not None}
-    total = s.mix_size or sum(int(sizes[of == i].sum()) for i in weights)
+    total = s.mix_size or sum(int(sizes[source_of == i].sum()) for i in weights)
     for i, source in enumerate(sources):
-        mine = draw.permutation(np.flatnonzero(of == i))
+        mine = generator.permutation(np.flatnonzero(source_of == i))
         if i in weights:
-            times[mine] = _times(sizes[mine], total * weights[i] / sum(weights.values()), source)
+            copies[mine] = _copies_up_to(sizes[mine], total * weights[i] / sum(weights.values()), source)
         elif source.samples is not None:
-            times[mine] = _times(np.ones(len(mine), np.int64), source.samples, source)
-    return times
+            copies[mine] = _copies_up_to(np.ones(len(mine), np.int64), source.samples, source)
+    return copies
 
 
-def _times(sizes, wanted, source):
-    """How often each of some samples, in random order, is taken, so that their sizes add up to about `wanted`."""
+def _copies_up_to(sizes, wanted, source):
+    """How many copies of each of some samples, in random order, have together a size of about `wanted`."""
     if not len(sizes):
         raise UserError(f"source {source.name}: no sample is left of it, so it cannot have its share of the mixture")
     full, rest = divmod(wanted, int(sizes.sum()))

@@ -17,12 +17,12 @@ from batching import (
     IGNORE,
     PLANNERS,
     Samples,
-    draw_steps,
     grouped,
     in_order,
     packed_in_step,
     random_in_step,
     read_data_info,
+    sample_steps,
     sorted_in_step,
     source_names,
 )
@@ -331,7 +331,7 @@ def test_which_samples_share_a_step_does_not_depend_on_the_budget(planner):
     lengths = [random.randint(1, 60) for _ in range(100)]
     plans = [plan(planner, lengths, micro_batch_tokens=budget) for budget in (1, 100, 10**6)]
     sets = [[sorted(flat(step)) for step in steps] for steps in plans]
-    drawn = draw_steps(torch.tensor(lengths), 16, seed=1, epoch=0)
+    drawn = sample_steps(torch.tensor(lengths), 16, seed=1, epoch=0)
     assert sets[0] == sets[1] == sets[2] == [sorted(step.tolist()) for step in drawn]
     assert all(len(step) == 1 for step in plans[2]) and all(len(step) == len(flat(step)) for step in plans[0])
 
@@ -390,13 +390,13 @@ def test_padding_of_each_planner():
 
 def test_random_keeps_the_order_of_the_draw():
     lengths = torch.tensor(like_gsm8k(100))
-    drawn = [step.tolist() for step in draw_steps(lengths, 16, seed=1, epoch=0)]
+    drawn = [step.tolist() for step in sample_steps(lengths, 16, seed=1, epoch=0)]
     assert [flat(step) for step in plan(random_in_step, lengths.tolist(), micro_batch_tokens=1000)] == drawn
 
 
 def test_epochs_and_seeds_do_not_share_generators():
     """A generator per (seed, epoch): neighbouring pairs give unrelated orders."""
-    draws = [draw_steps(torch.ones(20), 1, seed, epoch) for seed in range(4) for epoch in range(4)]
+    draws = [sample_steps(torch.ones(20), 1, seed, epoch) for seed in range(4) for epoch in range(4)]
     assert len({str(steps) for steps in draws}) == len(draws)
 
 

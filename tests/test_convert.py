@@ -19,6 +19,8 @@ from torch import nn
 import convert_hf_checkpoint as script
 import lora
 from shell.cli import UserError
+from shell.files import check_manifest
+from text.prompts import encode_prompt
 from text.tokenizer import Tokenizer
 from weights import gguf_format, peft_format
 from weights.checkpoint import load_model
@@ -379,6 +381,25 @@ def tuned_adapter(folder, checkpoint_dir, quantize=None, **settings):
     notes = {"prompt_style": "alpaca", "checkpoint_dir": str(checkpoint_dir), "quantize": quantize}
     (folder / "onetune.json").write_text(json.dumps(notes))
     return folder
+
+
+@pytest.mark.parametrize("style", ["alpaca", "checkpoint", None])
+def test_a_merged_models_chat_template_is_the_style_it_was_trained_in(tiny_model_dir, tmp_path, style, capsys):
+    adapter = tuned_adapter(tmp_path / "run" / "final", tiny_model_dir)
+    if style is None:
+        (adapter / "onetune.json").unlink()
+    else:
+        notes = {"prompt_style": style, "checkpoint_dir": str(tiny_model_dir), "quantize": None}
+        (adapter / "onetune.json").write_text(json.dumps(notes))
+    script.main(script.Settings(adapter_dir=adapter))
+    out = tmp_path / "run" / "final-merged"
+    line = "prompt style alpaca, in which" if style == "alpaca" else "the base model's"
+    assert f"chat template: {line}" in capsys.readouterr().out
+    question = [{"role": "user", "content": "what is it?"}]
+    peer = transformers.AutoTokenizer.from_pretrained(out)
+    found = peer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    assert found == encode_prompt(Tokenizer(tiny_model_dir), question, style or "checkpoint")
+    check_manifest(out)
 
 
 @pytest.mark.parametrize("settings", [{}, {"rslora": True, "targets": ("q_proj", "down_proj")}, {"kind": "dora"}])

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 import prepare_data
 from batching import Samples
 from preparation.mixture import Source
-from preparation.sampling import how_often
+from preparation.prepared_folder import default_name
+from preparation.sampling import copies_of_samples
 from prepare_data import Settings
 from shell.cli import UserError
 from shell.files import check_manifest, sha256
@@ -423,10 +425,10 @@ def test_a_failure_leaves_the_old_folder(prepare, tokenizer, tmp_path):
 def test_the_default_folder_has_the_name_of_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_rows(tmp_path / "my.jsonl", [question_and_answer()])
-    assert prepare_data.default_name(str(path)) == "my"
+    assert default_name(str(path)) == "my"
     for text, name in {"x/a.v1.jsonl.gz": "a.v1", "data/*.jsonl": "data", "my.yaml": "my", "openai/gsm8k:test": "gsm8k",
                        "*.json": "data"}.items():  # fmt: skip
-        assert prepare_data.default_name(text) == name
+        assert default_name(text) == name
 
 
 # ------------------------------------------------------------------------------------------------------- cleaning
@@ -576,7 +578,7 @@ def test_the_shares_of_a_mixture(data):
     sources = [Source("a", [], weight=weights[0]), Source("b", [], weight=weights[1]), Source("c", [], samples=7)]
     total = data.draw(st.none() | st.integers(1, 500))
     s = Settings(data="x", checkpoint_dir="y", mix_size=total, seed=data.draw(st.integers(0, 99)))
-    times = how_often(s, sources, of, sizes)
+    times = copies_of_samples(s, sources, of, sizes)
     total = total or sizes[of < 2].sum()
     for i in range(2):
         taken = (sizes * times)[of == i].sum()
@@ -815,6 +817,20 @@ def test_a_folder_made_before_is_shown(prepare, tiny_model_dir, capsys):
         prepare_data.main(Settings(show=1, out_dir=folder))
     prepare_data.main(Settings(show=1, out_dir=folder, checkpoint_dir=tiny_model_dir))
     assert "what? ⟦that<|im_end|>⟧" in capsys.readouterr().out
+
+
+def test_data_rendered_in_a_chat_template_fit_that_template_only(prepare, tokenizer, tiny_model_dir, tmp_path, capsys):
+    """Data in a style of ours go on with a merged model, which has another chat template than its base."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model, ignore=shutil.ignore_patterns("*.safetensors", "manifest.json"))
+    (model / "chat_template.jinja").write_text("of another revision")
+    for style, fits in (("checkpoint", False), ("alpaca", True)):
+        folder = prepare(numbered("a", 3), prompt_style=style)
+        assert tokenizer.fits(info(folder)) and Tokenizer(model).fits(info(folder)) is fits
+        if not fits:
+            with pytest.raises(UserError, match="made with another tokenizer or chat template than"):
+                prepare_data.main(Settings(show=1, out_dir=folder, checkpoint_dir=model))
+    assert not Tokenizer(model).fits({"tokenizer_hash": "0"})
 
 
 def test_a_benchmark_that_is_the_data(prepare, tmp_path):

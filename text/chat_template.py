@@ -1,8 +1,8 @@
-"""A checkpoint's chat template is a program by a stranger: it runs in a sandbox, in a process of its own, with limits.
+"""A checkpoint's chat template is a foreign program: it runs in a sandbox, in a process of its own, with limits.
 
-Jinja's sandbox keeps a template from Python's insides, but not from endless work: nested loops, recursion or repeated
-text take all time or memory, some of them inside one call that nothing can interrupt. So this file is also a script: it
-reads a template on standard input, limits its own time and memory, and writes what the template makes of the messages.
+Jinja's sandbox keeps a template from Python's internals, but not from endless work: nested loops, recursion or repeated
+text can take all time or memory, some of them in one call that nothing can interrupt. So this file is also a script: it
+reads a template on standard input, limits its own time and memory, and writes the rendered text to standard output.
 """
 
 import datetime
@@ -13,20 +13,20 @@ import signal
 import subprocess
 import sys
 
-# What `strftime_now` gives: not today, or the same data and the same prompt would not be the same bytes tomorrow, and a
-# model would be asked under another date than it was trained with. Llama 3's templates fall back to this one too.
+# The date that `strftime_now` gives. It is fixed: otherwise the same data would be other tokens tomorrow, and prompts
+# would have another date than in training. Llama 3's templates fall back to this date too.
 DAY = datetime.datetime(2024, 7, 26)
 SECONDS, MEMORY, LONGEST = 2, 2**29, 2**20  # of CPU time; bytes of address space; characters of a rendered dialog
-PATIENCE = 60  # seconds that a busy machine may take for it
+PATIENCE = 60  # seconds of wall-clock time, on a busy machine
 
 
 @functools.lru_cache(maxsize=4096)
-def render(source, turns, special_tokens):
-    """What a chat template makes of a dialog: (text, None) or (None, what went wrong in one line).
+def render(source: str, turns: tuple, special_tokens: tuple) -> tuple[str, None] | tuple[None, str]:
+    """A dialog rendered with a chat template: (text, None) or (None, what went wrong in one line).
 
     source: of the template. turns: a tuple of (role, content). special_tokens: a tuple of (name such as "bos_token",
-    text). Remembered, because samples differ in their contents, which `prompts` puts in later, and seldom in their
-    roles; a process takes 0.15 s, a look-up a microsecond.
+    text). Cached, since samples seldom differ in their roles (their contents `prompts` puts in later): a process takes
+    0.15 s, a look-up a microsecond.
     """
     messages = [{"role": role, "content": content} for role, content in turns]
     request = json.dumps({"source": source, "messages": messages, "special_tokens": dict(special_tokens)})
@@ -41,7 +41,7 @@ def render(source, turns, special_tokens):
     return tuple(json.loads(done.stdout))
 
 
-def run_limited():
+def run_limited() -> None:
     """Answer the request on standard input: [text, null] or [null, what went wrong] as JSON on standard output."""
     import resource
 
@@ -60,7 +60,7 @@ def run_limited():
     sys.stdout.write(json.dumps([text, problem]))
 
 
-def run(source, messages, special_tokens):
+def run(source: str, messages: list[dict], special_tokens: dict[str, str]) -> str:
     """Run a Jinja template in a sandbox, with what transformers offers a template."""
     import jinja2.sandbox
 

@@ -3,7 +3,8 @@
 A dialog is a list of messages {"role": "system", "user" or "assistant", "content": text}; a user's may also have an
 "input", the text that the instruction is about.
 
-To add a prompt style: a function `(tokenizer, messages) -> list[Segment]` and a line in `STYLES`.
+To add a prompt style: a function `(tokenizer, messages) -> list[Segment]` and a line in `STYLES`; for other programs
+also a Jinja template in style_templates.py.
 """
 
 import re
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from shell.cli import UserError
 from text.chat_template import render
+from text.tokenizer import Tokenizer
 
 
 class Segment(NamedTuple):
@@ -24,19 +26,19 @@ class Segment(NamedTuple):
     kind: str
 
 
-def encode_dialog(tokenizer, messages, style):
+def encode_dialog(tokenizer: Tokenizer, messages: list[dict], style: str) -> tuple[list[int], list[bool]]:
     """A dialog that ends with an answer, for training: (ids: list[int], is_target: list[bool]).
 
     Every answer and the token that ends it are targets. The sequence starts with one BOS if `tokenizer.add_bos`; a
     style's own BOS is not doubled. It stops after the last answer's end. Answers are encoded apart from the prompt, so
-    no token straddles the two. UserError for messages that the style cannot render.
+    no token is part of both. UserError for messages that the style cannot render.
     """
     check_dialog(messages, last="assistant")
     ids, is_target, _ = _encode_segments(tokenizer, _segments(tokenizer, messages, style))
     return ids, is_target
 
 
-def encode_prompt(tokenizer, messages, style):
+def encode_prompt(tokenizer: Tokenizer, messages: list[dict], style: str) -> list[int]:
     """A dialog that ends with a question, for inference: the ids that `encode_dialog` puts before the answer."""
     check_dialog(messages, last="user")
     messages = [*messages, {"role": "assistant", "content": ""}]
@@ -44,10 +46,10 @@ def encode_prompt(tokenizer, messages, style):
     return ids[:prompt_length]
 
 
-def prompt_text(tokenizer, messages, style):
+def prompt_text(tokenizer: Tokenizer, messages: list[dict], style: str) -> str:
     """A dialog that ends with a question, or with the beginning of an answer, as one text without BOS.
 
-    For those who take nothing but text: what a user writes out as a special token is one there.
+    For programs that take only text; there, a special token that a user writes out is a special token.
     """
     begun = isinstance(messages, list) and messages and messages[-1].get("role") == "assistant"
     check_dialog(messages, last="assistant" if begun else "user")
@@ -57,7 +59,7 @@ def prompt_text(tokenizer, messages, style):
     return "".join(segment.text for segment in segments[: last + 1])
 
 
-def stop_ids(tokenizer, style):
+def stop_ids(tokenizer: Tokenizer, style: str) -> set[int]:
     """The ids that end an answer in this style: the checkpoint's EOS ids and the style's own end token."""
     dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ends = [segment.text for segment in _segments(tokenizer, dialog, style) if segment.kind == "end"]
@@ -70,7 +72,7 @@ def _segments(tokenizer, messages, style):
     return STYLES[style](tokenizer, messages)
 
 
-def check_dialog(messages, last):
+def check_dialog(messages: list[dict], last: str) -> None:
     """Raise UserError unless `messages` are a dialog whose last message is by `last`."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError("messages must be a list of objects with role and content")
@@ -112,7 +114,7 @@ def _encode_segments(tokenizer, segments):
 
 
 def _drop_last_space(tokenizer, parts):
-    """Whether the prompt ends in a space that the answer's dummy prefix stands for; if so, take it off."""
+    """Whether the prompt ends in a space that the answer's dummy prefix replaces; if so, remove it."""
     found = tokenizer.has_prefix and parts and isinstance(parts[-1], str) and parts[-1].endswith(" ")
     if found:
         parts[-1] = parts[-1][:-1]
@@ -120,7 +122,7 @@ def _drop_last_space(tokenizer, parts):
 
 
 def _plain(tokenizer, messages):
-    """The question as it stands, the answer directly after it."""
+    """The question, unchanged, and the answer directly after it."""
     [(question, answer)] = _turns(messages, "plain", system=False, many=False)[1]
     return [Segment(_joined(question), "user"), *_answer(tokenizer, answer)]
 
@@ -207,8 +209,8 @@ def _chatml(tokenizer, messages):
 def _checkpoint(tokenizer, messages):
     """The checkpoint's own chat template, rendered with a mark in place of each content and cut at the marks.
 
-    So a content cannot write special tokens, whatever the template does with it. A template that strips contents is
-    known by the blank that it strips from a mark. Where it ends an answer with no special token, EOS is added.
+    So a content cannot write special tokens, and need not go through the template. A template that strips contents is
+    recognised by the blank that it strips from a mark. Where it ends an answer with no special token, EOS is added.
     """
     marks = [{"role": m["role"], "content": f"{_BLANK}mark{i}mark{_BLANK}"} for i, m in enumerate(messages)]
     rendered = _run_template(tokenizer, marks)

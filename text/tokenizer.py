@@ -31,17 +31,18 @@ class Tokenizer:
     vocab_size: the largest id + 1. bos_id, bos_token: BOS and its text, or None. eos_id, eos_token: EOS and its text.
     eos_ids: all ids that end a text, by the tokenizer's files, config.json and generation_config.json.
     add_bos: whether this checkpoint's sequences start with BOS. chat_template: the checkpoint's Jinja source, or None.
-    special_tokens: {name such as "bos_token": text}. has_prefix: whether a text gets a dummy prefix.
+    special_tokens: {name such as "bos_token": text}. prefix: which texts get a dummy prefix: "always" (those after a
+    special token too), "first" (only a sequence's first text) or "never"; has_prefix: whether any does.
     template_pattern: a compiled regex, the added tokens that template text is searched for.
     """
 
-    def __init__(self, checkpoint_dir):
+    def __init__(self, checkpoint_dir: Path):
         self.folder = Path(checkpoint_dir)
         check_listed(self.folder, TOKENIZER_FILES, "download or convert it again")
         try:
             self._read_files(self.folder)
         except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            raise UserError(f"{self.folder}: its tokenizer files make no sense ({error!r}): get them again") from None
+            raise UserError(f"{self.folder}: its tokenizer files are damaged ({error!r}): get them again") from None
 
     def _read_files(self, folder):
         config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
@@ -64,7 +65,8 @@ class Tokenizer:
         self._user_pattern = _pattern(token for token in tokens if token["id"] not in self._special_ids)
         self._special_pattern = _pattern(token for token in tokens if token["id"] in self._special_ids)
         self.vocab_size = max(self._model.size, *(id + 1 for id in self._by_id), 0)
-        self.has_prefix = self._model.prefix != "never"
+        self.prefix = self._model.prefix
+        self.has_prefix = self.prefix != "never"
         self._find_bos_and_eos(config)
         self.chat_template = self._find_chat_template(config)
 
@@ -119,7 +121,7 @@ class Tokenizer:
             raise ValueError("chat_template is no text")
         return template
 
-    def encode(self, text, special=False, start=True):
+    def encode(self, text: str, special: bool = False, start: bool = True) -> list[int]:
         """`text` as ids, without BOS or EOS.
 
         special: the text is a template's: special tokens written out in it become their ids. Otherwise it is a user's,
@@ -128,16 +130,16 @@ class Tokenizer:
         """
         return self.encode_parts(self.split(text, special), start)[0]
 
-    def split(self, text, special=False):
+    def split(self, text: str, special: bool = False) -> list[str | int]:
         """`text` cut at its added tokens (special: as in `encode`): a list of ordinary texts (str) and ids (int)."""
         if not text.isascii() and (surrogate := re.search("[\ud800-\udfff]", text)):
-            raise UserError(f"text with {surrogate[0]!r}, half a surrogate pair: it is not Unicode; mend its source")
+            raise UserError(f"text with {surrogate[0]!r}, half a surrogate pair: it is not Unicode; correct its source")
         pattern = self.template_pattern if special else self._user_pattern
         pieces = pattern.split(text) if pattern.groups else [text]  # no group: there are no such tokens to look for
         # Every second piece is an added token, perhaps with blanks that it swallows.
         return [self._added.get(p, self._added.get(p.strip()))["id"] if i % 2 else p for i, p in enumerate(pieces) if p]
 
-    def encode_parts(self, parts, start=True):
+    def encode_parts(self, parts: list[str | int], start: bool = True) -> tuple[list[int], bool]:
         """The ids of what `split` returned, and whether a text that follows them would get a dummy prefix.
 
         Neighbouring texts are encoded as one, so that it makes no difference where a template ends and a user begins.
@@ -161,13 +163,13 @@ class Tokenizer:
         pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
         return [id for i, piece in enumerate(pieces) for id in self._model.encode(piece, start and i == 0)]
 
-    def decode(self, ids, skip_special=True, start=True):
+    def decode(self, ids: list[int], skip_special: bool = True, start: bool = True) -> str:
         """The text of a list of ids. start=False keeps the dummy prefix: the ids continue a text."""
         decoder = StreamDecoder(self, skip_special, start)
         return "".join(map(decoder.push, ids)) + decoder.flush()
 
-    def token_bytes(self, id, skip_special=False):
-        """What a token stands for, as UTF-8 bytes (perhaps part of a character); empty for an id without a token."""
+    def token_bytes(self, id: int, skip_special: bool = False) -> bytes:
+        """The text of a token as UTF-8 bytes (perhaps part of a character); empty for an id without a token."""
         if id in self._by_id:
             return b"" if skip_special and id in self._special_ids else self._by_id[id]["content"].encode()
         piece = self._model.piece(id) or ""
@@ -177,34 +179,52 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
 
-    def file_hash(self):
-        """SHA-256 (hex) of the files that decide the ids. Prepared data carries it, to refuse another tokenizer."""
+    def file_hash(self) -> str:
+        """SHA-256 (hex) of the files that decide the ids of a text: all but the chat template.
+
+        Prepared data carries it, to refuse another tokenizer (see `fits`).
+        """
         digest = hashlib.sha256()
-        others = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-        for name in sorted((self._model.path.name, *others)):
+        for name in sorted((self._model.path.name, "special_tokens_map.json", "added_tokens.json")):
             path = self.folder / name
             if path.is_file():
                 digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
+        config = _read_json(self.folder / "tokenizer_config.json")
+        config.pop("chat_template", None)
+        digest.update(json.dumps(config, sort_keys=True).encode())
         digest.update(repr((self.bos_id, self.eos_id)).encode())  # EOS may come from config.json
         return digest.hexdigest()
+
+    def template_hash(self) -> str | None:
+        """SHA-256 (hex) of the chat template, None if there is none."""
+        return self.chat_template and hashlib.sha256(self.chat_template.encode()).hexdigest()
+
+    def fits(self, info: dict) -> bool:
+        """Whether a prepared folder was made with this tokenizer, and with this chat template if it was rendered in it.
+
+        info: its data.json. A merged model has another chat template than its base (style_templates.py), and may go on
+        with data that are rendered in a style of ours.
+        """
+        template = info.get("chat_template_hash")
+        return info["tokenizer_hash"] == self.file_hash() and template in (None, self.template_hash())
 
 
 class StreamDecoder:
     """Ids to text one by one. The pieces joined equal `tokenizer.decode(ids)`; none holds half a character."""
 
-    def __init__(self, tokenizer, skip_special=True, start=True):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, start: bool = True):
         self._tokenizer, self._skip_special = tokenizer, skip_special
         self._at_prefix = start and tokenizer.has_prefix
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, id):
+    def push(self, id: int) -> str:
         """The text that this id completes; "" if it is a special token or leaves a character unfinished."""
         data = self._tokenizer.token_bytes(id, self._skip_special)
         if data and self._at_prefix:
             data, self._at_prefix = data.removeprefix(b" "), False
         return self._utf8.decode(data)
 
-    def flush(self):
+    def flush(self) -> str:
         """The end of the text: a replacement character if it stops in mid-character, otherwise ""."""
         return self._utf8.decode(b"", final=True)
 
@@ -212,7 +232,7 @@ class StreamDecoder:
 class _TokenizerJson:
     """A tokenizer.json, byte-level BPE or SentencePiece's kind, less its added tokens and its dummy prefix.
 
-    Those two are the Tokenizer's and `encode`'s work. prefix: "always" (a text after a special token gets one too),
+    `Tokenizer` and `encode` add those two. prefix: "always" (a text after a special token gets one too),
     "first" (only a sequence's first text) or "never".
     """
 
@@ -299,7 +319,7 @@ class _SentencePiece:
 
 
 class _Words:
-    """The ids of a text word by word, each remembered: a library takes several times as long to work them out.
+    """The ids of a text word by word, each word cached: a library takes several times as long to encode them.
 
     A word here is what lies between two spaces that have something visible on both sides; the space before it is its.
     encode: the library's function for a text that continues one; at_start: for one that begins a sequence. pieces: the
@@ -309,8 +329,8 @@ class _Words:
     def __init__(self, encode, at_start, pieces, space):
         visible, pieces = f"[^{space}ĊčĉċČ\\s]", [piece for piece in pieces if piece]  # the letters: byte-level blanks
         split_off = not any(map(re.compile(f"[A-Za-z0-9]{_MARK}").search, pieces))
-        self._inside = _Remembered(encode, "", split_off)
-        self._at_start, self._later = (_Remembered(*how, split_off) for how in ((at_start, ""), (encode, " ")))
+        self._inside = _WordCache(encode, "", split_off)
+        self._at_start, self._later = (_WordCache(*how, split_off) for how in ((at_start, ""), (encode, " ")))
         self._at_start.after = self._later.after = self._inside.after = self._inside
         self._encode = encode, at_start
         self._apart = not any(map(re.compile(visible + space).search, pieces))
@@ -330,8 +350,8 @@ class _Words:
         return [*first, *itertools.chain.from_iterable(map(self._later.__getitem__, later))]
 
 
-class _Remembered(dict):
-    """The ids of `before` + a word, by the word, worked out once.
+class _WordCache(dict):
+    """The ids of `before` + a word, by the word: a cache.
 
     split_off: a punctuation mark and what follows it are looked up apart, in `after`. So they may be if no piece of the
     vocabulary has such a mark after a letter or digit.
@@ -359,7 +379,7 @@ _PROBE = 'a b  c\n d. "e" 12 3,456.7 it\'s\t f   \n\ng? 日本 語 — é ½ ﬁ
 
 
 def _take_prefix(parts):
-    """Switch off whatever adds a leading space in a tokenizer.json, and say when it was added."""
+    """Switch off the parts of a tokenizer.json that add a leading space. Returns when they add it: see `Tokenizer`."""
     scheme = "never"
     for part in parts:
         if part["type"] == "Prepend" and part["prepend"] == "▁":

@@ -76,9 +76,9 @@ def open_data(s: Settings) -> Data:
     """The prepared folder of --data_dir. Raises UserError if it was made for another tokenizer."""
     info = read_data_info(s.data_dir)
     read_config(s.checkpoint_dir)
-    if Tokenizer(s.checkpoint_dir).file_hash() != info["tokenizer_hash"]:
+    if not Tokenizer(s.checkpoint_dir).fits(info):
         raise UserError(
-            f"{s.data_dir} was made with another tokenizer: run prepare_data.py again with "
+            f"{s.data_dir} was made with another tokenizer or chat template: run prepare_data.py again with "
             f"--checkpoint_dir {s.checkpoint_dir}"
         )
     train, val = (Samples(s.data_dir / f"{part}.safetensors") for part in ("train", "val"))

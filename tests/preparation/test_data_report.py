@@ -13,7 +13,7 @@ import pytest
 from conftest import SEED, write_tiny_tokenizer
 
 from batching import Samples
-from preparation import report
+from preparation import histogram, markup, report, show
 from preparation.record_store import SampleWriter
 from text.prompts import encode_dialog
 from text.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def test_segments_are_the_decoded_ids_in_stretches_of_one_kind(tokenizer):
     for _ in range(50):
         ids = tokenizer.encode(random_text()) + [tokenizer.eos_id]
         is_target = [random.random() < 0.3 for _ in ids]
-        found = report.segments(tokenizer, ids, is_target)
+        found = show.segments(tokenizer, ids, is_target)
         assert "".join(text for text, _ in found) == tokenizer.decode(ids, skip_special=False)
         assert all(a[1] != b[1] for a, b in itertools.pairwise(found)) and all(text for text, _ in found)
 
@@ -70,7 +70,7 @@ def test_target_segments_are_answer_and_end(tokenizer):
     ids, is_target = encode_dialog(
         tokenizer, [{"role": "user", "content": "to be"}, {"role": "assistant", "content": answer}], "chatml"
     )
-    found = report.segments(tokenizer, ids, is_target)
+    found = show.segments(tokenizer, ids, is_target)
     assert found[-1] == (answer + "<|im_end|>", True)
     assert "to be" in found[0][0] and not found[0][1]
 
@@ -78,12 +78,12 @@ def test_target_segments_are_answer_and_end(tokenizer):
 def test_a_split_character_shows_once_and_half_a_one_as_one_sign(tokenizer):
     ids = tokenizer.encode("🎉")
     assert len(ids) > 1, "the character must be of several tokens for this test"
-    assert report.segments(tokenizer, ids, [False] * (len(ids) - 1) + [True]) == [("🎉", True)]
-    assert report.segments(tokenizer, ids[:-1], [False] + [True] * (len(ids) - 2)) in (
+    assert show.segments(tokenizer, ids, [False] * (len(ids) - 1) + [True]) == [("🎉", True)]
+    assert show.segments(tokenizer, ids[:-1], [False] + [True] * (len(ids) - 2)) in (
         [("�", False)],
         [("�", True)],
     )
-    assert report.segments(tokenizer, [], []) == []
+    assert show.segments(tokenizer, [], []) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------- show
@@ -101,7 +101,7 @@ def prepared(tokenizer, folder, dialogs):
 @pytest.mark.parametrize("color", [True, False])
 def test_show_tells_targets_apart_and_the_data_cannot_reach_the_terminal(tokenizer, tmp_path, capsys, color):
     samples, info = prepared(tokenizer, tmp_path, [(f"to \x1b[32m\x07\x9b\nbe {i}", f"tree {i}\nto") for i in range(6)])
-    report.show(tokenizer, samples, info, count=4, seed=SEED, color=color)
+    show.show(tokenizer, samples, info, count=4, seed=SEED, color=color)
     out = capsys.readouterr().out
     plain = ANSI.sub("", out) if color else out
     assert not [c for c in plain if unicodedata.category(c) == "Cc" and c != "\n"]
@@ -123,7 +123,7 @@ def test_show_draws_by_seed_and_shows_what_there_is(tokenizer, tmp_path, capsys)
     samples, info = prepared(tokenizer, tmp_path, [(f"to be {i}", "tree") for i in range(40)])
     outs = []
     for count, seed in ((5, 1), (5, 1), (5, 2), (100, 1)):
-        report.show(tokenizer, samples, info, count, seed, color=False)
+        show.show(tokenizer, samples, info, count, seed, color=False)
         outs.append(capsys.readouterr().out)
     assert outs[0] == outs[1] != outs[2]
     assert outs[3].count("--- sample") == 40
@@ -267,7 +267,11 @@ def test_every_source_has_its_rows_and_its_histogram(tmp_path, sources):
         assert totals[0][1] == f"{sum(source['counts']['read'] for source in info['sources']):,}"
         assert totals[1][4] == f"{sum(source['counts']['mixed'] for source in info['sources']):,}"
         assert totals[1][6] == f"{sum(source['tokens'] for source in info['sources']):,}"
-    assert info["tokenizer_hash"] in page.text and "b" * 64 in page.text and "No pair came near" in page.text
+    assert (
+        info["tokenizer_hash"] in page.text
+        and "b" * 64 in page.text
+        and "No near-duplicate pairs were found" in page.text
+    )
 
 
 def test_an_empty_mixture_is_a_page_too(tmp_path):
@@ -306,7 +310,7 @@ def test_a_histogram_holds_every_sample_once_within_its_frame(sources, longest):
         for i in range(sources)
     ]
     lengths[-1][1][0] = longest
-    for panel, pair in zip(report.draw_lengths(["name"] * sources, lengths), lengths, strict=True):
+    for panel, pair in zip(histogram.histograms(["name"] * sources, lengths), lengths, strict=True):
         unit = panel["y_ticks"][0][0] - panel["y_ticks"][1][0]  # pixels between two ticks
         unit /= panel["y_ticks"][1][1]
         for curve, array in zip(panel["curves"], pair, strict=True):
@@ -316,7 +320,7 @@ def test_a_histogram_holds_every_sample_once_within_its_frame(sources, longest):
             assert all(panel["left"] <= float(x) <= panel["right"] for _, x in steps)
         places = [x for x, _ in panel["x_ticks"]]
         assert panel["left"] <= places[0] and places[-1] <= panel["right"]
-        widths = [7.6 * len(report.short(tick)) for _, tick in panel["x_ticks"]]
+        widths = [7.6 * len(histogram.short(tick)) for _, tick in panel["x_ticks"]]
         ends = [(place - width / 2, place + width / 2) for place, width in zip(places, widths, strict=True)]
         assert all(a[1] + 2 < b[0] for a, b in itertools.pairwise(ends)), "labels touch"
         assert panel["longest"] == [array.max() for array in pair]
@@ -332,7 +336,7 @@ def text_of(markup):
 def test_what_acts_is_spelled_out_and_all_else_stays():
     every = [chr(code) for code in [*range(0x3000), *random.sample(range(0x3000, 0x110000), 3000)]]
     for letter in every:
-        shown = report.harmless(letter)
+        shown = markup.harmless(letter)
         if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") and letter not in "\n\t":
             assert shown == f"⟨U+{ord(letter):04X}⟩"
         elif unicodedata.category(letter) != "Cf" or letter in "\u200c\u200d":
@@ -342,13 +346,13 @@ def test_what_acts_is_spelled_out_and_all_else_stays():
 def test_a_folded_text_is_whole_and_its_blanks_are_visible():
     for _ in range(50):
         text, limit = random_text(random.randint(1, 100)), random.randint(20, 200)
-        folded = report.fold(text, limit)
+        folded = markup.fold(text, limit)
         joined = "".join(text_of(folded[part]) for part in ("start", "middle", "end"))
-        assert joined == report.harmless(text)
+        assert joined == markup.harmless(text)
         assert folded["hidden"] == 0 or len(text) > limit
         assert folded["hidden"] > 0 or len(text) <= 2 * limit + 80  # cut where words begin, so it may come to nothing
         assert len(text_of(folded["middle"])) >= folded["hidden"]
-    shown = report.visible(" a b  c\t\n<")
+    shown = markup.visible(" a b  c\t\n<")
     assert shown == (
         '<i class="space"> </i>a b<i class="space">  </i>c<i class="tab">\t</i><i class="newline"></i>\n&lt;'
     )
@@ -359,7 +363,7 @@ def test_words_that_differ_are_marked():
     for _ in range(20):
         changed = random.sample(range(40), random.randint(0, 5))
         other = [f"x{i}" if i in changed else word for i, word in enumerate(words)]
-        left, right = report.mark_differences(" ".join(words), " ".join(other))
+        left, right = markup.mark_differences(" ".join(words), " ".join(other))
         assert (text_of(left), text_of(right)) == (" ".join(words), " ".join(other))
         for side, text in ((words, left), (other, right)):
             marked = " ".join(text_of(mark) for mark in re.findall("<mark>(.*?)</mark>", text))
@@ -368,10 +372,10 @@ def test_words_that_differ_are_marked():
 
 def test_long_texts_are_compared_in_part_and_say_so():
     same = "word " * 300
-    left, right = report.mark_differences("first " + same, "second " + same)
+    left, right = markup.mark_differences("first " + same, "second " + same)
     shown = text_of(left)
     assert shown.startswith("first word word") and re.findall("<mark>(.*?)</mark>", right) == ["second"]
     hidden = int(re.search(r"… ([\d,]+) characters alike …", shown)[1].replace(",", ""))
     assert len(re.sub("… .* …", "", shown)) + hidden == len("first " + same)
-    assert "98,000 more characters" in text_of(report.mark_differences("a" * 100_000, "日" * 100_000)[0])
-    assert report.mark_differences("", "a") == ["", "<mark>a</mark>"]
+    assert "98,000 more characters" in text_of(markup.mark_differences("a" * 100_000, "日" * 100_000)[0])
+    assert markup.mark_differences("", "a") == ["", "<mark>a</mark>"]

@@ -1,0 +1,173 @@
+"""Every prompt style as a Jinja chat template, so that other programs render prompts as our training did.
+
+transformers, vLLM and llama.cpp know nothing of `prompts.STYLES`: they render a conversation with the chat template in
+the model folder. `save_chat_template` writes there the template of the style that a model was trained in.
+
+What is equal to `prompts.encode_dialog` and `encode_prompt`, token for token (tests/text/test_style_templates.py):
+
+- the prompt up to the first answer, in every style with every tokenizer;
+- the whole conversation as well, if no answer begins with white space, with two exceptions. In vicuna, llama2-chat and
+  mistral-instruct a space stands before an answer; byte-level BPE joins it to the answer's first word, where training
+  has two tokens. In plain, the last token of a question and the first of its answer may become one token, unless the
+  question ends in a line break.
+
+What differs on purpose: a special token that a user writes out, such as "</s>", is ordinary text here and a special
+token in those programs. And transformers' Llama tokenizer drops a space at the start of a sequence, where SentencePiece
+keeps it.
+"""
+
+from pathlib import Path
+
+from shell.files import read_json, write_json
+from text.prompts import STYLES
+from text.tokenizer import Tokenizer
+
+# The templates use: `bos`, the text of BOS if this tokenizer's sequences have it; `start`, what the sequence starts
+# with; `end`, the token that ends an answer; `gap`, the space before an answer that is still to come, empty where the
+# tokenizer's dummy prefix takes its place.
+
+_TURNS = r"""
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] %}
+    {%- set turns = messages[1:] %}
+{%- else %}
+    {%- set system = none %}
+    {%- set turns = messages %}
+{%- endif %}
+{%- for message in turns %}
+    {%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}
+        {{- raise_exception('user and assistant must take turns, after at most one system message') }}
+    {%- endif %}
+{%- endfor %}"""
+
+_ONE_QUESTION = r"""
+{%- if turns|length > 2 %}
+    {{- raise_exception('this prompt style has one question and one answer') }}
+{%- endif %}"""
+
+_PLAIN = r"""
+{%- if system is not none %}
+    {{- raise_exception('this prompt style has no place for a system message') }}
+{%- endif %}
+{%- set question = turns[0]['content'] %}
+{%- set answer = turns[1]['content'] if turns|length > 1 else '' %}
+{{- start + (question[:-1] if not gap and not answer and question[-1:] == ' ' else question) }}
+{%- if turns|length > 1 %}
+    {{- answer + end }}
+{%- endif %}"""
+
+_INSTRUCTION = r"""
+{{- start + (system or 'Below is an instruction that describes a task. Write a response that appropriately completes the request.') }}
+{{- '\n\n### Instruction:\n' + turns[0]['content'] }}
+{%- if turns|length > 1 %}
+    {{- '\n\n### Response:\n' + turns[1]['content'] + end }}
+{%- elif add_generation_prompt %}
+    {{- '\n\n### Response:\n' }}
+{%- endif %}"""  # noqa: E501
+
+_VICUNA = r"""
+{{- start + (system or "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions.") }}
+{%- for message in turns %}
+    {%- if message['role'] == 'user' %}
+        {{- ('USER: ' if loop.index0 else ' USER: ') + message['content'] }}
+    {%- else %}
+        {{- ' ASSISTANT:' + (' ' if message['content'] else gap) + message['content'] + end }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- ' ASSISTANT:' + gap }}
+{%- endif %}"""  # noqa: E501
+
+_LLAMA2_CHAT = r"""
+{%- for message in turns %}
+    {%- if message['role'] == 'user' %}
+        {%- set text = message['content'] %}
+        {%- if loop.index0 == 0 and system is not none %}
+            {%- set text = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + text %}
+        {%- endif %}
+        {{- (bos if loop.index0 else start) + '[INST] ' + text|trim + ' [/INST]' }}
+    {%- else %}
+        {{- (' ' if message['content'] else gap) + message['content'] + end }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- gap }}
+{%- endif %}"""
+
+_MISTRAL_INSTRUCT = r"""
+{{- start }}
+{%- for message in turns %}
+    {%- if message['role'] == 'user' %}
+        {{- '[INST] ' + (system + '\n\n' if system and loop.index0 == 0 else '') + message['content'] + ' [/INST]' }}
+    {%- else %}
+        {{- (' ' if message['content'] else gap) + message['content'] + end }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- gap }}
+{%- endif %}"""
+
+_CHATML = r"""
+{{- start }}
+{%- for message in messages %}
+    {{- ('\n' if loop.index0 else '') + '<|im_start|>' + message['role'] + '\n' + message['content'] }}
+    {{- end if message['role'] == 'assistant' else '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '\n<|im_start|>assistant\n' }}
+{%- endif %}"""
+
+# A style that is not here is rendered by our own scripts alone; `checkpoint` is the base model's own template.
+TEMPLATES = {
+    "plain": _TURNS + _ONE_QUESTION + _PLAIN,
+    "alpaca": _TURNS + _ONE_QUESTION + _INSTRUCTION,
+    "dolly": _TURNS + _ONE_QUESTION + _INSTRUCTION,
+    "vicuna": _TURNS + _VICUNA,
+    "llama2-chat": _TURNS + _LLAMA2_CHAT,
+    "mistral-instruct": _TURNS + _MISTRAL_INSTRUCT,
+    "chatml": _CHATML,
+}
+
+
+def chat_template(tokenizer: Tokenizer, style: str) -> str:
+    """The Jinja source of a style of `TEMPLATES`, with this tokenizer's tokens written into it."""
+    dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    segments = STYLES[style](tokenizer, dialog)
+    bos = tokenizer.bos_token if tokenizer.add_bos else ""
+    first = tokenizer.split(segments[0].text, special=segments[0].kind == "template")[0]
+    start = "" if first == tokenizer.bos_id else bos  # a BOS that the style writes is not doubled
+    if bos and tokenizer.prefix == "first" and isinstance(first, str):
+        start += " "  # the dummy prefix, which those programs leave out after a BOS that is written out
+    end = next(segment.text for segment in segments if segment.kind == "end")
+    values = {"bos": bos, "start": start, "end": end, "gap": "" if tokenizer.has_prefix else " "}
+    # ascii() writes a text as both Python and Jinja read it.
+    return (
+        "".join(f"{{%- set {name} = {ascii(text)} %}}\n" for name, text in values.items()) + TEMPLATES[style].lstrip()
+    )
+
+
+def save_chat_template(folder: Path, style: str | None) -> str:
+    """Make the template of the style that a model was trained in the chat template of its folder.
+
+    style: None if it is not known; then, and for `checkpoint`, the base model's template stays as it was copied.
+    Returns a line for the user, which says what the template now is. The template goes where the folder has one:
+    chat_template.jinja, which all programs prefer to the key in tokenizer_config.json, and otherwise that key.
+    """
+    if style is None:
+        return "chat template: the base model's, since the adapter does not say in which prompt style it was trained"
+    if style == "checkpoint":
+        return "chat template: the base model's, in which it was trained"
+    if style not in TEMPLATES:
+        return f"chat template: the base model's, NOT prompt style {style}, for which style_templates.py has none"
+    config_path, jinja_path = Path(folder, "tokenizer_config.json"), Path(folder, "chat_template.jinja")
+    if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return f"chat template: none, since there is no tokenizer; the model was trained in prompt style {style}"
+    template = chat_template(Tokenizer(folder), style)
+    config = read_json(config_path) if config_path.is_file() else None
+    if jinja_path.is_file() or config is None:
+        jinja_path.write_text(template, encoding="utf-8")
+        template = None
+    if config is not None:
+        config.pop("chat_template", None)
+        write_json(config_path, config | ({"chat_template": template} if template else {}))
+    return f"chat template: prompt style {style}, in which it was trained"
