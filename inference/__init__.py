@@ -1,9 +1,10 @@
 """From a loaded model to text and log-likelihoods.
 
 sampling.py  logits to tokens, in batches whose rows join and leave. Start here
+writer.py    a model with its tokenizer and prompt style: messages in, answers out. What generate.py and eval/ share
 decode.py    one token after another, fast: CUDA graphs on a GPU, compiled products on a CPU
 scoring.py   log-likelihoods of continuations and whole texts; a shared context is computed once
 serving.py   requests that come at any time, answered together
 
-serving.py imports sampling.py.
+sampling.py imports decode.py; writer.py and serving.py import sampling.py.
 """
