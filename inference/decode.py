@@ -21,9 +21,8 @@ from model import KVCache, Linear, rope_angles
 from ops.attention import Attend, attend
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
+from ops.loss import LOSS_CHUNK
 from quantize import BLOCK, Linear4bit, Linear8bit
-
-HEAD_CHUNK = 128  # positions of a prompt whose logits exist at one time
 
 
 def fastest_decoder(model):
@@ -91,8 +90,8 @@ class Decoder:
         hidden = self.model.hidden_states(tokens, cache)
         for row in scored:
             first = 0 if cache.padding is None else int(cache.padding[row])
-            for position in range(first, tokens.size(1), HEAD_CHUNK):
-                chunk = hidden[row, position : position + HEAD_CHUNK]
+            for position in range(first, tokens.size(1), LOSS_CHUNK):
+                chunk = hidden[row, position : position + LOSS_CHUNK]
                 score(row, position - first, self.model.lm_head(chunk))
         return self.model.lm_head(hidden[:, -1])
 

@@ -433,7 +433,7 @@ def test_a_mistake_in_a_process(tiny_model_dir, tasks, tmp_path, run_script, cut
     )  # fmt: skip
     last = err.splitlines()[-1]
     assert code == 2 and "Traceback" not in err and not (tmp_path / "new").exists(), err
-    assert last.startswith("error: --eval_tasks tiny_gsm: cannot be loaded: ") and "tiny_gsm.jsonl" in last
+    assert last.startswith("error: --eval_tasks tiny_gsm cannot be loaded: ") and "tiny_gsm.jsonl" in last
 
 
 def test_a_broken_run_leaves_no_file(tiny_model_dir, tasks, tmp_path, monkeypatch):
