@@ -101,5 +101,5 @@ class Writer:
             for prompt, reply in zip(prompts, replies, strict=True)
         )
         if full:
-            print(f"note: {full} of {len(replies)} answers end where the model's context of {self.context} tokens "
-                  "is full", file=sys.stderr)  # fmt: skip
+            print(f"note: answers that end early because the model's context of {self.context} tokens is full: "
+                  f"{full} of {len(replies)}", file=sys.stderr)  # fmt: skip

@@ -448,7 +448,7 @@ def test_a_recorded_step_is_the_plain_one(quantize):
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, n=1, seed=None):
-    """n draws from logits (V,): ids (n,)."""
+    """n tokens sampled from logits (V,): ids (n,)."""
     generator = torch.Generator().manual_seed(SEED if seed is None else seed)
     return choose_all(logits.expand(n, -1), temperature, top_k, top_p, [generator] * n)
 
@@ -472,7 +472,7 @@ def chi_square(ids, probabilities):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_softmax(temperature):
-    """Chi-square with 7 degrees of freedom: above 35 once in 90,000 draws; the wrong temperature is far above."""
+    """Chi-square with 7 degrees of freedom: above 35 once in 90,000 times; the wrong temperature is far above."""
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5])
     ids = draw(logits, temperature, n=4000, seed=1)
     assert chi_square(ids, (logits / temperature).softmax(0)) < 35
@@ -764,9 +764,9 @@ def test_a_full_context_is_noted(writer, capsys):
     prompts = [len(encode_prompt(writer.tokenizer, messages, writer.style)) for messages in dialogs]
     full = sum(256 - length < 210 for length in prompts)
     err = capsys.readouterr().err
-    assert 0 < full < 3 and f"note: {full} of 3 answers end where the model's context of 256 tokens is full\n" == err
+    assert 0 < full < 3 and f"because the model's context of 256 tokens is full: {full} of 3\n" in err
     assert "".join(writer.stream(dialogs[1], settings(max_new_tokens=210))) == answers[1]
-    assert "note: 1 of 1 answers" in capsys.readouterr().err
+    assert "is full: 1 of 1" in capsys.readouterr().err
     writer.answer_all(dialogs, settings(max_new_tokens=5))
     writer.answer_all(dialogs[1:2], settings(max_new_tokens=210, stop=[answers[1][1]]))
     assert not capsys.readouterr().err
@@ -802,7 +802,7 @@ def test_a_system_message_goes_before_every_prompt(tiny_model_dir, tmp_path, mon
 
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_model_dir, tmp_path_factory):
-    """A LoRA adapter over the tiny model, trained as it were on its NF4 version in the plain style."""
+    """A LoRA adapter for the tiny model, as if trained on its NF4 version in the plain style."""
     folder = tmp_path_factory.mktemp("adapter")
     model, config = load_model(tiny_model_dir, torch.float32), lora.AdapterConfig(r=4, alpha=8)
     lora.add_lora(model, config)

@@ -54,7 +54,7 @@ def random_text(lengths=(1, 2, 9, 30, 1, 17)):
 
 @pytest.fixture(scope="session")
 def make_adapter(tmp_path_factory):
-    """`make_adapter(model folder, quantize, targets, kind)`: a folder with random matrices, trained as it were."""
+    """`make_adapter(model folder, quantize, targets, kind)`: a folder with random matrices, as if trained."""
 
     def make(base, quantize=None, targets=PROJECTIONS, kind="lora"):
         folder = tmp_path_factory.mktemp("adapter")
@@ -115,7 +115,7 @@ def test_divergence_against_the_slow_way(tiny_checkpoint, monkeypatch, family, p
 
 
 @FAMILIES
-def test_a_model_is_no_way_from_itself(tiny_checkpoint, family):
+def test_a_model_does_not_diverge_from_itself(tiny_checkpoint, family):
     model, text = load_model(tiny_checkpoint(family), torch.float32), random_text()
     got = compare(model, text, 40, {"r": make_reference(model, text, 40)})["r"]
     assert got == {"kl": 0, "agreement": 1}
@@ -549,8 +549,8 @@ def test_a_map_of_few_layers_has_whole_blocks(tmp_path, monkeypatch):
     quality_report.draw_layers({"layers": rows}, tmp_path / "map.png")
     panel = saved[0].axes[0]
     assert all(tick == int(tick) for tick in panel.get_xticks())
-    drawn = panel.images[0].get_array()  # what was not measured has no colour
-    assert [not row.mask.any() for row in drawn] == [p in ("up_proj", "down_proj") for p in PROJECTIONS]
+    colours = panel.images[0].get_array()  # a layer that was not measured has none
+    assert [not row.mask.any() for row in colours] == [p in ("up_proj", "down_proj") for p in PROJECTIONS]
 
 
 def die(variant):
