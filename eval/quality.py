@@ -76,7 +76,9 @@ class Settings:
     max_new_tokens: int = 64
     batch_size: int = 50
     sensitivity: bool = False
-    quantizers: list[str] = field(default_factory=lambda: ["bnb.nf4", "bnb.int8"])
+    quantizers: list[Literal[cli.table_keys("quantize.py", "QUANTIZERS")]] = field(
+        default_factory=lambda: ["bnb.nf4", "bnb.int8"]
+    )
     precision: Literal["32-true", "bf16-true"] = "32-true"
     budget_bytes: str | None = None
     bits_per_weight: float | None = None
@@ -138,7 +140,7 @@ from eval.divergence import Text
 from eval.quality_variants import DTYPES, make_references, measure_variant
 from inference.writer import find_model
 from model import Transformer
-from quantize import QUANTIZERS, read_quantization, write_plan
+from quantize import read_quantization, write_plan
 from shell.files import whole_file, write_json
 from weights.checkpoint import load_model, read_config, trained_quantization
 from weights.peft_format import load_adapter
@@ -184,10 +186,7 @@ def check(s: Settings) -> None:
             form = variant.partition(":")[2]
             read_quantization(None if form in DTYPES else form, model)
         except UserError as error:
-            raise UserError(f"--variants {variant}: {str(error).removeprefix('--quantize ')}") from None
-    for name in s.quantizers:
-        if name not in QUANTIZERS:
-            raise UserError(f"--quantizers {name}: expected some of {', '.join(QUANTIZERS)}")
+            raise UserError(f"--variants {variant}: a form is fp32, bf16 or a --quantize; {error}") from None
     if s.adapter_dir is not None:
         load_adapter(model, s.adapter_dir)
 
