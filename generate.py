@@ -1,12 +1,13 @@
-"""Generate text: for one prompt, a file of prompts, or in a chat.
+"""Generate text: for one prompt, for a file of prompts, or in a chat.
 
     python generate.py --adapter_dir out/RUN/final --prompt "Hello"
 
-The prompt is rendered as in training: the style stands in the `onetune.json` beside the adapter or the merged model.
+A prompt is rendered as in training: the `onetune.json` beside the adapter or the merged model names the style.
 """
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,17 +21,17 @@ class Settings:
     """The command line.
 
     Args:
-        checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
-        adapter_dir: Adapter to put over it, such as out/RUN/final, ours or PEFT's.
+        checkpoint_dir: Model folder; if not given, the one that the adapter was trained on.
+        adapter_dir: Adapter to put over the model, such as out/RUN/final, ours or PEFT's.
         quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or each layer as in a plan's
-            file; "none" for not at all. With an adapter as in its training if not given.
+            file; "none" for not at all. If not given, as the adapter was trained.
         precision: Dtype of the other weights and of the computation.
         prompt: One prompt, answered as it is generated. Without it and prompts_file a chat starts.
         prompts_file: File of prompts: .txt with one a line, or .jsonl with "prompt", "instruction" and "input",
             or "messages". Answers come as JSON lines, in the file's order.
         system: A system message to put before the prompt, where the style has one.
-        prompt_style: How the prompt is rendered, if not as in training.
-        max_new_tokens: Tokens to generate at most.
+        prompt_style: How the prompt is rendered; if not given, as in training.
+        max_new_tokens: Tokens to generate at most; an answer also ends where the model's context is full.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_k: Sample among so many likeliest tokens; 0 for all.
         top_p: Sample among the likeliest tokens that together have this probability; 0 takes the likeliest.
@@ -47,7 +48,7 @@ class Settings:
     prompt: str | None = None
     prompts_file: Path | None = None
     system: str | None = None
-    prompt_style: str | None = None
+    prompt_style: Literal[cli.table_keys("text/prompts.py", "STYLES")] | None = None
     max_new_tokens: int = 256
     temperature: float = 0.8
     top_k: int = 50
@@ -63,7 +64,8 @@ class Settings:
             raise UserError("--prompt and --prompts_file exclude each other")
         cli.check_files(self, "prompts_file")
         cli.check_numbers(self, "max_new_tokens", "repetition_penalty", "batch_size", above=0)
-        cli.check_numbers(self, "temperature", "top_k", "seed", least=0)
+        cli.check_numbers(self, "temperature", "top_k", least=0)
+        cli.check_numbers(self, "seed", least=0, below=2**63)
         cli.check_numbers(self, "top_p", least=0, most=1)
         if "" in self.stop:
             raise UserError("--stop: an empty text would end every answer at once")
@@ -72,32 +74,32 @@ class Settings:
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
-import torch
-
-from inference.decode import fastest_decoder
-from inference.sampling import Reply, generate, generate_all
-from text.prompts import STYLES, encode_prompt, stop_ids
-from text.tokenizer import Tokenizer
-from weights.checkpoint import find_base, load_model, read_notes, trained_quantization
-
-DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+from inference.writer import Writer
+from preparation.reading import BadRow, format_of, read_json_lines
+from preparation.records import parse_object
+from text.prompts import check_dialog
 
 
-def main(s):
-    start = [{"role": "system", "content": s.system}] if s.system else []
-    dialogs = [[*start, *messages] for messages in read_prompts(s.prompts_file)] if s.prompts_file else []
+def main(s: Settings) -> None:
+    """Answer the prompt or the file of prompts, or chat."""
+    before = [{"role": "system", "content": s.system}] if s.system else []
+    prompts = read_prompts(s.prompts_file) if s.prompts_file else {}
     writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
     if s.prompt is not None:
-        show(writer.stream([*start, {"role": "user", "content": s.prompt}], s))
+        show(writer.stream([*before, {"role": "user", "content": s.prompt}], s))
     elif s.prompts_file is not None:
-        for messages, reply in zip(dialogs, writer.answer_all(dialogs, s), strict=True):
-            print(json.dumps({"prompt": messages[-1]["content"], "answer": reply}, ensure_ascii=False))
+        dialogs = [[*before, *messages] for messages in prompts.values()]
+        for messages, answer in zip(dialogs, writer.answer_all(dialogs, s, places=list(prompts)), strict=True):
+            print(json.dumps({"prompt": messages[-1]["content"], "answer": answer}, ensure_ascii=False))
     else:
-        chat(writer, start, s)
+        chat(writer, before, s)
 
 
-def chat(writer, messages, s):
-    """Answer what is typed, line by line, with the whole dialog in view; an empty line starts a new one."""
+def chat(writer: Writer, messages: list[dict], s: Settings) -> None:
+    """Answer each line that is typed, given the dialog so far; an empty line starts a new one.
+
+    messages: what every dialog starts with.
+    """
     print("Type a message; an empty line forgets the dialog, Ctrl-D ends.", file=sys.stderr)
     start = list(messages)
     while True:
@@ -105,23 +107,25 @@ def chat(writer, messages, s):
             text = input("> ")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not {error.encoding} text: {error.reason}") from None
         if not text.strip():
             messages = list(start)
             continue
         question = {"role": "user", "content": text}
         try:
             answer = show(writer.stream([*messages, question], s))
-        except UserError as error:  # a style for one question alone, or the context is full
+        except UserError as error:  # the style has one question alone, or the context is full
             if messages == start:
                 raise
-            print(f"note: {error}. Going on without what was said before.", file=sys.stderr)
+            print(f"note: {error}. The dialog so far is forgotten.", file=sys.stderr)
             messages = list(start)
             answer = show(writer.stream([*messages, question], s))
         messages += [question, {"role": "assistant", "content": answer}]
 
 
-def show(pieces):
-    """Print the pieces of a text as they come, and return it whole."""
+def show(pieces: Iterable[str]) -> str:
+    """Print the pieces of a text as they come, and return all of it."""
     text = ""
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -130,73 +134,36 @@ def show(pieces):
     return text
 
 
-def read_prompts(path):
-    """The dialogs in a file of prompts: lists of messages that end with the user's."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON may hold other separators
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from None
-    dialogs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = {"prompt": line}
-        if path.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except RecursionError:
-                raise UserError(f"{path}:{number}: nested too deeply") from None
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
-        text = row.get("prompt", row.get("instruction")) if isinstance(row, dict) else None
-        if isinstance(text, str):
-            dialogs.append([{"role": "user", "content": text, "input": row.get("input", "")}])
-        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-            dialogs.append(row["messages"])
-        else:
-            raise UserError(f'{path}:{number}: expected an object with "prompt", "instruction" or "messages"')
+def read_prompts(path: Path) -> dict[str, list[dict]]:
+    """The dialogs in a file of prompts, {"file:line": messages}; the last message of each is the user's."""
+    is_json = format_of(path) == "jsonl"
+    if not is_json and path.suffix != ".txt":
+        raise UserError(f"--prompts_file {path}: expected .txt with a prompt on each line, or .jsonl")
+    dialogs = {}
+    for number, line in read_json_lines(path, progress=lambda share: None):
+        place = f"{path}:{number}"
+        try:
+            dialogs[place] = _dialog(parse_object(line) if is_json else {"prompt": line.decode().rstrip("\r\n")})
+            check_dialog(dialogs[place], last="user")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{place}: not UTF-8 text: byte {line[error.start]:#04x}") from None
+        except (BadRow, UserError) as error:
+            raise UserError(f"{place}: {error}") from None
+    if not dialogs:
+        raise UserError(f"--prompts_file {path} holds no prompt")
     return dialogs
 
 
-def trained_style(checkpoint_dir, adapter_dir, tokenizer, style=None):
-    """The prompt style that is asked for, or else that of the training, or else the checkpoint's own, or plain."""
-    notes = read_notes(adapter_dir or checkpoint_dir) or read_notes(checkpoint_dir)
-    style = style or notes.get("prompt_style") or ("checkpoint" if tokenizer.chat_template else "plain")
-    if style not in STYLES:
-        raise UserError(f"--prompt_style {style}: expected one of {', '.join(STYLES)}")
-    return style
-
-
-class Writer:
-    """A loaded model with its tokenizer and prompt style: messages in, answers out."""
-
-    def __init__(self, checkpoint_dir, adapter_dir, quantize, precision, style=None, model=None):
-        """The arguments are those of the command line; `style` and `quantize` None mean as in training.
-
-        model: one to take that is in memory already; then `quantize` and `precision` say nothing.
-        """
-        checkpoint_dir = checkpoint_dir or find_base(adapter_dir)
-        quantize = trained_quantization(adapter_dir, quantize)
-        self.tokenizer = Tokenizer(checkpoint_dir)
-        self.style = trained_style(checkpoint_dir, adapter_dir, self.tokenizer, style)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model or load_model(checkpoint_dir, DTYPES[precision], device, quantize, adapter_dir)
-        self.decoder = fastest_decoder(self.model)
-        self.stop_ids = stop_ids(self.tokenizer, self.style)
-
-    def stream(self, messages, s):
-        """Yield the answer to `messages` piece by piece; `s` has the sampling settings of `Settings`."""
-        reply, shown = Reply(self.tokenizer, self.stop_ids, s.stop), 0
-        for _ in generate(self.decoder, [encode_prompt(self.tokenizer, messages, self.style)], [reply], s, [s.seed]):
-            yield reply.text[shown : reply.safe_length]
-            shown = reply.safe_length
-
-    def answer_all(self, dialogs, s):
-        """The answers to a list of dialogs, in order; the work is done in batches of about equal lengths."""
-        prompts = [encode_prompt(self.tokenizer, messages, self.style) for messages in dialogs]
-        replies = [Reply(self.tokenizer, self.stop_ids, s.stop) for _ in prompts]
-        generate_all(self.decoder, prompts, replies, s)
-        return [reply.text for reply in replies]
+def _dialog(row):
+    """The messages that a row of a file of prompts stands for. Other keys, such as an expected answer, are not read."""
+    if "system" in row:
+        raise UserError('"system" is not read here: put it under "messages", or use --system')
+    if "messages" in row:
+        return row["messages"]
+    text = row.get("prompt", row.get("instruction"))
+    if not isinstance(text, str):
+        raise UserError('expected an object with "prompt", "instruction" or "messages"')
+    return [{"role": "user", "content": text, "input": row.get("input", "")}]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Measurements of a model, and servers for those who measure it. Each script runs by itself.
+"""Measurements of a model, and servers for programs that measure it. Each script runs by itself.
 
 exact_match.py      exact match on a file of questions. Start here
 lm_eval_harness.py  lm-eval's tasks
-quality.py          what quantising and merging cost an adapter, side by side (quality_texts.py, quality_variants.py,
-                    quality_report.py; divergence.py: KL and agreement; sensitivity.py: which layers suffer)
+quality.py          what quantising and merging cost an adapter: every variant of it, side by side
+                    quality_variants.py  how a variant is loaded and measured
+                    quality_texts.py     the texts that it is measured on
+                    quality_report.py    tables and charts of the results
+                    divergence.py        KL, agreement and perplexity of one model against another
+                    sensitivity.py       which layers suffer most from quantisation, and a plan that fits a budget
 helm_server.py      the server for HELM and for OpenAI's clients (challenge_api.py, openai_api.py)
 Dockerfile, submission.sh    the submission to the LLM Efficiency Challenge
 run_helm.sh, helm.conf       HELM run against the server
 
-Above everything but finetune.py and convert_hf_checkpoint.py.
+Imports from every folder and from generate.py; no other folder imports from eval/.
 """

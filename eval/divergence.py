@@ -1,40 +1,48 @@
 """How far a model is from another one on the same text: KL divergence, agreement of the likeliest token, perplexity.
 
-What is kept of the reference is its final hidden state at each position that counts, (N, D) fp32, and its head, (V, D):
-the log-probabilities (N, V) are computed from them again, a chunk at a time. Written down, they would take V / D times
-as much (85 for SmolLM2, 8 for Llama-2-7B), or be rounded to 16 bits, in which a divergence below 1e-4 is noise; and the
-two models need not be in memory at one time.
+Of the reference its final hidden state at each target position is kept, (N, D) fp32, and its head, (V, D); the
+log-probabilities (N, V) are computed from them again, a chunk at a time. Stored themselves they would take V / D times
+as much (85 for SmolLM2, 8 for Llama-2-7B), or be rounded to 16 bits, in which a divergence below 1e-4 is noise. And the
+two models need not be in memory at the same time.
 
-A text is a list of sequences, each a pair of tokens and targets, both (T,) int64; targets are IGNORE where none counts.
+A text is a list of sequences, each a pair of tokens and targets, both (T,) int64; targets are IGNORE where the position
+does not count. Shapes: N targets of a text, n of them, D hidden size, V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from model import IGNORE
+from model import IGNORE, Transformer
+from ops.loss import LOSS_CHUNK
 
-CHUNK = 256  # positions whose log-probabilities exist at one time
+Text = list[tuple[Tensor, Tensor]]
 
 
 class Reference(NamedTuple):
-    """hidden: (N, D) fp32, at the positions with a target, in their order. head: (V, D) fp32."""
+    """What is kept of a model on a text.
 
-    hidden: torch.Tensor
-    head: torch.Tensor
+    hidden: (N, D) fp32, its final hidden states at the targets, in order. head: (V, D) fp32.
+    """
 
-    def log_probabilities(self, rows, device):
-        """(n, V) fp32, at the positions `rows`, a slice."""
+    hidden: Tensor
+    head: Tensor
+
+    def log_probabilities(self, rows: slice, device: torch.device) -> Tensor:
+        """The log-probabilities (n, V) fp32 at the targets `rows`."""
         return F.linear(self.hidden[rows].to(device), self.head).log_softmax(dim=-1)
 
 
-def micro_batches(text, positions):
-    """Yield tokens and targets (1, T) and offsets: sequences end to end, in their order, in at most so many positions.
+def micro_batches(text: Text, positions: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Yield micro-batches: tokens and targets (1, T) of sequences end to end, in order, and the offsets of each.
 
-    A sequence that is longer is a micro-batch by itself.
+    T is at most `positions`, but a sequence that is longer is a micro-batch by itself.
     """
     waiting, length = [], 0
     for sequence in text:
@@ -54,8 +62,8 @@ def _end_to_end(sequences):
 
 
 @torch.inference_mode()
-def target_states(model, text, positions):
-    """Yield for each micro-batch the final hidden states (n, D) at its targets, and the targets (n,)."""
+def target_states(model: Transformer, text: Text, positions: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each micro-batch the final hidden states (n, D) at its targets, and the targets (n,) int64."""
     device = model.model.embed_tokens.weight.device
     for tokens, targets, offsets in micro_batches(text, positions):
         hidden = model.hidden_states(tokens.to(device), offsets=offsets)
@@ -63,21 +71,21 @@ def target_states(model, text, positions):
         yield hidden.flatten(0, 1)[rows.to(device)], targets.flatten()[rows].to(device)
 
 
-def make_reference(model, text, positions):
-    """What is kept of a model, on the CPU."""
+def make_reference(model: Transformer, text: Text, positions: int) -> Reference:
+    """The `Reference` of a model on a text, in the CPU's memory. positions: of a micro-batch."""
     hidden = [states.float().cpu() for states, _ in target_states(model, text, positions)]
     return Reference(torch.cat(hidden), head_weight(model).cpu())
 
 
-def head_weight(model):
-    """The head's weight, (V, D) fp32, with what an adapter adds to it."""
+def head_weight(model: Transformer) -> Tensor:
+    """The head's weight (V, D) fp32, with an adapter's part of it."""
     head = model.lm_head
     weight = head.merged_weight() if hasattr(head, "merged_weight") else head.dequantize(torch.float32)
     return weight.detach()
 
 
-def save_references(path, references):
-    """Write `Reference`s, by name, to a file. Those that have the same head share it there."""
+def save_references(path: Path, references: dict[str, Reference]) -> None:
+    """Write `Reference`s, by name, to a file. A head that several of them have is written once."""
     tensors, heads = {}, []
     for name, reference in references.items():
         number = next((n for n, head in enumerate(heads) if torch.equal(head, reference.head)), len(heads))
@@ -87,8 +95,8 @@ def save_references(path, references):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def load_references(path, device):
-    """What `save_references` wrote: the hidden states memory-mapped, the heads on the device."""
+def load_references(path: Path, device: torch.device) -> dict[str, Reference]:
+    """Read what `save_references` wrote: the hidden states memory-mapped, the heads on the device."""
     tensors = load_file(path)
     heads = {name.split("/")[1]: t.to(device) for name, t in tensors.items() if name.startswith("head/")}
     hidden = {name: t for name, t in tensors.items() if name.startswith("hidden/")}
@@ -96,17 +104,17 @@ def load_references(path, device):
 
 
 @torch.inference_mode()
-def compare(model, text, positions, references):
-    """How a model does on a text, and how far it is from each of `references` (by name) there.
+def compare(model: Transformer, text: Text, positions: int, references: dict[str, Reference]) -> dict:
+    """A model's loss on a text, and how far it is from each of `references` (by name) there.
 
-    The model's logits are its own head's, in its own precision. Returns a dict: the number of "targets", "loss" (nats a
-    target), "perplexity", and for each reference KL(reference || model) in nats a target, "kl", and the share of
-    targets where both have the same likeliest token, "agreement".
+    The model's logits are computed by its own head in its own precision. Returns a dict: the number of "targets",
+    "loss" (nats a target), "perplexity", and for each reference a dict of "kl", KL(reference || model) in nats a
+    target, and "agreement", the share of targets where both have the same likeliest token.
     """
     count, loss = 0, 0.0
     kl, agreed = dict.fromkeys(references, 0.0), dict.fromkeys(references, 0)
     for states, targets in target_states(model, text, positions):
-        for part, wanted in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
+        for part, wanted in zip(states.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
             log_q = model.lm_head(part).float().log_softmax(dim=-1)
             loss -= log_q.gather(1, wanted[:, None]).double().sum().item()
             for name, reference in references.items():
@@ -114,15 +122,15 @@ def compare(model, text, positions, references):
                 kl[name] += divergence(log_p, log_q).double().sum().item()
                 agreed[name] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
             count += len(part)
-    far = {name: {"kl": kl[name] / count, "agreement": agreed[name] / count} for name in references}
-    return {"targets": count, "loss": loss / count, "perplexity": math.exp(min(loss / count, 700)), **far}
+    distances = {name: {"kl": kl[name] / count, "agreement": agreed[name] / count} for name in references}
+    return {"targets": count, "loss": loss / count, "perplexity": math.exp(min(loss / count, 700)), **distances}
 
 
-def divergence(log_p, log_q):
-    """KL(p || q) of each row, in nats: (n, V) fp32 and (n, V) fp32 give (n,).
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row, in nats: (n,) from log-probabilities (n, V) and (n, V), all fp32.
 
-    q - p adds up to nothing, but takes away the error that log_p and log_q have in common for a whole row, from the
-    rounding of their normalisation: without it a divergence is off by 3e-7, with it by 3e-8 (and more if it is large).
+    The sum of q - p over a row is 0 but for rounding, and cancels the error that the rounded normalisation of log_p and
+    log_q has left in the whole row: without it a divergence is off by 3e-7, with it by 3e-8 (more if it is large).
     """
     p = log_p.exp()
     return (p * (log_p - log_q) + (log_q.exp() - p)).sum(dim=-1)

@@ -7,9 +7,10 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -25,12 +26,12 @@ class Settings:
     Args:
         data: File of samples with answers, or a mixture's YAML file, as prepare_data.py reads them; of a mixture only
             the paths, fields and choices count.
-        checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
-        adapter_dir: Adapter to put over it.
+        checkpoint_dir: Model folder; if not given, the one that the adapter was trained on.
+        adapter_dir: Adapter to put over the model.
         quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or each layer as in a plan's
-            file; "none" for not at all. With an adapter as in its training if not given.
+            file; "none" for not at all. If not given, as the adapter was trained.
         precision: Dtype of the other weights and of the computation.
-        prompt_style: How prompts are rendered, if not as in training.
+        prompt_style: How prompts are rendered; if not given, as in training.
         max_new_tokens: Tokens of an answer at most.
         batch_size: Prompts that are answered at one time.
         limit: Measure on so many samples from the start of the file.
@@ -42,7 +43,7 @@ class Settings:
     adapter_dir: Path | None = None
     quantize: str | None = None
     precision: Literal["32-true", "bf16-true", "16-true"] = "bf16-true"
-    prompt_style: str | None = None
+    prompt_style: Literal[cli.table_keys("text/prompts.py", "STYLES")] | None = None
     max_new_tokens: int = 64
     batch_size: int = 50
     limit: int | None = None
@@ -51,6 +52,7 @@ class Settings:
     def __post_init__(self):
         cli.check_model(self)
         cli.check_files(self, "data")
+        cli.check_out_file(self, "out_file")
         cli.check_numbers(self, "max_new_tokens", "batch_size", "limit", above=0)
 
 
@@ -58,32 +60,43 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)
 
 import generate
-from preparation.mixture import find_sources
+from inference.writer import Writer
+from preparation.mixture import Source, find_sources
 from preparation.reading import BadRow, read_rows
 from preparation.records import to_record
+from shell import files
 
 
-def main(s):
-    dialogs = first_dialogs(s.data, s.limit)
-    writer = generate.Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
+class Sample(NamedTuple):
+    """A dialog that ends with a question and its answer. place: where it was read, for error messages."""
+
+    place: str
+    messages: list[dict]
+
+
+def main(s: Settings) -> None:
+    """Answer the questions, print the share of exact matches, and write the answers to --out_file."""
+    samples = first_samples(s.data, s.limit)
+    writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
     started = time.perf_counter()
-    answers, wanted, right = match_answers(writer, dialogs, s)
+    answers, right = match_answers(writer, samples, s)
     seconds = time.perf_counter() - started
     print(f"exact match {sum(right)}/{len(right)} = {sum(right) / len(right):.1%} in {seconds:.0f} s")
     if s.out_file:
-        rows = [
-            {"prompt": messages[-2]["content"], "answer": answer, "expected": expected, "right": ok}
-            for messages, answer, expected, ok in zip(dialogs, answers, wanted, right, strict=True)
-        ]
+        rows = []
+        for sample, answer, ok in zip(samples, answers, right, strict=True):
+            question, expected = (message["content"] for message in sample.messages[-2:])
+            rows.append({"prompt": question, "answer": answer, "expected": expected, "right": ok})
         result = {"exact_match": sum(right) / len(right), "samples": len(right), "seconds": seconds, "answers": rows}
         s.out_file.parent.mkdir(parents=True, exist_ok=True)
-        s.out_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with files.whole_file(s.out_file) as temporary:
+            temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def match_answers(writer, dialogs, s):
-    """The greedy answers to dialogs, the expected ones, and for each whether they are the same (spaces around aside).
+def match_answers(writer: Writer, samples: list[Sample], s: Settings) -> tuple[list[str], list[bool]]:
+    """The greedy answers to samples, and for each whether it is the expected one (but for spaces at both ends).
 
-    s: has checkpoint_dir, adapter_dir, max_new_tokens and batch_size, as the settings above.
+    s: has checkpoint_dir, adapter_dir, max_new_tokens and batch_size, like the settings above.
     """
     greedy = generate.Settings(
         checkpoint_dir=s.checkpoint_dir,
@@ -92,18 +105,19 @@ def match_answers(writer, dialogs, s):
         batch_size=s.batch_size,
         temperature=0,
     )
-    answers = writer.answer_all([messages[:-1] for messages in dialogs], greedy)
-    wanted = [messages[-1]["content"] for messages in dialogs]
-    return answers, wanted, [a.strip() == expected.strip() for a, expected in zip(answers, wanted, strict=True)]
+    prompts, places = [sample.messages[:-1] for sample in samples], [sample.place for sample in samples]
+    answers = writer.answer_all(prompts, greedy, places)
+    expected = [sample.messages[-1]["content"] for sample in samples]
+    return answers, [answer.strip() == text.strip() for answer, text in zip(answers, expected, strict=True)]
 
 
-def first_dialogs(data, limit):
-    """The messages of the first samples of a file or mixture; of all without a limit."""
-    return list(itertools.islice(read_dialogs(find_sources([str(data)])), limit))
+def first_samples(data: Path, limit: int | None) -> list[Sample]:
+    """The first samples of a file or mixture; all of them without a limit."""
+    return list(itertools.islice(read_samples(find_sources([str(data)])), limit))
 
 
-def read_dialogs(sources):
-    """Yield the messages of each sample, checked to end with a question and its answer."""
+def read_samples(sources: list[Source]) -> Iterator[Sample]:
+    """Yield each sample of some sources. Raises UserError for one that does not end with a question and its answer."""
     for source in sources:
         for row in read_rows(source, progress=lambda share: None):
             try:
@@ -113,7 +127,7 @@ def read_dialogs(sources):
             roles = [message.get("role") if isinstance(message.get("content"), str) else None for message in messages]
             if roles[-2:] != ["user", "assistant"]:
                 raise UserError(f"{row.place}: the messages must end with a question of the user and its answer")
-            yield messages
+            yield Sample(row.place, messages)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python eval/lm_eval_harness.py --adapter_dir out/RUN/final --eval_tasks "[truthfulqa_mc2,hellaswag]"
 
-Needs requirements-eval.txt. Log-likelihoods come from scoring.py, texts from generate.py; prompts, answers and metrics
-are lm-eval's own. Where all tasks and their data are local files (`--include_path`), nothing touches the network.
+Needs requirements-eval.txt. Log-likelihoods and texts come from inference/; prompts, expected answers and metrics are
+lm-eval's own. Where all tasks and their data are local files (`--include_path`), the network is not used.
 """
 
 import difflib
@@ -32,21 +32,21 @@ class Settings:
 
     Args:
         eval_tasks: Names of tasks, groups or tags, or patterns such as mmlu_*.
-        checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
-        adapter_dir: Adapter to put over it.
-        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; "none" for not at all. With
-            an adapter as in its training if not given.
+        checkpoint_dir: Model folder; if not given, the one that the adapter was trained on.
+        adapter_dir: Adapter to put over the model.
+        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or each layer as in a plan's
+            file; "none" for not at all. If not given, as the adapter was trained.
         precision: Dtype of the other weights and of the computation.
         save_filepath: JSON file for the results.
-        num_fewshot: Examples before each question; as the task says if not given.
+        num_fewshot: Examples before each question; if not given, as many as the task says.
         limit: Measure on so many samples of each task.
         include_path: Folder with more tasks, YAML files in lm-eval's format.
         batch_tokens: Positions in the model at one time where continuations are scored.
         batch_size: Prompts that are answered at one time.
         bootstrap_iters: Resamplings for the standard error of metrics that have no formula for it; 0 for no errors.
         apply_chat_template: Render questions in the prompt style of the training, or the checkpoint's own.
-        prompt_style: How they are rendered, if not so.
-        seed: Of the sampling, where a task asks for any.
+        prompt_style: With apply_chat_template, the style to render questions in instead.
+        seed: Of the sampling, where a task samples.
     """
 
     eval_tasks: list[str]
@@ -62,7 +62,7 @@ class Settings:
     batch_size: int = 16
     bootstrap_iters: int = 100_000
     apply_chat_template: bool = False
-    prompt_style: str | None = None
+    prompt_style: Literal[cli.table_keys("text/prompts.py", "STYLES")] | None = None
     seed: int = 1337
 
     def __post_init__(self):
@@ -71,18 +71,18 @@ class Settings:
             raise UserError("--eval_tasks: name at least one")
         if self.include_path is not None and not self.include_path.is_dir():
             raise UserError(f"--include_path {self.include_path}: no such folder")
-        if self.save_filepath is not None and self.save_filepath.is_dir():
-            raise UserError(f"--save_filepath {self.save_filepath}: is a folder, name a file in it")
+        cli.check_out_file(self, "save_filepath")
         if self.prompt_style is not None and not self.apply_chat_template:
             raise UserError("--prompt_style has no effect without --apply_chat_template")
         cli.check_numbers(self, "batch_tokens", "batch_size", "limit", above=0)
-        cli.check_numbers(self, "num_fewshot", "bootstrap_iters", "seed", least=0)
+        cli.check_numbers(self, "num_fewshot", "bootstrap_iters", least=0)
+        cli.check_numbers(self, "seed", least=0, below=2**63)
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("lm_eval is not installed: pip install -r requirements-eval.txt")
 
 
-def only_local(s):
-    """Whether every task is one of the YAML files under --include_path, and their data are local files too."""
+def only_local(s: Settings) -> bool:
+    """Whether every task is one of the YAML files under --include_path and its data are local files, too."""
     names = set()
     for path in sorted(s.include_path.rglob("*.yaml")) if s.include_path else ():
         keys, _ = read_task_file(path)
@@ -93,8 +93,11 @@ def only_local(s):
     return names.issuperset(s.eval_tasks)
 
 
-def read_task_file(path):
-    """The plain values at the top level of a YAML file, whose `!function` tags are not run, and what is wrong."""
+def read_task_file(path: Path) -> tuple[dict[str, str], str | None]:
+    """The plain values at the top level of a task's YAML file, and what is wrong with the file, None if nothing is.
+
+    No `!function` tag in it is run.
+    """
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
@@ -105,10 +108,11 @@ def read_task_file(path):
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)
-    if only_local(settings):  # before the libraries that read this are imported
+    if only_local(settings):  # set before the libraries are imported that read these variables
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
 import jinja2
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -119,13 +123,15 @@ from tqdm import tqdm
 import generate
 from inference import sampling
 from inference.scoring import rolling, score
+from inference.writer import Writer
 from shell import files
 from text.prompts import prompt_text
 
 
-def main(s):
+def main(s: Settings) -> None:
+    """Run the tasks, print lm-eval's tables, and write its results to --save_filepath."""
     manager, tasks = find_tasks(s)
-    writer = generate.Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
+    writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
     model = OnetuneLM(writer, s.batch_tokens, s.batch_size, s.seed, chat=s.apply_chat_template)
     results = evaluate(s, model, manager, tasks)
     results["config"] |= {name: str(value) if isinstance(value, Path) else value for name, value in asdict(s).items()}
@@ -139,7 +145,7 @@ def main(s):
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def evaluate(s, model, manager, tasks):
+def evaluate(s: Settings, model: "OnetuneLM", manager: TaskManager, tasks: list) -> dict:
     """lm-eval's results, as a dict."""
     try:
         return simple_evaluate(
@@ -153,13 +159,13 @@ def evaluate(s, model, manager, tasks):
             log_samples=False,
         )
     except jinja2.TemplateError as error:  # on a later sample: the first one was tried when the task was loaded
-        raise UserError(f"--eval_tasks: a template of theirs fails on one of the samples: {error}") from error
+        raise UserError(f"--eval_tasks: a template of the task fails on one of its samples: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
-def find_tasks(s):
+def find_tasks(s: Settings) -> tuple[TaskManager, list]:
     """lm-eval's `TaskManager`, and the tasks and groups of --eval_tasks, loaded with their data."""
     local = only_local(s)
     if not local:
@@ -183,13 +189,13 @@ def find_tasks(s):
 def _load(manager, wanted):
     try:
         return manager.load(wanted)
-    except Exception as error:  # of any kind: data that is not there, a template that fails, the network
+    except Exception as error:  # missing data, a template that fails, the network: errors of any type
         name = f" {wanted}" if isinstance(wanted, str) else ""
-        raise UserError(f"--eval_tasks{name}: cannot be loaded: {type(error).__name__}: {error}") from error
+        raise UserError(f"--eval_tasks{name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _unknown(wanted, names, include_path):
-    """A name that no task has, in one line, with those that are spelt like it and the files that could not be read."""
+    """One line on a name that no task has: names that are spelt like it, and task files that could not be read."""
     close = difflib.get_close_matches(wanted, names, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "python -m lm_eval ls tasks lists all"
     for path in sorted(include_path.rglob("*.yaml")) if include_path else ():
@@ -202,45 +208,51 @@ def _unknown(wanted, names, include_path):
 
 
 class OnetuneLM(TemplateLM):
-    """What lm-eval asks of a model, answered by a `generate.Writer`'s.
+    """lm-eval's interface to a model, for the model of a `Writer`.
 
-    Texts are encoded as lm-eval's `hf` model does it, so that results compare: special tokens written out in them are
-    special tokens.
+    Texts are encoded as by lm-eval's `hf` model, so that results can be compared: special tokens written out in a text
+    become special tokens.
     batch_tokens, batch_size, seed: as in `Settings`. chat: prompts are rendered by `apply_chat_template`.
     """
 
-    max_gen_toks = 256  # where a task does not say; as lm-eval's other models
+    max_gen_toks = 256  # where a task names no number; as in lm-eval's other models
 
-    def __init__(self, writer, batch_tokens=2048, batch_size=16, seed=1337, chat=False):
+    def __init__(
+        self, writer: Writer, batch_tokens: int = 2048, batch_size: int = 16, seed: int = 1337, chat: bool = False
+    ):
         super().__init__()
         self.writer, self.batch_tokens, self.batch_size, self.seed = writer, batch_tokens, batch_size, seed
         self.chat, self._tokenizer = chat, writer.tokenizer
         self.max_length = writer.model.config.max_position_embeddings
 
     @property
-    def eot_token_id(self):
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
         return self._tokenizer.eos_id
 
     @property
-    def prefix_token_id(self):
-        """What comes before a text that has nothing before it."""
+    def prefix_token_id(self) -> int:
+        """The id that is put before a text without a context."""
         return self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
 
-    def tok_encode(self, string, add_special_tokens=None, **_):
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """The ids of a text, after BOS if the tokenizer adds it, unless `add_special_tokens` is False."""
         # A space that the text begins with takes the place of SentencePiece's dummy prefix, as in transformers 5.
         ids = self._tokenizer.encode(string, special=True, start=not string.startswith(" "))
         bos = self._tokenizer.bos_id
         return [bos, *ids] if add_special_tokens is not False and self._tokenizer.add_bos and ids[:1] != [bos] else ids
 
     @property
-    def tokenizer_name(self):
+    def tokenizer_name(self) -> str:
         """For the keys of lm-eval's caches."""
         return f"{self._tokenizer.folder} {self.writer.style}"
 
-    def chat_template(self, chat_template=False):
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The name of the prompt style, for lm-eval's records."""
         return self.writer.style if chat_template else None
 
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        """A dialog as one text, up to where the answer begins."""
         return prompt_text(self._tokenizer, chat_history, self.writer.style)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
@@ -248,7 +260,8 @@ class OnetuneLM(TemplateLM):
         with _bar("scoring", len(pairs), disable_tqdm) as bar:
             return [tuple(result) for result in score(self.writer.model, pairs, self.batch_tokens, bar.update)]
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log p of the whole text of each request."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
         windows = sum(-(-len(text) // self.max_length) for text in texts)
         with _bar("reading", windows, disable_tqdm) as bar:
@@ -256,8 +269,9 @@ class OnetuneLM(TemplateLM):
                 self.writer.model, texts, self.prefix_token_id, batch_tokens=self.batch_tokens, progress=bar.update
             )
 
-    def generate_until(self, requests, disable_tqdm=False):
-        texts, groups = [""] * len(requests), {}  # groups: of requests with the same settings
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The text generated for each request; those with the same settings are generated together."""
+        texts, groups = [""] * len(requests), {}  # groups: {settings as JSON: numbers of requests}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         with _bar("answering", len(requests), disable_tqdm) as bar:
@@ -272,7 +286,7 @@ class OnetuneLM(TemplateLM):
         return texts
 
     def _prompt(self, context):
-        if self.chat and self._tokenizer.has_prefix:  # the answer's own first token brings this space, as in training
+        if self.chat and self._tokenizer.has_prefix:  # the answer's first token has this space in it, as in training
             context = context.removesuffix(" ")
         return self.tok_encode(context) or [self.prefix_token_id]
 
@@ -289,19 +303,22 @@ class OnetuneLM(TemplateLM):
             )
         if not 0 < tokens < self.max_length:
             raise UserError(
-                f"max_gen_toks {tokens}: must be above 0 and below the model's context of {self.max_length}"
+                f"max_gen_toks {tokens}: must be above 0 and below the model's context of {self.max_length}; "
+                "set it under generation_kwargs in the task's file"
             )
         settings = generate.Settings(
             checkpoint_dir=self._tokenizer.folder, max_new_tokens=tokens, stop=until, batch_size=self.batch_size,
             seed=self.seed, **options,
         )  # fmt: skip
         ends = [self._tokenizer.split(text, special=True) for text in until]
-        special = {parts[0] for parts in ends if len(parts) == 1 and isinstance(parts[0], int)}  # these never are text
+        special = {
+            parts[0] for parts in ends if len(parts) == 1 and isinstance(parts[0], int)
+        }  # no text is made of them
         return settings, special | (self.writer.stop_ids if self.chat else self._tokenizer.eos_ids)
 
 
 def _bar(name, total, disable):
-    """A progress bar, on a terminal alone."""
+    """A progress bar, if standard error is a terminal."""
     return tqdm(total=total, desc=name, disable=True if disable else None)
 
 

@@ -1,58 +1,85 @@
 """The texts that quality.py measures on: samples of a task, and general text.
 
-`s` is always the Settings of quality.py. A text is a list of sequences as divergence.py has them.
+`s` is always the Settings of quality.py. A text is a list of sequences as in divergence.py.
 """
 
-import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from batching import Samples, read_data_info, shift
-from eval.exact_match import first_dialogs
-from generate import trained_style
-from model import IGNORE
+from eval.divergence import Text
+from eval.exact_match import Sample, first_samples
+from inference.writer import trained_style
+from model import IGNORE, Config
+from preparation.reading import BadRow, format_of, read_json_lines
+from preparation.records import parse_object
 from shell.cli import UserError
 from text.prompts import encode_dialog
 from text.tokenizer import Tokenizer
 from weights.checkpoint import read_config
 
+Sequence = tuple[Tensor, Tensor]  # tokens and targets, both (T,) int64
 
-def read_texts(s):
-    """{"task": ..., "general": ...}, texts as divergence.py has them, those that are given; and the dialogs of data."""
+
+def read_texts(s: Any) -> tuple[dict[str, Text], list[Sample]]:
+    """The texts that are given, by name, "task" and "general"; and the samples of --data."""
     tokenizer, texts = Tokenizer(s.checkpoint_dir), {}
-    dialogs = first_dialogs(s.data, s.limit) if s.data else []
+    samples = first_samples(s.data, s.limit) if s.data else []
     style = trained_style(s.checkpoint_dir, s.adapter_dir, tokenizer, s.prompt_style)
     if s.data_dir is not None:
-        if not tokenizer.fits(read_data_info(s.data_dir)):
-            made_with = "was made with another tokenizer or chat template"
-            raise UserError(f"--data_dir {s.data_dir} {made_with}: run prepare_data.py again")
-        samples = Samples(s.data_dir / "val.safetensors")
-        texts["task"] = first_positions(map(samples.inputs_and_targets, range(len(samples))), s.max_tokens)
-    elif dialogs:
-        texts["task"] = [sequence(*encode_dialog(tokenizer, messages, style)) for messages in dialogs]
+        texts["task"] = validation_text(s, tokenizer)
+    elif samples:
+        texts["task"] = [sequence(*encode_sample(tokenizer, sample, style)) for sample in samples]
     if s.general_text is not None:
         texts["general"] = first_positions(windows(s, tokenizer), s.max_tokens)
     flags = {"task": "data_dir" if s.data_dir else "data", "general": "general_text"}
-    config = read_config(s.checkpoint_dir)
     for name, text in texts.items():
-        if not any((targets != IGNORE).any() for _, targets in text):
-            raise UserError(f"--{flags[name]} {getattr(s, flags[name])}: it has no token to predict")
-        if max(len(tokens) for tokens, _ in text) > config.max_position_embeddings:
-            raise UserError(
-                f"--{flags[name]}: a sequence is longer than the context of {config.max_position_embeddings}"
-            )
-        if max(tokens.max().item() for tokens, _ in text) >= config.vocab_size:
-            raise UserError(f"--{flags[name]}: a token is outside of the model's vocabulary: made for another model?")
-    return texts, dialogs
+        check_text(text, read_config(s.checkpoint_dir), f"--{flags[name]} {getattr(s, flags[name])}")
+    return texts, samples
 
 
-def sequence(ids, is_target):
-    """Lists of ids and of whether each is a target, as a sequence."""
+def validation_text(s: Any, tokenizer: Tokenizer) -> Text:
+    """The first validation samples of --data_dir."""
+    if not tokenizer.fits(read_data_info(s.data_dir)):
+        made_with = "was made with another tokenizer or chat template"
+        raise UserError(f"--data_dir {s.data_dir} {made_with}: run prepare_data.py again")
+    samples = Samples(s.data_dir / "val.safetensors")
+    if not len(samples):
+        raise UserError(f"--data_dir {s.data_dir} has no validation samples: prepare it with --val_fraction above 0")
+    return first_positions(map(samples.inputs_and_targets, range(len(samples))), s.max_tokens)
+
+
+def encode_sample(tokenizer: Tokenizer, sample: Sample, style: str) -> tuple[list[int], list[bool]]:
+    """`encode_dialog` of a sample; an error names the sample's place."""
+    try:
+        return encode_dialog(tokenizer, sample.messages, style)
+    except UserError as error:
+        raise UserError(f"{sample.place}: {error}") from None
+
+
+def check_text(text: Text, config: Config, where: str) -> None:
+    """Raise UserError for a text that the model of `config` cannot read, or that has no target."""
+    if not any((targets != IGNORE).any() for _, targets in text):
+        raise UserError(f"{where}: it has no token to predict")
+    longest = max(len(tokens) for tokens, _ in text)
+    if longest > config.max_position_embeddings:
+        raise UserError(f"{where}: a sequence has {longest} tokens, the model's context is "
+                        f"{config.max_position_embeddings}")  # fmt: skip
+    if max(tokens.max().item() for tokens, _ in text) >= config.vocab_size:
+        raise UserError(f"{where}: a token is not in the model's vocabulary: was it made for another model?")
+
+
+def sequence(ids: list[int], is_target: list[bool]) -> Sequence:
+    """The sequence of a list of ids; is_target: whether each of them is one."""
     return shift(torch.tensor(ids), torch.tensor(is_target, dtype=torch.bool))
 
 
-def first_positions(sequences, most):
-    """Sequences with a target, from the start, until they have `most` positions; the first of them always."""
+def first_positions(sequences: Iterable[Sequence], most: int) -> Text:
+    """The first sequences with a target that together have up to `most` positions, and at least one of them."""
     kept, positions = [], 0
     for tokens, targets in sequences:
         if kept and positions + len(tokens) > most:
@@ -63,8 +90,8 @@ def first_positions(sequences, most):
     return kept
 
 
-def windows(s, tokenizer):
-    """Sequences of general_text, of which every token is a target; each begins with BOS where the model has one."""
+def windows(s: Any, tokenizer: Tokenizer) -> Iterator[Sequence]:
+    """Yield --general_text in sequences, every token a target; each begins with BOS if the tokenizer adds it."""
     bos = [tokenizer.bos_id] if tokenizer.add_bos else []
     size = s.window + 1 - len(bos)
     for text in plain_texts(s.general_text):
@@ -75,20 +102,21 @@ def windows(s, tokenizer):
                 yield sequence(part, [True] * len(part))
 
 
-def plain_texts(path):
-    """The texts in a file: all of a .txt, or "text" in each row of a .jsonl."""
-    if path.suffix != ".jsonl":
+def plain_texts(path: Path) -> Iterator[str]:
+    """Yield the texts in a file: "text" of each row of a .jsonl, or all of a file of plain text."""
+    if format_of(path) not in (None, "jsonl"):
+        raise UserError(f'--general_text {path}: expected plain text, or .jsonl with "text"')
+    if format_of(path) is None:
         try:
-            return [path.read_text(encoding="utf-8-sig")]
+            yield path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text: {error}") from None
-    texts = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        return
+    for number, line in read_json_lines(path, progress=lambda share: None):
         try:
-            row = json.loads(line) if line.strip() else {"text": ""}
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}:{number}: not valid JSON") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            text = parse_object(line).get("text")
+        except BadRow as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        if not isinstance(text, str):
             raise UserError(f'{path}:{number}: expected an object with "text"')
-        texts.append(row["text"])
-    return texts
+        yield text

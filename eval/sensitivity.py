@@ -1,48 +1,59 @@
-"""Which layers suffer from being quantised, and which of them to spare so that a model fits into so many bytes.
+"""Which layers suffer most from quantisation, and which of them to keep wide so that a model fits a budget of bytes.
 
-One linear layer at a time is quantised in its place in the model, measured by KL(model || model with that layer
-quantised), and put back: the model is read once. Blocks before the layer do as they did, so a measurement starts from
-what they have given, which halves the work.
+One linear layer at a time is quantised in the model, its effect is measured as KL(model || model with that layer
+quantised), and the layer is put back: the weights are read once. The blocks before the layer are unchanged, so each
+measurement starts from the hidden states after them, which halves the work.
 """
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from eval.divergence import CHUNK, divergence, head_weight, micro_batches
+from eval.divergence import Text, divergence, head_weight, micro_batches
 from lora import Adapter, adapters, linear_layers
-from model import IGNORE, Layout, rope_angles
+from model import IGNORE, Layout, Transformer, rope_angles
 from ops.attention import choose_attention
 from ops.dtypes import compute_dtype
+from ops.loss import LOSS_CHUNK
 from quantize import QUANTIZERS
 from shell.cli import UserError
 
-DENSE_BYTES = 2  # of a weight that is not quantised, in the model that the plan is for: bf16
+DENSE_BYTES = 2  # of a weight that is not quantised: the plan is for a model in bf16
+
+Plan = dict[str, str]  # {path of a linear layer in the blocks: key of QUANTIZERS, or "none"}
 
 
 @dataclasses.dataclass
 class Batch:
-    """A micro-batch on its way through the blocks: x (1, T, D) before the next one, and what they all need.
+    """A micro-batch between two blocks: its hidden states x (1, T, D), and what all blocks need.
 
-    rows: (T,) bool, where a target is. hidden: the untouched model's final states there, (n, D) fp32.
+    rows: (T,) bool, where a target is. hidden: the final states (n, D) fp32 there of the model as it was.
     """
 
-    x: torch.Tensor
-    angles: tuple
+    x: Tensor
+    angles: tuple[Tensor, Tensor]
     attention: dict
-    rows: torch.Tensor
-    hidden: torch.Tensor = None
+    rows: Tensor
+    hidden: Tensor | None = None
 
 
 @torch.inference_mode()
-def measure_layers(model, text, positions, quantizers, progress=lambda layers: layers):
-    """For each linear layer in the blocks and each of `quantizers` a dict: "layer", "quantizer", "kl" and "bytes".
+def measure_layers(
+    model: Transformer,
+    text: Text,
+    positions: int,
+    quantizers: list[str],
+    progress: Callable[[list[str]], Iterable[str]] = lambda layers: layers,
+) -> list[dict]:
+    """For each linear layer in the blocks and each of `quantizers` a dict of "layer", "quantizer", "kl", "bytes".
 
-    model: a dense `Transformer`, perhaps with an adapter over it, which then stays in full precision. text, positions:
-    as in divergence.py. kl: nats a target. bytes: of the quantised weight with its scales.
-    progress: given the paths of all layers, it yields them (a progress bar).
+    model: not quantised, perhaps with an adapter, which stays in full precision. text, positions: as in divergence.py.
+    kl: nats a target. bytes: of the quantised weight with its scales. The dict also has the number of "weights".
+    progress: given the paths of all layers, yields them (a progress bar).
     """
     batches, head = start(model, text, positions), head_weight(model)
     block, rows = 0, []
@@ -61,26 +72,27 @@ def measure_layers(model, text, positions, quantizers, progress=lambda layers: l
 
 
 @torch.inference_mode()
-def measure_plan(model, text, positions, plan):
+def measure_plan(model: Transformer, text: Text, positions: int, plan: Plan) -> float:
     """KL(model || model quantised as `plan` says) in nats a target."""
     batches, head = start(model, text, positions), head_weight(model)
     with quantized(model, {path: name for path, name in plan.items() if name != "none"}):
         return mean_divergence(model, batches, 0, head)
 
 
-def block_layers(model):
-    """The paths of all linear layers in the blocks, in order, whether or not an adapter lies over them."""
+def block_layers(model: Transformer) -> list[str]:
+    """The paths of all linear layers in the blocks, in order, with or without an adapter."""
     return [name for name in linear_layers(model) if name.startswith("model.layers.")]
 
 
-def layer_size(model, path):
+def layer_size(model: Transformer, path: str) -> int:
+    """The number of weights of a linear layer."""
     layer = model.get_submodule(path)
     return layer.in_features * layer.out_features
 
 
 @contextlib.contextmanager
-def quantized(model, quantizers):
-    """Let layers be quantised inside the block: {path: key of QUANTIZERS}. Yields the bytes that they take."""
+def quantized(model: Transformer, quantizers: Plan) -> Iterator[int]:
+    """Quantise layers, {path: key of QUANTIZERS}, inside the `with` block. Yields the bytes that they take."""
     places, nbytes = [], 0
     try:
         for path, name in quantizers.items():
@@ -97,8 +109,8 @@ def quantized(model, quantizers):
             setattr(parent, leaf, module)
 
 
-def start(model, text, positions):
-    """All micro-batches of a text as `Batch`es before the first block."""
+def start(model: Transformer, text: Text, positions: int) -> list[Batch]:
+    """The micro-batches of a text before the first block."""
     weight, config = model.model.embed_tokens.weight, model.config
     batches = []
     for tokens, targets, offsets in micro_batches(text, positions):
@@ -125,7 +137,7 @@ def _check_blocks(batch, hidden):
         )
 
 
-def through_blocks(model, batch, first, end):
+def through_blocks(model: Transformer, batch: Batch, first: int, end: int) -> Tensor:
     """The hidden states (1, T, D) after the blocks from `first` to before `end`."""
     x = batch.x
     for number in range(first, end):
@@ -133,21 +145,20 @@ def through_blocks(model, batch, first, end):
     return x
 
 
-def final_states(model, batch, block):
+def final_states(model: Transformer, batch: Batch, block: int) -> Tensor:
     """The final, normed hidden states (n, D) fp32 at the targets; the batch is before `block`."""
     x = through_blocks(model, batch, block, model.config.num_hidden_layers)
     return model.model.norm(x.flatten(0, 1)[batch.rows]).float()
 
 
-def mean_divergence(model, batches, block, head):
-    """KL(model as it was || model as it is now), nats a target.
+def mean_divergence(model: Transformer, batches: list[Batch], block: int, head: Tensor) -> float:
+    """KL(model as it was || model as it is now), nats a target; the batches are before `block`.
 
-    The head is multiplied in fp32 whatever the model is stored in: rounded to bf16, logits would hide what one layer
-    does.
+    The logits are computed in fp32 whatever the model's dtype: rounded to bf16 they would hide the effect of one layer.
     """
     total = 0.0
     for batch in batches:
-        pairs = zip(batch.hidden.split(CHUNK), final_states(model, batch, block).split(CHUNK), strict=True)
+        pairs = zip(batch.hidden.split(LOSS_CHUNK), final_states(model, batch, block).split(LOSS_CHUNK), strict=True)
         for was, now in pairs:
             log_p, log_q = (F.linear(states, head).log_softmax(dim=-1) for states in (was, now))
             total += divergence(log_p, log_q).double().sum().item()
@@ -157,16 +168,16 @@ def mean_divergence(model, batches, block, head):
 # ----------------------------------------------------------------------------------------------------------- the plan
 
 
-def other_bytes(model):
-    """Bytes of what no plan quantises, in bf16: embedding, head, norms, biases; without adapters."""
+def other_bytes(model: Transformer) -> int:
+    """Bytes in bf16 of the weights that no plan quantises: embedding, head, norms, biases; adapters not included."""
     left_out = {f"{path}{base}.weight" for path in block_layers(model) for base in ("", ".base")}
     for path, adapter in adapters(model).items():
         left_out |= {f"{path}.{name}" for name, _ in adapter.named_parameters() if not name.startswith("base.")}
     return DENSE_BYTES * sum(parameter.numel() for name, parameter in model.named_parameters() if name not in left_out)
 
 
-def least_bytes(model, quantizers):
-    """What the linear layers in the blocks take at least, in bytes."""
+def least_bytes(model: Transformer, quantizers: list[str]) -> int:
+    """The fewest bytes that the linear layers in the blocks can take."""
     layers = [model.get_submodule(path) for path in block_layers(model)]
     shapes = [(layer.out_features, layer.in_features) for layer in layers]
     least = {shape: DENSE_BYTES * shape[0] * shape[1] for shape in shapes}
@@ -176,20 +187,23 @@ def least_bytes(model, quantizers):
     return sum(least[shape] for shape in shapes)
 
 
-def check_budget(model, quantizers, budget):
-    """Raise UserError if no plan fits in so many bytes: before hours of measuring."""
+def check_budget(model: Transformer, quantizers: list[str], budget: int) -> None:
+    """Raise UserError if no plan fits in `budget` bytes. Called first, because measuring may take hours."""
     least = least_bytes(model, quantizers)
     if least > budget:
-        raise UserError(f"the layers in the blocks cannot take less than {least:,} bytes, the budget leaves {budget:,}")
+        raise UserError(
+            f"the layers in the blocks cannot take less than {least:,} bytes with {', '.join(quantizers)}, the budget "
+            f"leaves {budget:,}: raise it, or add to --quantizers"
+        )
 
 
-def choose_plan(rows, budget):
-    """For every layer a quantiser, or "none", so that the layers take at most `budget` bytes and lose little.
+def choose_plan(rows: list[dict], budget: int) -> Plan:
+    """A quantiser or "none" for every layer, so that the layers take at most `budget` bytes at a small divergence.
 
-    rows: as `measure_layers` returns them. Greedy: from all layers dense, that step to fewer bytes is taken, again and
-    again, that costs the least divergence for a byte; then what room is left goes to where it spares the most. Each
-    layer's divergence counts as if it were alone, so their sum is an estimate. Returns the plan: a quantiser by path.
-    The budget must have passed `check_budget`.
+    rows: as `measure_layers` returns them. The budget must have passed `check_budget`.
+    Greedy: all layers start dense. While they take too many bytes, the step to fewer bytes is taken that adds the least
+    divergence a byte. Then the bytes left over go to the steps that take away the most divergence a byte. The
+    divergences of layers are added as if they did not depend on each other, so the sum is an estimate.
     """
     options = options_of(rows)
     plan = dict.fromkeys(options, "none")
@@ -205,8 +219,8 @@ def choose_plan(rows, budget):
         plan[layer] = name
 
 
-def options_of(rows):
-    """{path: {quantiser or "none": (bytes, divergence)}}, from what `measure_layers` returns."""
+def options_of(rows: list[dict]) -> dict[str, dict[str, tuple[int, float]]]:
+    """{path: {quantiser or "none": (bytes, divergence)}}, from the rows of `measure_layers`."""
     options = {}
     for row in rows:
         dense = {"none": (DENSE_BYTES * row["weights"], 0.0)}
@@ -214,14 +228,14 @@ def options_of(rows):
     return options
 
 
-def plan_cost(rows, plan):
-    """What the layers take under a plan, in bytes, and the sum of what each loses alone, in nats a target."""
+def plan_cost(rows: list[dict], plan: Plan) -> tuple[int, float]:
+    """The bytes of the layers under a plan, and the sum of the divergences of each alone, in nats a target."""
     chosen = [choices[plan[layer]] for layer, choices in options_of(rows).items()]
     return sum(nbytes for nbytes, _ in chosen), sum(kl for _, kl in chosen)
 
 
 def _steps(options, plan, narrower):
-    """Every (layer, quantiser) that takes fewer bytes than the layer has now, or that takes more and loses less."""
+    """Yield every (layer, quantiser) of fewer bytes than the layer has now, or of more bytes and less divergence."""
     for layer, choices in options.items():
         nbytes, kl = choices[plan[layer]]
         for name, (other, loss) in choices.items():
@@ -230,11 +244,12 @@ def _steps(options, plan, narrower):
 
 
 def _growth(options, plan, step):
+    """The bytes that a step adds."""
     layer, name = step
     return options[layer][name][0] - options[layer][plan[layer]][0]
 
 
 def _price(options, plan, step):
-    """Divergence for a byte, of a step in either direction."""
+    """Divergence a byte, of a step in either direction."""
     layer, name = step
     return (options[layer][name][1] - options[layer][plan[layer]][1]) / -_growth(options, plan, step)

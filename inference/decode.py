@@ -31,9 +31,9 @@ from model import Linear, Transformer, rope_angles
 from ops.attention import Attend, sdpa_attention
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
+from ops.loss import LOSS_CHUNK
 from quantize import BLOCK, Linear4bit, Linear8bit
 
-HEAD_CHUNK = 128  # positions of a prompt whose logits exist at one time
 PROBE_LENGTH = 8  # tokens on which a decoder is compared with the model: 0.2 s for 135M parameters on one core
 # How far its logits may then be from the model's, |difference| / |logits|. Rounding in bf16 makes them differ by 1 to
 # 2%, in fp32 by 1e-6.
@@ -143,8 +143,8 @@ class Decoder:
         hidden = self.model.hidden_states(tokens, cache)
         for row in scored:
             first = 0 if cache.padding is None else int(cache.padding[row])
-            for position in range(first, tokens.size(1), HEAD_CHUNK):
-                chunk = hidden[row, position : position + HEAD_CHUNK]
+            for position in range(first, tokens.size(1), LOSS_CHUNK):
+                chunk = hidden[row, position : position + LOSS_CHUNK]
                 score(row, position - first, self.model.lm_head(chunk))
         return self.model.lm_head(hidden[:, -1])
 
@@ -156,8 +156,8 @@ class PlainDecoder(Decoder):
         logits = self.model(tokens, cache=cache)
         for row in scored:
             first = 0 if cache.padding is None else int(cache.padding[row])
-            for position in range(first, tokens.size(1), HEAD_CHUNK):
-                score(row, position - first, logits[row, position : position + HEAD_CHUNK])
+            for position in range(first, tokens.size(1), LOSS_CHUNK):
+                score(row, position - first, logits[row, position : position + LOSS_CHUNK])
         return logits[:, -1]
 
 

@@ -1,94 +1,108 @@
 """From logits to text: rows that are generated together, each with its own prompt, settings, seed and reply.
 
-`Batch` is the loop: rows join it between two steps and leave it when they end, and what a row gets does not depend on
-the others. `generate` is the plain case, all rows at once with the same settings.
+`Batch` is the loop: rows join it between two steps and leave it when they end, and no row's tokens depend on the other
+rows. `generate` is the plain case, all rows at once with the same settings.
+
+Shapes: B rows, V vocabulary.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
+from inference.decode import Decoder
 from shell.cli import UserError
-from text.tokenizer import StreamDecoder
+from text.tokenizer import StreamDecoder, Tokenizer
 
-GREEDY_BELOW = 1e-5  # a temperature this low takes the likeliest token; lower ones would overflow
+GREEDY_BELOW = 1e-5  # a temperature below this takes the likeliest token: logits divided by it would overflow
+
+
+class SamplingSettings(Protocol):
+    """How a row is sampled, as generate.py's flags of these names say."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+
+
+class GenerationSettings(SamplingSettings, Protocol):
+    """How any number of prompts is answered, as generate.py's flags of these names say."""
+
+    stop: list[str]
+    batch_size: int
+    seed: int
 
 
 class Score(NamedTuple):
-    """What the model thought of a token: its log-probability (natural), and the likeliest ids with theirs, in order.
+    """The log-probability (natural) of a token, and the likeliest ids at its position with theirs, in order.
 
-    Of the model's own distribution, before temperature, penalty, top_k and top_p.
+    They are the model's own: before temperature, penalty, top_k and top_p.
     """
 
     logprob: float
-    top: list
+    top: list[tuple[int, float]]
 
 
 @dataclass(eq=False)
 class Row:
-    """One prompt and the answer to it.
+    """One prompt and its answer.
 
-    prompt: ids. reply: a `Reply`, or what has its `push`, `finish`, `done` and `length`. settings: max_new_tokens,
-    temperature, top_k, top_p and repetition_penalty, as in generate.py. top: how many of the likeliest ids to note with
-    each token's log-probability; None for no log-probabilities at all. score_prompt: note those of the prompt, too.
+    prompt: ids. reply: a `Reply`, or what has its `push`, `finish`, `done` and `length`. top: how many of the likeliest
+    ids to keep with each token's log-probability; None for no log-probabilities at all. score_prompt: keep those of the
+    prompt, too.
     """
 
-    prompt: list
-    reply: Any
-    settings: Any
+    prompt: list[int]
+    reply: "Reply"
+    settings: SamplingSettings
     seed: int
     top: int | None = None
     score_prompt: bool = False
-    dropped: bool = False  # whoever asked does not want it any more; set from any thread
-    room: int = 0  # tokens that it may generate, known once it is in a batch
+    dropped: bool = False  # the answer is not wanted any more; set from any thread
+    room: int = 0  # tokens that may be generated for it, known once it is in a batch
     generator: torch.Generator | None = None
-    scores: list = field(default_factory=list)  # a Score for each token generated, the one that ends it included
-    prompt_scores: list = field(default_factory=list)  # for each token of the prompt; None for the first
+    scores: list[Score] = field(default_factory=list)  # for each token generated, the one that ends it included
+    prompt_scores: list[Score | None] = field(default_factory=list)  # for each token of the prompt; None for the first
 
     @property
-    def going(self):
+    def going(self) -> bool:
+        """Whether tokens are still generated for it."""
         return not (self.reply.done or self.dropped)
 
 
 class Batch:
-    """Rows on their way, a token at a time: `add` them, then `step` while any are `going`. decoder: a `decode.Decoder`.
+    """Rows that are generated a token at a time: `add` them, then `step` while any are `going`.
 
-    Prompts of unequal lengths are padded on the left. Rows that have ended are carried along until half of the batch
-    has, or others join: to leave is not free.
+    Prompts of unequal lengths are padded on the left. Rows that have ended stay until half of the batch has ended, or
+    until others join: taking them out copies the cache.
     """
 
-    def __init__(self, decoder):
+    def __init__(self, decoder: Decoder):
         self.decoder, self.config = decoder, decoder.model.config
         self.device = decoder.model.model.embed_tokens.weight.device
-        self.rows = []  # as they stand in the decoder, the ended ones included
-        self.ids = None  # (rows,) int64: the last token of each, which the decoder has not read yet
-        self.seen = None  # (rows, V) bool: the tokens that have occurred in each
+        self.rows: list[Row] = []  # in the decoder's order, those included that have ended
+        self.ids: Tensor | None = None  # (B,) int64: the last token of each, which the decoder has not read yet
+        self.seen: Tensor | None = None  # (B, V) bool: the tokens that have occurred in each
 
     @property
-    def going(self):
+    def going(self) -> list[Row]:
         """The rows that have not ended."""
         return [row for row in self.rows if row.going]
 
     @torch.inference_mode()
-    def add(self, rows):
+    def add(self, rows: list[Row]) -> None:
         """Read the prompts of more rows and choose their first tokens. UserError if a prompt is empty or too long."""
         for row in rows:
             row.room = room_for(row.prompt, row.settings.max_new_tokens, self.config.max_position_embeddings)
             row.generator = torch.Generator(self.device).manual_seed(row.seed)
-        self._leave(self.going)
-        longest = max(len(row.prompt) for row in rows)
-        padding = torch.tensor([longest - len(row.prompt) for row in rows], device=self.device)
-        tokens = [[0] * (longest - len(row.prompt)) + row.prompt for row in rows]
-        more = max(row.room - row.reply.length for row in (*self.rows, *rows))
-        decoder = self.decoder
-        read = partial(decoder.join, more=more) if self.rows else partial(decoder.start, room=longest + more)
-        scored = [i for i, row in enumerate(rows) if row.score_prompt]
-        for i in scored:
-            rows[i].prompt_scores.append(None)
-        score = partial(score_prompt, rows)
-        logits = read(torch.tensor(tokens, device=self.device), padding, score=score, scored=scored)
+        self._remove_ended(self.going)
+        logits = self._read_prompts(rows)
         seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=self.device)
         for row, row_seen in zip(rows, seen, strict=True):
             row_seen[row.prompt] = True
@@ -98,25 +112,39 @@ class Batch:
         self.rows += rows
 
     @torch.inference_mode()
-    def step(self):
-        """Choose the next token of each row that is going. There must be one."""
+    def step(self) -> None:
+        """Choose the next token of each row that is going. There must be such a row."""
         going = self.going
         if 2 * len(going) <= len(self.rows):
-            self._leave(going)
+            self._remove_ended(going)
         self.ids = self._choose(self.rows, self.decoder.step(self.ids).float(), self.seen)
 
-    def _leave(self, going):
-        """Go on without the rows that have ended."""
+    def _read_prompts(self, rows):
+        """The logits (B, V) after the prompts of rows that join; scores of the prompts are kept where asked for."""
+        longest = max(len(row.prompt) for row in rows)
+        tokens = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in rows], device=self.device)
+        padding = torch.tensor([longest - len(row.prompt) for row in rows], device=self.device)
+        scored = [i for i, row in enumerate(rows) if row.score_prompt]
+        for i in scored:
+            rows[i].prompt_scores.append(None)
+        scores = dict(score=partial(score_prompt, rows), scored=scored)
+        more = max(row.room - row.reply.length for row in (*self.rows, *rows))
+        if self.rows:
+            return self.decoder.join(tokens, padding, more=more, **scores)
+        return self.decoder.start(tokens, padding, room=longest + more, **scores)
+
+    def _remove_ended(self, going):
+        """Keep only the rows `going`."""
         if len(going) == len(self.rows):
             return
         if going:
-            places = torch.tensor([i for i, row in enumerate(self.rows) if row in going], device=self.device)
-            self.decoder.keep(places)
-            self.ids, self.seen = self.ids[places], self.seen[places]
+            kept = torch.tensor([i for i, row in enumerate(self.rows) if row in going], device=self.device)
+            self.decoder.keep(kept)
+            self.ids, self.seen = self.ids[kept], self.seen[kept]
         self.rows = going
 
     def _choose(self, rows, logits, seen):
-        """The next ids (B,) by logits (B, V) fp32, handed to the replies and entered in `seen`."""
+        """The next ids (B,) int64 by logits (B, V) fp32; they are added to the replies and to `seen` (B, V)."""
         settings = [row.settings for row in rows]
         changed = penalize(logits, seen, [s.repetition_penalty for s in settings])
         ids = choose(changed, settings, [row.generator for row in rows])
@@ -134,19 +162,21 @@ class Batch:
         return ids
 
 
-def room_for(prompt, max_new_tokens, context):
-    """How many tokens can be generated after a prompt (ids) in a context of so many. Raises UserError."""
+def room_for(prompt: list[int], max_new_tokens: int, context: int) -> int:
+    """How many tokens can be generated after a prompt (ids), if a model's context has so many. Raises UserError."""
     if not prompt:
-        raise UserError("a prompt is empty, and in its style nothing comes before it: the model needs a token")
+        raise UserError("the prompt is empty, and its style adds no token: the model needs at least one")
     if len(prompt) >= context + (max_new_tokens == 0):
-        raise UserError(f"a prompt has {len(prompt)} tokens, the model's context is {context}: shorten it")
+        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {context}: shorten it")
     return min(max_new_tokens, context - len(prompt))
 
 
-def generate(decoder, prompts, replies, s, seeds):
-    """Extend each of `replies` with what follows its prompt, token by token; yields after each one.
+def generate(
+    decoder: Decoder, prompts: list[list[int]], replies: list["Reply"], s: SamplingSettings, seeds: list[int]
+) -> Iterator[None]:
+    """Extend each of `replies` with what follows its prompt, token by token; yields after each token.
 
-    prompts: B lists of ids, none empty. seeds: B numbers. s: the settings of all rows (see `Row`).
+    prompts: B lists of ids, none empty. seeds: B numbers. s: the settings of all rows.
     """
     batch = Batch(decoder)
     batch.add([Row(*row, s, seed) for *row, seed in zip(prompts, replies, seeds, strict=True)])
@@ -156,15 +186,21 @@ def generate(decoder, prompts, replies, s, seeds):
         yield
 
 
-def generate_all(decoder, prompts, replies, s, progress=lambda more: None):
-    """`generate` for any number of prompts, `s.batch_size` of about equal lengths at a time; prompt i has seed + i.
+def generate_all(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    replies: list["Reply"],
+    s: GenerationSettings,
+    progress: Callable[[int], None] = lambda more: None,
+) -> None:
+    """`generate` for any number of prompts, `s.batch_size` of about equal length at a time; prompt i has seed + i.
 
-    progress: is called with the number of replies that have just been finished.
+    progress: called with the number of replies that have just been finished.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for first in range(0, len(order), s.batch_size):
         rows = order[first : first + s.batch_size]
-        batch = ([prompts[i] for i in rows], [replies[i] for i in rows], s, [s.seed + i for i in rows])
+        batch = ([prompts[i] for i in rows], [replies[i] for i in rows], s, [(s.seed + i) % 2**63 for i in rows])
         for _ in generate(decoder, *batch):
             pass
         progress(len(rows))
@@ -173,17 +209,17 @@ def generate_all(decoder, prompts, replies, s, progress=lambda more: None):
 # ----------------------------------------------------------------------------------------------- log-probabilities
 
 
-def score(logits, ids, top):
+def score(logits: Tensor, ids: Tensor, top: int) -> list[Score]:
     """A `Score` for each of ids (n,), by logits (n, V), with the `top` likeliest ids."""
     logprobs = logits.float().log_softmax(dim=-1)
     chosen = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-    values, places = logprobs.topk(min(top, logprobs.size(1)), dim=-1)
-    pairs = zip(places.tolist(), values.tolist(), strict=True)
+    values, likeliest = logprobs.topk(min(top, logprobs.size(1)), dim=-1)
+    pairs = zip(likeliest.tolist(), values.tolist(), strict=True)
     return [Score(value, list(zip(*pair, strict=True))) for value, pair in zip(chosen, pairs, strict=True)]
 
 
-def score_prompt(rows, i, position, logits):
-    """Note what the logits (n, V) after the tokens from `position` on say of the tokens that follow these."""
+def score_prompt(rows: list[Row], i: int, position: int, logits: Tensor) -> None:
+    """Keep the scores of prompt tokens of row i, given the logits (n, V) after its tokens from `position` on."""
     row = rows[i]
     following = row.prompt[position + 1 : position + 1 + len(logits)]
     ids = torch.tensor(following, dtype=torch.int64, device=logits.device)
@@ -193,10 +229,10 @@ def score_prompt(rows, i, position, logits):
 # -------------------------------------------------------------------------------------------------------- sampling
 
 
-def penalize(logits, seen, penalties):
-    """Make the tokens in `seen` (B, V) less likely: by the row's penalty, divided or, below 0, multiplied.
+def penalize(logits: Tensor, seen: Tensor, penalties: list[float]) -> Tensor:
+    """Logits (B, V) where those of `seen` (B, V) bool are divided by the row's penalty or, below 0, multiplied by it.
 
-    logits (B, V); penalties: B numbers.
+    penalties: B numbers. From Keskar et al. 2019, CTRL, section 4.1.
     """
     if all(penalty == 1.0 for penalty in penalties):
         return logits
@@ -204,53 +240,69 @@ def penalize(logits, seen, penalties):
     return torch.where(seen, torch.where(logits > 0, logits / penalties, logits * penalties), logits)
 
 
-def choose(logits, settings, generators):
-    """Draw one token for each row of logits (B, V) fp32, with its own settings and generator: ids (B,) int64."""
+def choose(logits: Tensor, settings: list[SamplingSettings], generators: list[torch.Generator]) -> Tensor:
+    """One token for each row of logits (B, V) fp32, by its own settings and generator: ids (B,) int64."""
     if not logits.isfinite().all():
         raise UserError("the model's logits are NaN or infinite: its weights or its adapter are damaged")
     ids = logits.argmax(dim=-1)
-    drawn = [i for i, s in enumerate(settings) if s.temperature >= GREEDY_BELOW and s.top_p > 0]
-    if drawn:
-        ids[drawn] = draw(logits[drawn], [settings[i] for i in drawn], [generators[i] for i in drawn])
+    sampled = [i for i, s in enumerate(settings) if s.temperature >= GREEDY_BELOW and s.top_p > 0]
+    if sampled:
+        ids[sampled] = sample(logits[sampled], [settings[i] for i in sampled], [generators[i] for i in sampled])
     return ids
 
 
-def draw(logits, settings, generators):
+def sample(logits: Tensor, settings: list[SamplingSettings], generators: list[torch.Generator]) -> Tensor:
     """The random part of `choose`, for rows whose temperature and top_p are above 0."""
-    V, device = logits.size(-1), logits.device
-    logits = logits / torch.tensor([s.temperature for s in settings], device=device)[:, None]
-    top_k = torch.tensor([s.top_k if 0 < s.top_k < V else V for s in settings], device=device)
-    limited = top_k < V
-    if limited.any():
-        best = logits.topk(int(top_k[limited].max())).values  # (B, the largest top_k)
-        least = best.gather(1, (top_k.clamp(max=best.size(1)) - 1)[:, None])
-        logits = logits.masked_fill((logits < least) & limited[:, None], -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    top_p = torch.tensor([s.top_p if s.top_p < 1 else torch.inf for s in settings], device=device)[:, None]
-    if not top_p.isinf().all():
-        ordered, places = probabilities.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before it have reached top_p already
-        probabilities = ordered.masked_fill(outside, 0).gather(1, places.argsort(dim=-1))
+    logits = logits / torch.tensor([s.temperature for s in settings], device=logits.device)[:, None]
+    logits = keep_top_k(logits, [s.top_k for s in settings])
+    probabilities = keep_top_p(logits.softmax(dim=-1), [s.top_p for s in settings])
     rows = zip(probabilities, generators, strict=True)
     return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+def keep_top_k(logits: Tensor, top_k: list[int]) -> Tensor:
+    """Logits (B, V), of which all but each row's `top_k` largest are -inf; 0 keeps all."""
+    V = logits.size(-1)
+    top_k = torch.tensor([k if 0 < k < V else V for k in top_k], device=logits.device)
+    limited = top_k < V
+    if not limited.any():
+        return logits
+    largest = logits.topk(int(top_k[limited].max())).values  # (B, the largest top_k)
+    least = largest.gather(1, (top_k.clamp(max=largest.size(1)) - 1)[:, None])
+    return logits.masked_fill((logits < least) & limited[:, None], -torch.inf)
+
+
+def keep_top_p(probabilities: Tensor, top_p: list[float]) -> Tensor:
+    """Probabilities (B, V), 0 but for each row's likeliest tokens that together have `top_p`; 1 keeps all.
+
+    What remains need not add up to 1 (`torch.multinomial` takes weights).
+    """
+    top_p = torch.tensor([p if p < 1 else torch.inf for p in top_p], device=probabilities.device)[:, None]
+    if top_p.isinf().all():
+        return probabilities
+    ordered, places = probabilities.sort(dim=-1, descending=True)
+    outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before it have reached top_p already
+    return ordered.masked_fill(outside, 0).gather(1, places.argsort(dim=-1))
 
 
 # --------------------------------------------------------------------------------------------------------- replies
 
 
 class Reply:
-    """One answer as it grows: `text`, and `done` once a stop id or a stop text has ended it (neither is kept).
+    """One answer as it grows: `text`, and `done` once it has ended. The stop id or text that ends it is not kept.
 
     pieces: what each token added to the text, together all of it; a token that leaves a character unfinished adds "".
-    stopped: whether a stop id or text ended it, and not the limit of tokens.
+    stopped: a stop id or text ended it, not the limit of tokens. length: tokens so far, the stop id included.
     """
 
-    def __init__(self, tokenizer, stop_ids, stop_texts=(), start=True):
+    def __init__(
+        self, tokenizer: Tokenizer, stop_ids: set[int], stop_texts: list[str] | tuple = (), start: bool = True
+    ):
         """start: the answer begins a text; False: it continues one, and a space at its beginning counts."""
         self.text, self.pieces, self.done, self.stopped, self.length = "", [], False, False, 0
         self._decoder, self._stop_ids, self._stop_texts = StreamDecoder(tokenizer, start=start), stop_ids, stop_texts
 
-    def push(self, id):
+    def push(self, id: int) -> None:
         """Take the next token."""
         self.length += 1
         if id in self._stop_ids:
@@ -260,7 +312,8 @@ class Reply:
         self.pieces.append("")
         self._append(self._decoder.push(id))
 
-    def finish(self):
+    def finish(self) -> None:
+        """End the answer, if it has not ended: what its last tokens left unfinished becomes text."""
         if not self.done:
             self._append(self._decoder.flush())
             self.done = True
@@ -275,7 +328,7 @@ class Reply:
             self.pieces = clip(self.pieces, len(self.text))
 
     @property
-    def safe_length(self):
+    def safe_length(self) -> int:
         """How many characters can be shown: what may be the beginning of a stop text is held back."""
         if self.done:
             return len(self.text)
@@ -283,7 +336,7 @@ class Reply:
         return len(self.text) - max(held, default=0)
 
 
-def clip(pieces, length):
+def clip(pieces: list[str], length: int) -> list[str]:
     """The pieces of the first `length` characters: those that begin later are left out, the last may be shortened."""
     kept = []
     for piece in pieces:

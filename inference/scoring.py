@@ -1,32 +1,38 @@
 """How likely texts are to a model: log-likelihoods of continuations, for multiple choice and perplexity.
 
-`score` takes pairs of ids (context, continuation) in any number and order. Continuations of one context, as the
-options of a question, are the ends of a row that begins with it, so that it is computed once (`model.Places`). Rows
-are sorted by length and cut into batches; the head sees only the positions that predict something. `plain_score` is
-what it computes, one pair at a time.
+`score` takes pairs of ids (context, continuation) in any number and order. Continuations of one context, such as the
+options of a question, share a row: the context is computed once, and the continuations are branches that do not see one
+another (`model.Places`). Rows are sorted by length and cut into batches; logits are computed only at the positions that
+predict a continuation. `plain_score` is the reference, one pair at a time.
+
+Shapes: B rows, T positions of a row, D hidden size.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from model import Places
+from model import Places, Transformer
 from ops.loss import LOSS_CHUNK
 from shell.cli import UserError
 
 
 class Score(NamedTuple):
-    """logprob: log p(continuation | context), in nats. greedy: whether each of its tokens is the likeliest one."""
+    """What a model says of a continuation.
+
+    logprob: log p(continuation | context), in nats. greedy: whether each of its tokens is the likeliest one.
+    """
 
     logprob: float
     greedy: bool
 
 
 @torch.inference_mode()
-def plain_score(model, context, continuation):
-    """The `Score` of one continuation by the whole forward pass of its text: the reference for `score`."""
+def plain_score(model: Transformer, context: list[int], continuation: list[int]) -> Score:
+    """The `Score` of one continuation, from a forward pass over context and continuation: the reference for `score`."""
     context, continuation = fit(context, continuation, model.config.max_position_embeddings)
     tokens = torch.tensor([context + continuation], device=device_of(model))
     logits = model(tokens)[0, len(context) - 1 : -1].float()  # position i predicts the token at i + 1
@@ -36,13 +42,19 @@ def plain_score(model, context, continuation):
 
 
 @torch.inference_mode()
-def score(model, requests, batch_tokens=2048, progress=lambda more: None):
+def score(
+    model: Transformer,
+    requests: list[tuple[list[int], list[int]]],
+    batch_tokens: int = 2048,
+    progress: Callable[[int], object] = lambda more: None,
+) -> list[Score]:
     """The `Score` of each of `requests`, pairs (context, continuation) of lists of ids, in their order.
 
-    model: in evaluation mode. A context needs a token at least; an empty continuation is certain. A pair longer than
-    the model's context loses the beginning of its context. batch_tokens: positions in the model at one time; a single
-    longer row is a batch of its own. progress: is called with the number of requests that have just been done. Raises
-    UserError for a continuation longer than the model's context, and for logits that are not finite.
+    model: in evaluation mode. A context needs at least one token; an empty continuation has probability 1. Where a
+    pair is longer than the model's context, the beginning of its context is cut off.
+    batch_tokens: positions in the model at one time; a row that is longer is a batch of its own.
+    progress: called with the number of requests that have just been done.
+    Raises UserError for a continuation longer than the model's context, and for logits that are not finite.
     """
     config, results = model.config, [Score(0.0, True)] * len(requests)
     fitted = [fit(*request, config.max_position_embeddings) for request in requests]
@@ -56,10 +68,18 @@ def score(model, requests, batch_tokens=2048, progress=lambda more: None):
     return results
 
 
-def rolling(model, texts, prefix_id, length=None, batch_tokens=2048, progress=lambda more: None):
-    """log p of whole texts (lists of ids), each in windows of `length` tokens, by default the model's context: floats.
+def rolling(
+    model: Transformer,
+    texts: list[list[int]],
+    prefix_id: int,
+    length: int | None = None,
+    batch_tokens: int = 2048,
+    progress: Callable[[int], object] = lambda more: None,
+) -> list[float]:
+    """log p of each of `texts` (lists of ids), read in windows of `length` tokens, by default the model's context.
 
-    The perplexity of all is exp(-sum of these / sum of their lengths). The rest as in `windows` and `score`.
+    The perplexity of all is exp(-sum of these / sum of their lengths). The other arguments are those of `windows` and
+    `score`.
     """
     length = length or model.config.max_position_embeddings
     cut = [list(windows(text, prefix_id, length)) for text in texts]
@@ -67,11 +87,12 @@ def rolling(model, texts, prefix_id, length=None, batch_tokens=2048, progress=la
     return [sum(next(scores).logprob for _ in text) for text in cut]
 
 
-def windows(ids, prefix_id, length):
+def windows(ids: list[int], prefix_id: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
     """Yield a text as pairs (context, continuation), for `score`, so that each token is predicted once.
 
-    The first is what fits after `prefix_id`, such as BOS. Each further one has up to `length` new tokens; the last gets
-    as many of those before it as still fit. (lm-eval's windows of context_len 1, made disjoint.)
+    A continuation is the next `length` tokens or what is left of them; its context is `prefix_id`, such as BOS, for the
+    first one, and as many of the tokens before it as still fit for the others, at least one. (The windows of lm-eval's
+    `get_rolling_token_windows` with context_len 1, after `make_disjoint_window`.)
     """
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
@@ -81,8 +102,8 @@ def windows(ids, prefix_id, length):
 # ----------------------------------------------------------------------------------------------------- rows and batches
 
 
-def fit(context, continuation, limit):
-    """The pair, without the beginning of its context that a model of `limit` positions has no room for."""
+def fit(context: list[int], continuation: list[int], limit: int) -> tuple[list[int], list[int]]:
+    """The pair, its context cut off at the beginning to what a model of `limit` positions has room for."""
     if not context:
         raise ValueError("a context is empty: put a token such as BOS in it")
     if len(continuation) > limit:
@@ -92,35 +113,36 @@ def fit(context, continuation, limit):
 
 @dataclass
 class Row:
-    """One context and continuations of it, (number of the request, ids)."""
+    """A context and its continuations, `ends`: pairs (number of the request, ids)."""
 
-    context: list
-    ends: list = field(default_factory=list)
+    context: list[int]
+    ends: list[tuple[int, list[int]]] = field(default_factory=list)
     length: int = 0  # positions: all tokens but the last one of each continuation
 
 
-def share_contexts(requests, position_cost, batch_tokens):
+def share_contexts(requests: list[tuple[list[int], list[int]]], position_cost: int, batch_tokens: int) -> list[Row]:
     """Put requests (context, continuation) that have the same context together into `Row`s.
 
-    Every position of a row attends to all of it, if only to have most of that masked. An end joins others where this
-    costs less than computing the context again; position_cost: how many keys a position costs as much as.
+    Attention computes all T x T products of a row, also those that are masked because they belong to two branches. A
+    continuation joins a row where these wasted products cost less than computing the context once more.
+    position_cost: how many products of attention cost as much as the rest of a position's work.
     """
-    rows, newest = [], {}  # newest: of each context
+    rows, newest = [], {}  # newest: the row that was made last, by context
     for number, (context, continuation) in enumerate(requests):
         if not continuation:
             continue
-        row, length, key = newest.get(tuple(context)), len(context), len(continuation) - 1
-        wasted = 0 if row is None else 2 * (row.length - length) * key
-        if row is None or row.length + key > batch_tokens or wasted > length * (position_cost + length):
+        row, length, more = newest.get(tuple(context)), len(context), len(continuation) - 1
+        wasted = 0 if row is None else 2 * (row.length - length) * more
+        if row is None or row.length + more > batch_tokens or wasted > length * (position_cost + length):
             row = newest[tuple(context)] = Row(context, length=length)
             rows.append(row)
         row.ends.append((number, continuation))
-        row.length += key
+        row.length += more
     return rows
 
 
-def cut_batches(rows, batch_tokens):
-    """Yield lists of rows, the longest first, that have, with padding, up to `batch_tokens` positions."""
+def cut_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Yield lists of rows, the longest first, of up to `batch_tokens` positions each, padding included."""
     rows = sorted(rows, key=lambda row: -row.length)
     while rows:
         count = max(1, batch_tokens // rows[0].length)
@@ -132,7 +154,7 @@ def cut_batches(rows, batch_tokens):
 
 
 def _score_batch(model, rows):
-    """[(number of a request, its `Score`)] for all that are in these rows."""
+    """[(number of a request, its `Score`)] for all requests in these rows."""
     tokens, tree = _lay_out(rows, device_of(model))
     x = model.hidden_states(tokens, tree=tree).flatten(0, 1)  # (B * T, D)
     places, targets = [], []
@@ -151,7 +173,7 @@ def _score_batch(model, rows):
 
 
 def _lay_out(rows, device):
-    """Rows as tokens (B, T) int64, padded on the right, and their `Places`; None where causality alone will do."""
+    """Rows as tokens (B, T) int64, padded on the right, and their `Places`; None where the causal mask is enough."""
     T = max(row.length for row in rows)
     tokens, positions, branches = (torch.zeros(len(rows), T, dtype=torch.int64) for _ in range(3))
     for row, row_tokens, row_positions, row_branches in zip(rows, tokens, positions, branches, strict=True):
@@ -169,7 +191,10 @@ def _lay_out(rows, device):
 
 
 def _of_targets(model, x, places, targets):
-    """log p (n,) fp64 of targets, each predicted at its place of x (B * T, D), and whether it is the likeliest (n,)."""
+    """log p (n,) fp64 of targets, and whether each is the likeliest token (n,) bool.
+
+    places: for each target the row of x (B * T, D) that predicts it.
+    """
     places, targets = (torch.tensor(numbers, device=x.device) for numbers in (places, targets))
     logprobs, greedy = [], []
     for place, target in zip(places.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
@@ -182,5 +207,6 @@ def _of_targets(model, x, places, targets):
     return logprobs, greedy
 
 
-def device_of(model):
+def device_of(model: Transformer) -> torch.device:
+    """The device that the model's token ids must be on."""
     return model.model.embed_tokens.weight.device

@@ -31,7 +31,7 @@ def to_record(source: Any, row: Row, seed: int) -> dict:
     """
     if isinstance(row.data, BadRow):
         raise row.data
-    data = _parse(row.data) if isinstance(row.data, bytes) else row.data
+    data = parse_object(row.data) if isinstance(row.data, bytes) else row.data
     fields = source.fields or _usual_fields(data)
     if "messages" in fields:
         messages = original = _messages(data, fields["messages"])
@@ -73,8 +73,8 @@ def _refuse(constant):
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_refuse)
 
 
-def _parse(line):
-    """The JSON object in `line`, bytes."""
+def parse_object(line: bytes) -> dict:
+    """The JSON object in a line. Raises BadRow."""
     try:
         data = _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:

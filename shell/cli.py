@@ -104,6 +104,18 @@ def table_keys(file: str, table: str) -> tuple[str, ...]:
     raise LookupError(f"{file} assigns no dict to {table}")
 
 
+def check_out_file(settings: object, name: str) -> None:
+    """Raise UserError unless the setting with this name is a path where a file can be written; None is."""
+    path = getattr(settings, name)
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"--{name} {path} is a folder: name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--{name} {path}: cannot be written, because {folder} is not a folder that you can write to")
+
+
 def check_model(settings):
     """Raise UserError unless the settings name a model: its folder, or that of an adapter, which knows its base."""
     if settings.checkpoint_dir is None and settings.adapter_dir is None:

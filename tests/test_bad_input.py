@@ -1,8 +1,8 @@
-"""What a user can get wrong: each is answered in one line that names the thing, and leaves nothing half-written.
+"""Mistakes of a user: each is answered in one line that names what is wrong, and leaves nothing half-written.
 
-The cases are the rows of bad_inputs.yaml; to add one is to add a line there.
+The cases are the rows of bad_inputs.yaml; a new case is a new line there.
 
-Most cases run the real script in this process, as `python script.py …` would; some are true processes.
+Most cases run the real script in this process, as `python script.py …` would; some in a process of their own.
 """
 
 import contextlib

@@ -14,11 +14,13 @@ from conftest import SEED, Ids, write_tiny_tokenizer
 import generate
 import lora
 import model as model_file
-from generate import Settings, Writer, read_prompts
+from generate import Settings, read_prompts
 from inference import sampling
+from inference import writer as writer_module
 from inference.decode import CompiledDecoder, Decoder, PlainDecoder, StaticDecoder, Weights, dense, fastest_decoder
 from inference.kv_cache import KVCache
 from inference.sampling import Batch, Reply, Row, choose, penalize
+from inference.writer import DTYPES, Writer
 from model import Linear, Transformer
 from ops.cpp import compiled_library
 from quantize import QUANTIZERS, QuantizedLinear
@@ -541,7 +543,7 @@ def test_a_recorded_step_is_the_plain_one(quantize):
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, n=1, seed=None):
-    """n draws from logits (V,): ids (n,)."""
+    """n tokens sampled from logits (V,): ids (n,)."""
     generator = torch.Generator().manual_seed(SEED if seed is None else seed)
     return choose_all(logits.expand(n, -1), temperature, top_k, top_p, [generator] * n)
 
@@ -565,7 +567,7 @@ def chi_square(ids, probabilities):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_softmax(temperature):
-    """Chi-square with 7 degrees of freedom: above 35 once in 90,000 draws; the wrong temperature is far above."""
+    """Chi-square with 7 degrees of freedom: above 35 once in 90,000 times; the wrong temperature is far above."""
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5])
     ids = draw(logits, temperature, n=4000, seed=1)
     assert chi_square(ids, (logits / temperature).softmax(0)) < 35
@@ -649,7 +651,7 @@ def test_a_seed_gives_the_same_text_in_every_batch(writer):
 
 
 def test_every_row_has_its_own_settings(model_of):
-    """What it draws beside others, which join and leave, is what it draws alone; so are its log-probabilities."""
+    """Beside others, which join and leave, it samples the same tokens as alone, with the same log-probabilities."""
     model = model_of("llama")
     kinds = [
         dict(temperature=0), dict(temperature=0.7, top_k=3), dict(temperature=1.4, top_p=0.8, top_k=100),
@@ -805,7 +807,7 @@ def test_a_stream_is_the_answer(writer, monkeypatch):
         replies[0].finish()
         yield
 
-    monkeypatch.setattr(generate, "generate", scripted)
+    monkeypatch.setattr(writer_module, "generate", scripted)
     s = settings(stop=["Question:"])
     pieces = list(writer.stream([{"role": "user", "content": "a"}], s))
     assert "".join(pieces) == text and len(pieces) == len(ids) + 1
@@ -843,16 +845,46 @@ def test_a_jsonl_of_prompts(tmp_path):
     ]
     path = tmp_path / "p.jsonl"
     path.write_text("\ufeff" + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
-    assert read_prompts(path) == [
-        [{"role": "user", "content": "a\u2028b", "input": ""}],
-        [{"role": "user", "content": "c", "input": "d"}],
-        lines[2]["messages"],
+    assert list(read_prompts(path).items()) == [
+        (f"{path}:1", [{"role": "user", "content": "a\u2028b", "input": ""}]),
+        (f"{path}:2", [{"role": "user", "content": "c", "input": "d"}]),
+        (f"{path}:3", lines[2]["messages"]),
     ]
+
+
+def test_a_full_context_is_noted(writer, capsys):
+    """Once for a list, with the number of answers; not where --max_new_tokens, or a stop text, ended the answer."""
+    dialogs = [[{"role": "user", "content": "what " * n}] for n in (1, 60, 3)]
+    answers = writer.answer_all(dialogs, settings(max_new_tokens=210))
+    prompts = [len(encode_prompt(writer.tokenizer, messages, writer.style)) for messages in dialogs]
+    full = sum(256 - length < 210 for length in prompts)
+    err = capsys.readouterr().err
+    assert 0 < full < 3 and f"because the model's context of 256 tokens is full: {full} of 3\n" in err
+    assert "".join(writer.stream(dialogs[1], settings(max_new_tokens=210))) == answers[1]
+    assert "is full: 1 of 1" in capsys.readouterr().err
+    writer.answer_all(dialogs, settings(max_new_tokens=5))
+    writer.answer_all(dialogs[1:2], settings(max_new_tokens=210, stop=[answers[1][1]]))
+    assert not capsys.readouterr().err
+
+
+def test_no_seed_is_too_large(writer):
+    """Prompt i has seed + i, which begins again at 0 after the largest that torch takes."""
+    dialogs = [[{"role": "user", "content": "what"}]] * 3
+    s = settings(temperature=2, max_new_tokens=20, seed=2**63 - 2)
+    wrapped = writer.answer_all(dialogs, s)[2]
+    assert wrapped == writer.answer_all(dialogs[:1], settings(temperature=2, max_new_tokens=20, seed=0))[0]
+    with pytest.raises(UserError, match="--seed 9223372036854775808"):
+        settings(seed=2**63)
 
 
 def test_a_system_message_goes_before_every_prompt(tiny_model_dir, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(Writer, "answer_all", lambda self, dialogs, s: seen.extend(dialogs) or ["x"] * len(dialogs))
+
+    def answer_all(self, dialogs, s, places):
+        seen.extend(dialogs)
+        return ["x"] * len(dialogs)
+
+    monkeypatch.setattr(Writer, "answer_all", answer_all)
     monkeypatch.setattr(Writer, "stream", lambda self, messages, s: seen.append(messages) or iter("x"))
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     flags = dict(checkpoint_dir=tiny_model_dir, precision="32-true", system="be kind")
@@ -865,7 +897,7 @@ def test_a_system_message_goes_before_every_prompt(tiny_model_dir, tmp_path, mon
 
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_model_dir, tmp_path_factory):
-    """A LoRA adapter over the tiny model, trained as it were on its NF4 version in the plain style."""
+    """A LoRA adapter for the tiny model, as if trained on its NF4 version in the plain style."""
     folder = tmp_path_factory.mktemp("adapter")
     model, config = load_model(tiny_model_dir, torch.float32), lora.AdapterConfig(r=4, alpha=8)
     lora.add_lora(model, config)
@@ -896,7 +928,7 @@ def test_base_adapter_and_quantised(tiny_model_dir, tiny_adapter, flag, quantize
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
 def test_every_precision(tiny_model_dir, tiny_adapter, precision):
     writer = Writer(None, tiny_adapter, None, precision)
-    assert writer.model.lm_head.weight.dtype == generate.DTYPES[precision]
+    assert writer.model.lm_head.weight.dtype == DTYPES[precision]
     answers = writer.answer_all([[{"role": "user", "content": "what " * n}] for n in (1, 5)], settings())
     assert len(answers) == 2
 

@@ -79,7 +79,7 @@ def test_the_training_learnt(path):
 
 
 def test_the_answer_is_the_one_trained(path):
-    """With no word about the prompt style: it is that of the training, or the answer would be another."""
+    """Without --prompt_style: it must be that of the training, or the answer would differ."""
     _, printed = path
     assert printed["generate.py"] == SAMPLES[4]["output"] + "\n"
 

@@ -18,10 +18,10 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from test_tokenizer import LLAMA2, make_llama_json
 
-import generate
 import lora
 from eval import lm_eval_harness
 from eval.lm_eval_harness import OnetuneLM, Settings, find_tasks, only_local
+from inference.writer import Writer
 from shell.cli import UserError
 from text.prompts import STYLES, encode_prompt, prompt_text
 from text.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def ours_of(folder_of):
 
     def load(kind):
         if kind not in models:
-            models[kind] = OnetuneLM(generate.Writer(folder_of[kind], None, None, "32-true"), 300, 3)
+            models[kind] = OnetuneLM(Writer(folder_of[kind], None, None, "32-true"), 300, 3)
         return models[kind]
 
     return load
@@ -245,7 +245,7 @@ def test_the_small_real_model(smollm2_dir, tasks):
         output_type="multiple_choice", doc_to_text="text", doc_to_target="label", target_delimiter="",
         doc_to_choice="choices", metric_list=metrics("acc"),
     )  # fmt: skip
-    ours = OnetuneLM(generate.Writer(smollm2_dir, None, None, "32-true"))
+    ours = OnetuneLM(Writer(smollm2_dir, None, None, "32-true"))
     theirs = HFLM(pretrained=str(smollm2_dir), dtype="float32", device="cpu", batch_size=4)
     results = [evaluate(model, tasks, ["facts", "tiny_gsm"]) for model in (ours, theirs)]
     assert_same_results(*results)
@@ -265,15 +265,15 @@ def test_no_stop_and_a_special_token_as_stop(ours_of):
 
 
 def test_sampling_by_request(ours_of):
-    """Settings of each request; drawn with the seed, another for each; greedy ones beside them stay greedy."""
+    """Each request has its settings: sampled ones a seed of their own, greedy ones beside them stay greedy."""
     ours, context = ours_of("llama"), words(5, 5)
-    drawn = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_gen_toks": 8}
-    requests = asked("generate_until", *[(context, drawn)] * 3, (context, {"max_gen_toks": 8}))
+    sampled = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_gen_toks": 8}
+    requests = asked("generate_until", *[(context, sampled)] * 3, (context, {"max_gen_toks": 8}))
     first = ours.generate_until(requests, disable_tqdm=True)
     assert first == ours.generate_until(requests, disable_tqdm=True)
     assert len(set(first[:3])) > 1
     assert first[3:] == ours.generate_until(requests[3:], disable_tqdm=True)
-    assert ours._sampling(drawn)[0].temperature == 1.5
+    assert ours._sampling(sampled)[0].temperature == 1.5
     for given, used in (({"temperature": 0.7}, 0.7), ({"temperature": 0.7, "do_sample": False}, 0)):  # as lm-eval's hf
         assert ours._sampling(given | {"max_gen_toks": 8})[0].temperature == used
 
@@ -379,13 +379,13 @@ def test_a_template_that_fails_later(ours_of, tasks, monkeypatch):
         '{"question": "a", "answer": "b"}\n{"question": "abcdefghijk", "answer": "b"}\n'
     )
     writer = ours_of("llama").writer
-    monkeypatch.setattr(generate, "Writer", lambda *_: writer)
+    monkeypatch.setattr(lm_eval_harness, "Writer", lambda *_: writer)
     s = Settings(eval_tasks=["tiny_gsm"], checkpoint_dir="any", include_path=tasks)
     with pytest.raises(UserError, match="template.*nothing"):
         lm_eval_harness.main(s)
 
 
-def test_without_lm_eval_the_way_to_get_it_is_told(monkeypatch):
+def test_without_lm_eval_the_command_that_installs_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-eval\.txt"):
         Settings(eval_tasks=["a"], checkpoint_dir="any")
@@ -396,7 +396,7 @@ def test_without_lm_eval_the_way_to_get_it_is_told(monkeypatch):
 
 @pytest.fixture
 def cut_off(tmp_path_factory):
-    """The environment of a process in which whoever asks for the network fails."""
+    """The environment of a process in which every use of the network fails."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(NO_NETWORK)
     return {**ONE_THREAD, "PYTHONPATH": str(folder)} | {k: "" for k in os.environ if k.lower().endswith("_proxy")}
@@ -433,7 +433,7 @@ def test_a_mistake_in_a_process(tiny_model_dir, tasks, tmp_path, run_script, cut
     )  # fmt: skip
     last = err.splitlines()[-1]
     assert code == 2 and "Traceback" not in err and not (tmp_path / "new").exists(), err
-    assert last.startswith("error: --eval_tasks tiny_gsm: cannot be loaded: ") and "tiny_gsm.jsonl" in last
+    assert last.startswith("error: --eval_tasks tiny_gsm cannot be loaded: ") and "tiny_gsm.jsonl" in last
 
 
 def test_a_broken_run_leaves_no_file(tiny_model_dir, tasks, tmp_path, monkeypatch):

@@ -10,13 +10,15 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, SEED
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from test_finetune import random_samples, write_data
 from test_memory_plan import PACKED, activations, real_trace, tiny_config, tiny_job
 
 import finetune
 import generate
 import lora
-from eval import divergence, quality, sensitivity
+from eval import divergence, quality, quality_report, sensitivity
 from eval.divergence import compare, make_reference
 from eval.quality_texts import read_texts
 from eval.quality_variants import load_trained, load_variant
@@ -52,7 +54,7 @@ def random_text(lengths=(1, 2, 9, 30, 1, 17)):
 
 @pytest.fixture(scope="session")
 def make_adapter(tmp_path_factory):
-    """`make_adapter(model folder, quantize, targets, kind)`: a folder with random matrices, trained as it were."""
+    """`make_adapter(model folder, quantize, targets, kind)`: a folder with random matrices, as if trained."""
 
     def make(base, quantize=None, targets=PROJECTIONS, kind="lora"):
         folder = tmp_path_factory.mktemp("adapter")
@@ -101,7 +103,7 @@ def slow_comparison(model, text, reference):
 @pytest.mark.parametrize("positions", [1, 20, 1000])
 def test_divergence_against_the_slow_way(tiny_checkpoint, monkeypatch, family, positions):
     """Mistral's window is shorter than the sequences; chunks of 4 do not divide what a micro-batch has."""
-    monkeypatch.setattr(divergence, "CHUNK", 4)
+    monkeypatch.setattr(divergence, "LOSS_CHUNK", 4)
     reference = load_model(tiny_checkpoint(family), torch.float32)
     model, text = load_model(tiny_checkpoint(family), torch.float32, quantize="bnb.nf4"), random_text()
     got = compare(model, text, positions, {"r": make_reference(reference, text, positions)})
@@ -113,7 +115,7 @@ def test_divergence_against_the_slow_way(tiny_checkpoint, monkeypatch, family, p
 
 
 @FAMILIES
-def test_a_model_is_no_way_from_itself(tiny_checkpoint, family):
+def test_a_model_does_not_diverge_from_itself(tiny_checkpoint, family):
     model, text = load_model(tiny_checkpoint(family), torch.float32), random_text()
     got = compare(model, text, 40, {"r": make_reference(model, text, 40)})["r"]
     assert got == {"kl": 0, "agreement": 1}
@@ -289,7 +291,7 @@ def test_the_least_that_layers_can_take(tiny_checkpoint, quantizers):
     least = sensitivity.least_bytes(model, quantizers)
     assert least == sum(m.nbytes() for m in small.modules() if isinstance(m, QuantizedLinear))
     sensitivity.check_budget(model, quantizers, least)
-    with pytest.raises(UserError, match=f"{least:,} bytes.*{least - 1:,}"):
+    with pytest.raises(UserError, match=f"{least:,} bytes with {quantizers[0]}.*{least - 1:,}"):
         sensitivity.check_budget(model, quantizers, least - 1)
 
 
@@ -516,6 +518,39 @@ def test_a_mistake_in_a_process(place, run_script, tmp_path):
     code, out, err = run_script("eval/quality.py", *args, env={"OMP_NUM_THREADS": "1"})
     assert code == 2 and "Traceback" not in err, err
     assert "cannot take less than" in err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("axis", ["linear", "log", "percent"])
+def test_every_number_of_a_chart_is_in_its_panel(axis):
+    """A share ends at 100 %, whatever room the numbers need. An axis without any value, or of zeros, is drawn, too."""
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    panels = figure.subplots(3, 4)
+    top = {"linear": 10 ** random.uniform(-3, 6), "log": 1, "percent": 100}[axis]
+    for panel in panels.flat[1:]:
+        values = [top, 0, None, *(top * random.random() for _ in range(7)), 1e-12 * top]
+        quality_report.draw_bars(panel, quality_report.Column(random.sample(values, len(values)), axis))
+    quality_report.draw_bars(panels[0, 0], quality_report.Column([0, 0], axis))
+    FigureCanvasAgg(figure).draw()
+    for panel in panels.flat:
+        frame = panel.get_window_extent()
+        for label in panel.texts:
+            box = label.get_window_extent()
+            assert frame.x0 <= box.x0 and box.x1 <= frame.x1, label.get_text()
+        if axis == "percent":
+            ticks = panel.get_xticks()
+            assert panel.get_xlim() == (0, 100) and ticks.max() == 100
+
+
+def test_a_map_of_few_layers_has_whole_blocks(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(quality_report, "save", lambda figure, path: saved.append(figure))
+    rows = [{"layer": f"model.layers.{n}.mlp.{p}", "quantizer": "bnb.nf4", "kl": random.random()}
+            for n in (0, 1) for p in ("up_proj", "down_proj")]  # fmt: skip
+    quality_report.draw_layers({"layers": rows}, tmp_path / "map.png")
+    panel = saved[0].axes[0]
+    assert all(tick == int(tick) for tick in panel.get_xticks())
+    colours = panel.images[0].get_array()  # a layer that was not measured has none
+    assert [not row.mask.any() for row in colours] == [p in ("up_proj", "down_proj") for p in PROJECTIONS]
 
 
 def die(variant):

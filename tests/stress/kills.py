@@ -1,15 +1,16 @@
-"""SIGKILLs at random instants, most of them in saves: is all whole that has its name, does the run end the same?
+"""SIGKILLs at random instants, most of them while saving: is every finished file intact, and does the run end the same?
 
     python tests/stress/kills.py --kills 100
 
-Each way to train (methods, quantisation, dropout, recomputation, optimisers, planners), merging and converting are done
-once without interruption. Then again, in processes that are killed: some by the clock, most at a call in a save, before
-it or after it, drawn from all the calls that the uninterrupted one made. After each kill all that has its final name
-must be whole, nothing that was complete may be gone, and there may be one temporary at most. When a killed run has come
-to its end, it is compared with the uninterrupted one, byte for byte but for times. A process is a fork of one that has
+Each way to train (methods, quantisation, dropout, recomputation, optimisers, planners), merging and converting run once
+without interruption. Then again, in processes that are killed: some after a random time, most before or after a random
+one of the calls of saving that the uninterrupted run made. After each kill every file under its final name must be
+intact, nothing that was complete may be gone, and there may be one temporary at most. When a killed run has finished,
+its files are compared with the uninterrupted one's, byte for byte except times. A process is a fork of one that has
 imported everything, so that a kill takes a fraction of a second. Prints JSON; exit status 1 if anything was lost.
 """
 
+import collections
 import csv
 import itertools
 import json
@@ -21,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,6 @@ from typing import NamedTuple
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from shell import cli
-from shell.cli import UserError
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Settings:
     Args:
         kills: How many processes to kill, shared among the ways to train, merging and converting.
         steps: Of a run; a checkpoint is saved after each.
-        seed: Of the instants and the data; a random one if not given.
+        seed: Of the instants and the data; if not given, a random one.
     """
 
     kills: int = 100
@@ -47,8 +47,9 @@ class Settings:
     seed: int | None = None
 
     def __post_init__(self):
-        if self.kills < 1 or self.steps < 2:
-            raise UserError("--kills must be above 0 and --steps above 1")
+        cli.check_numbers(self, "kills", above=0)
+        cli.check_numbers(self, "steps", least=2)
+        cli.check_numbers(self, "seed", least=0)
 
 
 if __name__ == "__main__":
@@ -79,7 +80,7 @@ WAYS = {
     "full, 8-bit AdamW, grouped": dict(method="full", optimizer="adamw-8bit", planner="grouped"),
     "full, step in backward": dict(method="full", optimizer_in_backward=True, max_grad_norm=0.0),
 }
-# Calls at which a process dies: those that saving, rotating and reporting are made of.
+# Functions at whose calls a process is killed: those that save, rotate and report.
 POINTS = (
     (os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (files, "_exchange"), (files, "_seal"),
     (files, "_take_place"), (files, "sha256"), (checkpoint, "_write_shard"), (metrics, "write_rows"),
@@ -89,47 +90,61 @@ POINTS = (
 
 
 class Job(NamedTuple):
-    """Something to do and to kill. work: a function of the folder to make, which goes on where it finds one."""
+    """Work that is killed while it makes a folder. work: called with the folder; if it is there, it continues."""
 
     name: str
     place: Path
-    work: Callable
+    work: Callable[[Path], None]
 
 
-def main(s):
+class Reference(NamedTuple):
+    """The job done without interruption: its folder, its number of calls of POINTS, and how long it took."""
+
+    out: Path
+    calls: int
+    seconds: float
+
+
+class Result:
+    """Counts and failures so far. kills: by the name of the job."""
+
+    def __init__(self):
+        self.kills, self.failures = collections.Counter(), []
+        self.loadable = self.runs = self.bit_identical = 0
+
+
+def main(s: Settings) -> None:
+    """Kill until there were enough kills, print the counts, and exit with status 1 if anything was lost."""
     seed = random.SystemRandom().randrange(10**6) if s.seed is None else s.seed
     random.seed(seed)
     torch.manual_seed(seed)
-    started, result = time.monotonic(), {"kills": 0, "loadable": 0, "runs": 0, "bit_identical": 0}
-    failures, kills = [], {}
+    started, result, references = time.monotonic(), Result(), {}
     prepare_to_fork()
     with tempfile.TemporaryDirectory() as folder:
         jobs = make_jobs(Path(folder), s.steps)
-        references = {}
-        while result["kills"] < s.kills:
-            for job in jobs:
-                if job.name not in references:
-                    references[job.name] = make_reference(job)
-                before = result["kills"]
-                kill_and_finish(job, *references[job.name], result, failures, s.kills)
-                kills[job.name] = kills.get(job.name, 0) + result["kills"] - before
-                if result["kills"] >= s.kills:
-                    break
-    print(json.dumps({**result, "by_way": kills, "seed": seed, "seconds": round(time.monotonic() - started)}))
-    for failure in failures:
+        for job in itertools.cycle(jobs):
+            if job.name not in references:
+                references[job.name] = make_reference(job)
+            kill_and_finish(job, references[job.name], result, s.kills)
+            if result.kills.total() >= s.kills:
+                break
+    counts = {"kills": result.kills.total(), "loadable": result.loadable, "runs": result.runs,
+              "bit_identical": result.bit_identical}  # fmt: skip
+    print(json.dumps({**counts, "by_way": result.kills, "seed": seed, "seconds": round(time.monotonic() - started)}))
+    for failure in result.failures:
         print(failure, file=sys.stderr)
-    if failures:
+    if result.failures:
         sys.exit(1)
 
 
-def prepare_to_fork():
-    """Nothing that a fork would miss: one thread, and the libraries that a run imports late."""
+def prepare_to_fork() -> None:
+    """Use one thread, because a fork has no other, and import the libraries that a run imports late."""
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     quantize.bitsandbytes()
 
 
-def make_jobs(folder, steps):
+def make_jobs(folder: Path, steps: int) -> list[Job]:
     """All ways to train, in random order, and merging and converting between them."""
     model, data = folder / "model", folder / "data"
     ended, _ = child(lambda: make_inputs(model, data))
@@ -159,20 +174,20 @@ def make_jobs(folder, steps):
     return [Job(name, folder / f"job {number}", works[name]) for number, name in enumerate(names)]
 
 
-def make_inputs(model, data):
+def make_inputs(model: Path, data: Path) -> None:
     """A tiny random model with a tokenizer, and prepared data for it."""
     tiny_reference("llama").save_pretrained(model)
     write_tiny_tokenizer(model)
     write_data(data, model, random_samples(10), random_samples(3))
 
 
-# ------------------------------------------------------------------------------------------------- children, and deaths
+# ------------------------------------------------------------------------------------------------- children and kills
 
 
-def child(work, dies_at=None, dies_after=None):
-    """Do `work` in a fork that says nothing. Returns how it ended (-9: killed) and how many calls of POINTS it made.
+def child(work: Callable[[], None], dies_at: int | None = None, dies_after: float | None = None) -> tuple[int, int]:
+    """Do `work` in a fork without output. Returns its exit code (-9: killed) and how many calls of POINTS it made.
 
-    dies_at: the number of the call at which it is killed. dies_after: seconds after which it is.
+    dies_at: the number of the call at which it is killed. dies_after: seconds after which it is killed.
     """
     counted = tempfile.TemporaryFile()  # noqa: SIM115 (shared with the child)
     pid = os.fork()
@@ -196,8 +211,11 @@ def child(work, dies_at=None, dies_after=None):
     return os.waitstatus_to_exitcode(status), int(os.pread(counted.fileno(), 20, 0) or 0)
 
 
-def die_at_call(number):
-    """Count the calls of POINTS, and die before or after that with this number (None: never). Returns the counter."""
+def die_at_call(number: int | None) -> Iterator[int]:
+    """Count the calls of POINTS; be killed before or after the call with this number (None: never).
+
+    Returns the counter.
+    """
     calls, afterwards = itertools.count(), random.random() < 0.5
 
     def counting(function):
@@ -220,80 +238,89 @@ def die_at_call(number):
 # --------------------------------------------------------------------------------------------------- kill and compare
 
 
-def make_reference(job):
-    """The job done without interruption: its folder, the calls it made, its seconds."""
+def make_reference(job: Job) -> Reference:
+    """Do the job without interruption."""
     out = job.place / "reference" / "out"
     out.parent.mkdir(parents=True)
     started = time.monotonic()
     ended, calls = child(lambda: job.work(out))
     assert ended == 0, f"{job.name} failed without interruption"
-    return out, calls, time.monotonic() - started
+    return Reference(out, calls, time.monotonic() - started)
 
 
-def kill_and_finish(job, reference, calls, seconds, result, failures, most):
-    """Kill the job once or some times, look at what is left each time, let it finish, and compare."""
+def kill_and_finish(job: Job, reference: Reference, result: Result, most: int) -> None:
+    """Kill the job up to 5 times, check what is left each time, let it finish, and compare. most: kills of all jobs."""
     out = job.place / "killed" / "out"
     shutil.rmtree(out.parent, ignore_errors=True)
     out.parent.mkdir(parents=True)
     for _ in range(random.randint(1, 5)):
-        before = finished_names(out)
-        if random.random() < 0.7:
-            death = dict(dies_at=random.randrange(calls))
-        else:
-            death = dict(dies_after=random.uniform(0, seconds))
-        ended, _ = child(lambda: job.work(out), **death)
-        if ended not in (0, -signal.SIGKILL):
-            failures.append(f"{job.name}: {death}: it ended with {ended} and not by the kill")
-        if ended != -signal.SIGKILL:
-            continue
-        result["kills"] += 1
-        lost = what_was_lost(out, before)
-        result["loadable"] += not lost
-        failures += [f"{job.name}: {death}: {line}" for line in lost]
-        if result["kills"] >= most:
+        kill(job, out, reference, result)
+        if result.kills.total() >= most:
             break
     ended, _ = child(lambda: job.work(out))
-    result["runs"] += 1
-    differences = [f"it could not go on ({ended})"] if ended else differing_files(reference, out)
-    result["bit_identical"] += not differences
-    failures += [f"{job.name}: {line}" for line in differences]
+    result.runs += 1
+    differences = [f"it could not go on ({ended})"] if ended else differing_files(reference.out, out)
+    result.bit_identical += not differences
+    result.failures += [f"{job.name}: {line}" for line in differences]
 
 
-def finished_names(out):
-    """What is complete: the newest checkpoint's step, and whether the end has been reached."""
+def kill(job: Job, out: Path, reference: Reference, result: Result) -> None:
+    """Run the job, kill it at a random instant, and check what is left."""
+    before = finished_names(out)
+    if random.random() < 0.7:
+        death = dict(dies_at=random.randrange(reference.calls))
+    else:
+        death = dict(dies_after=random.uniform(0, reference.seconds))
+    ended, _ = child(lambda: job.work(out), **death)
+    if ended not in (0, -signal.SIGKILL):
+        result.failures.append(f"{job.name}: {death}: it ended with {ended} and not by the kill")
+    if ended == -signal.SIGKILL:
+        result.kills[job.name] += 1
+        lost = what_was_lost(out, before)
+        result.loadable += not lost
+        result.failures += [f"{job.name}: {death}: {line}" for line in lost]
+
+
+def finished_names(out: Path) -> tuple[int, bool]:
+    """What is complete in a folder: the newest checkpoint's step, and whether the final result is there."""
     steps = [run_folder.step_of(path) for path in run_folder.checkpoints(out)] if out.is_dir() else []
     return max(steps, default=0), (out / "final").exists() or (out / files.MANIFEST).exists()
 
 
-def what_was_lost(out, before):
-    """What is wrong after a kill, in lines; `before` as `finished_names` had it."""
+def what_was_lost(out: Path, before: tuple[int, bool]) -> list[str]:
+    """What is wrong after a kill, in lines; before: what `finished_names` returned before it."""
     found = [path for folder in (out.parent, out) if folder.is_dir() for path in folder.iterdir()]
     hidden = [path.name for path in found if path.name.startswith(".")]
     lines = [f"more than one temporary: {hidden}"] if len(hidden) > 1 else []
     if not all(now >= then for now, then in zip(finished_names(out), before, strict=True)):
         lines.append(f"complete before: {before}, after: {finished_names(out)}")
     for path in found:
+        if path.name.startswith(".") or path == out and not (out / "config.json").exists():
+            continue
         try:
-            if path.name.startswith(".") or path == out and not (out / "config.json").exists():
-                continue
-            if path.is_dir():
-                files.check_manifest(path)
-                for each in path.glob("*.safetensors"):
-                    load_file(each)
-                for each in path.glob("*.json"):
-                    files.read_json(each)
-            elif path.suffix == ".json" and path.parent == out:
-                files.read_json(path)
+            check_intact(path, in_run=path.parent == out)
         except Exception as error:
             lines.append(f"{type(error).__name__}: {error}")
     return lines
 
 
-def differing_files(reference, out):
-    """Names of the files that are not the same in both: all but times and the name of the folder."""
+def check_intact(path: Path, in_run: bool) -> None:
+    """Raise some error if a finished folder, or a JSON file of the run's folder, is damaged."""
+    if path.is_dir():
+        files.check_manifest(path)
+        for each in path.glob("*.safetensors"):
+            load_file(each)
+        for each in path.glob("*.json"):
+            files.read_json(each)
+    elif path.suffix == ".json" and in_run:
+        files.read_json(path)
+
+
+def differing_files(reference: Path, out: Path) -> list[str]:
+    """What differs between the files of two folders, in lines; times and the folder's name may differ."""
     paths = [path.relative_to(reference) for path in sorted(reference.rglob("*")) if path.is_file()]
     others = [path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_file()]
-    others = [path for path in others if path.name != "metrics-redone.csv"]  # rows of the steps that were made twice
+    others = [path for path in others if path.name != "metrics-redone.csv"]  # rows of steps that ran twice
     different = [f"{path} is in one of the two" for path in sorted({*paths} ^ {*others})]
     for path in sorted({*paths} & {*others}):
         if path.name == "metrics.csv":
@@ -308,7 +335,8 @@ def differing_files(reference, out):
     return different
 
 
-def metrics_without_times(path):
+def metrics_without_times(path: Path) -> list[list[tuple[str, str]]]:
+    """The rows of metrics.csv without the columns of time and memory."""
     with open(path, newline="") as file:
         return [[(key, value) for key, value in row.items() if key not in TIMES] for row in csv.DictReader(file)]
 

@@ -12,8 +12,8 @@ import finetune
 import lora
 from batching import Samples
 from generate import Settings as Sampling
-from generate import generate
 from inference.decode import fastest_decoder
+from inference.sampling import generate
 from preparation.record_store import SampleWriter
 from quantize import NF4_VALUES, QUANTIZERS, nf4_dequantize, nf4_quantize
 from training import build
