@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The main job from end to end, with a small real model on a CPU: install, convert, prepare, measure, fine-tune with QLoRA,
-# measure again, merge, generate. Each step is a command of the project, which is printed before it runs: this is also
-# the tutorial. A second run skips what is done. QUICKSTART_STEPS=5 QUICKSTART_LIMIT=20 makes it short, for a first test.
+# The main job from end to end, with a small real model on a CPU: install, convert, prepare, measure, fine-tune with
+# QLoRA, measure again, merge, generate. Each step is a command of the project, which is printed before it runs: this is
+# also the tutorial. A second run skips what is done. QUICKSTART_STEPS=5 QUICKSTART_LIMIT=20 makes it short, for a test.
 set -euo pipefail
 cd "$(dirname "$0")"
 
