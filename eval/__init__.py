@@ -8,7 +8,8 @@ quality.py          what quantising and merging cost an adapter: every variant o
                     quality_report.py    tables and charts of the results
                     divergence.py        KL, agreement and perplexity of one model against another
                     sensitivity.py       which layers suffer most from quantisation, and a plan that fits a budget
-helm_server.py      the server for HELM and for OpenAI's clients (challenge_api.py, openai_api.py)
+helm_server.py      the server for HELM and for OpenAI's clients (challenge_api.py, openai_api.py; http_gate.py: token,
+                    limits and metrics)
 Dockerfile, submission.sh    the submission to the LLM Efficiency Challenge
 run_helm.sh, helm.conf       HELM run against the server
 

@@ -1,22 +1,23 @@
-"""The JSON objects of the LLM Efficiency Challenge's API: what HELM asks, checked, and the answers. No HTTP."""
+"""The JSON objects of the LLM Efficiency Challenge's API: requests, which are checked, and answers. No HTTP."""
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from eval.openai_api import StopTexts
-from inference.serving import answer_tokens, prompt_tokens
+from inference.serving import Task, answer_tokens, prompt_tokens
+from text.tokenizer import Tokenizer
 
 
 class Strict(BaseModel):
-    """A body of the right types. What it does not know it passes over: HELM's client sends more."""
+    """A body whose fields have the right types. Unknown fields are ignored: HELM's client sends more than these."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class ProcessRequest(Strict):
-    """The challenge's names, and those that HELM's client uses.
+    """The body of POST /process, with the challenge's names and those that HELM's client uses.
 
-    HELM's top_k_per_token is how many candidates for each token it wants to know of (helm.common.request), 1 unless a
-    scenario asks for more; it does not limit the sampling, as top_k does.
+    HELM's top_k_per_token is the number of likeliest tokens to return for each position (helm.common.request), 1 unless
+    a scenario asks for more. It does not limit the sampling, as top_k does.
     """
 
     prompt: str
@@ -32,26 +33,30 @@ class ProcessRequest(Strict):
     stop: StopTexts = Field([], validation_alias=AliasChoices("stop_sequences", "stop"))
 
     @property
-    def echo(self):
-        """Only false strips the prompt."""
+    def echo(self) -> bool:
+        """Whether the answer begins with the prompt: unless echo_prompt is false, so also where it is null."""
         return self.echo_prompt is not False
 
 
 class TokenizeRequest(Strict):
+    """The body of POST /tokenize."""
+
     text: str
     truncation: bool = True
     max_length: int = Field(2048, ge=0)
 
 
 class DecodeRequest(Strict):
+    """The body of POST /decode."""
+
     tokens: list[int]
 
 
-def process_answer(tokenizer, body, tasks, added):
+def process_answer(tokenizer: Tokenizer, body: ProcessRequest, tasks: list[Task], added: int) -> dict:
     """text, tokens and logprob of the first sample, which is all that HELM reads; of all in "samples", if several.
 
-    added: how many ids of the prompt are not of its text: a BOS is not among the tokens. Without one nothing predicts
-    the first token of a prompt: its logprob is 0 and its top_logprob empty.
+    added: how many ids were added before the prompt's text: 1 for a BOS, which is not among the tokens. Without a BOS
+    no distribution predicts the first token of a prompt: its logprob is 0 and its top_logprob empty.
     """
     before = prompt_tokens(tokenizer, tasks[0], added) if body.echo else []
     samples = []

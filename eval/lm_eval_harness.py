@@ -7,7 +7,6 @@ lm-eval's own. Where all tasks and their data are local files (`--include_path`)
 """
 
 import difflib
-import importlib.util
 import json
 import os
 import sys
@@ -15,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from shell import cli
 from shell.cli import UserError
+
+import yaml  # isort: skip (after cli, which explains a missing one)
 
 FILE_FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text")  # `dataset_path`s that stand for local files
 
@@ -77,8 +76,7 @@ class Settings:
         cli.check_numbers(self, "batch_tokens", "batch_size", "limit", above=0)
         cli.check_numbers(self, "num_fewshot", "bootstrap_iters", least=0)
         cli.check_numbers(self, "seed", least=0, below=2**63)
-        if importlib.util.find_spec("lm_eval") is None:
-            raise UserError("lm_eval is not installed: pip install -r requirements-eval.txt")
+        cli.check_installed("lm_eval")
 
 
 def only_local(s: Settings) -> bool:

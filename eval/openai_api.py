@@ -1,6 +1,6 @@
-"""The JSON objects of OpenAI's API, both ways: what clients ask, checked, and answers as they expect them. No HTTP.
+"""The JSON objects of OpenAI's API: requests, which are checked, and answers in the form that clients expect. No HTTP.
 
-Fields that would change the answer and are not done here are refused; those that would not are passed over.
+A field that would change the answer and is not supported is refused; one that would not is ignored.
 """
 
 import time
@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from inference.serving import answer_tokens, prompt_tokens
+from inference.serving import Task, Token, answer_tokens, prompt_tokens
+from text.tokenizer import Tokenizer
 
 LARGEST = 2**24  # tokens: more than any context
 StopText = Annotated[str, Field(min_length=1, max_length=200)]
@@ -19,11 +20,13 @@ StopTexts = Annotated[
 
 
 class StreamOptions(BaseModel):
+    """Whether a stream ends with the number of tokens."""
+
     include_usage: bool = False
 
 
 class _Request(BaseModel):
-    """What the two kinds of request share. null is as if the field were not there."""
+    """What the two kinds of request share. A field that is null counts as not given."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -53,24 +56,30 @@ class _Request(BaseModel):
 
 
 class CompletionRequest(_Request):
+    """The body of POST /v1/completions."""
+
     prompt: str | list[str] | list[int] | list[list[int]]
     max_new_tokens: int = Field(16, ge=0, alias="max_tokens")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     best_of: int = Field(1, ge=1, le=1)
 
-    def prompts(self):
-        """Each prompt: a text or a list of ids."""
+    def prompts(self) -> list[str | list[int]]:
+        """All prompts, each a text or a list of ids."""
         several = isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int)
         return self.prompt if several else [self.prompt]
 
 
 class TextPart(BaseModel):
+    """A part of a message; other kinds, such as images, are not supported."""
+
     type: Literal["text"]
     text: str
 
 
 class Message(BaseModel):
+    """A message of a chat."""
+
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "user", "assistant"]
@@ -78,6 +87,8 @@ class Message(BaseModel):
 
 
 class ChatRequest(_Request):
+    """The body of POST /v1/chat/completions."""
+
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -85,23 +96,23 @@ class ChatRequest(_Request):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
-    def max_new_tokens(self):
-        """As many as the context has room for, if nothing is said."""
+    def max_new_tokens(self) -> int:
+        """As many as the context has room for, if the request gives no number."""
         return self.max_completion_tokens or self.max_tokens or LARGEST
 
     @property
-    def top(self):
-        """How many likely tokens to note beside each; None for no log-probabilities."""
+    def top(self) -> int | None:
+        """How many of the likeliest tokens to return with each token; None for no log-probabilities at all."""
         return self.top_logprobs or 0 if self.logprobs else None
 
-    def dialog(self):
-        """The messages as prompts.py has them."""
+    def dialog(self) -> list[dict[str, str]]:
+        """The messages in the form that text/prompts.py takes."""
         texts = [m.content if isinstance(m.content, str) else "".join(p.text for p in m.content) for m in self.messages]
         return [{"role": m.role, "content": text} for m, text in zip(self.messages, texts, strict=True)]
 
 
-def error(status, message, where=None):
-    """OpenAI's error object."""
+def error(status: int, message: str, where: str | None = None) -> dict:
+    """OpenAI's error object. where: the field that is wrong."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": where, "code": status}}
 
@@ -109,100 +120,109 @@ def error(status, message, where=None):
 # ------------------------------------------------------------------------------------------------------------ answers
 
 
-class News(NamedTuple):
-    """What is new in an answer: text, the tokens that made it, and at its end the reason ("stop" or "length")."""
+class Delta(NamedTuple):
+    """What is new in answer number `index`: text, its tokens, and at its end the reason ("stop" or "length")."""
 
     index: int
     text: str
-    tokens: list
+    tokens: list[Token]
     reason: str | None
     error: str | None
 
 
 class Stream:
-    """What of an answer has been told. Of a text that may become a stop text nothing is, until that is known."""
+    """How far an answer has been sent. Text that may be the start of a stop text is held back until that is known."""
 
-    def __init__(self, tokenizer, task, index):
+    def __init__(self, tokenizer: Tokenizer, task: Task, index: int):
         self.tokenizer, self.task, self.index = tokenizer, task, index
-        self.shown = 0  # characters
-        self.told, self.end = 0, 0  # tokens, and the characters in them
+        self.sent_characters = 0
+        self.sent_tokens, self.token_characters = 0, 0  # and the number of characters in these tokens
 
-    def news(self):
-        """The `News` since the last call, or None. Called by the model's thread after each token."""
+    def next_delta(self) -> Delta | None:
+        """What is new since the last call, or None for nothing. Called by the model's thread after each token."""
         reply, ended = self.task.reply, self.task.ended
-        text = reply.text[self.shown : reply.safe_length]
-        self.shown += len(text)
-        first = self.told
-        while self.told < len(reply.pieces) and self.end + len(reply.pieces[self.told]) <= self.shown:
-            self.end += len(reply.pieces[self.told])
-            self.told += 1
-        if not (text or ended):
-            self.told = first  # they go with the character that they begin
+        text = reply.text[self.sent_characters : reply.safe_length]
+        self.sent_characters += len(text)
+        if not (text or ended):  # tokens without text are sent with the character that they begin
             return None
-        tokens = answer_tokens(self.tokenizer, self.task, first)[: self.told - first]
-        return News(self.index, text, tokens, finish_reason(self.task) if ended else None, self.task.error)
+        first = self.sent_tokens
+        for piece in reply.pieces[first:]:
+            if self.token_characters + len(piece) > self.sent_characters:
+                break
+            self.token_characters += len(piece)
+            self.sent_tokens += 1
+        tokens = answer_tokens(self.tokenizer, self.task, first)[: self.sent_tokens - first]
+        return Delta(self.index, text, tokens, finish_reason(self.task) if ended else None, self.task.error)
 
 
-def finish_reason(task):
+def finish_reason(task: Task) -> str:
+    """Why an answer ended, in OpenAI's words."""
     return "stop" if task.reply.stopped else "length"
 
 
-class _Answer:
-    """What the answers to both kinds of request share."""
+class Answer:
+    """What the answers to both kinds of request share: a choice for each task. name: the model's."""
 
-    def __init__(self, name, body, tokenizer, tasks):
+    def __init__(self, name: str, body: _Request, tokenizer: Tokenizer, tasks: list[Task]):
         self.body, self.tokenizer, self.tasks = body, tokenizer, tasks
         self.base = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
 
-    def whole(self):
+    def complete(self) -> dict:
+        """The answer in one object, when all tasks have ended."""
         choices = [self.choice(i, task) for i, task in enumerate(self.tasks)]
         return {**self.base, "object": self.object, "choices": choices, "usage": self.usage()}
 
-    def usage(self):
+    def usage(self) -> dict[str, int]:
+        """How many tokens there are; a prompt with several choices counts once."""
         read = sum(len(task.prompt) for task in self.tasks[:: self.body.n])
         made = sum(task.reply.length for task in self.tasks)
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
-    def wrap(self, *choices):
+    def wrap(self, *choices: dict) -> dict:
+        """A chunk of a stream."""
         chunk = {**self.base, "object": self.chunk_object, "choices": list(choices)}
         return chunk | {"usage": None} if self.body.stream_options.include_usage else chunk
 
-    def last(self):
-        """The chunks after all answers."""
+    def last(self) -> list[dict]:
+        """The chunks after all choices."""
         return [self.wrap() | {"usage": self.usage()}] if self.body.stream_options.include_usage else []
 
 
-class Completions(_Answer):
-    """The answer to /v1/completions. added: for each prompt, how many of its ids are not of its text: a BOS."""
+class Completions(Answer):
+    """The answer to /v1/completions. added: for each prompt, how many ids were added before its text: 1 for a BOS."""
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, name, body, tokenizer, tasks, added):
+    def __init__(self, name: str, body: CompletionRequest, tokenizer: Tokenizer, tasks: list[Task], added: list[int]):
         super().__init__(name, body, tokenizer, tasks)
         self.added = added
-        self.sent = [0] * len(tasks)  # characters of each choice in the tokens that went out; the text may be ahead
+        self.sent = [0] * len(tasks)  # characters in the tokens of each choice that were sent; its text may be ahead
         self.begun = [False] * len(tasks)
 
-    def choice(self, i, task):
+    def choice(self, i: int, task: Task) -> dict:
+        """Choice number i, complete."""
         text = self.echoed(i) + task.reply.text
         tokens = self.prompt_tokens(i) + answer_tokens(self.tokenizer, task)
         return self.make(i, text, self.logprobs(tokens, 0), finish_reason(task))
 
-    def make(self, i, text, logprobs, reason):
+    def make(self, i: int, text: str, logprobs: dict | None, reason: str | None) -> dict:
+        """A choice, or what is new of it."""
         return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def echoed(self, i):
-        """What a choice begins with: the prompt's text if it is wanted, or nothing."""
+    def echoed(self, i: int) -> str:
+        """What a choice begins with: the prompt's text if the request asks for it, else nothing."""
         ids = self.tasks[i].prompt[self.added[i // self.body.n] :]
         return self.tokenizer.decode(ids, skip_special=False) if self.body.echo else ""
 
-    def prompt_tokens(self, i):
+    def prompt_tokens(self, i: int) -> list[Token]:
+        """The tokens of that text, if the request asks for log-probabilities."""
         if not self.body.echo or self.body.logprobs is None:
             return []
-        first = i - i % self.body.n  # of the choices for this prompt: it noted the log-probabilities
+        first = i - i % self.body.n  # choice of this prompt: its task has the log-probabilities
         return prompt_tokens(self.tokenizer, self.tasks[first], self.added[i // self.body.n])
 
-    def logprobs(self, tokens, start):
+    def logprobs(self, tokens: list[Token], start: int) -> dict | None:
+        """The log-probabilities of tokens, the first of which begins at character `start`; None if not asked for."""
         if self.body.logprobs is None:
             return None
         offsets = [start]
@@ -215,39 +235,46 @@ class Completions(_Answer):
             "text_offset": offsets[:-1],
         }
 
-    def first(self):
+    def first(self) -> list[dict]:
+        """The chunks before all choices."""
         return []
 
-    def chunk(self, news):
-        i, start, text, tokens = news.index, self.sent[news.index], news.text, news.tokens
+    def chunk(self, delta: Delta) -> dict:
+        """The chunk with what is new of a choice."""
+        i, start, text, tokens = delta.index, self.sent[delta.index], delta.text, delta.tokens
         if not self.begun[i]:
             text, tokens, self.begun[i] = self.echoed(i) + text, self.prompt_tokens(i) + tokens, True
         self.sent[i] += sum(len(token.text) for token in tokens)
-        return self.wrap(self.make(i, text, self.logprobs(tokens, start), news.reason))
+        return self.wrap(self.make(i, text, self.logprobs(tokens, start), delta.reason))
 
 
-class Chat(_Answer):
+class Chat(Answer):
     """The answer to /v1/chat/completions."""
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, i, task):
+    def choice(self, i: int, task: Task) -> dict:
+        """Choice number i, complete."""
         message = {"role": "assistant", "content": task.reply.text}
         logprobs = self.logprobs(answer_tokens(self.tokenizer, task))
         return {"index": i, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(task)}
 
-    def logprobs(self, tokens):
+    def logprobs(self, tokens: list[Token]) -> dict | None:
+        """The log-probabilities of tokens; None if not asked for."""
         return {"content": [_chat_token(token) for token in tokens]} if self.body.logprobs else None
 
-    def delta(self, i, delta, logprobs=None, reason=None):
+    def make(self, i: int, delta: dict, logprobs: dict | None = None, reason: str | None = None) -> dict:
+        """The chunk with a part of the message of choice number i."""
         return self.wrap({"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
 
-    def first(self):
-        return [self.delta(i, {"role": "assistant", "content": ""}) for i in range(len(self.tasks))]
+    def first(self) -> list[dict]:
+        """The chunks before all choices: they begin the messages."""
+        return [self.make(i, {"role": "assistant", "content": ""}) for i in range(len(self.tasks))]
 
-    def chunk(self, news):
-        delta = {"content": news.text} if news.text else {}
-        return self.delta(news.index, delta, self.logprobs(news.tokens), news.reason)
+    def chunk(self, delta: Delta) -> dict:
+        """The chunk with what is new of a choice."""
+        content = {"content": delta.text} if delta.text else {}
+        return self.make(delta.index, content, self.logprobs(delta.tokens), delta.reason)
 
 
 def _chat_token(token):

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Runs HELM against a server that runs (eval/helm_server.py) and prints what it measured.
+# Runs HELM against a running server (eval/helm_server.py) and prints the scores.
 #
 #     bash eval/run_helm.sh [URL] [CONF] [INSTANCES]      # http://127.0.0.1:8080 eval/helm.conf 10
 #
-# HELM gets a virtual environment of its own on first use (several GB, for PyTorch). HELM_SCENARIOS is a folder with
-# files that it would download, laid out as HELM does below its scenarios/, such as gsm/gsm_data_train. HELM_SUITE names
-# the run, HELM_OUT its folder, HELM_THREADS how many requests are on their way at a time.
+# On first use HELM gets a virtual environment of its own (several GB, for PyTorch). Environment variables:
+#
+#     HELM_SCENARIOS    folder with files that HELM would download, as below its scenarios/: gsm/gsm_data_train, ...
+#     HELM_SUITE        name of the run (v1)
+#     HELM_OUT          folder of the results (out/helm)
+#     HELM_THREADS      requests at one time (8)
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What the container of eval/Dockerfile does: `fetch` brings the weights, `serve` does too if they are not there yet, and
-# starts the server. Settings are environment variables:
+# What the container of eval/Dockerfile runs: `fetch` downloads the weights; `serve` does so too if they are not there,
+# and starts the server. Its settings are environment variables:
 #
 #     MODEL       folder, or ORGANISATION/NAME on Hugging Face's hub: a merged model, or the base of an adapter
-#     ADAPTER     folder, or ORGANISATION/NAME on the hub: the adapter to put over it, if any
+#     ADAPTER     folder, or ORGANISATION/NAME on the hub: an adapter for this base
 #     REVISION, ADAPTER_REVISION    commits on the hub, if not the newest
-#     QUANTIZE, PRECISION, PROMPT_STYLE, PORT, HOST, API_KEY    as the server's flags
+#     QUANTIZE, PRECISION, PROMPT_STYLE, PORT, HOST, API_KEY    the server's flags of these names
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -5,7 +5,7 @@ writer.py    a model with its tokenizer and prompt style: messages in, answers o
 decode.py    one token after another, fast: CUDA graphs on a GPU, compiled products on a CPU
 kv_cache.py  keys and values of the tokens that were read
 scoring.py   log-likelihoods of continuations and whole texts; a shared context is computed once
-serving.py   requests that come at any time, answered together
+serving.py   continuous batching: requests that come at any time, answered together
 
 decode.py imports kv_cache.py; sampling.py imports decode.py; writer.py and serving.py import sampling.py.
 """

@@ -1,7 +1,7 @@
-"""Requests that come at any time, answered together: one thread owns the model and moves all rows a token at a time.
+"""Continuous batching: requests that come at any time are answered together, by one thread that owns the model.
 
-Nothing here knows of HTTP. A request is one or more `Task`s; each is a row of a `sampling.Batch`. Those that wait join
-the batch between two steps, as soon as there is a place for them, in the order in which they came.
+Nothing here knows of HTTP. A request is one or more `Task`s; each is a row of a `sampling.Batch`, whose `step` makes a
+token for every row. Tasks that wait join the batch between two steps, as soon as it has room, in the order they came.
 """
 
 import collections
@@ -9,37 +9,43 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from inference.decode import Decoder
 from inference.sampling import Batch, Reply, Row, room_for
 from shell.cli import UserError
-from text.tokenizer import StreamDecoder
+from text.tokenizer import StreamDecoder, Tokenizer
 
-PREFILL_TOKENS = 8192  # of prompts that are read together, padding included: what bounds the memory that it takes
+PREFILL_TOKENS = 8192  # positions of prompts that are read together, padding included: they bound the peak memory
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """The queue has no room for a request now."""
 
 
 @dataclass(eq=False)
 class Task(Row):
-    """A row that somebody waits for. tell: called with it, by the model's thread, after each token and at its end."""
+    """A row of the batch, as a request asked for it.
 
-    tell: Callable | None = None
-    error: str | None = None  # why it ended early: the model failed
+    notify: called with the task by the model's thread, after each token and at the end. error: why the task ended
+    early, if the model failed.
+    """
+
+    notify: Callable[["Task"], None] | None = None
+    error: str | None = None
 
     @property
-    def ended(self):
+    def ended(self) -> bool:
+        """Whether there will be no more tokens."""
         return self.error is not None or not self.going
 
 
 class Engine:
-    """A queue of tasks before a model. max_batch_size: rows at one time. max_queue: tasks that may wait."""
+    """A queue of tasks and the thread with the model. max_batch_size: rows at one time. max_queue: tasks that wait."""
 
-    def __init__(self, decoder, max_batch_size, max_queue):
+    def __init__(self, decoder: Decoder, max_batch_size: int, max_queue: int):
         self.decoder, self.max_batch_size, self.max_queue = decoder, max_batch_size, max_queue
         self.waiting, self.batch = collections.deque(), Batch(decoder)
         self._changed, self._closing = threading.Condition(), False
@@ -47,33 +53,33 @@ class Engine:
         self._thread.start()
 
     @property
-    def alive(self):
+    def alive(self) -> bool:
         """Whether the model's thread runs, as it does until `close`."""
         return self._thread.is_alive()
 
     @property
-    def running(self):
-        """How many rows are being generated."""
+    def running(self) -> int:
+        """How many rows are in the batch."""
         return len(self.batch.going)
 
-    def submit(self, tasks):
-        """Put tasks into the queue, all or none. Raises Full."""
+    def submit(self, tasks: list[Task]) -> None:
+        """Put tasks into the queue, all or none. Raises QueueFull."""
         with self._changed:
             if self._closing or len(self.waiting) + len(tasks) > self.max_queue:
-                raise Full
+                raise QueueFull
             self.waiting.extend(tasks)
             self._changed.notify()
 
-    def cancel(self, tasks):
-        """Let go of tasks, wherever they are: those in the batch leave it with the next step."""
+    def cancel(self, tasks: Iterable[Task]) -> None:
+        """Remove tasks from the queue, and from the batch with its next step."""
         with self._changed:
             for task in tasks:
                 task.dropped = True
             if any(task.dropped for task in self.waiting):
                 self.waiting = collections.deque(task for task in self.waiting if not task.dropped)
 
-    def close(self):
-        """Drop what there is and stop the thread."""
+    def close(self) -> None:
+        """Cancel all tasks and stop the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -89,12 +95,12 @@ class Engine:
                 new = self._take()
             try:
                 self._advance(new)
-            except Exception as error:  # whatever it is, the requests to come shall be answered
+            except Exception as error:  # whatever it is, the thread goes on: later requests are to be answered
                 traceback.print_exc(file=sys.stderr)
                 self._fail([*self.batch.going, *new], f"the model failed: {error or type(error).__name__}")
 
     def _take(self):
-        """Take those from the queue that fit: into the batch, and into one reading of prompts."""
+        """Take from the queue the tasks that the batch has room for, and whose prompts fit one forward pass."""
         taken, longest, places = [], 0, self.max_batch_size - len(self.batch.going)
         while self.waiting and len(taken) < places:
             longest = max(longest, len(self.waiting[0].prompt))
@@ -104,50 +110,59 @@ class Engine:
         return taken
 
     def _advance(self, new):
-        """A step for all rows in the batch; new ones get their first token."""
+        """One token for all rows in the batch, and the first token for new ones."""
         if self.batch.going:
             moved = self.batch.going
             self.batch.step()
-            self._tell(moved)
+            self._notify(moved)
         if new:
             self.batch.add(new)
-            self._tell(new)
+            self._notify(new)
 
     def _fail(self, tasks, why):
         self.batch = Batch(self.decoder)
         for task in dict.fromkeys(tasks):
             task.error = why
-        self._tell(dict.fromkeys(tasks))
+        self._notify(dict.fromkeys(tasks))
 
     @staticmethod
-    def _tell(tasks):
+    def _notify(tasks):
         for task in tasks:
             if not task.dropped:
-                task.tell(task)
+                task.notify(task)
 
 
 # ----------------------------------------------------------------------------------------------------- prompts to tasks
 
 
-def encode_text(tokenizer, text):
-    """The ids of a prompt that is continued as it stands, and how many of them were put before it: BOS, or nothing."""
+def encode_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
+    """The ids of a prompt that is continued as it is, and how many of them were added before it: 1 for a BOS, or 0."""
     added = [tokenizer.bos_id] if tokenizer.add_bos else []
     return added + tokenizer.encode(text), len(added)
 
 
-def check_ids(writer, ids):
-    """Raise UserError for ids that are no tokens. writer: a `generate.Writer`."""
+def check_ids(writer: Any, ids: list[int]) -> None:
+    """Raise UserError for ids that are not in the vocabulary. writer: a `generate.Writer`."""
     size = min(writer.tokenizer.vocab_size, writer.model.config.vocab_size)
     wrong = [id for id in ids if not 0 <= id < size]
     if wrong:
         raise UserError(f"{wrong[0]} is no token: ids are from 0 to {size - 1}")
 
 
-def make_tasks(writer, ids, asked, n, top=None, echo=False, start=False):
+def make_tasks(
+    writer: Any,
+    ids: list[int],
+    asked: object,
+    n: int,
+    top: int | None = None,
+    echo: bool = False,
+    start: bool = False,
+) -> list[Task]:
     """n tasks that answer one prompt. Raises UserError if it is empty or too long.
 
-    writer: a `generate.Writer`. asked: the settings of a `Row`, with seed (None for any) and stop. top: as in `Row`.
-    echo: the first task notes the prompt's log-probabilities, which are those of all. start: as in `Reply`.
+    writer: a `generate.Writer`. asked: has the settings of a `Row` as attributes, and seed (None for a random one) and
+    stop. top: as in `Row`. echo: also compute the prompt's log-probabilities (of the first task: they are the same for
+    all). start: as in `Reply`.
     """
     room_for(ids, asked.max_new_tokens, writer.model.config.max_position_embeddings)
     seed = random.SystemRandom().randrange(2**62) if asked.seed is None else asked.seed
@@ -163,26 +178,27 @@ def make_tasks(writer, ids, asked, n, top=None, echo=False, start=False):
 
 
 class Token(NamedTuple):
-    """A token of an answer or a prompt, for people: its text, its log-probability, and {text: log-probability}.
+    """A token of an answer or a prompt: its text, its log-probability, and those of the likeliest tokens by their text.
 
-    The texts of all tokens, joined, are the whole text: one that leaves a character unfinished has "", the next one
-    the character. A text's first token has None and {}, if nothing comes before it: then nothing predicted it.
+    The texts of all tokens, joined, are the whole text. A token that ends inside a character has the text "", and the
+    token that completes the character has all of it. The first token of a text that nothing comes before, not even a
+    BOS, has None and {}: no distribution predicted it.
     """
 
     text: str
     logprob: float | None
-    top: dict
+    top: dict[str, float]
 
 
-def answer_tokens(tokenizer, task, first=0):
-    """The `Token`s of an answer so far, from one on. A task without `top` has no log-probabilities: None and {}."""
+def answer_tokens(tokenizer: Tokenizer, task: Task, first: int = 0) -> list[Token]:
+    """The tokens of an answer so far, from number `first` on. Without `top` log-probabilities are None and {}."""
     pieces = task.reply.pieces[first:]
-    scores = task.scores[first:] or [None] * len(pieces)  # one more, if a stop id ended it
+    scores = task.scores[first:] or [None] * len(pieces)  # one more than pieces, if a stop id ended the answer
     return [_token(tokenizer, *pair) for pair in zip(pieces, scores, strict=False)]
 
 
-def prompt_tokens(tokenizer, task, skip):
-    """The `Token`s of a prompt without its first `skip` ids: the BOS that was put there."""
+def prompt_tokens(tokenizer: Tokenizer, task: Task, skip: int) -> list[Token]:
+    """The tokens of a prompt without its first `skip` ids: the BOS that was added."""
     decoder = StreamDecoder(tokenizer, skip_special=False)
     pieces = [decoder.push(id) for id in task.prompt[skip:]]
     if pieces:

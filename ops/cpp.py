@@ -1,15 +1,24 @@
-"""C++ beside the Python: compiled once with g++ for this processor, kept in ~/.cache/onetune, called through ctypes."""
+"""C++ beside the Python: compiled once with g++ for this processor, kept in ~/.cache/onetune, called through ctypes.
+
+A compiled file is code that is run, so it is taken only if nobody but this user (or root) can have written it, and
+only if it is complete: it ends with the SHA-256 of what stands before. Otherwise it is compiled again.
+"""
 
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # oneDNN, which multiplies bf16 on a CPU, compiles each product for its very shape and keeps the last 1,024 of them: up
 # to 0.4 GB, since each row of samples has a length of its own. A block forward and backward has fewer than 64.
@@ -19,42 +28,110 @@ OPERATORS = torch.library.Library("onetune", "DEF")
 # Not -ffast-math: it would link a start-up routine that changes how the whole process treats tiny numbers.
 FLAGS = "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros"
 FLAGS = [*FLAGS.split(), "-fassociative-math"]
+DIGEST_BYTES = hashlib.sha256().digest_size
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+# ------------------------------------------------------------------------------------------------ compiling and keeping
 
 
 @lru_cache
-def compiled_library(name):
-    """NAME.cpp of this folder as a ctypes library. None, with a line of notice, where it cannot be compiled."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+def compiled_library(name: str) -> ctypes.CDLL | None:
+    """NAME.cpp of this folder as a ctypes library. None, and a note on standard error, where it cannot be compiled."""
+    source = Path(__file__).with_name(f"{name}.cpp")
     try:
+        compiler = shutil.which(os.environ.get("CXX", "g++"))
         if compiler is None:
             raise OSError("no C++ compiler (g++)")
-        return ctypes.CDLL(str(_compile(compiler, Path(__file__).with_name(f"{name}.cpp"))))
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"note: {error}: going on without {name}.cpp, which is slower", file=sys.stderr)
+        file_name = f"{name}-{_key(compiler, source)}.so"
+        return _load_kept(file_name) or _compile_and_load(compiler, source, file_name)
+    except OSError as error:
+        print(f"note: {error}: going on without {source.name}, which is slower", file=sys.stderr)
         return None
 
 
-def _compile(compiler, source):
-    """The path of the library for this source and this processor, compiled unless it is there already."""
-    processor = Path("/proc/cpuinfo")  # -march=native: a home folder may be shared among unlike machines
-    flags = next((line for line in processor.read_text().splitlines() if line.startswith("flags")), "")
+def _key(compiler, source):
+    """What the compiled file depends on, as 16 hex digits: a home folder may be shared among unlike machines."""
+    processor = Path("/proc/cpuinfo")  # for -march=native
+    features = next((line for line in processor.read_text().splitlines() if line.startswith("flags")), "")
     code = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
-    key = hashlib.sha256(code + " ".join([compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "onetune")
-    path = folder / f"{source.stem}-{key}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *FLAGS, str(source), "-o", str(temporary)], check=True, capture_output=True)
-        temporary.replace(path)
-    return path
+    how = " ".join([compiler, *FLAGS, features, *platform.libc_ver()])
+    return hashlib.sha256(code + how.encode()).hexdigest()[:16]
 
 
-def operator(signature):
+def _load_kept(file_name):
+    """The library from the cache folder, or None if it is not there, not complete, or may be another user's."""
+    try:
+        path = _cache_folder() / file_name
+        content = path.read_bytes()
+        complete = hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
+        return ctypes.CDLL(str(path)) if complete and _only_ours(path) else None
+    except OSError:
+        return None
+
+
+def _compile_and_load(compiler, source, file_name):
+    """Compile into a private temporary folder, keep the result in the cache folder, and load it from there.
+
+    Where it cannot be kept, the temporary file is loaded: the process goes on using it after it is removed.
+    """
+    with tempfile.TemporaryDirectory(prefix="onetune-") as private:
+        compiled = Path(private, file_name)
+        done = subprocess.run([compiler, *FLAGS, str(source), "-o", str(compiled)], capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
+            raise OSError(f"{compiler}: {lines[0]}")
+        try:
+            return ctypes.CDLL(str(_keep(compiled, _cache_folder())))
+        except OSError as error:
+            print(f"note: {error}: {source.name} is compiled again at each start", file=sys.stderr)
+            return ctypes.CDLL(str(compiled))
+
+
+def _cache_folder():
+    """The folder of the compiled files, made if need be. Raises OSError if there is none that only this user writes."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # HOME is not set and the user id has no entry in /etc/passwd
+        raise OSError("no home folder (set HOME or XDG_CACHE_HOME)")
+    folder = Path(cache, "onetune")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid == os.getuid() and status.st_mode & OTHERS_WRITE:
+        folder.chmod(status.st_mode & ~OTHERS_WRITE)
+    if not _only_ours(folder):
+        raise OSError(f"{folder} can be changed by other users (set XDG_CACHE_HOME)")
+    return folder
+
+
+def _only_ours(path):
+    """Whether nobody but this user and root can change a file, or what a folder holds."""
+    status = path.stat()
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & OTHERS_WRITE
+
+
+def _keep(compiled, folder):
+    """Copy a compiled file into a folder, with its SHA-256 at the end, so that it appears complete or not at all."""
+    content = compiled.read_bytes()
+    # The name is random, not the process id: containers that share the folder may have equal ones.
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{compiled.name}.")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content + hashlib.sha256(content).digest())
+        os.replace(temporary, folder / compiled.name)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return folder / compiled.name
+
+
+# --------------------------------------------------------------------------------------------------- calling from torch
+
+
+def operator(signature: str) -> Callable[[Callable], Callable]:
     """Make a function torch.ops.onetune's: a step in which what it computes is seen by torch's modes as one operation.
 
-    So a plan, whose tensors have no memory, runs it too, and the memory and the arithmetic it takes are counted. It
-    makes its outputs and leaves the rest to `call`.
+    signature: as torch.library.Library.define takes it. So a memory dry run, whose tensors have no memory, runs the
+    function too, and its memory and arithmetic are counted. It allocates its outputs and leaves the rest to `call`.
     """
 
     def register(function):
@@ -66,26 +143,26 @@ def operator(signature):
     return register
 
 
-def call(library, function, *arguments):
+def call(library: str, function: str, *arguments: Tensor | int | float | ctypes._SimpleCData) -> None:
     """Call a C++ function with tensors (their addresses), whole numbers (int64), fp (double) and ctypes' own values.
 
-    Tensors have to be contiguous. Without memory (on "meta") nothing happens.
+    Tensors have to be contiguous. Where they have no memory (device "meta"), nothing happens.
     """
-    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
     assert all(tensor.is_contiguous() for tensor in tensors)
     if not any(tensor.is_meta for tensor in tensors):
         getattr(compiled_library(library), function)(*map(_as_c, arguments))
 
 
 def _as_c(argument):
-    if isinstance(argument, torch.Tensor):
+    if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_double(argument)
     return ctypes.c_int64(argument) if isinstance(argument, int) else argument
 
 
-def in_cpp(x, dtype=None):
+def in_cpp(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether kernels_cpu.cpp computes with x, cast to `dtype`: on a CPU in fp32 or bf16, and not in torch.compile."""
     dtype = dtype or x.dtype
     if x.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
@@ -93,10 +170,10 @@ def in_cpp(x, dtype=None):
     return compiled_library("kernels_cpu") is not None
 
 
-def call_cpp(function, x, *arguments):
+def call_cpp(function: str, x: Tensor, *arguments: Tensor | int | float | ctypes._SimpleCData) -> None:
     """Call a function of kernels_cpu.cpp that computes in the dtype of x, its first argument.
 
-    The others are in that dtype too or, as its source says, in fp32.
+    The other tensors are in that dtype too or, as its source says, in fp32.
     """
     in_bf16 = {torch.float32: False, torch.bfloat16: True}[x.dtype]
     call("kernels_cpu", function, in_bf16, x, *arguments, torch.get_num_threads())

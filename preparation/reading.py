@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shell import cli
 from shell.cli import UserError
 
 CHUNK = 2**15  # bytes of a file that are read at one time
@@ -241,11 +242,10 @@ def count(items: Sized, what: str) -> str:
 
 def read_parquet(path: Path, progress: Progress) -> Iterator[tuple[int, dict | BadRow]]:
     """Yield (row, columns by name) for each row of a parquet file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
+    cli.check_installed("pyarrow", where=str(path))
+    import pyarrow
+    import pyarrow.parquet
+
     number = 0
     try:
         # With a buffer size, column chunks are read bit by bit, not whole.
@@ -284,10 +284,9 @@ FORMATS = {
 
 def _read_dataset(source, progress):
     """Yield each `Row` of a Hugging Face dataset as it comes over the network, or out of a folder."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{source.path}: Hugging Face datasets need their library: pip install datasets") from None
+    cli.check_installed("datasets", where=f"{source.path}, a dataset of the hub")
+    import datasets
+
     number = 0
     try:
         if Path(source.path, "state.json").is_file():  # a folder written by save_to_disk

@@ -1,7 +1,9 @@
-"""Between the scripts and the machine: command lines and files. Imports nothing of ours.
+"""Command lines and files, for all scripts. Imports nothing of ours.
 
-cli.py    flags from a dataclass, and every mistake answered in one line with exit status 2. Start here.
-files.py  files and folders that appear whole or not at all, their SHA-256 hashes, JSON
+cli.py           flags from a dataclass, and every mistake answered in one line with exit status 2. Start here.
+explain.py       the values of flags in --help, and the messages about wrong ones
+requirements.py  the message about a requirement that is not installed
+files.py         files and folders that appear complete or not at all, their SHA-256 hashes, JSON
 
-files.py imports cli.py, for its `UserError`.
+cli.py imports explain.py and requirements.py; files.py imports cli.py, for its `UserError`.
 """

@@ -15,18 +15,24 @@ heavy imports, so that a mistyped flag is answered at once and not after seconds
 import argparse
 import ast
 import dataclasses
-import difflib
+import importlib.util
 import itertools
 import operator
 import os
 import re
 import sys
-import types
-import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
+
+from shell import requirements
+
+requirements.explain_missing()  # before the first import that may be missing
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
+
+from shell.explain import HelpFormatter, JsonFile, explain, show_values
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,35 +41,39 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: what, where (file, line, key, tensor), what to do."""
 
 
-def parse(settings_class, args=None):
+def parse(settings_class: type, args: list[str] | None = None) -> Any:
     """The settings given on the command line (or in the list `args`): flags over `--config` YAML over defaults.
 
-    Exits with status 2 and one line on standard error if they are not good.
+    settings_class: a dataclass; returns one of it. Its fields' types say what a flag takes: choices are a Literal,
+    which `table_keys` can fill, and a `JsonFile` is the name of such a file. Exits with status 2 and one line on
+    standard error if the arguments are not good.
     """
-    args = _complete_switches(sys.argv[1:] if args is None else args, settings_class)
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    flags = {field.name: field.type for field in dataclasses.fields(settings_class)}
+    args = _complete_switches(sys.argv[1:] if args is None else args, flags)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=HelpFormatter)
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with any of the settings below.")
     parser.add_class_arguments(settings_class, fail_untyped=True)
+    show_values(parser, flags)
     try:
         _check_nesting(args)
         values = parser.parse_args(args).as_dict()
         values.pop("config")
-        return settings_class(**values)
+        return settings_class(**{name: str(v) if isinstance(v, JsonFile) else v for name, v in values.items()})
     except UnicodeDecodeError as error:
-        fail(_explain(f"Unexpected config: {error}", settings_class, args))
+        fail(explain(f"Unexpected config: {error}", flags, args))
     except argparse.ArgumentError as error:
-        fail(_explain(str(error), settings_class, args))
+        fail(explain(str(error), flags, args))
     except UserError as error:
         fail(error)
 
 
-def run(main, settings):
-    """Call `main(settings)`; a `UserError` or the system's no becomes one line and exit status 2, Ctrl-C status 130."""
+def run(main: Callable[[Any], None], settings: Any) -> None:
+    """Call `main(settings)`; a `UserError` or an OSError becomes one line and exit status 2, Ctrl-C status 130."""
     try:
         main(settings)
     except UserError as error:
         fail(error)
-    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it once more at exit)
     except OSError as error:  # no space left, no permission
         fail(f"{error.filename or 'reading or writing'}: {error.strerror or error}")
@@ -72,8 +82,21 @@ def run(main, settings):
         sys.exit(130)
 
 
-def check_numbers(settings, *names, above=None, least=None, below=None, most=None):
-    """Raise UserError unless the settings with these names, or each number of a list, are in the range; None is."""
+# ------------------------------------------------------------------------------------------- checks for __post_init__
+
+
+def check_numbers(
+    settings: Any,
+    *names: str,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Raise UserError if a setting of these names, or a number in it if it is a list, is out of the range.
+
+    A setting that is None or no number, such as "auto", is not checked.
+    """
     ends = {"above": above, "at least": least, "below": below, "at most": most}
     ends = {words: end for words, end in ends.items() if end is not None}
     holds = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le}
@@ -85,26 +108,15 @@ def check_numbers(settings, *names, above=None, least=None, below=None, most=Non
                 raise UserError(f"--{name} {number}: must be {must}")
 
 
-def check_files(settings, *names):
-    """Raise UserError unless the settings with these names are files; None is."""
+def check_files(settings: Any, *names: str) -> None:
+    """Raise UserError if a setting of these names is neither the path of a file nor None."""
     for name in names:
         path = getattr(settings, name)
         if path is not None and not path.is_file():
             raise UserError(f"--{name} {path}: no such file")
 
 
-def table_keys(file: str, table: str) -> tuple[str, ...]:
-    """The keys of the dict called `table` in a file of the project, such as "lora.py", without running that file.
-
-    So a flag's choices are the rows of the table that defines them, and --help lists them without importing torch.
-    """
-    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [table]:
-            return tuple(ast.literal_eval(key) for key in node.value.keys)
-    raise LookupError(f"{file} assigns no dict to {table}")
-
-
-def check_out_file(settings: object, name: str) -> None:
+def check_out_file(settings: Any, name: str) -> None:
     """Raise UserError unless the setting with this name is a path where a file can be written; None is."""
     path = getattr(settings, name)
     if path is None:
@@ -116,38 +128,66 @@ def check_out_file(settings: object, name: str) -> None:
         raise UserError(f"--{name} {path}: cannot be written, because {folder} is not a folder that you can write to")
 
 
-def check_model(settings):
-    """Raise UserError unless the settings name a model: its folder, or that of an adapter, which knows its base."""
+def check_model(settings: Any) -> None:
+    """Raise UserError unless the settings name a model: its folder, or that of an adapter, which names its base."""
     if settings.checkpoint_dir is None and settings.adapter_dir is None:
         raise UserError("--checkpoint_dir or --adapter_dir is required")
 
 
-def number_of_bytes(text, flag):
-    """The bytes that a text such as 24GB, 24GiB or 800MB stands for. Raises UserError that names the flag."""
+def check_installed(*modules: str, where: str | None = None) -> None:
+    """Raise UserError if one of these modules, which are optional requirements, is not installed.
+
+    For an option that would import it only after long work; elsewhere the failing import itself says the same
+    (shell/requirements.py). where: what needs it, such as a flag or a file, for the message.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError((f"{where}: " if where else "") + requirements.how_to_install(module))
+
+
+def number_of_bytes(text: str, flag: str) -> int:
+    """The bytes that a text such as 24GB, 24GiB or 800MB stands for. Raises UserError, which names the flag."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM]i?B)", text)
     if not match or float(match[1]) == 0:
         raise UserError(f"--{flag} {text}: expected a size such as 24GB, 24GiB or 800MB")
     return int(float(match[1]) * {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}[match[2]])
 
 
-def number_of_seconds(text, flag):
-    """The seconds that a text such as 24h, 90m or 3600s stands for. Raises UserError that names the flag."""
+def number_of_seconds(text: str, flag: str) -> float:
+    """The seconds that a text such as 24h, 90m or 3600s stands for. Raises UserError, which names the flag."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([hms])", text)
     if not match or float(match[1]) == 0:
         raise UserError(f"--{flag} {text}: expected a time such as 24h, 90m or 3600s")
     return float(match[1]) * {"h": 3600, "m": 60, "s": 1}[match[2]]
 
 
-def fail(message):
-    """Print one line on standard error and exit with status 2. What a damaged file fills with noise is left out."""
+# --------------------------------------------------------------------------------------------------- choices, and ends
+
+
+def table_keys(file: str, table: str) -> tuple[str, ...]:
+    """The keys of the dict called `table` in a file of the project, such as "lora.py", without running that file.
+
+    So a flag's choices are the rows of the table that defines them, and --help lists them without importing torch:
+    `Literal[cli.table_keys("lora.py", "ADAPTERS")]`, or with more choices `Literal[*cli.table_keys(...), "full"]`.
+    Raises LookupError if the file assigns no dict to that name.
+    """
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if [getattr(target, "id", None) for target in targets] == [table] and isinstance(node.value, ast.Dict):
+            return tuple(ast.literal_eval(key) for key in node.value.keys)
+    raise LookupError(f"{file} assigns no dict to {table}")
+
+
+def fail(message: object) -> NoReturn:
+    """Print one line on standard error and exit with status 2. The middle of a very long message is left out."""
     line = " ".join(str(message).split())
     print("error: " + (line if len(line) <= 1000 else f"{line[:600]} […] {line[-300:]}"), file=sys.stderr)
     sys.exit(2)
 
 
-def _complete_switches(args, settings_class):
+def _complete_switches(args, flags):
     """`--resume` alone means `--resume=true`, as a user expects of a flag that is true or false."""
-    switches = {"--" + field.name for field in dataclasses.fields(settings_class) if field.type is bool}
+    switches = {"--" + name for name, kind in flags.items() if kind is bool}
     values = [*args[1:], "--"]
     return [
         f"{arg}=true" if arg in switches and value.startswith("--") else arg
@@ -165,43 +205,4 @@ def _check_nesting(args):
         except RecursionError:
             raise UserError(f"--config {path} is nested too deeply: it is not a YAML file of settings") from None
         except (OSError, ValueError, yaml.YAMLError):
-            pass  # the parser says it better
-
-
-def _explain(message, settings_class, args):
-    """jsonargparse's message, some of which are a screen long, as one line that names the flag and the choices."""
-    flags = {field.name: field.type for field in dataclasses.fields(settings_class)}
-    unknown = re.search(r"unrecognized arguments: (--?)?([\w-]+)", message, re.IGNORECASE)
-    unknown = unknown or re.search(r"(Key|Option) ()'(\w+)' is not (accepted|expected)", message)
-    if unknown:
-        name = unknown[unknown.lastindex if "unrecognized" in message.lower() else 3]
-        close = difflib.get_close_matches(name, flags, n=1)
-        return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; --help lists them all")
-    key = re.search(r'Parser key "(\w+)"', message)
-    value = re.search(r"(?:Got value|Given value|value): (.*)", message)
-    if key and value and key[1] in flags:
-        return f"--{key[1]} {value[1]}: expected {_describe(flags[key[1]])}"
-    required = re.search(r'Key "(\w+)" is required|arguments are required: (.+)', message)
-    if required:
-        return f"--{(required[1] or required[2]).replace(', ', ', --')} is required"
-    broken = re.match("(?:Problems parsing|Unexpected) config: *(.*)", message, re.DOTALL)
-    if broken:
-        files = " or ".join(re.findall(r"--config[= ](.+?)(?= --|$)", " ".join(args)))
-        why = broken[1].replace('in "<unicode string>", ', "at ")
-        return f"--config {files} is not a YAML file of settings: {why or 'it is empty'}"
-    return re.sub(r'Parser key "(\w+)"', r"--\1", message)
-
-
-def _describe(annotation):
-    """A type in words: `Literal["a", "b"] | None` is "one of a, b, null"."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in args)
-    if origin is dict:
-        return "names and values"
-    if origin is list:
-        return f"a list such as [a,b] of {_describe(args[0])}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return names.get(annotation, "a path")
+            pass  # the parser's message is the better one

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: folders that appear complete or not at all, and the proof that they still are."""
+"""Files and folders that appear complete or not at all, and the check by SHA-256 that they have not changed since."""
 
 import contextlib
 import ctypes
@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tomllib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -24,8 +25,8 @@ def project_version() -> str | None:
     return tomllib.loads(path.read_text(encoding="utf-8")).get("project", {}).get("version") if path.is_file() else None
 
 
-def read_json(path):
-    """The parsed JSON object in `path`. Raises UserError if it is missing, broken or something else."""
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file. Raises UserError if the file is missing or broken, or holds anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -39,13 +40,17 @@ def read_json(path):
     return value
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: object) -> None:
+    """Write a value as indented JSON."""
     Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """Write a file that appears whole or not at all, and on the disk: fill the temporary one that this yields."""
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Write a file that appears complete or not at all: write the temporary file whose path this yields.
+
+    When the block ends well, that is flushed to the disk and gets its name. Otherwise it is removed.
+    """
     path = Path(path)
     temporary = _temporary(path)
     try:
@@ -58,17 +63,17 @@ def whole_file(path):
     flush(path.parent)
 
 
-# ---------------------------------------------------------------------------------------- folders, whole or absent
+# ------------------------------------------------------------------------------ folders that are complete or absent
 
 
 @contextlib.contextmanager
-def new_folder(path, hashes=None):
-    """Write a folder that appears whole or not at all: fill the one this yields.
+def new_folder(path: str | Path, hashes: dict[str, str] | None = None) -> Iterator[Path]:
+    """Write a folder that appears complete or not at all: write into the temporary folder whose path this yields.
 
-    It is a temporary one beside `path`. When the block ends well, a manifest of SHA-256 hashes is added, all is
-    flushed to disk, and it takes the name `path` (and the place of what had it). Otherwise it is removed.
+    When the block ends well, a manifest of SHA-256 hashes is added, everything is flushed to the disk, and the folder
+    gets its name, in place of the one that had it. Otherwise it is removed.
 
-    hashes: a dict that the block fills, file name to SHA-256 (hex), for what it has hashed while writing it.
+    hashes: file name to SHA-256 (hex), which the block may fill for files that it has hashed while it wrote them.
     """
     path, hashes = Path(path), {} if hashes is None else hashes
     temporary, old = _temporary(path), path.with_name(f".{path.name}.old")
@@ -104,7 +109,7 @@ def _seal(folder, hashes):
 
 
 def _take_place(temporary, path, old):
-    """Give a folder its name, in one step also where another one has it (that is then at `temporary` or at `old`)."""
+    """Give a folder its name. One that has it already is moved to `temporary`, in the same instant, or to `old`."""
     if not path.exists():
         temporary.rename(path)
     elif not _exchange(temporary, path):
@@ -114,7 +119,7 @@ def _take_place(temporary, path, old):
 
 
 def _exchange(one, other):
-    """Let two names trade places at one instant. False where the system or the file system cannot."""
+    """Exchange two names in one instant. False where the system or the file system cannot."""
     with contextlib.suppress(AttributeError, TypeError):
         names = os.fsencode(one), os.fsencode(other)
         return ctypes.CDLL(None).renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
@@ -122,21 +127,24 @@ def _exchange(one, other):
 
 
 def _put_back(old, path):
-    """Undo the first of `_take_place`'s two renames, if the second never came."""
+    """Undo the first of the two renames of `_take_place`, if the process was killed before the second."""
     if old.exists() and not path.exists():
         old.rename(path)
 
 
-def remove_folder(path):
-    """Remove a folder that at no moment looks complete and is not."""
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is never there in part: it loses its name first."""
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     path.rename(temporary)
     shutil.rmtree(temporary)
 
 
-def clear_leftovers(folder, names):
-    """Remove what a killed process left in `folder` half-written or half-removed. names: of what it wrote, patterns."""
+def clear_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove the temporary files and folders that a killed process left in `folder`.
+
+    names: of the files and folders that it wrote, or patterns of them.
+    """
     for name in names:
         for path in folder.glob(f".{name}.old"):
             _put_back(path, path.with_name(path.name[1:].removesuffix(".old")))
@@ -148,13 +156,13 @@ def _temporary(path):
     return path.with_name(f".{path.name}.tmp")
 
 
-# ------------------------------------------------------------------------------------------------- that they still are
+# ------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_manifest(folder, remedy=None):
+def check_manifest(folder: str | Path, remedy: str | None = None) -> dict[str, str]:
     """Raise UserError if a file in `folder` is missing or has changed since `new_folder` wrote it.
 
-    remedy: what to do then; by default to make or copy the folder again. Returns the hashes, by file name.
+    remedy: what to do then, for the message; by default to make or copy the folder again. Returns file name to hash.
     """
     folder = Path(folder)
     remedy = remedy or f"make or copy {folder} again (or delete its {MANIFEST}, if the change is meant)"
@@ -163,11 +171,11 @@ def check_manifest(folder, remedy=None):
     return hashes
 
 
-def check_listed(folder, patterns, remedy):
-    """Check those files of a folder that are about to be read, if it is one that `new_folder` wrote.
+def check_listed(folder: str | Path, patterns: Iterable[str], remedy: str) -> None:
+    """Check the files of a folder that are about to be read, if `new_folder` wrote it.
 
-    Raises UserError that ends in `remedy` if a file whose name matches one of `patterns` stands in the manifest and is
-    missing or has changed. A folder without a manifest is as somebody else made it.
+    Raises UserError, which ends in `remedy`, if a file that the manifest lists and whose name matches one of `patterns`
+    is missing or has changed. A folder without a manifest was made by another program, and is not checked.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
@@ -188,8 +196,11 @@ def _check_hashes(folder, hashes, remedy):
 
 
 @contextlib.contextmanager
-def checked(folder):
-    """Let the block read a folder, and check it meanwhile if it has a manifest. What the block raises goes first."""
+def checked(folder: str | Path | None) -> Iterator[None]:
+    """Check a folder that has a manifest in a thread, while the block reads it.
+
+    Raises UserError at the end of the block if a file has changed; an error that the block raises has precedence.
+    """
     if folder is None or not Path(folder, MANIFEST).is_file():
         yield
         return
@@ -200,8 +211,8 @@ def checked(folder):
 
 
 @contextlib.contextmanager
-def damage_first(folder):
-    """Where the block finds something wrong with a folder, say first if a file has changed since it was written."""
+def damage_first(folder: str | Path) -> Iterator[None]:
+    """If the block raises UserError about a folder, raise that a file has changed since it was written, if one has."""
     try:
         yield
     except UserError:
@@ -211,7 +222,7 @@ def damage_first(folder):
 
 
 def _manifest_text(hashes):
-    """A manifest, which ends with the hash of itself without that."""
+    """A manifest. Its last entry is the hash of the others."""
     own = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     return json.dumps({**hashes, MANIFEST: own}, indent=2) + "\n"
 
@@ -228,18 +239,19 @@ def _read_manifest(path, remedy):
 
 
 def _is_below(name):
-    """Whether a name in a manifest is that of a file below its folder, and no way out of it."""
+    """Whether a name in a manifest is that of a file below its folder, not of one elsewhere."""
     path = PurePosixPath(name)
     return str(path) == name != "." and not path.is_absolute() and ".." not in path.parts
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def flush(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
+def flush(path: str | Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -37,10 +37,10 @@ WORDS = ["the", "answer", "to", "question", "is", "42", "and", "this", "what", "
 def serve(model_dir, **flags):
     """A server in threads of this process, on a free port."""
     flags = {"max_batch_size": 8, "precision": "32-true", **flags}
-    service = helm_server.Service(helm_server.Settings(checkpoint_dir=model_dir, **flags))
+    settings = helm_server.Settings(checkpoint_dir=model_dir, **flags)
+    service = helm_server.Service(settings)
     sock = helm_server.bind("127.0.0.1", 0)
-    config = uvicorn.Config(helm_server.make_app(service), log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(helm_server.make_config(service, settings))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
     thread.start()
     place = SimpleNamespace(service=service, port=sock.getsockname()[1], model=service.writer.model)
@@ -636,9 +636,15 @@ def test_a_token_is_asked_for(guarded):
     right = {"Authorization": "Bearer sesame-öffne".encode().decode("latin-1")}
     for path, body in (
         (P, {"prompt": "a"}),
+        (T, {"text": "a"}),
+        (D, {"tokens": [1]}),
         (C, {"prompt": "a"}),
+        (H, {"messages": [{"role": "user", "content": "a"}]}),
         ("/v1/models", None),
         ("/metrics", None),
+        ("/openapi.json", None),
+        ("/docs", None),
+        ("/redoc", None),
         ("/x", None),
     ):
         for headers in (
@@ -648,8 +654,26 @@ def test_a_token_is_asked_for(guarded):
         ):
             code, answer, _ = ask(guarded, path, body, headers)
             assert code == 401 and "token" in json.dumps(answer)
-        assert ask(guarded, path, body, right)[0] in (200, 404)
+        assert ask(guarded, path, body, right)[0] in (200, 404), path
     assert ask(guarded, "/health")[0] == 200
+
+
+def test_every_path_but_health_is_guarded(guarded):
+    """Those of the app itself, so that a new one is in this test, with every method."""
+    paths = {route.path for route in helm_server.make_app(guarded.service).routes}
+    assert paths >= {"/health", "/metrics", "/openapi.json", P, T, D, C, H, "/v1/models"}
+    for path in (paths | {"/health/", "//health", "/Health"}) - {"/health"}:
+        for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE"):
+            assert talk(guarded, f"{method} {path} HTTP/1.1\r\nHost: a\r\n\r\n").startswith("HTTP/1.1 401 "), path
+    upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: abc\r\n"
+    assert talk(guarded, f"GET {P} HTTP/1.1\r\nHost: a\r\n{upgrade}\r\n").startswith("HTTP/1.1 401 ")
+
+
+def test_no_page_that_loads_scripts_from_elsewhere(server):
+    for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
+        assert ask(server, path)[0] == 404
+    code, schema, _ = ask(server, "/openapi.json")
+    assert code == 200 and {P, T, D, C, H, "/health", "/metrics", "/v1/models"} <= schema["paths"].keys()
 
 
 def test_a_large_body_is_413(guarded):
@@ -669,6 +693,129 @@ def chunked(place, path, chunks, headers):
     status = connection.getresponse().status
     connection.close()
     return status
+
+
+# ------------------------------------------------------------------------------------------ requests that are too slow
+
+
+@pytest.fixture(scope="module")
+def impatient(tiny_model_dir):
+    with serve(tiny_model_dir, request_seconds=0.6) as place:
+        yield place
+
+
+def talk(place, *parts, pause=0.0):
+    """What the server answers, until it closes the connection, to parts of a request sent with pauses between them."""
+    with socket.create_connection(("127.0.0.1", place.port), timeout=30) as sock:
+        sock.settimeout(30)
+        for part in parts:
+            with contextlib.suppress(ConnectionError):  # it may have closed it by now
+                sock.sendall(part.encode())
+            time.sleep(pause)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while b"\r\n\r\n" not in answer or b"408" in answer:
+                received = sock.recv(10_000)
+                if not received:
+                    break
+                answer += received
+    return answer.decode()
+
+
+HEADER = "POST /process HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+BODY = '{"prompt": "the", "max_new_tokens": 2}'
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [""],
+        ["P"],
+        [HEADER],
+        [f"{HEADER}Content-Length: {len(BODY)}\r\n\r\n"],
+        [f"{HEADER}Content-Length: {len(BODY)}\r\n\r\n{BODY[:-1]}"],
+        [f"{HEADER}Transfer-Encoding: chunked\r\n\r\n5\r\n{BODY[:5]}\r\n"],
+        [*HEADER[:20]],
+        [f"{HEADER}Content-Length: {len(BODY)}\r\n\r\n", *BODY[:20]],
+    ],
+    ids=[
+        "nothing",
+        "a letter",
+        "half a header",
+        "no body",
+        "half a body",
+        "a chunk",
+        "drops of header",
+        "drops of body",
+    ],
+)
+def test_a_request_that_does_not_arrive_in_time_is_408(impatient, parts):
+    """A byte now and then does not prolong the time."""
+    started = time.monotonic()
+    answer = talk(impatient, *parts, pause=0.1 if len(parts) > 1 else 0)
+    assert 0.5 < time.monotonic() - started < 15
+    head, _, body = answer.partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 408 Request Timeout\r\n") and "connection: close" in head
+    assert json.loads(body) == {"detail": "the request did not arrive within 0.6 s"}
+    assert ask(impatient, "/health")[0] == 200
+
+
+def test_408_has_openai_s_form_where_the_path_is_known(impatient):
+    answer = talk(impatient, "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{")
+    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["code"] == 408
+
+
+def test_a_refused_request_whose_body_never_ends_is_closed(impatient):
+    """The answer is sent before the body has arrived; the rest of it must not keep the connection open."""
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as sock:
+        sock.sendall(f"{HEADER}Content-Length: 5000000\r\n\r\n".encode())
+        started, answer = time.monotonic(), b""
+        with contextlib.suppress(ConnectionError):
+            while received := sock.recv(10_000):
+                answer += received
+                sock.sendall(b"a")
+        assert time.monotonic() - started < 15 and answer.startswith(b"HTTP/1.1 413 ")
+        assert b"408" not in answer
+
+
+def test_only_the_arrival_is_limited(impatient, monkeypatch):
+    """Not the time of the answer, nor that of later requests on the same connection."""
+    decoder = impatient.service.writer.decoder
+    real = decoder.step
+    monkeypatch.setattr(decoder, "step", lambda ids: time.sleep(0.3) or real(ids))
+    connection = http.client.HTTPConnection("127.0.0.1", impatient.port, timeout=60)
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        body = {"prompt": "the", "max_new_tokens": 5, "temperature": 1.0, "top_k": 0, "seed": 5}
+        connection.request("POST", P, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200 and json.load(response)["tokens"]
+        seconds.append(time.monotonic() - started)
+        time.sleep(0.3)  # idle for a while, then the next on the same connection
+    assert max(seconds) > 0.6
+    connection.sock.sendall(HEADER.encode())  # the next one stays half-sent: a clock of its own
+    started = time.monotonic()
+    assert connection.sock.recv(10_000).startswith(b"HTTP/1.1 408 ") and 0.5 < time.monotonic() - started < 15
+    connection.close()
+
+
+def test_a_pipelined_half_request_is_closed_after_the_first_is_answered(impatient):
+    first = f"{HEADER}Content-Length: {len(BODY)}\r\n\r\n{BODY}"
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as sock:
+        sock.sendall(f"{first}{HEADER}Content-Length: 100\r\n\r\n{{".encode())
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while received := sock.recv(10_000):
+                answer += received
+        assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1 408 ") == 1
+
+
+def test_many_half_sent_requests_leave_the_server_well(impatient):
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        slow = [pool.submit(talk, impatient, HEADER[: random.randrange(len(HEADER))]) for _ in range(50)]
+        assert process(impatient, "the", **GREEDY)["text"].startswith("the")
+        assert all("408" in answer.result() for answer in slow)
 
 
 # ------------------------------------------------------------------------------------------------------------- the load

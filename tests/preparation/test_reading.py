@@ -170,7 +170,7 @@ def test_parquet_that_is_not_utf_8_costs_only_its_row(tmp_path):
 def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     path = [write(tmp_path / "rows.parquet", b"PAR1")] if missing == "pyarrow" else "some/where"
-    with pytest.raises(UserError, match=f"pip install {missing}"):
+    with pytest.raises(UserError, match=f"{missing} is not installed: pip install -r requirements"):
         list(read_rows(Source("test", path), lambda share: None))
 
 
