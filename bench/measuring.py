@@ -1,46 +1,113 @@
-"""What the comparisons share: their JSON lines, what these say of a process, and processes with a peer installed.
+"""How bench/ measures: the flags its scripts share, sides by turns, each run in a process, medians, tables and charts.
 
-Imports nothing of the project, for it is used under interpreters that have nothing but a peer installed, too.
+A script describes its call with `describe`, measures its sides with `by_turns`, which adds a JSON line for every run to
+a file, and shows the lines through `summarize`, `print_table` and `draw_bars`. A run in a process of its own is
+`run_job`; the process is this file, started on the job:
+
+    python bench/measuring.py JOB.json
+
+The top of this file imports the standard library alone: the peers' side of a comparison imports it, too, under
+interpreters that have nothing but the peer installed.
 """
 
+import importlib
 import json
 import os
+import platform
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS = "onetune"
 PACKAGES = (
     "torch", "lightning", "bitsandbytes", "transformers", "peft", "accelerate", "trl", "litgpt", "torchtune", "torchao",
+    "lm_eval",
 )  # fmt: skip
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve")
 
 
 class Unavailable(Exception):
     """A side that cannot be measured here; the text says why."""
 
 
+@dataclass(kw_only=True)
+class Measurement:
+    """Flags of nearly every script.
+
+    Args:
+        checkpoint_dir: Model folder.
+        out_file: A JSON line for every run is added to this file.
+    """
+
+    checkpoint_dir: Path
+    out_file: Path
+
+
+@dataclass(kw_only=True)
+class Comparison(Measurement):
+    """Flags of a script that compares speeds.
+
+    Args:
+        dtype: Dtype of the weights.
+        runs: Runs of each side, by turns; their median counts.
+    """
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    runs: int = 3
+
+
 # ------------------------------------------------------------------------------------------------------ JSON lines
 
 
-def commit():
-    """The project's commit, with "+" if files were changed since; None outside a repository."""
-    done = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True
-    )
-    return done.stdout.strip() or None
+def describe(settings) -> dict:
+    """What all lines of a call share: when, with which settings (a dataclass), on which machine, by which code."""
+    left_out = ("out_file", "venvs_dir", "report")
+    kept = {key: value for key, value in asdict(settings).items() if key not in left_out}
+    return {
+        "call": datetime.now().isoformat(timespec="seconds"),
+        "settings": {
+            key.removesuffix("_dir"): value.name if isinstance(value, Path) else value for key, value in kept.items()
+        },
+        "machine": machine(),
+        "versions": installed_versions(),
+        "commit": commit(),
+    }
 
 
-def add_line(path, line):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+def machine() -> dict:
+    """What speeds depend on: the processor with its extensions for arithmetic, and the GPU if there is one."""
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    info = dict((part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
+    flags = (info.get("flags") or info.get("Features") or "").split()
+    return {
+        "cpu": info.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
-def installed_versions():
+def machine_name(machine: dict) -> str:
+    """The machine of a line, for a title."""
+    return machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+
+
+def installed_versions() -> dict[str, str]:
     """{package: version} of what a measurement may depend on, where it is installed."""
     found = {}
     for package in PACKAGES:
@@ -51,24 +118,79 @@ def installed_versions():
     return found
 
 
-# ------------------------------------------------------------------------------------------------- of this process
+def commit() -> str | None:
+    """The project's commit, with "+" if files were changed since; None without git or outside a repository."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
-def busy_seconds():
-    """CPU seconds that all processes have used since the machine started; 0 where the system does not say."""
+def add_line(path: Path, line: dict) -> None:
+    """Append `line` to a file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- by turns
+
+
+def by_turns(sides: list[dict], runs: int, measure: Callable[..., dict], settings, call: dict) -> Iterator[dict]:
+    """Measure all sides one after the other, `runs` times: a machine that becomes slower does so for all of them.
+
+    sides: the fields that name a side, such as {"side": "peft", "micro_batch": 4}; `measure(**side)` returns the others
+    of its line. Yields each line when it has been added, with those of `call`, to `settings.out_file`.
+
+    A side whose `measure` raises Unavailable has one line with the reason as "unavailable" and is not tried again. If
+    it is ours there is nothing to compare: raises UserError.
+    """
+    sides = list(sides)
+    for run in range(runs):
+        for side in list(sides):
+            line = {**side, "run": run}
+            try:
+                line |= measure(**side)
+            except Unavailable as error:
+                if side.get("side", OURS) == OURS:
+                    from shell.cli import UserError  # not at the top: the peers' interpreters lack what it imports
+
+                    raise UserError(f"{' '.join(map(str, side.values()))}: {error}") from None
+                line["unavailable"] = str(error)
+                sides.remove(side)
+            add_line(settings.out_file, {**call, **line})  # a peer's own versions over those of this interpreter
+            yield line
+
+
+# ---------------------------------------------------------------------------------------------- inside of a process
+
+
+def cpu_times() -> tuple[float, float, float]:
+    """Seconds: the time, the CPU time of all processes since the machine started, and that of this one."""
+    own = os.times()
     try:
         user, nice, system, _idle, _iowait, irq, softirq, steal = Path("/proc/stat").read_text().split()[1:9]
+        busy = sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
     except OSError:
-        return 0.0
-    return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
+        busy = 0.0  # where the system does not say
+    return time.time(), busy, own.user + own.system + own.children_user + own.children_system
 
 
-def own_seconds():
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+def others_share(start: tuple, end: tuple) -> float:
+    """The share of the machine's CPUs that other processes took between two `cpu_times`."""
+    seconds, busy, own = (b - a for a, b in zip(start, end, strict=True))
+    return max(0.0, busy - own) / (seconds * (os.cpu_count() or 1))
 
 
-def peak_memory():
+def device_name() -> str:
+    """The GPU if there is one, for every side."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def peak_memory() -> int:
     """Bytes: the most that tensors took on a GPU, or that the whole process took on a CPU.
 
     Not getrusage's figure where there is a better one: a child process starts with its parent's peak in that.
@@ -84,10 +206,47 @@ def peak_memory():
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-# ------------------------------------------------------------------------------------------ processes with a peer
+# ------------------------------------------------------------------------------------------------ starting processes
 
 
-def environment(venvs_dir, name, requirements, log):
+def run_job(function: Callable[[dict], dict], job: dict, log: Path, python: str | Path = sys.executable) -> dict:
+    """What `function(job)` returns, called in a new process of the interpreter `python`. Its output goes into `log`.
+
+    function: of a file in bench/, by its name there. job and result: dicts that JSON can hold; the function finds a
+    temporary folder as job["work_dir"] and the time of its start as job["started"].
+    Raises Unavailable if the function does, or if it leaves no result.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work_dir, open(log, "w") as output:
+        path, result = Path(work_dir, "job.json"), Path(work_dir, "result.json")
+        file = Path(function.__code__.co_filename).resolve().relative_to(ROOT)  # its module may be called __main__ here
+        place = {"module": ".".join(file.with_suffix("").parts), "function": function.__name__}
+        path.write_text(json.dumps({**job, **place, "work_dir": work_dir, "started": time.time()}))
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            [python, __file__, path], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env={**os.environ, **offline},
+        )  # fmt: skip
+        if not result.is_file():
+            raise Unavailable(f"{last_line(log)} (exit status {done.returncode}, {log})")
+        found = json.loads(result.read_text())
+    if "unavailable" in found:
+        raise Unavailable(found["unavailable"])
+    return found
+
+
+def do_job(path: Path) -> None:
+    """The other end of `run_job`: call the function that the file `path` names, and write its result beside it."""
+    job = json.loads(path.read_text())
+    function = getattr(importlib.import_module(job["module"]), job["function"])
+    try:
+        result = function(job)
+    except Unavailable as error:
+        result = {"unavailable": str(error)}
+    path.with_name("result.json").write_text(json.dumps(result))
+
+
+def environment(venvs_dir: Path, name: str, requirements: tuple[str, ...], log: Path) -> str | Path:
     """An interpreter with exactly these requirements: this one, or that of a virtual environment made for them.
 
     Raises Unavailable if pip fails.
@@ -99,6 +258,7 @@ def environment(venvs_dir, name, requirements, log):
     wanted = "\n".join(requirements) + "\n"
     if not stamp.is_file() or stamp.read_text() != wanted:
         print(f"making the virtual environment {folder}", file=sys.stderr)
+        log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as output:
             for command in ([sys.executable, "-m", "venv", folder], [python, "-m", "pip", "install", *requirements]):
                 if subprocess.run(command, stdout=output, stderr=output).returncode:
@@ -107,7 +267,8 @@ def environment(venvs_dir, name, requirements, log):
     return python
 
 
-def installed(requirement):
+def installed(requirement: str) -> bool:
+    """Whether this interpreter has the version that a requirement such as "peft==0.21.2" names."""
     name, _, wanted = requirement.partition("==")
     try:
         return version(name).partition("+")[0] == wanted  # "2.13.0+cpu" is 2.13.0
@@ -115,25 +276,83 @@ def installed(requirement):
         return False
 
 
-def run_job(command, job, log):
-    """Run `command` on a file with `job`, and what it prints into `log`: the dict that it leaves at job["result"].
-
-    Raises Unavailable if it leaves none.
-    """
-    with tempfile.TemporaryDirectory() as work_dir, open(log, "w") as output:
-        path, result = Path(work_dir, "job.json"), Path(work_dir, "result.json")
-        job = job | {"work_dir": work_dir, "result": str(result)}
-        path.write_text(json.dumps(job | {"started": time.time()}))
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
-            [*command, path], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **offline}
-        )
-        if not result.is_file():
-            raise Unavailable(f"{last_line(log)} (exit status {done.returncode}, {log})")
-        return json.loads(result.read_text())
-
-
-def last_line(log):
-    """The last line that says something: of a traceback the error itself."""
+def last_line(log: Path) -> str:
+    """The last line with text: of a traceback the error itself."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no output"
+
+
+def script_command(script: str, flags: dict) -> list[str]:
+    """The command that runs one of the project's scripts, such as "finetune.py", under this interpreter."""
+    return [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items())]
+
+
+# ------------------------------------------------------------------------------------------- medians, table and chart
+
+
+def summarize(lines: Iterable[dict], by: tuple[str, ...], medians: tuple[str, ...]) -> list[dict]:
+    """A row for each side: its fields `by`, the number of its "runs", and the medians of the fields `medians`.
+
+    "spread" is the lowest and the highest value of the first of `medians`. Unavailable sides have no row.
+    """
+    sides = {}
+    for line in lines:
+        if "unavailable" not in line:
+            sides.setdefault(tuple(line[key] for key in by), []).append(line)
+    rows = []
+    for names, runs in sides.items():
+        row = {key: statistics.median(run[key] for run in runs) for key in medians}
+        first = [run[medians[0]] for run in runs]
+        rows.append({**dict(zip(by, names, strict=True)), **row, "runs": len(runs), "spread": (min(first), max(first))})
+    return rows
+
+
+def print_table(columns: dict[str, str], rows: list[dict]) -> None:
+    """Print a Markdown table that is lined up for the screen.
+
+    columns: the format of each heading's cells, such as {"tokens/s": "{tokens_per_second:,.0f}"}, filled from a row.
+    """
+    table = [list(columns), *([cell.format(**row) for cell in columns.values()] for row in rows)]
+    numbers = [
+        all(cell[:1].isdigit() or cell[:1] in "+-" for cell in column[1:]) for column in zip(*table, strict=True)
+    ]
+    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * (width - right) + ":" * right for width, right in zip(widths, numbers, strict=True)])
+    for cells in table:
+        places = zip(cells, widths, numbers, strict=True)
+        print("| " + " | ".join(f"{cell:{'>' if right else '<'}{width}}" for cell, width, right in places) + " |")
+
+
+def draw_bars(tables: list[tuple[str, list[dict]]], columns: dict[str, tuple[str, str]], path: Path) -> None:
+    """Bars as a PNG, ours in orange: a row of panels for each table, a panel for each column.
+
+    tables: (title, rows); a row has a "side" and a "label". columns: (unit, format of the figures) by field of a row.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    heights = [len(rows) + 2 for _, rows in tables]  # in bars; 2 for title and axis
+    figure, axes = plt.subplots(
+        len(tables), len(columns), figsize=(12, 0.35 * sum(heights) + 0.6), layout="constrained", squeeze=False,
+        height_ratios=heights,
+    )  # fmt: skip
+    for (title, rows), panels in zip(tables, axes, strict=True):
+        colours = ["tab:orange" if row["side"] == OURS else "tab:blue" for row in rows]
+        for panel, (key, (unit, form)) in zip(panels, columns.items(), strict=True):
+            bars = panel.barh(range(len(rows)), [row[key] for row in rows], color=colours)
+            panel.bar_label(bars, fmt=form, padding=3)
+            panel.set(xlabel=unit, xmargin=0.12, yticks=[])
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
+        panels[0].set_title(title, loc="left", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    from bench.measuring import do_job  # noqa: F811 (under the module's own name, so that its Unavailable is caught)
+
+    do_job(Path(sys.argv[1]))

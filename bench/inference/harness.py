@@ -1,6 +1,6 @@
 """Multiple choice under lm-eval: our model class against lm-eval's own `hf`, on the same questions, by turns.
 
-    python bench/harness.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data bbq_age.jsonl
+    python bench/inference/harness.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data bbq_age.jsonl
 
 Needs requirements-eval.txt and requirements-dev.txt. Each run is a process that loads the model, scores a few questions
 uncounted, and then all of them: what is timed is lm-eval's `loglikelihood`, from texts to figures. Both have the same
@@ -8,43 +8,47 @@ budget of positions in a batch. It stops if the two differ. Results are added to
 """
 
 import json
-import statistics
 import sys
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from lines import Unavailable, add_line, commit, run_job
+from bench.measuring import (
+    OURS,
+    Comparison,
+    by_turns,
+    cpu_times,
+    describe,
+    device_name,
+    installed_versions,
+    machine_name,
+    others_share,
+    peak_memory,
+    print_table,
+    run_job,
+    summarize,
+)
 from shell import cli
 from shell.cli import UserError
 
-SIDES = ("onetune", "hf")
 
-
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(Comparison):
     """The command line.
 
     Args:
         data: JSON Lines with the columns of BBQ: context, question, ans0, ans1, ans2.
-        checkpoint_dir: Model folder.
-        dtype: Of the weights and the computation.
         questions: How many of the file's, evenly spread.
         batch_tokens: Positions in the model at one time; for hf as many texts as have so many tokens on average.
-        runs: Processes for each side, by turns; their median counts.
-        out_file: JSON lines, one a run, are added to this file.
     """
 
     data: Path
-    checkpoint_dir: Path
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["bf16", "fp32"] = "fp32"
     questions: int = 100
     batch_tokens: int = 2048
-    runs: int = 3
     out_file: Path = Path("out/bench/harness.jsonl")
 
     def __post_init__(self):
@@ -55,21 +59,34 @@ class Settings:
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
+COLUMNS = {
+    "side": "{side}", "questions/s": "{rate:.2f}", "seconds from": "{spread[0]:.2f}", "to": "{spread[1]:.2f}",
+    "CPU seconds": "{cpu_seconds:.2f}", "memory": "{peak_gb:.2f}", "others": "{others_cpu:.1%}",
+}  # fmt: skip
+
 
 def main(s):
-    call, runs = describe_call(s), {side: [] for side in SIDES}
-    pairs = read_questions(s)
-    for run in range(s.runs):
-        for side in SIDES:
-            line = {"side": side, "run": run, **run_side(s, side, pairs)}
-            runs[side].append(line)
-            add_line(s.out_file, {key: value for key, value in line.items() if key != "scores"} | call)
-            print(
-                f"{side}: {line['seconds']:.2f} s, {line['cpu_seconds']:.2f} of CPU, {line['peak_gb']:.2f} GB",
-                flush=True,
-            )
-        check(s, runs)
-    print_table(s, call, runs)
+    """Measure both sides by turns and print their table."""
+    call, pairs, scores, lines = describe(s), read_questions(s), {}, []
+    paths = {"checkpoint_dir": str(s.checkpoint_dir.resolve()), "dtype": s.dtype, "batch_tokens": s.batch_tokens}
+
+    def measure_side(side):
+        line = run_job(measure, {"side": side, "pairs": pairs, **paths}, s.out_file.parent / f"harness-{side}.log")
+        scores[side] = line.pop("scores")
+        return line | {"worst": largest_difference(scores, s.dtype)}
+
+    for line in by_turns([{"side": OURS}, {"side": "hf"}], s.runs, measure_side, s, call):
+        if "unavailable" in line:
+            raise UserError(f"{line['side']}: {line['unavailable']}")
+        lines.append(line)
+        print("{side}: {seconds:.2f} s, {cpu_seconds:.2f} of CPU, {peak_gb:.2f} GB".format(**line), flush=True)
+    rows = summarize(lines, ("side",), ("seconds", "cpu_seconds", "peak_gb", "others_cpu"))
+    where = machine_name(call["machine"])
+    print(f"\n{s.checkpoint_dir.name}, {s.dtype}, {s.questions} questions of {s.data.name}, {where}, {call['commit']}")
+    print_table(COLUMNS, [row | {"rate": s.questions / row["seconds"]} for row in rows])
+    ours, theirs = (row["seconds"] for row in rows)
+    worst = max(line["worst"] for line in lines)
+    print(f"{theirs / ours:.2f} times as fast as hf; log-likelihoods within {worst:.2g}")
 
 
 def read_questions(s):
@@ -87,54 +104,62 @@ def read_questions(s):
     ]
 
 
-def run_side(s, side, pairs):
-    """What `harness_side.measure` returns."""
-    log = s.out_file.parent / f"harness-{side}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    job = {
-        "side": side, "checkpoint_dir": str(s.checkpoint_dir.resolve()), "dtype": s.dtype, "pairs": pairs,
-        "batch_tokens": s.batch_tokens,
-    }  # fmt: skip
-    try:
-        return run_job([sys.executable, Path(__file__).with_name("harness_side.py")], job, log)
-    except Unavailable as error:
-        raise UserError(f"{side}: {error}") from None
+def largest_difference(scores, dtype):
+    """Between the log-likelihoods of the two sides, or 0 while there is one. Raises UserError if it is too large.
 
-
-def check(s, runs):
-    """Raise UserError if the two do not compute the same; in bf16 they round at other places."""
-    ours, theirs = (runs[side][-1]["scores"] for side in SIDES)
+    In bf16 the two round at other places.
+    """
+    ours, theirs = (scores.get(side, scores[OURS]) for side in (OURS, "hf"))
     worst = max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True))
-    if worst > {"fp32": 1e-3, "bf16": 1.0}[s.dtype]:
+    if worst > {"fp32": 1e-3, "bf16": 1.0}[dtype]:
         raise UserError(f"the log-likelihoods of the two differ by up to {worst:.3g}: this is no comparison")
-    runs["onetune"][-1]["worst"] = worst
+    return worst
 
 
-def describe_call(s):
-    import limits
+# ------------------------------------------------------------------------------------- the sides, in their processes
 
+
+def ours(job):
+    """The class behind eval/lm_eval_harness.py."""
+    import generate
+    from eval.lm_eval_harness import OnetuneLM
+
+    precision = {"fp32": "32-true", "bf16": "bf16-true"}[job["dtype"]]
+    return OnetuneLM(generate.Writer(job["checkpoint_dir"], None, None, precision), job["batch_tokens"])
+
+
+def hf(job):
+    """lm-eval's class for transformers' models."""
+    from lm_eval.models.huggingface import HFLM
+
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[job["dtype"]]
+    model = HFLM(pretrained=job["checkpoint_dir"], dtype=dtype, device=device_name())
+    tokens = sum(len(model.tok_encode(context + continuation)) for context, continuation in job["pairs"])
+    model.batch_size_per_gpu = max(1, job["batch_tokens"] * len(job["pairs"]) // tokens)
+    return model
+
+
+def measure(job):
+    """Seconds for all pairs (context, continuation), after three questions that are not counted."""
+    from lm_eval.api.instance import Instance
+
+    model = {OURS: ours, "hf": hf}[job["side"]](job)
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=tuple(pair), idx=i)
+        for i, pair in enumerate(job["pairs"])
+    ]
+    model.loglikelihood(requests[:9], disable_tqdm=True)
+    start = cpu_times()
+    scores = model.loglikelihood(requests, disable_tqdm=True)
+    end = cpu_times()
     return {
-        "call": datetime.now().isoformat(timespec="seconds"),
-        "settings": {key: value.name if isinstance(value, Path) else value for key, value in asdict(s).items()},
-        "machine": limits.machine(),
-        "commit": commit(),
+        "seconds": end[0] - start[0],
+        "cpu_seconds": end[2] - start[2],
+        "peak_gb": peak_memory() / 1e9,
+        "others_cpu": others_share(start, end),
+        "versions": installed_versions(),
+        "scores": scores,
     }
-
-
-def print_table(s, call, runs):
-    machine = call["machine"]
-    where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-    print(f"\n{s.checkpoint_dir.name}, {s.dtype}, {s.questions} questions of {s.data.name}, {where}, {call['commit']}")
-    medians = {side: statistics.median(line["seconds"] for line in lines) for side, lines in runs.items()}
-    for side, lines in runs.items():
-        times, others = [line["seconds"] for line in lines], max(line["others_cpu"] for line in lines)
-        cpu, peak = (statistics.median(line[key] for line in lines) for key in ("cpu_seconds", "peak_gb"))
-        print(
-            f"{side:8} {s.questions / medians[side]:7.2f} questions/s  {min(times):.2f} to {max(times):.2f} s  "
-            f"{cpu:.2f} s of CPU  {peak:.2f} GB  others took up to {others:.0%} of the CPU"
-        )
-    worst = max(line["worst"] for line in runs["onetune"])
-    print(f"{medians['hf'] / medians['onetune']:.2f} times as fast as hf; log-likelihoods within {worst:.2g}")
 
 
 if __name__ == "__main__":
