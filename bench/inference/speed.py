@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(ROOT)
 
-from bench.inference import sides
+from bench.inference.sides import SIDES, measure
 from bench.measuring import (
     OURS,
     Comparison,
@@ -31,7 +31,7 @@ from bench.measuring import (
     run_job,
     summarize,
 )
-from bench.training import peers
+from bench.training.peers import PEERS
 from shell import cli
 from shell.cli import UserError
 
@@ -56,7 +56,7 @@ class Settings(Comparison):
     batches: list[int] = field(default_factory=lambda: [1, 16])
     prompt_tokens: int = 64
     new_tokens: int = 64
-    sides: list[Literal[tuple(sides.SIDES)]] = field(default_factory=lambda: list(sides.SIDES))
+    sides: list[Literal[tuple(SIDES)]] = field(default_factory=lambda: list(SIDES))
     repeats: int = 2
     venvs_dir: Path = ROOT / "bench" / "venvs"
     out_file: Path = Path("out/bench/inference_speed.jsonl")
@@ -124,8 +124,8 @@ def run_side(s, side, batch):
     }  # fmt: skip
     log, python = s.venvs_dir / f"generate-{side}.log", sys.executable
     if side == "litgpt":
-        python = environment(s.venvs_dir, side, peers.PEERS[side].requirements, log)
-    return run_job(sides.measure, job, log, python)
+        python = environment(s.venvs_dir, side, PEERS[side].requirements, log)
+    return run_job(measure, job, log, python)
 
 
 def bytes_per_step(s):

@@ -85,7 +85,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import finetune
 import generate
 import lora
 from batching import Samples
@@ -96,6 +95,7 @@ from inference.decode import fastest_decoder
 from model import Config, Transformer
 from preparation.record_store import SampleWriter
 from quantize import BLOCK, bitsandbytes, nf4_quantize
+from training import build
 from training.memory import budget, plan
 from weights.checkpoint import fill_model
 
@@ -384,14 +384,15 @@ def predicted_peak(size, run, device, tokens, sample_tokens):
 def our_step(s, run, shape, samples, device):
     """A function that takes the step of a number with finetune.py's own: loss and norm of the gradient."""
     settings = our_settings(s, run)
-    fabric = finetune.start_fabric(settings)
+    fabric = build.start_fabric(settings)
     model = random_model(shape, fabric.device, settings.quantize)
     if run.kind == "full":
         model.requires_grad_(True)
     else:
         lora.add_lora(model, budget.adapter_config(settings))
-    steps = dict(finetune.planned_steps(settings, samples, 0, WARM_UP + s.steps))
-    train_step = ours.step_function(fabric, settings, model, samples)
+    steps = dict(budget.planned_steps(settings, samples, 0, WARM_UP + s.steps))
+    optimizer = fabric.setup_optimizers(build.build_optimizer(settings, model))
+    train_step = ours.step_function(build.Run(settings, fabric, model.train(), optimizer, samples))
 
     def step(number):
         row = train_step(number, steps[number])

@@ -58,6 +58,8 @@ from tqdm import tqdm
 import finetune
 from batching import PLANNERS, in_order
 from bench.training import ours
+from training import build
+from training.memory.budget import planned_steps
 from weights import peft_format
 
 PEFT = "transformers + PEFT"
@@ -78,15 +80,15 @@ def main(s):
     training = ours.training_settings(
         job, global_batch_size=s.global_batch_size, micro_batch_tokens=s.micro_batch_tokens, max_grad_norm=1.0
     )
-    _, train, val = finetune.open_data(training)
-    if not len(val):
+    data = build.open_data(training)
+    if not len(data.val):
         raise UserError(f"{s.data_dir} has no validation samples: run prepare_data.py with --val_fraction above 0")
-    finetune.check_model(training, train, val)
-    plan = [micro_batches for _, micro_batches in finetune.planned_steps(training, train, 0, s.steps)]
+    build.check_model(training, data)
+    plan = [micro_batches for _, micro_batches in planned_steps(training, data.train, 0, s.steps)]
     with tempfile.TemporaryDirectory() as adapter_dir:
         sides = {
-            OURS: train_ours(training, train, val, plan, adapter_dir),
-            PEFT: train_peft(job, training, train, val, plan, adapter_dir),
+            OURS: train_ours(training, data, plan, adapter_dir),
+            PEFT: train_peft(job, training, data, plan, adapter_dir),
         }
     difference = sides[OURS]["val_loss"] / sides[PEFT]["val_loss"] - 1
     print_table(COLUMNS, [{"side": name, **side} for name, side in sides.items()])
@@ -95,24 +97,23 @@ def main(s):
     add_line(s.out_file, describe(s) | line)
 
 
-def train_ours(training, train, val, plan, adapter_dir):
+def train_ours(training, data, plan, adapter_dir):
     """Train and validate with finetune.py's functions. Writes the adapter, as it was before, into `adapter_dir`."""
-    fabric = finetune.start_fabric(training)
-    model, adapter = finetune.build_model(training, fabric.device, newest=None)
-    if adapter:
-        peft_format.save_adapter(model, adapter, adapter_dir, training.checkpoint_dir)
-    step = ours.step_function(fabric, training, model, train)
+    run = build.build_run(training, build.start_fabric(training), data, newest=None, identity={})
+    if run.adapter:
+        peft_format.save_adapter(run.model, run.adapter, adapter_dir, training.checkpoint_dir)
+    step = ours.step_function(run)
     return train_side(
         OURS,
         lambda number, micro_batches: step(number, micro_batches)["loss"],
-        lambda: finetune.validate(fabric, training, model, val)["val_loss"],
+        lambda: finetune.validate(run)["val_loss"],
         plan,
     )
 
 
-def train_peft(job, training, train, val, plan, adapter_dir):
+def train_peft(job, training, data, plan, adapter_dir):
     """The same in a plain loop over transformers' model with PEFT's adapter, loaded from `adapter_dir`."""
-    model, device = peft_model(job, adapter_dir).train(), device_name()
+    model, device, train, val = peft_model(job, adapter_dir).train(), device_name(), data.train, data.val
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     betas = (training.beta1, training.beta2)
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=betas, weight_decay=0.0, fused=True)

@@ -82,26 +82,25 @@ def quantised(base):
 
 def measure(job):
     """One run, in its own process. Two micro-batches a step, so that gradients accumulate."""
-    import finetune
     from batching import Samples
     from bench.training import ours
-    from training import metrics
+    from training import build, metrics
     from training.memory import budget, plan
+    from training.settings import Settings as TrainingSettings
 
     budget.steady_memory()
     samples = Samples(Path(job["data_dir"], "train.safetensors"))
     tokens, base = job["micro_batch_tokens"], job["base"]
-    settings = finetune.Settings(
+    settings = TrainingSettings(
         Path(job["checkpoint_dir"]), Path(job["data_dir"]), method=job["method"], recompute=job["recompute"],
         **{"quantize" if quantised(base) else "precision": base}, micro_batch_tokens=tokens, learning_rate=1e-4,
         global_batch_size=max(2, round(1.9 * tokens / samples.lengths.double().mean().item())), max_steps=job["steps"],
     )  # fmt: skip
-    finetune.check_model(settings, samples, samples)  # which reads a plan's file
-    fabric = finetune.start_fabric(settings)
+    build.check_model(settings, build.Data({}, samples, samples, []))  # which reads a plan's file
+    fabric = build.start_fabric(settings)
     before = budget.memory_before(settings, fabric.device)
-    model, _ = finetune.build_model(settings, fabric.device, newest=None)
-    step = ours.step_function(fabric, settings, model, samples)
-    for number, micro_batches in finetune.planned_steps(settings, samples, 0, job["steps"]):
+    step = ours.step_function(ours.build_run(settings, fabric, samples))
+    for number, micro_batches in budget.planned_steps(settings, samples, 0, job["steps"]):
         row = step(number, micro_batches)
     if not row["grad_norm"] > 0:
         raise RuntimeError("the gradient is zero, so nothing was measured")

@@ -1,14 +1,15 @@
-"""Our side of a comparison of training: finetune.py's own functions, with no schedule, checkpoints or metrics."""
+"""Our side of a comparison of training: finetune.py's own step, with no schedule, checkpoints or metrics."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import finetune
 from batching import Samples
-from model import Transformer
+from training import build
+from training.settings import Settings
 
 
-def training_settings(job: dict, **options) -> finetune.Settings:
+def training_settings(job: dict, **options) -> Settings:
     """The flags of finetune.py for a mode of bench/training/peers.py, with other `options` as finetune.py names them.
 
     job: checkpoint_dir, data_dir, dtype ("bf16" or "fp32"), and the fields of the mode: lora, quantize, learning_rate.
@@ -16,7 +17,7 @@ def training_settings(job: dict, **options) -> finetune.Settings:
     lora = job["lora"]
     if lora:
         options |= {"lora_r": lora["r"], "lora_alpha": lora["alpha"], "lora_targets": lora["targets"]}
-    return finetune.Settings(
+    return Settings(
         Path(job["checkpoint_dir"]),
         Path(job["data_dir"]),
         method="lora" if lora else "full",
@@ -27,13 +28,11 @@ def training_settings(job: dict, **options) -> finetune.Settings:
     )
 
 
-def step_function(fabric, settings: finetune.Settings, model: Transformer, samples: Samples) -> Callable[..., dict]:
+def build_run(settings: Settings, fabric, samples: Samples) -> build.Run:
+    """A run at its start that trains on `samples` and does not validate."""
+    return build.build_run(settings, fabric, build.Data({}, samples, None, []), newest=None, identity={})
+
+
+def step_function(run: build.Run) -> Callable[[int, list[list[int]]], dict]:
     """`step(number, micro_batches)`: an optimiser step at the settings' learning rate; returns its row of metrics."""
-    optimizer = fabric.setup_optimizers(finetune.build_optimizer(settings, model))
-    model.train()
-
-    def step(number, micro_batches):
-        rate = settings.learning_rate
-        return finetune.train_step(fabric, settings, model, optimizer, samples, micro_batches, number, rate)
-
-    return step
+    return lambda number, micro_batches: finetune.train_step(run, micro_batches, number, run.settings.learning_rate)

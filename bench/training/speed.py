@@ -44,10 +44,11 @@ from bench.measuring import (
     summarize,
 )
 from bench.training import peers
+from bench.training.peers import MODES, PEERS
 from shell import cli
 from shell.cli import UserError
 
-TITLES = {OURS: OURS, **{name: peer.title for name, peer in peers.PEERS.items()}}
+TITLES = {OURS: OURS, **{name: peer.title for name, peer in PEERS.items()}}
 
 
 @dataclass(kw_only=True)
@@ -71,8 +72,8 @@ class Settings(Comparison):
 
     checkpoint_dir: Path | None = None
     data_dir: Path | None = None
-    mode: Literal[tuple(peers.MODES)] = "lora-qv"
-    peers: list[Literal[tuple(peers.PEERS)]] = field(default_factory=lambda: list(peers.PEERS))
+    mode: Literal[tuple(MODES)] = "lora-qv"
+    peers: list[Literal[tuple(PEERS)]] = field(default_factory=lambda: list(PEERS))
     peer_micro_batch: list[int] = field(default_factory=lambda: [4])
     micro_batch_tokens: list[int] = field(default_factory=lambda: [1024])
     planner: Literal[cli.table_keys("batching.py", "PLANNERS")] = "packed"
@@ -157,7 +158,7 @@ def make_job(s):
         "planner": s.planner,
         "compile": s.compile,
         "dtype": s.dtype,
-        **peers.MODES[s.mode]._asdict(),
+        **MODES[s.mode]._asdict(),
         "plans": plans,
         "steps": [[as_lists(samples, i) for i in step] for step in steps],
     }
@@ -190,7 +191,7 @@ def run_side(s, job, side, micro_batch):
     job = job | {"side": side, "micro_batch": micro_batch}
     if side == OURS:
         return run_job(measure_ours, job, log)
-    return run_job(peers.measure_peer, job, log, environment(s.venvs_dir, side, peers.PEERS[side].requirements, log))
+    return run_job(peers.measure_peer, job, log, environment(s.venvs_dir, side, PEERS[side].requirements, log))
 
 
 def measure_ours(job):
@@ -200,17 +201,18 @@ def measure_ours(job):
 
 def train_ours(job, clock):
     """Our side: `finetune.train_step` over the steps of the plan. Returns their losses."""
-    import finetune
     from bench.training import ours
+    from training import build
 
     settings = ours.training_settings(
-        job, micro_batch_tokens=job["micro_batch"], planner=job["planner"], max_grad_norm=0.0
+        job,
+        micro_batch_tokens=job["micro_batch"],
+        planner=job["planner"],
+        compile=job["compile"],
+        max_grad_norm=0.0,
     )
-    fabric = finetune.start_fabric(settings)
-    model, _ = finetune.build_model(settings, fabric.device, newest=None)
-    if job["compile"]:
-        finetune.compile_blocks(model, fabric.device)
-    step = ours.step_function(fabric, settings, model, open_samples(job["data_dir"], job["mask_prompt"]))
+    samples = open_samples(job["data_dir"], job["mask_prompt"])
+    step = ours.step_function(ours.build_run(settings, build.start_fabric(settings), samples))
     return [step(number, part)["loss"] for number, part in enumerate(job["plans"][str(job["micro_batch"])])]
 
 
