@@ -1,13 +1,13 @@
-"""How bench/ measures: the flags its scripts share, sides by turns, each run in a process, medians, tables and charts.
+"""What the scripts of bench/ share: flags, alternating runs, processes, medians, tables and charts.
 
-A script describes its call with `describe`, measures its sides with `by_turns`, which adds a JSON line for every run to
-a file, and shows the lines through `summarize`, `print_table` and `draw_bars`. A run in a process of its own is
-`run_job`; the process is this file, started on the job:
+A script describes its call with `describe`, measures its sides with `alternate`, which appends a JSON line for every
+run to a file, and shows the lines with `summarize`, `print_table` and `draw_bars`. `run_job` calls a function in a
+process of its own, which is this file, started on a description of the call:
 
     python bench/measuring.py JOB.json
 
-The top of this file imports the standard library alone: the peers' side of a comparison imports it, too, under
-interpreters that have nothing but the peer installed.
+At its top this file imports nothing but the standard library, because the peers' side of a comparison imports it under
+interpreters that have only the peer installed.
 """
 
 import importlib
@@ -59,7 +59,7 @@ class Comparison(Measurement):
 
     Args:
         dtype: Dtype of the weights.
-        runs: Runs of each side, by turns; their median counts.
+        runs: Runs of each side; the sides alternate, and the medians count.
     """
 
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -128,23 +128,23 @@ def commit() -> str | None:
 
 
 def add_line(path: Path, line: dict) -> None:
-    """Append `line` to a file of JSON lines."""
+    """Append `line` to a file of JSON lines, made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- by turns
+# -------------------------------------------------------------------------------------------------- alternating runs
 
 
-def by_turns(sides: list[dict], runs: int, measure: Callable[..., dict], settings, call: dict) -> Iterator[dict]:
-    """Measure all sides one after the other, `runs` times: a machine that becomes slower does so for all of them.
+def alternate(sides: list[dict], runs: int, measure: Callable[..., dict], settings, call: dict) -> Iterator[dict]:
+    """Measure all sides one after the other, and that `runs` times, so that a machine that slows down does so for all.
 
-    sides: the fields that name a side, such as {"side": "peft", "micro_batch": 4}; `measure(**side)` returns the others
-    of its line. Yields each line when it has been added, with those of `call`, to `settings.out_file`.
+    sides: the fields that name a side, such as {"side": "peft", "micro_batch": 4}; `measure(**side)` returns the other
+    fields of its line. Each line is appended to `settings.out_file`, together with the fields of `call`, and yielded.
 
-    A side whose `measure` raises Unavailable has one line with the reason as "unavailable" and is not tried again. If
-    it is ours there is nothing to compare: raises UserError.
+    A side whose `measure` raises Unavailable gets one line with the reason as "unavailable" and is not tried again. If
+    it is ours, there is nothing to compare: raises UserError.
     """
     sides = list(sides)
     for run in range(runs):
@@ -163,7 +163,7 @@ def by_turns(sides: list[dict], runs: int, measure: Callable[..., dict], setting
             yield line
 
 
-# ---------------------------------------------------------------------------------------------- inside of a process
+# -------------------------------------------------------------------------------------------- of the running process
 
 
 def cpu_times() -> tuple[float, float, float]:
@@ -184,16 +184,16 @@ def others_share(start: tuple, end: tuple) -> float:
 
 
 def device_name() -> str:
-    """The GPU if there is one, for every side."""
+    """ "cuda" if there is a GPU, else "cpu": the same for every side."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def peak_memory() -> int:
-    """Bytes: the most that tensors took on a GPU, or that the whole process took on a CPU.
+    """Peak memory in bytes: of tensors on a GPU, of the whole process on a CPU.
 
-    Not getrusage's figure where there is a better one: a child process starts with its parent's peak in that.
+    getrusage is the last resort: the figure of a child process starts at its parent's peak.
     """
     import torch
 
@@ -210,16 +210,16 @@ def peak_memory() -> int:
 
 
 def run_job(function: Callable[[dict], dict], job: dict, log: Path, python: str | Path = sys.executable) -> dict:
-    """What `function(job)` returns, called in a new process of the interpreter `python`. Its output goes into `log`.
+    """Call `function(job)` in a new process of the interpreter `python` and return its result; `log` gets its output.
 
-    function: of a file in bench/, by its name there. job and result: dicts that JSON can hold; the function finds a
-    temporary folder as job["work_dir"] and the time of its start as job["started"].
-    Raises Unavailable if the function does, or if it leaves no result.
+    function: defined at the top level of a file in bench/. job, result: dicts that JSON can hold. The function finds
+    two more keys: "work_dir", a temporary folder, and "started", the time at which its process was started.
+    Raises Unavailable if the function does, or if it returns nothing.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work_dir, open(log, "w") as output:
         path, result = Path(work_dir, "job.json"), Path(work_dir, "result.json")
-        file = Path(function.__code__.co_filename).resolve().relative_to(ROOT)  # its module may be called __main__ here
+        file = Path(function.__code__.co_filename).resolve().relative_to(ROOT)  # its __module__ may be "__main__"
         place = {"module": ".".join(file.with_suffix("").parts), "function": function.__name__}
         path.write_text(json.dumps({**job, **place, "work_dir": work_dir, "started": time.time()}))
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -236,7 +236,7 @@ def run_job(function: Callable[[dict], dict], job: dict, log: Path, python: str 
 
 
 def do_job(path: Path) -> None:
-    """The other end of `run_job`: call the function that the file `path` names, and write its result beside it."""
+    """In the process of `run_job`: call the function that the file `path` names, and write its result beside that."""
     job = json.loads(path.read_text())
     function = getattr(importlib.import_module(job["module"]), job["function"])
     try:
@@ -247,7 +247,9 @@ def do_job(path: Path) -> None:
 
 
 def environment(venvs_dir: Path, name: str, requirements: tuple[str, ...], log: Path) -> str | Path:
-    """An interpreter with exactly these requirements: this one, or that of a virtual environment made for them.
+    """An interpreter with exactly these requirements: this one if it has them, else a virtual environment's.
+
+    The environment is made on first use, which takes minutes.
 
     Raises Unavailable if pip fails.
     """
@@ -277,7 +279,7 @@ def installed(requirement: str) -> bool:
 
 
 def last_line(log: Path) -> str:
-    """The last line with text: of a traceback the error itself."""
+    """The last line of a log that is not blank: the error, if it ends with a traceback."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no output"
 
@@ -291,9 +293,9 @@ def script_command(script: str, flags: dict) -> list[str]:
 
 
 def summarize(lines: Iterable[dict], by: tuple[str, ...], medians: tuple[str, ...]) -> list[dict]:
-    """A row for each side: its fields `by`, the number of its "runs", and the medians of the fields `medians`.
+    """A row for each side: its fields `by`, the number of its "runs", and the median of each field in `medians`.
 
-    "spread" is the lowest and the highest value of the first of `medians`. Unavailable sides have no row.
+    "spread" is the lowest and the highest value of the first field in `medians`. Unavailable sides have no row.
     """
     sides = {}
     for line in lines:
@@ -308,9 +310,9 @@ def summarize(lines: Iterable[dict], by: tuple[str, ...], medians: tuple[str, ..
 
 
 def print_table(columns: dict[str, str], rows: list[dict]) -> None:
-    """Print a Markdown table that is lined up for the screen.
+    """Print a Markdown table with aligned columns.
 
-    columns: the format of each heading's cells, such as {"tokens/s": "{tokens_per_second:,.0f}"}, filled from a row.
+    columns: the format of the cells under each heading, such as {"tokens/s": "{tokens_per_second:,.0f}"}.
     """
     table = [list(columns), *([cell.format(**row) for cell in columns.values()] for row in rows)]
     numbers = [
@@ -324,7 +326,7 @@ def print_table(columns: dict[str, str], rows: list[dict]) -> None:
 
 
 def draw_bars(tables: list[tuple[str, list[dict]]], columns: dict[str, tuple[str, str]], path: Path) -> None:
-    """Bars as a PNG, ours in orange: a row of panels for each table, a panel for each column.
+    """Draw bars as a PNG, ours in orange: a row of panels for each table, a panel for each column.
 
     tables: (title, rows); a row has a "side" and a "label". columns: (unit, format of the figures) by field of a row.
     """

@@ -1,4 +1,4 @@
-"""Multiple choice under lm-eval: our model class against lm-eval's own `hf`, on the same questions, by turns.
+"""Multiple choice under lm-eval: our model class against lm-eval's own `hf`, on the same questions.
 
     python bench/inference/harness.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data bbq_age.jsonl
 
@@ -19,7 +19,7 @@ if __name__ == "__main__":  # the project's folder in place of this one, whereve
 from bench.measuring import (
     OURS,
     Comparison,
-    by_turns,
+    alternate,
     cpu_times,
     describe,
     device_name,
@@ -66,7 +66,7 @@ COLUMNS = {
 
 
 def main(s):
-    """Measure both sides by turns and print their table."""
+    """Measure both sides in alternating runs and print their table."""
     call, pairs, scores, lines = describe(s), read_questions(s), {}, []
     paths = {"checkpoint_dir": str(s.checkpoint_dir.resolve()), "dtype": s.dtype, "batch_tokens": s.batch_tokens}
 
@@ -75,7 +75,7 @@ def main(s):
         scores[side] = line.pop("scores")
         return line | {"worst": largest_difference(scores, s.dtype)}
 
-    for line in by_turns([{"side": OURS}, {"side": "hf"}], s.runs, measure_side, s, call):
+    for line in alternate([{"side": OURS}, {"side": "hf"}], s.runs, measure_side, s, call):
         if "unavailable" in line:
             raise UserError(f"{line['side']}: {line['unavailable']}")
         lines.append(line)

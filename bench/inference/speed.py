@@ -1,9 +1,10 @@
-"""Generation speed against transformers (dynamic and static cache) and LitGPT: same weights, same prompts, by turns.
+"""Generation speed against transformers (dynamic and static cache) and LitGPT: same weights and prompts.
 
     python bench/inference/speed.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data_dir prepared/gsm8k
 
-Needs requirements-dev.txt; LitGPT gets a virtual environment of its own on first use (minutes). Each run is a process;
-all take the likeliest token and never stop early. Reading the prompts and decoding are timed apart. A decoding step
+Needs requirements-dev.txt; LitGPT gets a virtual environment of its own on first use (minutes). Runs
+alternate, each in a process; all take the likeliest token and never stop early. Prefill (reading the prompts) and
+decoding are timed separately. A decoding step
 must read every weight once: "of limit" is its speed as a share of what the memory's read bandwidth, measured in the
 same call, allows. Results are added to --out_file as JSON lines, and drawn beside it as a PNG.
 """
@@ -21,7 +22,7 @@ from bench.inference.sides import SIDES, measure
 from bench.measuring import (
     OURS,
     Comparison,
-    by_turns,
+    alternate,
     describe,
     device_name,
     draw_bars,
@@ -89,7 +90,7 @@ def main(s):
     }
     pairs = [{"side": side, "batch": batch} for batch in s.batches for side in s.sides]
     lines = []
-    for line in by_turns(pairs, s.runs, lambda side, batch: run_side(s, side, batch), s, call):
+    for line in alternate(pairs, s.runs, lambda side, batch: run_side(s, side, batch), s, call):
         lines.append(line)
         print(in_words(line), flush=True)
     rows = table_rows(call, lines)

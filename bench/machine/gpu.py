@@ -49,7 +49,7 @@ class Settings:
         tokens: Positions of a micro-batch in training; a step has two.
         sample_tokens: Positions of a sample.
         steps: Measured steps of a training run, after two that are not.
-        repetitions: Runs of each side, by turns; the median counts.
+        repetitions: Runs of each side; the sides alternate, and the medians count.
         prompt_tokens: Length of a prompt in decoding.
         new_tokens: Tokens decoded.
         seconds: No measurement is started that may not end in this time.

@@ -29,7 +29,7 @@ from pathlib import Path
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bench.measuring import Measurement, by_turns, describe, machine_name, print_table, script_command, summarize
+from bench.measuring import Measurement, alternate, describe, machine_name, print_table, script_command, summarize
 from shell import cli
 from shell.cli import UserError
 
@@ -76,12 +76,12 @@ def main(s):
         def measure_kind(kind):
             return measure(s, files[kind], folder, kind == "duplicates")
 
-        for line in by_turns(kinds, s.runs, measure_kind, s, call):
+        for line in alternate(kinds, s.runs, measure_kind, s, call):
             lines.append(line)
             print(json.dumps(line), flush=True)
         if s.times > 1:
             write_copies(s.data, files["longer"], s.times)
-            lines += by_turns([{"kind": "longer"}], 1, measure_kind, s, call)
+            lines += alternate([{"kind": "longer"}], 1, measure_kind, s, call)
     show(s, call, summarize(lines, ("kind",), ("seconds", "peak_gb", "megabytes")))
 
 

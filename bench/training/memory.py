@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bench.measuring import Measurement, by_turns, describe, machine_name, print_table, run_job
+from bench.measuring import Measurement, alternate, describe, machine_name, print_table, run_job
 from shell import cli
 from shell.cli import UserError
 
@@ -68,7 +68,7 @@ def main(s):
         return run_job(measure, {**side, **paths, "steps": s.steps}, s.out_file.parent / "memory.log")
 
     call, lines = describe(s), []
-    for line in by_turns(sides, 1, measure_side, s, call):
+    for line in alternate(sides, 1, measure_side, s, call):
         lines.append(line)
         print("{method} {base} {recompute} {micro_batch_tokens}: {measured_gb:.3f} GB".format(**line), flush=True)
     print(f"\n{s.checkpoint_dir.name} on {s.data_dir.name}, {machine_name(call['machine'])}, {call['commit']}")

@@ -25,7 +25,7 @@ from typing import Literal
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bench.measuring import Measurement, by_turns, describe, print_table, script_command
+from bench.measuring import Measurement, alternate, describe, print_table, script_command
 from shell import cli
 from shell.cli import UserError
 
@@ -79,7 +79,7 @@ def main(s):
     """Train with every planner; print a table, and draw the losses."""
     call = describe(s)
     lines = list(
-        by_turns([{"planner": planner} for planner in s.planners], 1, lambda planner: train(s, planner), s, call)
+        alternate([{"planner": planner} for planner in s.planners], 1, lambda planner: train(s, planner), s, call)
     )
     for line in lines:
         line["last"], loss = line["losses"][-1], line["val_loss"]

@@ -3,8 +3,8 @@
     python bench/training/saving.py --gigabytes 1 --folder out
     python bench/training/saving.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --steps 320
 
-The first: weights in bf16 as `--method full` has them, written by turns as a checkpoint (hashed, flushed, renamed, with
-its manifest) and in one go by write and fsync. Prints medians in seconds, and their ratio.
+The first: weights in bf16 as `--method full` has them, written alternately as a checkpoint (hashed, flushed, renamed,
+with its manifest) and in one go by write and fsync. Prints medians in seconds, and their ratio.
 
 The second: a run of finetune.py on samples of one length, so that all steps have the same work, which saves after every
 fourth step. Prints the median seconds of the steps right after a save and of the others (of the two in the middle
@@ -27,7 +27,7 @@ from pathlib import Path
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bench.measuring import Measurement, add_line, by_turns, describe, script_command, summarize
+from bench.measuring import Measurement, add_line, alternate, describe, script_command, summarize
 from shell import cli
 from shell.cli import UserError
 
@@ -101,7 +101,7 @@ def one_save(s):
         return {"seconds": seconds}
 
     sides = [{"way": way} for way in ways]
-    rows = summarize(by_turns(sides, s.repeats, measure, s, describe(s)), ("way",), ("seconds",))
+    rows = summarize(alternate(sides, s.repeats, measure, s, describe(s)), ("way",), ("seconds",))
     saved, written = (row["seconds"] for row in rows)
     gigabytes = 2 * TENSOR_VALUES * count / 1e9
     return {"gigabytes": gigabytes, "save": saved, "write": written, "ratio": saved / written}

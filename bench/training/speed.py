@@ -1,4 +1,4 @@
-"""Training speed and memory against peers: the same model, samples, steps and adapter, by turns.
+"""Training speed and memory against peers: the same model, samples, steps and adapter, in alternating runs.
 
     python bench/training/speed.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data_dir prepared/gsm8k
     python bench/training/speed.py --report out/bench/training_speed.jsonl
@@ -17,7 +17,7 @@ first step    seconds from the start of the process to the end of its first opti
 limit         tokens/s x the FLOPs that a token needs at least, over what the machine can do: 4 (6 for all weights) for
               each weight that multiplies, those of the head only for the targets of the steps that count, because no
               side needs logits elsewhere
-others        share of the CPUs that other processes took meanwhile: above some percent, measure again
+others        share of the CPUs that other processes took during the run: above a few percent, measure again
 """
 
 import json
@@ -33,7 +33,7 @@ if __name__ == "__main__":  # the project's folder in place of this one, whereve
 from bench.measuring import (
     OURS,
     Comparison,
-    by_turns,
+    alternate,
     describe,
     device_name,
     draw_bars,
@@ -120,7 +120,7 @@ def main(s):
 
 
 def compare(s):
-    """Measure every side in every setting, by turns, and add the lines to the file."""
+    """Measure every side in every setting, in alternating runs, and add the lines to the file."""
     job = make_job(s)
     sides = [{"side": OURS, "micro_batch": size} for size in s.micro_batch_tokens]
     sides += [{"side": peer, "micro_batch": size} for peer in s.peers for size in s.peer_micro_batch]
@@ -129,7 +129,7 @@ def compare(s):
     def measure(side, micro_batch):
         return run_side(s, job, side, micro_batch)
 
-    for line in by_turns(sides, s.runs, measure, s, describe(s) | limit(s, job)):
+    for line in alternate(sides, s.runs, measure, s, describe(s) | limit(s, job)):
         print(in_words(line), flush=True)
         if "unavailable" not in line:
             check(line, first_losses)

@@ -1,4 +1,4 @@
-"""What the scripts of bench/ share: sides by turns, jobs in processes, medians, tables and charts."""
+"""What the scripts of bench/ share: alternating runs, jobs in processes, medians, tables and charts."""
 
 import json
 import random
@@ -10,11 +10,11 @@ from conftest import ROOT
 
 from bench import measuring
 from bench.inference import sides
-from bench.measuring import Unavailable, by_turns, print_table, run_job, summarize
+from bench.measuring import Unavailable, alternate, print_table, run_job, summarize
 from shell.cli import UserError
 
 
-def test_sides_are_measured_by_turns(tmp_path):
+def test_sides_alternate(tmp_path):
     """A side that cannot be measured is one line and left out; every line is in the file before the next run."""
     settings, measured = SimpleNamespace(out_file=tmp_path / "new" / "lines.jsonl"), []
 
@@ -25,7 +25,7 @@ def test_sides_are_measured_by_turns(tmp_path):
         return {"speed": len(measured), "versions": {"torch": side}}
 
     names = [{"side": "onetune", "size": 1}, {"side": "peft", "size": 2}, {"side": "trl", "size": 3}]
-    found = by_turns(names, 2, measure, settings, {"call": "now", "versions": {}})
+    found = alternate(names, 2, measure, settings, {"call": "now", "versions": {}})
     first = next(found)
     (written,) = settings.out_file.read_text().splitlines()
     assert json.loads(written) == {"call": "now", **first}
@@ -43,7 +43,7 @@ def test_without_our_side_there_is_nothing_to_compare(tmp_path):
 
     settings = SimpleNamespace(out_file=tmp_path / "lines.jsonl")
     with pytest.raises(UserError, match="onetune 64: no such thing"):
-        list(by_turns([{"side": "onetune", "micro_batch": 64}], 1, measure, settings, {}))
+        list(alternate([{"side": "onetune", "micro_batch": 64}], 1, measure, settings, {}))
     assert not settings.out_file.exists()
 
 
