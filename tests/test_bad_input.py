@@ -186,17 +186,17 @@ GOOD_FLAGS = {
     CONVERT: lambda p: {"out_dir": p.out},
     SERVE: lambda p: {"checkpoint_dir": p.model, "port": 0},
     "eval/quality.py": lambda p: {"adapter_dir": p.adapter, "data": p.rows, "out_dir": p.out},
-    "bench/accuracy.py": model_and_data,
-    "bench/finetune.py": model_and_data,
-    "bench/fits.py": lambda p: {},
-    "bench/generate.py": model_and_data,
-    "bench/gpu.py": lambda p: {},
-    "bench/limits.py": lambda p: {"checkpoint_dir": p.model},
-    "bench/harness.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
-    "bench/memory.py": model_and_data,
-    "bench/planners.py": model_and_data,
-    "bench/saving.py": lambda p: {},
-    "bench/prepare_data.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
+    "bench/training/accuracy.py": model_and_data,
+    "bench/training/speed.py": model_and_data,
+    "bench/training/fits.py": lambda p: {},
+    "bench/inference/speed.py": model_and_data,
+    "bench/machine/gpu.py": lambda p: {},
+    "bench/machine/limits.py": lambda p: {"checkpoint_dir": p.model},
+    "bench/inference/harness.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
+    "bench/training/memory.py": model_and_data,
+    "bench/training/planners.py": model_and_data,
+    "bench/training/saving.py": lambda p: {},
+    "bench/preparation/speed.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
 }
 TABLE = yaml.safe_load((ROOT / "tests" / "bad_inputs.yaml").read_text(encoding="utf-8"))
 ROWS_BY_CASE = {row["case"]: (script, row) for script, rows in TABLE.items() for row in rows}
@@ -211,7 +211,7 @@ def test_the_table_is_whole():
     """Each case once, none for a script that is not there, and nothing in a row that would be passed over."""
     assert len(ROWS_BY_CASE) == sum(map(len, TABLE.values())) >= 100
     assert GOOD_FLAGS.keys() == TABLE.keys()
-    scripts = [*ROOT.glob("*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("bench/*.py")]
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("bench/**/*.py")]
     parsing = {str(path.relative_to(ROOT)) for path in scripts if "cli.parse(S" in path.read_text()}
     assert TABLE.keys() == parsing - {"cli.py"}
     for _, row in ROWS_BY_CASE.values():

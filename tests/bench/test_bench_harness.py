@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from conftest import ROOT
 
 pytest.importorskip("lm_eval")
 
@@ -17,8 +16,8 @@ def test_against_hf(tiny_model_dir, tmp_path, run_script):
     data, out_file = tmp_path / "rows.jsonl", tmp_path / "results.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     code, out, err = run_script(
-        "bench/harness.py", "--checkpoint_dir", tiny_model_dir, "--data", data, "--questions", 4, "--batch_tokens", 200,
-        "--runs", 1, "--out_file", out_file, env={"OMP_NUM_THREADS": "1"},
+        "bench/inference/harness.py", "--checkpoint_dir", tiny_model_dir, "--data", data, "--questions", 4,
+        "--batch_tokens", 200, "--runs", 1, "--out_file", out_file, env={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert code == 0, err
     lines = [json.loads(line) for line in out_file.read_text().splitlines()]
@@ -30,6 +29,7 @@ def test_against_hf(tiny_model_dir, tmp_path, run_script):
 @pytest.mark.parametrize(("text", "says"), [('{"context": "a"}\n', "no column ans0"), ("", "no column")])
 def test_other_data(tiny_model_dir, tmp_path, run_script, text, says):
     (tmp_path / "rows.jsonl").write_text(text)
-    code, _, err = run_script("bench/harness.py", "--checkpoint_dir", tiny_model_dir, "--data", tmp_path / "rows.jsonl")
+    code, _, err = run_script(
+        "bench/inference/harness.py", "--checkpoint_dir", tiny_model_dir, "--data", tmp_path / "rows.jsonl"
+    )
     assert code == 2 and says in err and "Traceback" not in err
-    assert (ROOT / "bench" / "harness_side.py").is_file()

@@ -102,10 +102,9 @@ def test_a_quantised_layer_multiplies_by_what_it_dequantises_to(name, rows, dtyp
 @pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="needs a CUDA GPU, or Triton with TRITON_INTERPRET=1")
 @pytest.mark.parametrize("shape", [(64, 64), (129, 192), (1, 64), (300, 640)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_tritons_nf4_is_the_plain_reference(shape, dtype, monkeypatch):
+def test_tritons_nf4_is_the_plain_reference(shape, dtype):
     pytest.importorskip("triton")
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
-    from nf4_triton import nf4_dequantize_triton
+    from bench.machine.nf4_triton import nf4_dequantize_triton
 
     codes, absmax = nf4_quantize(torch.randn(shape, device="cuda" if HAS_GPU else "cpu"))
     assert codes.bitwise_and(15).unique().numel() == len(NF4_VALUES) or codes.numel() < 100

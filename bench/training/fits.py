@@ -1,11 +1,11 @@
 """Does a 7B model fit on my card, and with what flags? A table by the planner, for cards that need not be here.
 
-    python bench/fits.py
+    python bench/training/fits.py
 
 For each way to train and each length of the samples: the most `--micro_batch_tokens` (whole samples of that length, in
-a packed row, half of their positions targets) for which the predicted peak fits on a card, and the smallest share of
-blocks that it takes to recompute, or "no". A card of 24 GB counts as
-24 x 10^9 bytes, less `plan.CUDA_OVERHEAD`. It needs no weights, no GPU, and minutes of a CPU.
+a packed row, half of their positions targets) for which the predicted peak fits on a card, with the smallest
+`--recompute` for which any fits, or "no". A card of 24 GB counts as 24 x 10^9 bytes, less `plan.CUDA_OVERHEAD`. It
+needs no weights, no GPU, and minutes of a CPU.
 """
 
 import bisect
@@ -13,11 +13,26 @@ import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.measuring import print_table
 from shell import cli
 from shell.cli import UserError
+
+# The values of their published config.json.
+LLAMA_2_7B = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+MISTRAL_7B = LLAMA_2_7B | {
+    "model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+}  # fmt: skip
+MODELS = {"Llama-2-7B": LLAMA_2_7B, "Mistral-7B": MISTRAL_7B}
 
 
 @dataclass
@@ -31,31 +46,17 @@ class Settings:
         most_tokens: Where to stop looking: larger micro-batches are no faster.
     """
 
-    models: list[str] = field(default_factory=lambda: ["Llama-2-7B", "Mistral-7B"])
+    models: list[Literal[tuple(MODELS)]] = field(default_factory=lambda: ["Llama-2-7B", "Mistral-7B"])
     lengths: list[int] = field(default_factory=lambda: [512, 2048, 4096])
     cards: list[int] = field(default_factory=lambda: [16, 24, 40, 80])
     most_tokens: int = 16384
 
     def __post_init__(self):
-        for name in self.models:
-            if name not in MODELS:
-                raise UserError(f"--models {name}: expected some of {', '.join(MODELS)}")
         cli.check_numbers(self, "lengths", "cards", "most_tokens", above=0)
         if not self.lengths or not self.cards:
             raise UserError("--lengths and --cards must name at least one number each")
 
 
-# The values of their published config.json.
-LLAMA = {
-    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 4096,
-}  # fmt: skip
-MISTRAL = LLAMA | {
-    "model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 32768,
-    "sliding_window": 4096,
-}  # fmt: skip
-MODELS = {"Llama-2-7B": LLAMA, "Mistral-7B": MISTRAL}
 WAYS = {  # flags: method, quantize, optimizer
     "LoRA": ("lora", None, "adamw"),
     "LoRA, `--quantize bnb.nf4`": ("lora", "bnb.nf4", "adamw"),
@@ -63,23 +64,27 @@ WAYS = {  # flags: method, quantize, optimizer
     "`--method full --optimizer adamw-8bit`": ("full", None, "adamw-8bit"),
 }
 
-SHARES = (0.0, 0.5, 1.0)  # of blocks that are recomputed
+SHARES = (0.0, 0.5, 1.0)  # of the blocks, with activation checkpointing
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
 
 def main(s):
-    print("| model | how | length | " + " | ".join(f"{gb} GB" for gb in s.cards) + " |")
-    print("|---|---|---|" + "---|" * len(s.cards))
-    for name, way in itertools.product(s.models, WAYS):
-        predictors = {share: make_predictor(MODELS[name], *WAYS[way], share) for share in SHARES}
+    """Print the table."""
+    from tqdm import tqdm
+
+    rows, ways = [], list(itertools.product(s.models, WAYS))
+    for model, way in tqdm(ways, unit="row", leave=False):
+        predictors = {share: make_predictor(MODELS[model], *WAYS[way], share) for share in SHARES}
         for length in s.lengths:
-            cells = [what_fits(predictors, length, card, s.most_tokens) for card in s.cards]
-            print("| " + " | ".join(map(str, [name, way, length, *cells])) + " |", flush=True)
+            cells = {f"{card} GB": what_fits(predictors, length, card, s.most_tokens) for card in s.cards}
+            rows.append({"model": model, "how": way, "length": length, **cells})
+    print_table({heading: f"{{{heading}}}" for heading in rows[0]}, rows)
 
 
 def make_predictor(values, method, quantize, optimizer, recompute):
+    """The planner's prediction of the peak, for a model of a config.json's `values`."""
     import torch
 
     import lora

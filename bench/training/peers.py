@@ -1,11 +1,8 @@
-"""The codebases that bench/finetune.py measures, each run under an interpreter that has it installed.
+"""The codebases that bench/training/speed.py measures, each run under an interpreter that has it installed.
 
-    PYTHON bench/peers.py JOB.json
-
-Imports nothing of the project but bench/lines.py, and each peer only in its own runner. A job says what to train on
-what, token ids included, so that nobody tokenises; its "result" is where the measurements go. A runner trains as the
-peer's own users do and returns the loss of every step; a `Clock` looks on from inside the optimiser, alike for every
-side.
+Imports nothing of the project but bench/measuring.py, and each peer only in its own function. A job says what to train
+on what, token ids included, so that no side tokenises. A function `train_...` trains as the peer's own users do and
+returns the loss of every step; a `Clock` measures from inside the optimiser, alike for every side.
 
 To add a peer: a function like `train_peft` and a line in `PEERS`.
 """
@@ -13,15 +10,15 @@ To add a peer: a function like `train_peft` and a line in `PEERS`.
 import contextlib
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
-from lines import Unavailable, busy_seconds, installed_versions, own_seconds, peak_memory
+from bench.measuring import Unavailable, cpu_times, device_name, installed_versions, others_share, peak_memory
 
 SKIP = 2  # steps of a run that do not count: caches, allocators and kernels warm up
 SEED = 1337
@@ -50,52 +47,49 @@ class Done(Exception):
 
 
 class Clock:
-    """Looks on at each optimiser step: the gradient's norm before it; time, CPU use and memory after it.
+    """Measures at each optimiser step: the gradient's norm before it; time, CPU use and memory after it.
 
-    stop: raise `Done` after so many steps, for a peer that would not simply end.
+    stop: raise `Done` after so many steps, for a peer that would not end by itself.
     """
 
     def __init__(self):
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-        self.ticks, self.norms, self.peak, self.stop = [], [], 0, math.inf
+        self.times, self.norms, self.peak, self.stop = [], [], 0, math.inf
         register_optimizer_step_pre_hook(self.before_step)
         register_optimizer_step_post_hook(self.after_step)
 
-    def before_step(self, optimizer, *_):
+    def before_step(self, optimizer, *_) -> None:
+        """Record the norm of the gradient. In the first steps only: it takes time, and they do not count."""
         import torch
 
-        if len(self.ticks) < SKIP:  # it takes time, so only where that does not count
+        if len(self.times) < SKIP:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self.norms.append(torch.nn.utils.get_total_norm(grads).item())
 
-    def after_step(self, *_):
+    def after_step(self, *_) -> None:
+        """Record time and memory when the step has been computed."""
         import torch
 
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.ticks.append((time.time(), busy_seconds(), own_seconds()))
+        self.times.append(cpu_times())
         self.peak = peak_memory()
-        if len(self.ticks) == self.stop:
+        if len(self.times) == self.stop:
             raise Done
 
-    def others_share(self):
-        """The share of the machine's CPUs that other processes took during the steps that count."""
-        (t0, busy0, own0), (t1, busy1, own1) = self.ticks[SKIP - 1], self.ticks[-1]
-        return max(0.0, (busy1 - busy0) - (own1 - own0)) / ((t1 - t0) * os.cpu_count())
 
+def measure(job: dict, train: Callable[[dict, Clock], list[float]]) -> dict:
+    """Run `train(job, clock)`, which returns the loss of each step, and describe the run for its JSON line.
 
-def measure(job, train):
-    """Run `train(job, clock)`, which returns the loss of each step, and describe the run as a dict for its JSON line.
-
-    Tokens are positions that predict something to come: a sample has one less than tokens, and padding has none.
+    Tokens are positions that predict a next one: a sample has one less than it has ids, and padding has none.
     """
     clock = Clock()
     losses = train(job, clock)
     tokens = [sum(len(sample["ids"]) - 1 for sample in step) for step in job["steps"]]
-    if not len(clock.ticks) == len(losses) == len(tokens):
-        raise RuntimeError(f"{len(tokens)} steps were asked for, {len(clock.ticks)} done, {len(losses)} losses logged")
-    ends = [tick[0] for tick in clock.ticks]
+    if not len(clock.times) == len(losses) == len(tokens):
+        raise RuntimeError(f"{len(tokens)} steps were asked for, {len(clock.times)} done, {len(losses)} losses logged")
+    ends = [times[0] for times in clock.times]
     seconds = [end - start for start, end in zip(ends, ends[1:], strict=False)]  # of every step but the first
     rates = [count / duration for count, duration in zip(tokens[1:], seconds, strict=True)]
     return {
@@ -105,47 +99,57 @@ def measure(job, train):
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "grad_norm": clock.norms[0],
-        "others_cpu": clock.others_share(),
+        "others_cpu": others_share(clock.times[SKIP - 1], clock.times[-1]),
         "step_seconds": [round(duration, 4) for duration in seconds],
         "step_tokens": tokens,
         "versions": installed_versions(),
     }
 
 
-# ---------------------------------------------------------------------------------------- what the runners share
+def measure_peer(job: dict) -> dict:
+    """One run of the peer job["side"], in its own process."""
+    return measure(job, PEERS[job["side"]].train)
 
 
-def device_name():
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+# ---------------------------------------------------------------------------------------- what the peers share
 
 
-def torch_dtype(job):
+def torch_dtype(job: dict):
+    """The torch.dtype of the weights."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[job["dtype"]]
 
 
-def all_samples(job):
+def all_samples(job: dict) -> list[dict]:
     """The samples of all steps, in order."""
     return [sample for step in job["steps"] for sample in step]
 
 
-def optimizer_options(job):
-    """AdamW's, for every side."""
+def optimizer_options(job: dict) -> dict:
+    """AdamW's options, for every side."""
     return {"lr": job["learning_rate"], "betas": (0.9, 0.999), "weight_decay": 0.0, "fused": True}
 
 
-def nf4_config(job):
+def transformers_model(job: dict):
+    """transformers' model of job["checkpoint_dir"] in job["dtype"], its base in NF4 if job["quantize"]."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": torch_dtype(job), "device_map": device_name()}
+    if job["quantize"]:
+        options["quantization_config"] = nf4_config(job)
+    return AutoModelForCausalLM.from_pretrained(job["checkpoint_dir"], **options)
+
+
+def nf4_config(job: dict):
+    """transformers' options for NF4 layers that compute in the dtype of the weights."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch_dtype(job)
-    )  # fmt: skip
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch_dtype(job))
 
 
-def peft_config(lora):
+def peft_config(lora: dict):
+    """PEFT's LoraConfig of an entry of `MODES`."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -156,7 +160,7 @@ def peft_config(lora):
 # ------------------------------------------------------------------------------------------ transformers and PEFT
 
 
-def peft_model(job):
+def peft_model(job: dict):
     """The model in training mode: all its weights trainable, or an adapter of PEFT's over it.
 
     `prepare_model_for_kbit_training` is left out: it would make embedding, head and norms fp32, which costs PEFT both
@@ -164,19 +168,15 @@ def peft_model(job):
     """
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    options = {"dtype": torch_dtype(job), "device_map": device_name()}
-    if job["quantize"]:
-        options["quantization_config"] = nf4_config(job)
-    model = AutoModelForCausalLM.from_pretrained(job["checkpoint_dir"], **options)
+    model = transformers_model(job)
     torch.manual_seed(SEED)
     if job["lora"]:
         model = get_peft_model(model, peft_config(job["lora"]))
     return model.train()
 
 
-def padded(samples, key, fill):
+def padded(samples: list[dict], key: str, fill: int):
     """One field of the samples as a tensor (B, T), padded on the right."""
     import torch
 
@@ -184,7 +184,7 @@ def padded(samples, key, fill):
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill).to(device_name())
 
 
-def train_peft(job, clock):
+def train_peft(job: dict, clock: Clock) -> list[float]:
     """A plain loop over transformers' model and loss."""
     import torch
 
@@ -210,7 +210,7 @@ def train_peft(job, clock):
     return losses
 
 
-def train_trl(job, clock):
+def train_trl(job: dict, clock: Clock) -> list[float]:
     """TRL's SFTTrainer. Its own defaults but for gradient checkpointing, which nobody uses here."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -253,7 +253,7 @@ def train_trl(job, clock):
 # --------------------------------------------------------------------------------------------------------- LitGPT
 
 
-def litgpt_checkpoint(job):
+def litgpt_checkpoint(job: dict) -> Path:
     """LitGPT's version of the model folder, made on first use by its own conversion. Its name must be one it knows."""
     source = Path(job["checkpoint_dir"])
     folder = Path(job["cache_dir"], "litgpt-checkpoints", source.name)
@@ -268,7 +268,7 @@ def litgpt_checkpoint(job):
     return folder
 
 
-def litgpt_data(job):
+def litgpt_data(job: dict):
     """The samples as one of LitGPT's data modules: in order, with its own padding."""
     import torch
     from litgpt.data import DataModule, get_sft_collate_fn
@@ -295,7 +295,7 @@ def litgpt_data(job):
     return Prepared()
 
 
-def train_litgpt(job, clock):
+def train_litgpt(job: dict, clock: Clock) -> list[float]:
     """The functions behind `litgpt finetune_lora` and `litgpt finetune_full`."""
     from litgpt.args import EvalArgs, TrainArgs
     from torch.optim.lr_scheduler import LambdaLR
@@ -334,7 +334,7 @@ def train_litgpt(job, clock):
     return [(sum(total for total, _ in part) / sum(count for _, count in part)).item() for part in parts]
 
 
-def record_losses(recipe):
+def record_losses(recipe) -> list:
     """A list that fills with (summed loss, target tokens) of each micro-batch: LitGPT itself logs a mean of means."""
     import torch
 
@@ -368,7 +368,7 @@ class TorchtuneSamples:
 
 
 class TorchtuneTokenizer:
-    """All that torchtune needs of one where samples are tokens already."""
+    """Stands for a tokenizer: torchtune needs no more of one if the samples are token ids."""
 
     pad_id = 0
 
@@ -381,16 +381,17 @@ class TorchtuneLog:
     def __init__(self, steps):
         self.steps = steps
 
-    def log_config(self, config):
-        pass
+    def log_config(self, config) -> None:
+        """Keep nothing of it."""
 
-    def log_dict(self, payload, step):
+    def log_dict(self, payload: dict, step: int) -> None:
+        """Keep the loss of a step."""
         self.losses.append(float(payload["loss"]))
         if len(self.losses) == self.steps:
             raise Done
 
 
-def torchtune_model(job):
+def torchtune_model(job: dict) -> dict:
     """The part of torchtune's configuration that describes the model: a Llama with the sizes in config.json."""
     config = json.loads(Path(job["checkpoint_dir"], "config.json").read_text())
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -427,8 +428,8 @@ def torchtune_model(job):
     }
 
 
-def torchtune_config(job, path):
-    """The configuration of a recipe run; `path` is the job's own file."""
+def torchtune_config(job: dict, samples_path: Path) -> dict:
+    """The configuration of a recipe run. samples_path: a JSON file with the job's steps."""
     checkpointer = {
         "_component_": "torchtune.training.FullModelHFCheckpointer",
         "checkpoint_dir": job["checkpoint_dir"],
@@ -442,8 +443,8 @@ def torchtune_config(job, path):
         "model": torchtune_model(job),
         "checkpointer": checkpointer,
         "resume_from_checkpoint": False,
-        "tokenizer": {"_component_": "peers.TorchtuneTokenizer"},
-        "dataset": {"_component_": "peers.TorchtuneSamples", "path": str(path)},
+        "tokenizer": {"_component_": f"{__name__}.TorchtuneTokenizer"},
+        "dataset": {"_component_": f"{__name__}.TorchtuneSamples", "path": str(samples_path)},
         "seed": SEED,
         "shuffle": False,
         "batch_size": job["micro_batch"],
@@ -458,7 +459,7 @@ def torchtune_config(job, path):
             "num_cycles": 0,
         },
         "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
-        "metric_logger": {"_component_": "peers.TorchtuneLog", "steps": len(job["steps"])},
+        "metric_logger": {"_component_": f"{__name__}.TorchtuneLog", "steps": len(job["steps"])},
         "log_every_n_steps": 1,
         "device": device_name(),
         "dtype": job["dtype"],
@@ -469,12 +470,11 @@ def torchtune_config(job, path):
     }
 
 
-def train_torchtune(job, clock):
+def train_torchtune(job: dict, clock: Clock) -> list[float]:
     """`tune run` with its own recipes for one device."""
     from omegaconf import OmegaConf
     from torchtune._cli.tune import main
 
-    sys.modules["peers"] = sys.modules[__name__]  # for the classes that the configuration names
     path, samples = Path(job["work_dir"], "config.yaml"), Path(job["work_dir"], "samples.json")
     samples.write_text(json.dumps({"steps": job["steps"]}))
     OmegaConf.save(OmegaConf.create(torchtune_config(job, samples)), path)
@@ -514,13 +514,3 @@ PEERS = {
     ),
     "torchtune": Peer("torchtune", (TORCH, "torchtune==0.6.1", "torchao==0.10.0"), train_torchtune),
 }
-
-
-def main(path):
-    job = json.loads(Path(path).read_text())
-    result = measure(job, PEERS[job["side"]].train)
-    Path(job["result"]).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

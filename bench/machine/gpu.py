@@ -1,17 +1,17 @@
 """What one GPU does: training and decoding at 7B shapes against its own limits and against transformers + PEFT.
 
-    python bench/gpu.py --out_file gpu.jsonl          # bench/gpu.sh runs the tests that need a GPU before it
-    python bench/gpu.py --shape tiny --device cpu     # all of it in small, to try the script itself
+    python bench/machine/gpu.py --out_file gpu.jsonl          # bench/gpu.sh runs the tests that need a GPU before it
+    python bench/machine/gpu.py --shape tiny --device cpu     # all of it in small, to try the script itself
 
 Weights are random and made on the device, nothing is downloaded. Training is finetune.py's own step, decoding
 generate.py's own loop. Every measurement is a line of JSON, the most important ones first. When the time runs out the
 rest are lines that say so; one that runs out of memory or fails is a line, too.
 
 Shares count 2 operations for each weight of a matrix, token and product: 4 N a token for an adapter (forward, and the
-gradient of the input), 6 N for all weights, 2 N more where blocks are computed again. Attention and the adapters
+gradient of the input), 6 N for all weights, 2 N more with activation checkpointing. Attention and the adapters
 themselves count for nothing. They are divided by the matrix product measured in the same run, and by the data sheet.
 "plan" is the peak that plan.py predicts for our step over the measured one; on a CPU that is the whole process', so
-there the share says nothing.
+there the share means nothing.
 """
 
 import gc
@@ -25,14 +25,16 @@ import time
 import traceback
 import zlib
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder, from wherever this is started
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from lines import add_line, installed_versions
+from bench.measuring import OURS, add_line, describe, machine_name, peak_memory, print_table, summarize
+from bench.training import peers
+from bench.training.fits import LLAMA_2_7B, MODELS
 from shell import cli
 from shell.cli import UserError
 
@@ -43,15 +45,15 @@ class Settings:
 
     Args:
         shape: "7b" for Llama-2-7B and Mistral-7B, "tiny" for a model that a CPU runs in no time.
-        device: Where.
+        device: What to measure.
         tokens: Positions of a micro-batch in training; a step has two.
         sample_tokens: Positions of a sample.
         steps: Measured steps of a training run, after two that are not.
-        repetitions: Runs of each side, by turns; the median counts.
+        repetitions: Runs of each side; the sides alternate, and the medians count.
         prompt_tokens: Length of a prompt in decoding.
         new_tokens: Tokens decoded.
         seconds: No measurement is started that may not end in this time.
-        commit: Of the code, to be noted in the results.
+        commit: Commit of the code, for the results, where there is no git to ask.
         out_file: The lines of JSON are added to this file.
     """
 
@@ -64,7 +66,7 @@ class Settings:
     prompt_tokens: int = 128
     new_tokens: int = 128
     seconds: int = 540
-    commit: str = "unknown"
+    commit: str | None = None
     out_file: Path | None = None
 
     def __post_init__(self):
@@ -83,38 +85,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import finetune
 import generate
 import lora
 from batching import Samples
+from bench.inference.sides import Ids
+from bench.training import ours
 from inference import sampling
 from inference.decode import fastest_decoder
 from model import Transformer
 from preparation.record_store import SampleWriter
 from quantize import BLOCK, bitsandbytes, nf4_quantize
+from training import build
 from training.memory import budget, plan
-from training.metrics import peak_memory
 from weights.checkpoint import fill_model
 from weights.families import config_from_json
 
-LLAMA_2_7B = dict(
-    model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5,
-    rope_theta=10000.0, tie_word_embeddings=False,
-)  # fmt: skip
-MISTRAL_7B = LLAMA_2_7B | dict(
-    model_type="mistral", intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=32768,
-    sliding_window=4096,
-)  # fmt: skip
 TINY = LLAMA_2_7B | dict(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2,
 )  # fmt: skip
-SHAPES = {"7b": {"Llama-2-7B": LLAMA_2_7B, "Mistral-7B": MISTRAL_7B}, "tiny": {"tiny": TINY}}
+SHAPES = {"7b": MODELS, "tiny": {"tiny": TINY}}
 # Dense bf16 products as the data sheets have them, TFLOP/s, by a part of the device's name.
 NOMINAL_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
 
-OURS, PEFT, PEFT_AUTOCAST = SIDES = ("onetune", "transformers + PEFT", "transformers + PEFT, autocast")
+SIDES = (OURS, "transformers + PEFT", PEFT_AUTOCAST := "transformers + PEFT, autocast")
 MICRO_BATCHES = 2  # in an optimiser step
 WARM_UP = 2  # steps
 
@@ -124,7 +118,7 @@ class Training:
     """One training run."""
 
     shape: str
-    kind: Literal["lora", "qlora", "full"]
+    kind: Literal["lora", "qlora", "full"]  # an adapter of rank 16 on all projections, over NF4, or all weights
     recompute: bool
     side: str
     seconds = 20  # to be left on the clock when it is started; what it takes at most is about this
@@ -133,6 +127,7 @@ class Training:
         return f"{self.shape} {self.kind}{', recomputing' if self.recompute else ''}: {self.side}"
 
     def measure(self, s, limits):
+        """Its row."""
         return measure_training(s, self, limits)
 
 
@@ -149,6 +144,7 @@ class Decoding:
         return f"{self.shape} decode {self.quantize or 'bf16'}, batch {self.batch}"
 
     def measure(self, s, limits):
+        """Its row."""
         return measure_decoding(s, self, limits)
 
 
@@ -163,23 +159,25 @@ class Dequantizing:
         return f"{self.shape} dequantise NF4"
 
     def measure(self, s, limits):
+        """Its row."""
         return measure_dequantizing(s, self, limits)
 
 
 def main(s):
+    """Measure all parts, the most important first, and print their table."""
     if s.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device")
     deadline = time.monotonic() + s.seconds
     device = torch.device(s.device)
     limits = measure_limits(device)
-    about = describe(s, device)
+    about = about_call(s)
     record(s, about | {"part": "limits", **limits})
     rows = []
     for part in parts(s):
         row = attempt(part, s, limits, deadline)
         rows.append((part, row))
         record(s, about | {"part": type(part).__name__.lower(), **vars(part), **row})
-    print_table(rows, limits, about)
+    show(rows, limits, about)
     disagreeing = differing_losses(rows)
     failed = [str(part) for part, row in rows if row.get("failed")]
     if disagreeing or failed:
@@ -227,23 +225,22 @@ def attempt(part, s, limits, deadline):
 
 
 def record(s, row):
+    """Print a line, and add it to the file."""
     print(json.dumps(row), flush=True)
     if s.out_file:
         add_line(s.out_file, row)
 
 
-def describe(s, device):
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    return {
-        "time": datetime.now().isoformat(timespec="seconds"),
-        "device": name,
-        "nominal_tflops": next((rate for key, rate in NOMINAL_TFLOPS.items() if key in name), None),
-        "versions": installed_versions(),
-        "commit": s.commit,
-    }
+def about_call(s):
+    """What all lines share."""
+    call = describe(s)
+    call["commit"] = s.commit or call["commit"]
+    name = machine_name(call["machine"])
+    return call | {"nominal_tflops": next((rate for key, rate in NOMINAL_TFLOPS.items() if key in name), None)}
 
 
 def synchronize(device):
+    """Wait for the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -315,6 +312,7 @@ def random_samples(s, vocab_size):
 
 
 def measure_training(s, run, limits):
+    """The row of a `Training`."""
     shape, device = SHAPES[s.shape][run.shape], torch.device(s.device)
     samples = random_samples(s, shape["vocab_size"])
     step = (our_step if run.side == OURS else peer_step)(s, run, shape, samples, device)
@@ -336,7 +334,7 @@ def measure_training(s, run, limits):
     row = {
         "tokens_per_second": rate,
         "share": rate * per_token * matrix_weights(shape) / (limits["tflops"] * 1e12),
-        "peak_gb": peak_memory(device) / 1e9,
+        "peak_gb": peak_memory() / 1e9,
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "grad_norm": norms[-1],
@@ -348,14 +346,11 @@ def measure_training(s, run, limits):
 
 
 def our_settings(s, run):
-    full = run.kind == "full"
-    return finetune.Settings(
-        checkpoint_dir=Path("random"),
-        data_dir=Path("random"),
-        method="full" if full else "lora",
-        quantize="bnb.nf4" if run.kind == "qlora" else None,
-        optimizer="adamw-8bit" if full else "adamw",
-        learning_rate=2e-5 if full else 2e-4,
+    """The flags of finetune.py for a `Training`."""
+    mode = peers.MODES[run.kind if run.kind == "full" else f"{run.kind}-all"]
+    return ours.training_settings(
+        {"checkpoint_dir": "random", "data_dir": "random", "dtype": "bf16", **mode._asdict()},
+        optimizer="adamw-8bit" if run.kind == "full" else "adamw",
         global_batch_size=MICRO_BATCHES * s.tokens // s.sample_tokens,
         micro_batch_tokens=s.tokens,
         recompute=float(run.recompute),
@@ -363,7 +358,7 @@ def our_settings(s, run):
 
 
 def prediction(s, run):
-    """The predicted peak of our step, for its row. If there is none that is said, but the measurement still counts."""
+    """The predicted peak of our step, for its row; the reason where there is none, for the measurement still counts."""
     try:
         return {"predicted_gb": predicted_peak(s.shape, run, s.device, s.tokens, s.sample_tokens) / 1e9}
     except Exception as error:
@@ -388,21 +383,20 @@ def predicted_peak(size, run, device, tokens, sample_tokens):
 
 
 def our_step(s, run, shape, samples, device):
-    """A function that makes the step of a number with finetune.py's own pieces: loss and norm of the gradient."""
+    """A function that takes the step of a number with finetune.py's own: loss and norm of the gradient."""
     settings = our_settings(s, run)
-    fabric = finetune.start_fabric(settings)
+    fabric = build.start_fabric(settings)
     model = random_model(shape, fabric.device, settings.quantize)
     if run.kind == "full":
         model.requires_grad_(True)
     else:
         lora.add_lora(model, budget.adapter_config(settings))
-    optimizer = fabric.setup_optimizers(finetune.build_optimizer(settings, model))
-    steps = dict(finetune.planned_steps(settings, samples, 0, WARM_UP + s.steps))
-    model.train()
+    steps = dict(budget.planned_steps(settings, samples, 0, WARM_UP + s.steps))
+    optimizer = fabric.setup_optimizers(build.build_optimizer(settings, model))
+    train_step = ours.step_function(build.Run(settings, fabric, model.train(), optimizer, samples))
 
     def step(number):
-        rate = settings.learning_rate
-        row = finetune.train_step(fabric, settings, model, optimizer, samples, steps[number], number, rate)
+        row = train_step(number, steps[number])
         return row["loss"], row["grad_norm"]
 
     return step
@@ -410,13 +404,12 @@ def our_step(s, run, shape, samples, device):
 
 def peer_step(s, run, shape, samples, device):
     """The same of transformers + PEFT, in a plain loop; with autocast as transformers' Trainer does for `bf16`."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     base = peer_model(shape, device, quantized=run.kind == "qlora")
     if run.recompute:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    targets = list(lora.PROJECTIONS)
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, peers.peft_config(peers.LORA_ALL))
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0, fused=True)
@@ -460,6 +453,7 @@ def peer_model(shape, device, quantized):
 
 
 def peer_nf4(linear, device):
+    """transformers' NF4 layer with the weight of a linear layer."""
     layers = bitsandbytes().nn
     layer = layers.Linear4bit(
         linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta"
@@ -472,20 +466,8 @@ def peer_nf4(linear, device):
 # ------------------------------------------------------------------------------------------------ decoding and kernels
 
 
-class Tally:
-    """Stands for sampling.Reply, with no tokenizer behind it: it only counts, so no answer ends early."""
-
-    def __init__(self):
-        self.length, self.done = 0, False
-
-    def push(self, id):
-        self.length += 1
-
-    def finish(self):
-        self.done = True
-
-
 def measure_decoding(s, run, limits):
+    """The row of a `Decoding`."""
     shape, device = SHAPES[s.shape][run.shape], torch.device(s.device)
     model = random_model(shape, device, run.quantize)
     prompts = torch.randint(shape["vocab_size"], (run.batch, s.prompt_tokens)).tolist()
@@ -498,7 +480,7 @@ def measure_decoding(s, run, limits):
     return {
         "tokens_per_second": run.batch * steps / seconds,
         "share": read / 1e9 / limits["gigabytes_per_second"],
-        "peak_gb": peak_memory(device) / 1e9,
+        "peak_gb": peak_memory() / 1e9,
         "prefill_seconds": prefill,
         "prompt_tokens": s.prompt_tokens,
         "new_tokens": steps + 1,
@@ -508,7 +490,7 @@ def measure_decoding(s, run, limits):
 def decode_seconds(decoder, prompts, new_tokens, device):
     """Seconds to the first token, seconds for those after it, and how many those are. Greedy."""
     settings = generate.Settings(checkpoint_dir=Path("random"), max_new_tokens=new_tokens, temperature=0)
-    replies = [Tally() for _ in prompts]
+    replies = [Ids() for _ in prompts]
     synchronize(device)
     started = time.perf_counter()
     tokens = sampling.generate(decoder, prompts, replies, settings, list(range(len(prompts))))
@@ -527,10 +509,10 @@ def weight_bytes(model):
 
 
 def measure_dequantizing(s, run, limits):
-    """Microseconds for one gate_proj from NF4 to bf16: bitsandbytes' kernel, and bench/nf4_triton.py's if it runs."""
+    """Microseconds for one gate_proj from NF4 to bf16: bitsandbytes' kernel, and nf4_triton.py's if it runs."""
     if s.device != "cuda":
         return {"skipped": "Triton compiles for GPUs only"}
-    from nf4_triton import nf4_dequantize_triton
+    from bench.machine.nf4_triton import nf4_dequantize_triton
 
     shape, device = SHAPES[s.shape][run.shape], torch.device(s.device)
     size = (shape["intermediate_size"], shape["hidden_size"])
@@ -577,37 +559,33 @@ def differing_losses(rows):
     )
 
 
-def print_table(rows, limits, about):
+COLUMNS = {
+    "median": "{name}", "runs": "{runs}", "tokens/s": "{tokens_per_second:,.0f}", "spread": "{relative_spread:.1%}",
+    "share": "{share:.1%}", "on paper": "{on_paper}", "GB": "{peak_gb:.2f}", "plan": "{plan}", "loss": "{loss}",
+}  # fmt: skip
+
+
+def show(rows, limits, about):
+    """Print the table of what has a speed, and the other rows."""
     nominal = about["nominal_tflops"]
     print(
-        f"\n{about['device']}: bf16 product {limits['tflops']:.1f} TFLOP/s ({nominal or 'no figure'} on paper), ",
-        end="",
+        f"\n{machine_name(about['machine'])}: bf16 product {limits['tflops']:.1f} TFLOP/s ({nominal or 'no figure'} on "
+        f"paper), copy {limits['gigabytes_per_second']:.0f} GB/s. Shares are of these."
     )
-    print(f"copy {limits['gigabytes_per_second']:.0f} GB/s. Shares are of these.")
-    columns = f"{'tokens/s':>10}{'spread':>8}{'share':>8}{'on paper':>9}{'GB':>7}{'plan':>7}{'loss':>8}"
-    print(f"{'median':64}{'runs':>5}{columns}")
-    for part in dict.fromkeys(part for part, _ in rows):
-        measured = [row for other, row in rows if other == part]
-        good = [row for row in measured if "tokens_per_second" in row]
-        if good:
-            print(table_line(part, good, nominal and limits["tflops"] / nominal))
-        for row in measured:
-            if row not in good:
-                print(f"{part!s:64} {row.get('skipped') or row.get('failed') or row}")
-
-
-def table_line(part, rows, paper):
-    """paper: the measured matrix limit as a share of the data sheet's, or None."""
-    rates, shares = ([row[key] for row in rows] for key in ("tokens_per_second", "share"))
-    rate, share = statistics.median(rates), statistics.median(shares)
-    on_paper = f"{share * paper:.1%}" if paper and isinstance(part, Training) else ""
-    loss = f"{rows[0]['first_loss']:.3f}" if "first_loss" in rows[0] else ""
-    peak = max(row["peak_gb"] for row in rows)
-    planned = f"{rows[0]['predicted_gb'] / peak:.3f}" if "predicted_gb" in rows[0] else ""
-    spread = (max(rates) - min(rates)) / rate
-    return (
-        f"{part!s:64}{len(rows):5}{rate:10,.0f}{spread:8.1%}{share:8.1%}{on_paper:>9}{peak:7.2f}{planned:>7}{loss:>8}"
-    )
+    with_speed = [{"name": str(part), **row} for part, row in rows if "tokens_per_second" in row]
+    first = {row["name"]: row for row in reversed(with_speed)}
+    table = summarize(with_speed, ("name",), ("tokens_per_second", "share", "peak_gb"))
+    for row in table:
+        run, (low, high) = first[row["name"]], row["spread"]
+        row["relative_spread"] = (high - low) / row["tokens_per_second"]
+        trained = "first_loss" in run
+        row["loss"] = f"{run['first_loss']:.3f}" if trained else ""
+        row["on_paper"] = f"{row['share'] * limits['tflops'] / nominal:.1%}" if nominal and trained else ""
+        row["plan"] = f"{run['predicted_gb'] / row['peak_gb']:.3f}" if "predicted_gb" in run else ""
+    print_table(COLUMNS, table)
+    for part, row in rows:
+        if "tokens_per_second" not in row:
+            print(f"{part}: {row.get('skipped') or row.get('failed') or row}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def tiny_data(tiny_model_dir, tmp_path_factory):
 def test_generation_against_transformers(tiny_model_dir, tiny_data, tmp_path, run_script):
     out_file = tmp_path / "results.jsonl"
     code, out, err = run_script(
-        "bench/generate.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--dtype", "fp32",
+        "bench/inference/speed.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--dtype", "fp32",
         "--sides", "[onetune,transformers,transformers-static]", "--batches", "[1,3]", "--prompt_tokens", 12,
         "--new_tokens", 6, "--runs", 1, "--repeats", 1, "--venvs_dir", tmp_path, "--out_file", out_file,
     )  # fmt: skip
@@ -45,7 +45,7 @@ def test_generation_against_transformers(tiny_model_dir, tiny_data, tmp_path, ru
 def test_a_side_that_fails_is_reported_in_one_line(tiny_model_dir, tiny_data, tmp_path, run_script):
     """LitGPT does not know the tiny model; here its place is taken by an environment without it."""
     code, out, err = run_script(
-        "bench/generate.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--sides", "[litgpt]",
+        "bench/inference/speed.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--sides", "[litgpt]",
         "--batches", "[1]", "--prompt_tokens", 12, "--new_tokens", 6, "--runs", 1, "--repeats", 1,
         "--venvs_dir", tmp_path, "--out_file", tmp_path / "results.jsonl",
         env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""},

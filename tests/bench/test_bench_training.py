@@ -1,6 +1,5 @@
 """The comparisons in bench/ run, and their sides do the same work. Their timings are no matter of tests."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,14 +10,11 @@ from conftest import ROOT, SMALL
 
 import prepare_data
 from batching import PLANNERS
+from bench import measuring
+from bench.machine import limits
+from bench.training import peers
+from bench.training import speed as bench
 from shell.cli import UserError
-
-sys.path.append(str(ROOT / "bench"))
-import limits
-
-spec = importlib.util.spec_from_file_location("bench_finetune", ROOT / "bench" / "finetune.py")
-bench = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # "finetune" is the product's
-spec.loader.exec_module(bench)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +36,7 @@ def compared(tiny_model_dir, tiny_data, run_script, tmp_path_factory):
     """A whole comparison with transformers + PEFT: what it printed, and the file that it added to."""
     out_file = tmp_path_factory.mktemp("out") / "results.jsonl"
     code, out, err = run_script(
-        "bench/finetune.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--dtype", "fp32",
+        "bench/training/speed.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--dtype", "fp32",
         "--peers", "[peft]", "--peer_micro_batch", "[3]", "--micro_batch_tokens", "[64]", "--mode", "lora-all",
         "--steps", 4, "--runs", 1, "--global_batch_size", 12, "--out_file", out_file,
         "--venvs_dir", out_file.parent / "venvs",
@@ -65,7 +61,7 @@ def test_lines_tell_what_was_measured_and_where(compared):
         assert line["tokens_per_second"] == pytest.approx(sum(rates) / 2, rel=0.05)  # a median of two; rounded times
         assert 0.1 < line["peak_gb"] < 10 and line["first_step_seconds"] > sum(line["step_seconds"])
         assert 0 <= line["others_cpu"] <= 1
-        assert line["machine"] == limits.machine() and line["versions"]["torch"] == torch.__version__
+        assert line["machine"] == measuring.machine() and line["versions"]["torch"] == torch.__version__
         assert line["settings"]["mode"] == "lora-all" and line["settings"]["dtype"] == "fp32"
 
 
@@ -78,9 +74,12 @@ def test_share_of_the_limit(compared, tiny_data):
     run = [i for step in steps for micro_batch in step for i in micro_batch]  # of the steps that count
     share = samples.target_counts[run].sum().item() / samples.lengths[run].sum().item()
     assert 0.05 < share < 0.95
-    for line, row in zip(call, bench.summarize(call), strict=True):
+    rows = {row["side"]: row for row in bench.table_rows(call)}
+    for line in call:
+        row = rows.pop(line["side"])
         flops = line["tokens_per_second"] * 4 * (blocks + share * SMALL["vocab_size"] * D)
         assert row["limit"] == pytest.approx(flops / line["matrix_flops_per_second"]["fp32"])
+    assert not rows
 
 
 def test_table_and_chart_come_from_the_file_alone(compared, run_script):
@@ -88,10 +87,10 @@ def test_table_and_chart_come_from_the_file_alone(compared, run_script):
     chart = path.with_suffix(".png")
     assert chart.read_bytes().startswith(b"\x89PNG")
     chart.unlink()
-    code, again, err = run_script("bench/finetune.py", "--report", path)
+    code, again, err = run_script("bench/training/speed.py", "--report", path)
     assert code == 0, err
     assert again in out and chart.is_file()
-    rows = [line for line in again.splitlines() if line.startswith("* ") and "best setting" not in line]
+    rows = [line for line in again.splitlines() if line.startswith("|") and " * " in line]
     assert sorted(row[2:13] for row in rows) == ["onetune, 64", "transformer"]
     assert again.count("times the speed") == 1
 
@@ -109,9 +108,9 @@ def test_report_of_several_runs():
         for speed in values
     ]
     call.append({**common, "side": "trl", "micro_batch": 4, "unavailable": "no such thing"})
-    rows = {(row["side"], row["micro_batch"]): row for row in bench.summarize(call)}
-    assert [row["tokens_per_second"] for row in rows.values()] == [100, 50, 70]
-    assert [row["best"] for row in rows.values()] == [True, False, True]
+    rows = {(row["side"], row["micro_batch"]): row for row in bench.table_rows(call)}
+    found = [(*side, row["tokens_per_second"], row["mark"]) for side, row in rows.items()]
+    assert found == [("onetune", 64, 100, " *"), ("peft", 1, 70, " *"), ("peft", 4, 50, "")]
     assert rows["onetune", 64]["spread"] == (90, 300) and rows["onetune", 64]["limit"] == pytest.approx(0.1)
 
 
@@ -136,34 +135,34 @@ def test_a_side_that_does_something_else_is_named(change, words):
 def test_a_peer_that_cannot_be_measured_is_one_line(tiny_model_dir, tiny_data, tmp_path, monkeypatch, capsys):
     """It is not tried again, and the others are measured all the same; without ours there is nothing to compare."""
 
-    def run_side(s, job, side, size):
+    def run_side(s, job, side, micro_batch):
         if side == refuses:
-            raise bench.Unavailable("no such thing")
+            raise measuring.Unavailable("no such thing")
         return {"tokens_per_second": 1.0, "peak_gb": 1.0, "first_loss": 1.0, "last_loss": 1.0, "grad_norm": 1.0}
 
     monkeypatch.setattr(bench, "run_side", run_side)
     monkeypatch.setattr(limits, "SECONDS", 0.0)
     s = bench.Settings(
-        tiny_model_dir, tiny_data, peers=["litgpt", "peft"], steps=3, runs=2, global_batch_size=4,
-        out_file=tmp_path / "results.jsonl",
+        checkpoint_dir=tiny_model_dir, data_dir=tiny_data, peers=["litgpt", "peft"], steps=3, runs=2,
+        global_batch_size=4, out_file=tmp_path / "results.jsonl",
     )  # fmt: skip
     refuses = "litgpt"
     bench.compare(s)
     assert [line["side"] for line in bench.read_lines(s.out_file)] == ["onetune", "litgpt", "peft", "onetune", "peft"]
     assert "LitGPT, 4 samples: not measured: no such thing\n" in capsys.readouterr().out
     refuses = "onetune"
-    with pytest.raises(UserError, match="onetune: no such thing"):
+    with pytest.raises(UserError, match="onetune 1024: no such thing"):
         bench.compare(s)
 
 
 def test_what_pip_cannot_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    with pytest.raises(bench.Unavailable, match="cannot be installed: .*(litgpt|torch)"):
-        bench.environment(tmp_path, "litgpt", bench.peers.PEERS["litgpt"].requirements, tmp_path / "litgpt.log")
+    with pytest.raises(measuring.Unavailable, match="cannot be installed: .*(litgpt|torch)"):
+        measuring.environment(tmp_path, "litgpt", peers.PEERS["litgpt"].requirements, tmp_path / "litgpt.log")
     assert not (tmp_path / "litgpt" / "requirements.txt").exists()
-    requirements = bench.peers.PEERS["peft"].requirements
-    assert bench.environment(tmp_path, "peft", requirements, tmp_path / "peft.log") == sys.executable  # all is here
+    requirements = peers.PEERS["peft"].requirements
+    assert measuring.environment(tmp_path, "peft", requirements, tmp_path / "peft.log") == sys.executable  # all is here
 
 
 @pytest.mark.parametrize(
@@ -173,7 +172,6 @@ def test_what_pip_cannot_install(tmp_path, monkeypatch):
         (dict(steps=2), "--steps 2: must be above 2"),
         (dict(peer_micro_batch=[3]), "--peer_micro_batch 3: must divide --global_batch_size 16"),
         (dict(micro_batch_tokens=[]), "--micro_batch_tokens must name"),
-        (dict(planner="none"), "--planner none: expected one of"),
         (dict(steps=9), "48 samples, --steps 9 of 16 need more"),
     ],
 )
@@ -184,7 +182,7 @@ def test_mistakes(changes, words, tiny_model_dir, tiny_data):
 
 
 def test_report_of_nothing(run_script, tmp_path):
-    code, out, err = run_script("bench/finetune.py", "--report", tmp_path / "nothing.jsonl")
+    code, out, err = run_script("bench/training/speed.py", "--report", tmp_path / "nothing.jsonl")
     assert code == 2 and err.count("\n") == 1 and "nothing.jsonl cannot be read" in err
     (tmp_path / "other.jsonl").write_text('{"side": "onetune"}\n')
     with pytest.raises(UserError, match="holds no results"):
@@ -206,19 +204,23 @@ def test_samples_for_peers(tiny_data):
 
 def test_peak_memory_is_the_process_own():
     """A child of a large process is small: getrusage would start at the parent's peak."""
-    code = "import sys; sys.path.append(sys.argv[1]); import lines; print(lines.peak_memory())"
+    code = "import sys; sys.path.append(sys.argv[1]); from bench import measuring; print(measuring.peak_memory())"
     ballast = torch.ones(2**28)  # 1 GiB
-    out = subprocess.run([sys.executable, "-c", code, ROOT / "bench"], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True, check=True)
     assert 50e6 < int(out.stdout) < ballast.nbytes
 
 
 def test_peers_stand_on_their_own():
-    """Their runners are executed where the project's requirements are not installed."""
-    code = "import sys; before = set(sys.modules); import peers; print(*(set(sys.modules) - before))"
-    out = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.append({str(ROOT / 'bench')!r}); {code}"],
-                         capture_output=True, text=True, check=True)  # fmt: skip
-    ours = {path.stem for path in ROOT.glob("*.py")}
-    assert not set(out.stdout.split()) & (ours | {"torch", "numpy", "jsonargparse"})
+    """They run where the project's requirements are not installed, and so does what starts them."""
+    code = "import bench.training.peers, bench.inference.sides; print(*(set(sys.modules) - before))"
+    code = f"import sys; before = set(sys.modules); sys.path.append({str(ROOT)!r}); {code}"
+    out = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(out.stdout.split())
+    assert {name for name in loaded if name.startswith("bench.")} == {
+        "bench.measuring", "bench.training", "bench.training.peers", "bench.inference", "bench.inference.sides"
+    }  # fmt: skip
+    ours = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert {"model", "shell"} < ours and not loaded & (ours - {"bench"} | {"torch", "numpy", "jsonargparse", "yaml"})
 
 
 def test_limits(tiny_model_dir, monkeypatch):
@@ -227,14 +229,13 @@ def test_limits(tiny_model_dir, monkeypatch):
     assert shapes[D, D] == 2 * layers and shapes[SMALL["vocab_size"], D] == 1
     assert sum(shapes.values()) == 7 * layers + 1
     monkeypatch.setattr(limits, "SECONDS", 0.0)
-    device = torch.device("cpu")
-    assert limits.matrix_rate(shapes, 64, "fp32", device) > 1e7
-    assert limits.copy_rate(4, device) > 1e7 and limits.read_rate(4, device) > 1e7
+    assert limits.matrix_rate(shapes, 64, "fp32", "cpu") > 1e7
+    assert limits.copy_rate(4, "cpu") > 1e7 and limits.read_rate(4, "cpu") > 1e7
 
 
 def test_accuracy(tiny_model_dir, tiny_data, run_script, tmp_path):
     code, out, err = run_script(
-        "bench/accuracy.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--steps", 8,
+        "bench/training/accuracy.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--steps", 8,
         "--mode", "lora-all", "--global_batch_size", 4, "--micro_batch_tokens", 40, "--out_file", tmp_path / "a.jsonl",
     )  # fmt: skip
     assert code == 0, err
@@ -248,7 +249,7 @@ def test_accuracy(tiny_model_dir, tiny_data, run_script, tmp_path):
 
 def test_predicted_against_measured_memory(tiny_model_dir, tiny_data, tmp_path, run_script):
     code, out, err = run_script(
-        "bench/memory.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--methods", "[lora]",
+        "bench/training/memory.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--methods", "[lora]",
         "--bases", "[bnb.nf4]", "--recompute", "[0,1]", "--micro_batch_tokens", "[128]", "--steps", 1,
         "--out_file", tmp_path / "results.jsonl",
     )  # fmt: skip
@@ -257,37 +258,42 @@ def test_predicted_against_measured_memory(tiny_model_dir, tiny_data, tmp_path, 
     assert 0 < recomputed["predicted_gb"] < plain["predicted_gb"]
     assert plain["ratio"] == pytest.approx(plain["predicted_gb"] / plain["measured_gb"], rel=1e-3)
     assert plain["ratio"] > 0
-    assert 64 < plain["positions"] <= 128 and f"| lora | bnb.nf4 | 1 | {plain['positions']} |" in out
+    assert 64 < plain["positions"] <= 128 and f"| lora | bnb.nf4 | 1 | {plain['positions']} |" in " ".join(out.split())
 
 
 def test_what_fits_on_a_card(run_script):
     code, out, err = run_script(
-        "bench/fits.py", "--models", "[Mistral-7B]", "--lengths", "[64]", "--cards", "[6,24,80]", "--most_tokens", 64
+        "bench/training/fits.py",
+        "--models",
+        "[Mistral-7B]",
+        "--lengths",
+        "[64]",
+        "--cards",
+        "[6,24,80]",
+        "--most_tokens",
+        64,
     )
     assert code == 0, err
-    assert "| Mistral-7B | LoRA | 64 | no | 64 | 64 |" in out  # 14.5 GB in bf16
-    (in_nf4,) = (line for line in out.splitlines() if line.startswith("| Mistral-7B | LoRA, `--quantize bnb.nf4` |"))
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "| Mistral-7B | LoRA | 64 | no | 64 | 64 |" in lines  # 14.5 GB in bf16
+    (in_nf4,) = (line for line in lines if line.startswith("| Mistral-7B | LoRA, `--quantize bnb.nf4` |"))
     assert in_nf4.endswith("| 64 | 64 |") and " no " not in in_nf4  # 4.5 GB
-    assert "| Mistral-7B | `--method full --optimizer adamw-8bit` | 64 | no | no | 64 |" in out
+    assert "| Mistral-7B | `--method full --optimizer adamw-8bit` | 64 | no | no | 64 |" in lines
 
 
 def test_what_saving_costs(tiny_model_dir, run_script, tmp_path):
-    code, out, err = run_script("bench/saving.py", "--gigabytes", 0.03, "--repeats", 1, "--folder", tmp_path / "disk")
+    places = ("--folder", tmp_path / "disk", "--out_file", tmp_path / "saving.jsonl")
+    code, out, err = run_script("bench/training/saving.py", "--gigabytes", 0.03, "--repeats", 1, *places)
     assert code == 0, err
     line = json.loads(out)
     assert line["ratio"] == pytest.approx(line["save"] / line["write"]) and line["write"] > 0
     code, out, err = run_script(
-        "bench/saving.py",
-        "--checkpoint_dir",
-        tiny_model_dir,
-        "--steps",
-        16,
-        "--tokens",
-        8,
-        "--folder",
-        tmp_path / "disk",
+        "bench/training/saving.py", "--checkpoint_dir", tiny_model_dir, "--steps", 16, "--tokens", 8, *places
     )
     assert code == 0, err
     line = json.loads(out)
     assert line["saves"] == 2 and line["ratio"] == pytest.approx(line["after"] / line["others"]) and line["others"] > 0
     assert not list((tmp_path / "disk").iterdir())
+    saved, written, steps = map(json.loads, (tmp_path / "saving.jsonl").read_text().splitlines())
+    assert (saved["way"], written["way"], steps["saves"]) == ("save", "write", 2)
+    assert steps["settings"]["checkpoint"] == tiny_model_dir.name

@@ -1,29 +1,21 @@
-"""bench/gpu.py on a CPU, in small: its parts run, its sides do the same work, and what goes wrong is a row."""
+"""bench/machine/gpu.py on a CPU, in small: its parts run, its sides do the same work, and what fails is a row."""
 
-import importlib.util
 import json
-import sys
+import subprocess
 import time
 
 import pytest
 import torch
 from conftest import ROOT
 
-sys.path.append(str(ROOT / "bench"))
-
-
-@pytest.fixture(scope="module")
-def gpu():
-    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from bench.machine import gpu
+from bench.training import fits
 
 
 def test_every_part_runs_in_small(tmp_path, run_script):
     sizes = {"--tokens": 64, "--sample_tokens": 32, "--prompt_tokens": 8, "--new_tokens": 5}
     code, out, err = run_script(
-        "bench/gpu.py", "--shape", "tiny", "--device", "cpu", "--steps", 2, "--repetitions", 1,
+        "bench/machine/gpu.py", "--shape", "tiny", "--device", "cpu", "--steps", 2, "--repetitions", 1,
         *(word for size in sizes.items() for word in size), "--commit", "abc", "--out_file", tmp_path / "gpu.jsonl",
         env={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -40,11 +32,10 @@ def test_every_part_runs_in_small(tmp_path, run_script):
         assert (side == "onetune") == ("predicted_gb" in row)
         assert 0 < ours["predicted_gb"] < ours["peak_gb"]  # which is the whole process'
     assert runs["qlora", False, "onetune"]["predicted_gb"] < runs["lora", False, "onetune"]["predicted_gb"]
-    (headline,) = (line for line in out.splitlines() if line.startswith("median "))
-    (first,) = (line for line in out.splitlines() if line.startswith("tiny lora: onetune"))
-    ratio = first[headline.index("plan") - 3 : headline.index("plan") + 4]
+    table = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("|")]
+    first = dict(zip(table[0], next(cells for cells in table if cells[1] == "tiny lora: onetune"), strict=True))
     lora = runs["lora", False, "onetune"]
-    assert float(ratio) == pytest.approx(lora["predicted_gb"] / lora["peak_gb"], abs=6e-4)
+    assert float(first["plan"]) == pytest.approx(lora["predicted_gb"] / lora["peak_gb"], abs=6e-4)
     decoding = [row for row in rows if row["part"] == "decoding"]
     assert {(row["quantize"], row["batch"]) for row in decoding} == {(q, b) for q in (None, "bnb.nf4") for b in (1, 16)}
     assert all(row["new_tokens"] == 5 and row["tokens_per_second"] > 0 for row in decoding)
@@ -58,7 +49,7 @@ def test_every_part_runs_in_small(tmp_path, run_script):
         (ValueError("no such thing"), {"failed": "ValueError: no such thing"}),
     ],
 )
-def test_what_goes_wrong_is_a_row(gpu, error, row, monkeypatch):
+def test_what_goes_wrong_is_a_row(error, row, monkeypatch):
     def fail(*_):
         raise error
 
@@ -68,15 +59,22 @@ def test_what_goes_wrong_is_a_row(gpu, error, row, monkeypatch):
     assert gpu.attempt(part, s, {}, deadline=time.monotonic() + part.seconds - 1) == {"skipped": "no time left"}
 
 
-def test_sides_that_do_not_do_the_same_are_named(gpu):
+def test_sides_that_do_not_do_the_same_are_named():
     ours, peer = (gpu.Training("tiny", "lora", False, side) for side in gpu.SIDES[:2])
     assert gpu.differing_losses([(ours, {"first_loss": 6.0}), (peer, {"first_loss": 6.05})]) == []
     assert gpu.differing_losses([(ours, {"first_loss": 6.0}), (peer, {"first_loss": 6.07})]) == [str(peer)]
     assert gpu.differing_losses([(ours, {"skipped": "out of memory"}), (peer, {"first_loss": 6.07})]) == []
 
 
-def test_the_counted_weights_are_those_of_the_published_models(gpu):
+def test_the_counted_weights_are_those_of_the_published_models():
     embedding = 32000 * 4096
     norms = (2 * 32 + 1) * 4096
-    assert gpu.matrix_weights(gpu.LLAMA_2_7B) + embedding + norms == 6_738_415_616
-    assert gpu.matrix_weights(gpu.MISTRAL_7B) + embedding + norms == 7_241_732_096
+    assert gpu.matrix_weights(fits.LLAMA_2_7B) + embedding + norms == 6_738_415_616
+    assert gpu.matrix_weights(fits.MISTRAL_7B) + embedding + norms == 7_241_732_096
+
+
+def test_gpu_sh_finds_the_tests_that_need_a_gpu():
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    search = script.partition("-m gpu $(")[2].partition(")")[0]
+    found = subprocess.run(["bash", "-c", search], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert found == ["tests/training/test_gpu.py"]

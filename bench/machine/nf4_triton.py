@@ -1,4 +1,4 @@
-"""NF4 dequantised by one Triton launch: an experiment. bench/gpu.py times it against bitsandbytes' own kernel.
+"""NF4 dequantised by one Triton launch: an experiment. bench/machine/gpu.py times it against bitsandbytes' own kernel.
 
 Reads codes (n/2,) uint8 and absmax (n/64,) fp32 once and writes the n weights once, which is the least that can be
 moved. If it measures faster on a GPU its place is in quantize.py; until then the product takes bitsandbytes'.
@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from quantize import BLOCK, NF4_VALUES
 
@@ -31,7 +32,9 @@ def _values(device):
     return torch.tensor(NF4_VALUES, device=device)
 
 
-def nf4_dequantize_triton(codes, absmax, shape, dtype, size=1024, num_warps=4):
+def nf4_dequantize_triton(
+    codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype, size: int = 1024, num_warps: int = 4
+) -> Tensor:
     """The weight of `shape` and `dtype` that NF4 codes and scales stand for, as quantize.nf4_dequantize gives it.
 
     size: bytes of codes for one program, a power of 2.

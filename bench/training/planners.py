@@ -1,12 +1,12 @@
 """What a step's choice of samples does to the loss: the same model, data, seed and steps with several planners.
 
-    python bench/planners.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data_dir prepared/mixture
+    python bench/training/planners.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data_dir prepared/mixture
 
 Each run is finetune.py itself, in a process of its own. `grouped` (neighbours in length share a step) is there for its
-zig-zag: compare it with `packed` or `sorted_in_step`, whose steps are drawn from the whole set. The mixture should have
-tasks of unlike lengths.
+zig-zag: compare it with `packed` or `sorted_in_step`, whose steps are sampled from the whole set. The mixture should
+have tasks of unlike lengths.
 
-Added to --out_file: a JSON line for every run. Drawn beside that file: the training losses of all of them.
+Added to --out_file: a JSON line for every run. In a chart beside that file: the training losses of all of them.
 
 deviation     nats, the standard deviation of the step losses around their running mean (of 21 steps, centred)
 val_loss      after the last step, if the data have a validation part
@@ -22,21 +22,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.measuring import Measurement, alternate, describe, print_table, script_command
 from shell import cli
 from shell.cli import UserError
 
 SPAN = 21  # steps in a running mean
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(Measurement):
     """The command line.
 
     Args:
-        checkpoint_dir: Model folder.
         data_dir: Folder made by prepare_data.py.
         planners: How samples are cut into steps and micro-batches (batching.py), a run for each.
         steps: Optimiser steps of a run.
@@ -45,12 +45,12 @@ class Settings:
         learning_rate: The highest learning rate.
         precision: Dtype of the weights ("true") or of the products over fp32 weights ("mixed").
         seed: Of adapter and order of the data.
-        out_file: JSON lines are added to this file.
     """
 
-    checkpoint_dir: Path
     data_dir: Path
-    planners: list[str] = field(default_factory=lambda: ["packed", "grouped"])
+    planners: list[Literal[cli.table_keys("batching.py", "PLANNERS")]] = field(
+        default_factory=lambda: ["packed", "grouped"]
+    )
     steps: int = 200
     global_batch_size: int = 32
     micro_batch_tokens: int = 2048
@@ -68,42 +68,26 @@ class Settings:
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
-import limits
-import peers
-from batching import PLANNERS
-from lines import add_line, commit
+COLUMNS = {
+    "planner": "{planner}", "first loss": "{losses[0]:.3f}", "last": "{last:.3f}",
+    "around its running mean": "{deviation:.4f}", "validation loss": "{validation}", "padding": "{padding:.1%}",
+    "seconds": "{training_seconds:.0f}",
+}  # fmt: skip
 
 
 def main(s):
-    for planner in s.planners:
-        if planner not in PLANNERS:
-            raise UserError(f"--planners {planner}: expected some of {', '.join(PLANNERS)}")
-    common = {
-        "settings": plain(s),
-        "commit": commit(),
-        "machine": limits.machine(),
-        "versions": peers.installed_versions(),
-    }
-    lines = []
-    for planner in s.planners:
-        lines.append({"planner": planner, **train(s, planner), **common})
-        add_line(s.out_file, lines[-1])
+    """Train with every planner; print a table, and draw the losses."""
+    call = describe(s)
+    lines = list(
+        alternate([{"planner": planner} for planner in s.planners], 1, lambda planner: train(s, planner), s, call)
+    )
     for line in lines:
-        validation = "" if line["val_loss"] is None else f", validation loss {line['val_loss']:.4f}"
-        print(
-            f"{line['planner']:15} step loss {line['losses'][0]:.3f} to {line['losses'][-1]:.3f}, "
-            f"{line['deviation']:.4f} around its running mean{validation}, padding {line['padding']:.1%}, "
-            f"{line['training_seconds']:.0f} s"
-        )
+        line["last"], loss = line["losses"][-1], line["val_loss"]
+        line["validation"] = "" if loss is None else f"{loss:.4f}"
+    print_table(COLUMNS, lines)
     chart = s.out_file.with_suffix(".png")
-    draw(lines, chart)
+    draw(lines, call["settings"], chart)
     print(f"written to {s.out_file} and {chart}")
-
-
-def plain(s):
-    """The settings for a JSON line, but for the planners and where the line goes."""
-    kept = {key: value for key, value in asdict(s).items() if key not in ("planners", "out_file")}
-    return kept | {"checkpoint_dir": s.checkpoint_dir.name, "data_dir": s.data_dir.name}
 
 
 def train(s, planner):
@@ -112,9 +96,7 @@ def train(s, planner):
     flags |= {"planner": planner, "max_steps": s.steps, "eval_interval": s.steps, "save_interval": 0}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, planner)
-        flags["out_dir"] = run
-        command = [sys.executable, ROOT / "finetune.py", *(f"--{name}={value}" for name, value in flags.items())]
-        if subprocess.run(command, stdout=subprocess.PIPE).returncode:
+        if subprocess.run(script_command("finetune.py", flags | {"out_dir": run}), stdout=subprocess.PIPE).returncode:
             raise UserError(f"--planners {planner}: finetune.py failed, for the reason above")
         with open(run / "metrics.csv", newline="") as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
@@ -134,8 +116,8 @@ def running_mean(losses):
     return [statistics.fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
 
 
-def draw(lines, path):
-    """The step losses of all runs, thin, and their running means, as a PNG; the most restless run lies at the back."""
+def draw(lines, settings, path):
+    """The step losses of all runs, thin, and their running means, as a PNG. The run that varies most is at the back."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,9 +130,8 @@ def draw(lines, path):
         axes.plot(steps, line["losses"], color=color, linewidth=0.8, alpha=0.6)
         label = f"{line['planner']}: {line['deviation']:.3f} around the mean of {SPAN} steps"
         axes.plot(steps, running_mean(line["losses"]), color=color, linewidth=2, label=label)
-    s = lines[0]["settings"]
     axes.set(
-        title=f"{s['checkpoint_dir']} on {s['data_dir']}, {s['global_batch_size']} samples a step",
+        title="{checkpoint} on {data}, {global_batch_size} samples a step".format(**settings),
         xlabel="optimiser step", ylabel="training loss per target token (nats)",
     )  # fmt: skip
     axes.legend()

@@ -1,51 +1,60 @@
-"""Generation by us and by the peers of bench/generate.py, each in a process of its own: one job in, one result out.
+"""Generation by us and by the peers of bench/inference/speed.py, each in a process of its own.
 
-    python bench/generators.py job.json
+A job: side, checkpoint_dir, cache_dir, dtype ("bf16" or "fp32"), quantize ("bnb.nf4" or None), prompts (lists of ids),
+new_tokens, repeats. Every side takes the likeliest token and never stops early. The function of a side loads the model
+and returns another one, which generates once and calls `tick` when the tokens of a step are chosen.
 
-A job is a JSON object: side, checkpoint_dir, cache_dir, dtype ("bf16" or "fp32"), quantize ("bnb.nf4" or null), prompts
-(lists of ids), new_tokens, repeats, result (a path). Every side takes the likeliest token and never stops early. A
-runner returns a function that generates once and calls `tick` when the tokens of a step are chosen.
+Imports nothing of the project at the top but what imports nothing itself: LitGPT's side runs where only that is
+installed.
 """
 
-import json
-import os
 import statistics
-import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
-from lines import Unavailable, busy_seconds, installed_versions, own_seconds, peak_memory
-from peers import litgpt_checkpoint
+from bench.measuring import (
+    OURS,
+    Unavailable,
+    cpu_times,
+    device_name,
+    installed_versions,
+    others_share,
+    peak_memory,
+)
+from bench.training.peers import litgpt_checkpoint, torch_dtype, transformers_model
 
-ROOT = Path(__file__).resolve().parents[1]
+
+class Ids:
+    """Stands for `inference.sampling.Reply`: keeps the ids, has no tokenizer behind it, and so never stops early."""
+
+    done = False
+
+    def __init__(self):
+        self.ids = []
+
+    @property
+    def length(self) -> int:
+        """The number of ids so far."""
+        return len(self.ids)
+
+    def push(self, id: int) -> None:
+        """Add an id."""
+        self.ids.append(id)
+
+    def finish(self) -> None:
+        """No more ids will come."""
+        self.done = True
 
 
-def ours(job):
-    sys.path.insert(0, str(ROOT))  # before this folder, whose generate.py is another
-    import torch
-
+def ours(job: dict) -> Callable:
+    """generate.py's own loop."""
     import generate
     from inference import sampling
+    from inference.decode import fastest_decoder
     from weights.checkpoint import load_model
 
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["dtype"]]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    decoder = generate.fastest_decoder(load_model(job["checkpoint_dir"], dtype, device, job["quantize"]))
+    decoder = fastest_decoder(load_model(job["checkpoint_dir"], torch_dtype(job), device_name(), job["quantize"]))
     settings = generate.Settings(checkpoint_dir=".", temperature=0, max_new_tokens=job["new_tokens"])
-
-    class Ids:
-        done = False
-
-        def __init__(self):
-            self.ids = []
-
-        length = property(lambda self: len(self.ids))
-
-        def push(self, id):
-            self.ids.append(id)
-
-        def finish(self):
-            self.done = True
 
     def run(tick):
         replies = [Ids() for _ in job["prompts"]]
@@ -56,19 +65,12 @@ def ours(job):
     return run
 
 
-def transformers(job, cache):
+def transformers(job: dict, cache: str) -> Callable:
+    """transformers' own `generate`, with its "dynamic" or "static" cache."""
     import torch
-    from transformers import AutoModelForCausalLM, StoppingCriteria
+    from transformers import StoppingCriteria
 
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["dtype"]]
-    options = {"dtype": dtype, "device_map": "cuda" if torch.cuda.is_available() else "cpu"}
-    if job["quantize"]:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    model = AutoModelForCausalLM.from_pretrained(job["checkpoint_dir"], **options).eval()
+    model = transformers_model(job).eval()
     model.generation_config.eos_token_id = None  # never stop
     longest = max(map(len, job["prompts"]))
     ids = [[0] * (longest - len(prompt)) + prompt for prompt in job["prompts"]]
@@ -93,7 +95,7 @@ def transformers(job, cache):
     return run
 
 
-def litgpt(job):
+def litgpt(job: dict) -> Callable:
     """The steps of `litgpt generate`."""
     if len(job["prompts"]) > 1:
         raise Unavailable("its batches need prompts of one length: it has no mask for padding")
@@ -107,8 +109,7 @@ def litgpt(job):
     if job["quantize"]:
         from lightning.fabric.plugins import BitsandbytesPrecision
 
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["dtype"]]
-        fabric = lightning.Fabric(devices=1, plugins=BitsandbytesPrecision("nf4", dtype))
+        fabric = lightning.Fabric(devices=1, plugins=BitsandbytesPrecision("nf4", torch_dtype(job)))
     else:
         fabric = lightning.Fabric(devices=1, precision=precision)
     prompt = torch.tensor(job["prompts"][0], device=fabric.device)
@@ -138,24 +139,24 @@ def litgpt(job):
 
 
 SIDES = {
-    "onetune": ours,
+    OURS: ours,
     "transformers": lambda job: transformers(job, "dynamic"),
     "transformers-static": lambda job: transformers(job, "static"),
     "litgpt": litgpt,
 }
 
 
-def measure(job):
+def measure(job: dict) -> dict:
     """Tokens a second of prompt reading and of decoding: medians over the repeats, after one that is not counted."""
     run = SIDES[job["side"]](job)
     prompt_tokens, batch = sum(map(len, job["prompts"])), len(job["prompts"])
-    prefill, decode, outputs = [], [], []
+    prefill, decode = [], []
     for _ in range(job["repeats"] + 1):
-        ticks, cpu = [time.perf_counter()], (busy_seconds(), own_seconds())
-        outputs.append(run(lambda ticks=ticks: ticks.append(time.perf_counter())))
-        others = busy_seconds() - cpu[0] - (own_seconds() - cpu[1])
+        ticks, started = [time.perf_counter()], cpu_times()
+        outputs = run(lambda ticks=ticks: ticks.append(time.perf_counter()))
+        others = others_share(started, cpu_times())
         steps = [later - earlier for earlier, later in zip(ticks, ticks[1:], strict=False)][: job["new_tokens"]]
-        if len(steps) < job["new_tokens"] or any(len(ids) != job["new_tokens"] for ids in outputs[-1]):
+        if len(steps) < job["new_tokens"] or any(len(ids) != job["new_tokens"] for ids in outputs):
             raise RuntimeError(f"{len(steps)} of {job['new_tokens']} tokens were generated")
         prefill.append(prompt_tokens / steps[0])
         decode.append(batch * len(steps[1:]) / sum(steps[1:]))
@@ -163,20 +164,7 @@ def measure(job):
         "prefill_tokens_per_second": statistics.median(prefill[1:]),
         "decode_tokens_per_second": statistics.median(decode[1:]),
         "peak_gb": peak_memory() / 1e9,
-        "others_cpu": max(0.0, others) / (ticks[-1] - ticks[0]) / (os.cpu_count() or 1),  # in the last repeat
-        "outputs": outputs[-1],
+        "others_cpu": others,  # in the last repeat
+        "outputs": outputs,
         "versions": installed_versions(),
     }
-
-
-def main():
-    job = json.loads(Path(sys.argv[1]).read_text())
-    try:
-        result = measure(job)
-    except Unavailable as error:
-        result = {"unavailable": str(error)}
-    Path(job["result"]).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,22 @@
-"""What a save costs over a plain write of the same bytes, and what it leaves behind for the steps after it.
+"""What a save costs over a plain write of the same bytes, and whether it slows the steps after it.
 
-    python bench/saving.py --gigabytes 1 --folder out
-    python bench/saving.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --steps 320
+    python bench/training/saving.py --gigabytes 1 --folder out
+    python bench/training/saving.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --steps 320
 
-The first: weights in bf16 as `--method full` has them, written by turns as a checkpoint (hashed, flushed, renamed, with
-its manifest) and in one go by write and fsync. Prints JSON: medians in seconds, and their ratio.
+The first: weights in bf16 as `--method full` has them, written alternately as a checkpoint (hashed, flushed, renamed,
+with its manifest) and in one go by write and fsync. Prints medians in seconds, and their ratio.
 
 The second: a run of finetune.py on samples of one length, so that all steps have the same work, which saves after every
-fourth step. Prints JSON: the median seconds of the steps right after a save and of the others (of the two in the middle
+fourth step. Prints the median seconds of the steps right after a save and of the others (of the two in the middle
 between saves, since a machine that drifts drifts for both), their ratio, and its standard error by bootstrap.
+
+Printed as JSON. Each save, or the whole run, is a line of --out_file.
 """
 
 import csv
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,22 +24,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the project's folder, from wherever this is started
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.measuring import Measurement, add_line, alternate, describe, script_command, summarize
 from shell import cli
 from shell.cli import UserError
 
 INTERVAL = 4  # steps from save to save
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(Measurement):
     """The command line.
 
     Args:
         gigabytes: Size of what is saved.
-        repeats: Of either way.
+        repeats: Saves, and plain writes.
         folder: On the disk to measure.
         checkpoint_dir: Model folder; with it, the steps after a save are measured, not the save.
         steps: Of that run; the first eight do not count.
@@ -51,6 +53,7 @@ class Settings:
     checkpoint_dir: Path | None = None
     steps: int = 320
     tokens: int = 256
+    out_file: Path = Path("out/bench/saving.jsonl")
 
     def __post_init__(self):
         cli.check_numbers(self, "gigabytes", "repeats", above=0)
@@ -73,6 +76,7 @@ TENSOR_VALUES = 4096 * 4096  # of a projection of a 7B model
 
 
 def main(s):
+    """Measure one of the two and print it."""
     print(json.dumps(steps_after_saves(s) if s.checkpoint_dir else one_save(s)))
 
 
@@ -80,31 +84,38 @@ def main(s):
 
 
 def one_save(s):
+    """Median seconds of a save and of a plain write of the same tensors."""
     count = max(1, round(s.gigabytes * 1e9 / (2 * TENSOR_VALUES)))
     tensor = torch.randn(TENSOR_VALUES).to(torch.bfloat16)
     tensors = {f"{number}.weight": tensor + number for number in range(count)}
-    seconds = {save: [], write: []}
-    for _ in range(s.repeats):
-        for way in seconds:
-            place = s.folder / "saving"
-            place.mkdir(parents=True)
-            os.sync()
-            started = time.perf_counter()
-            way(tensors, place)
-            seconds[way].append(time.perf_counter() - started)
-            shutil.rmtree(place)
-    saved, written = (statistics.median(values) for values in seconds.values())
+    ways = {"save": save, "write": write}
+
+    def measure(way):
+        place = s.folder / "saving"
+        place.mkdir(parents=True)
+        os.sync()
+        started = time.perf_counter()
+        ways[way](tensors, place)
+        seconds = time.perf_counter() - started
+        shutil.rmtree(place)
+        return {"seconds": seconds}
+
+    sides = [{"way": way} for way in ways]
+    rows = summarize(alternate(sides, s.repeats, measure, s, describe(s)), ("way",), ("seconds",))
+    saved, written = (row["seconds"] for row in rows)
     gigabytes = 2 * TENSOR_VALUES * count / 1e9
     return {"gigabytes": gigabytes, "save": saved, "write": written, "ratio": saved / written}
 
 
 def save(tensors, place):
+    """Write tensors as a checkpoint."""
     hashes, layout = {}, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with new_folder(place / "step-000001", hashes) as folder:
         hashes |= write_weights(folder, layout, tensors.__getitem__)
 
 
 def write(tensors, place):
+    """Write the same bytes into one file."""
     with open(place / "plain", "wb") as file:
         for tensor in tensors.values():
             file.write(tensor.view(torch.uint8).numpy())
@@ -116,14 +127,16 @@ def write(tensors, place):
 
 
 def steps_after_saves(s):
+    """Median seconds of the steps right after a save and of those between, in one run of finetune.py."""
     s.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=s.folder) as place:
         data, run = Path(place, "data"), Path(place, "run")
         write_samples(data, s)
-        command = [sys.executable, str(ROOT / "finetune.py"), "--checkpoint_dir", str(s.checkpoint_dir)]
-        command += ["--data_dir", str(data), "--out_dir", str(run), "--max_steps", str(s.steps), "--eval_interval", "0"]
-        command += ["--save_interval", str(INTERVAL), "--global_batch_size", "1"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        flags = {
+            "checkpoint_dir": s.checkpoint_dir, "data_dir": data, "out_dir": run, "max_steps": s.steps,
+            "eval_interval": 0, "save_interval": INTERVAL, "global_batch_size": 1,
+        }  # fmt: skip
+        done = subprocess.run(script_command("finetune.py", flags), capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"finetune.py failed: {done.stderr.strip()[-500:]}")
         with open(run / "metrics.csv", newline="") as file:
@@ -133,19 +146,21 @@ def steps_after_saves(s):
     picks = np.random.default_rng(0).integers(len(rounds), size=(2000, len(rounds)))
     ratios = np.median(after[picks], axis=1) / np.median(others[picks], axis=1)
     after, others = np.median(after), np.median(others)
-    return {
+    found = {
         "saves": len(rounds), "after": after, "others": others, "ratio": after / others, "error": ratios.std(),
     }  # fmt: skip
+    add_line(s.out_file, describe(s) | found)
+    return found
 
 
 def write_samples(folder, s):
     """A prepared folder of random samples of one length."""
     folder.mkdir()
-    draw = np.random.default_rng(0)
+    numbers = np.random.default_rng(0)
     for part, count in (("train", s.steps), ("val", 0)):
         writer = SampleWriter(folder)
         for _ in range(count):
-            writer.add(draw.integers(3, 256, s.tokens).tolist(), [i > 0 for i in range(s.tokens)], 0)
+            writer.add(numbers.integers(3, 256, s.tokens).tolist(), [i > 0 for i in range(s.tokens)], 0)
         writer.save(folder / f"{part}.safetensors")
     info = {"tokenizer_hash": Tokenizer(s.checkpoint_dir).file_hash(), "prompt_style": "plain"}
     write_json(folder / "data.json", info | {"sources": [{"name": "random"}]})

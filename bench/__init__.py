@@ -1,0 +1,13 @@
+"""Measurements of onetune: against its peers, its own predictions, and what a machine can do.
+
+training/     speed and memory of a step against peers, accuracy, predicted memory, planners, saving
+inference/    speed of generation, and of multiple choice under lm-eval
+preparation/  speed and memory of prepare_data.py
+machine/      what a machine can do at most, and all that needs a GPU
+measuring.py  what they share: JSON lines, alternating runs, processes, medians, tables, charts. Start here
+gpu.sh        the tests marked `gpu` and machine/gpu.py, on a machine with a GPU
+results/      JSON lines and charts of the figures in README and docs/
+venvs/        made on first use: virtual environments of the peers, logs, converted models
+
+Above everything else. Each script runs by itself, as `python bench/training/speed.py --help`.
+"""

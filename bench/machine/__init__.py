@@ -1,0 +1,6 @@
+"""What a machine can do.
+
+limits.py      matrix products at a model's shapes, copying and reading memory. Start here
+gpu.py         one GPU: training, decoding and kernels at 7B shapes, against its limits and transformers + PEFT
+nf4_triton.py  an experiment that gpu.py times: NF4 dequantised by Triton
+"""

@@ -1,0 +1,4 @@
+"""Measurements of data preparation.
+
+speed.py  prepare_data.py as a whole: time, and peak memory as the data grow
+"""
