@@ -99,8 +99,8 @@ from eval import openai_api
 from eval.challenge_api import DecodeRequest, ProcessRequest, TokenizeRequest, process_answer
 from eval.http_gate import Gate, Metrics, TimedProtocol, error
 from eval.openai_api import Answer, ChatRequest, CompletionRequest, Stream
-from generate import Writer
 from inference.serving import Engine, QueueFull, Task, check_ids, encode_text, make_tasks
+from inference.writer import Writer
 from text.prompts import encode_prompt
 
 

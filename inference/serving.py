@@ -142,7 +142,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
 
 
 def check_ids(writer: Any, ids: list[int]) -> None:
-    """Raise UserError for ids that are not in the vocabulary. writer: a `generate.Writer`."""
+    """Raise UserError for ids that are not in the vocabulary. writer: a `writer.Writer`."""
     size = min(writer.tokenizer.vocab_size, writer.model.config.vocab_size)
     wrong = [id for id in ids if not 0 <= id < size]
     if wrong:
@@ -160,7 +160,7 @@ def make_tasks(
 ) -> list[Task]:
     """n tasks that answer one prompt. Raises UserError if it is empty or too long.
 
-    writer: a `generate.Writer`. asked: has the settings of a `Row` as attributes, and seed (None for a random one) and
+    writer: a `writer.Writer`. asked: has the settings of a `Row` as attributes, and seed (None for a random one) and
     stop. top: as in `Row`. echo: also compute the prompt's log-probabilities (of the first task: they are the same for
     all). start: as in `Reply`.
     """
