@@ -106,11 +106,16 @@ def examples(text, mark=" "):
 # ------------------------------------------------------------------------------------------------ checking a command
 
 
+def defines_settings(node):
+    imported = isinstance(node, ast.ImportFrom) and any(alias.name == "Settings" for alias in node.names)
+    return imported or isinstance(node, ast.ClassDef) and node.name == "Settings"
+
+
 @functools.cache
 def settings_of(path):
     """The class `Settings` of a script, or None: what stands before it is run, its heavy imports come later."""
     body = ast.parse(path.read_text()).body
-    ends = [i for i, node in enumerate(body) if isinstance(node, ast.ClassDef) and node.name == "Settings"]
+    ends = [i for i, node in enumerate(body) if defines_settings(node)]
     if not ends:
         return None
     light = [node for node in body[: ends[0] + 1] if not isinstance(node, ast.If)]  # `if __name__ == "__main__"`
