@@ -44,13 +44,8 @@ SIDE_FILES = (
 
 CHECKPOINT_AGAIN = "download or convert it again"  # how to repair a model folder
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names: those of weights
-STATES = {
-    **DTYPES,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}  # and those of an optimiser's state
+# And those of an optimiser's state.
+STATES = {**DTYPES, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 
 
 # ------------------------------------------------------------------------------------------------------- reading

@@ -13,15 +13,11 @@ from typing import Any, NamedTuple
 from model import Config, RoPE
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-OTHER_SIZES = {
-    "num_key_value_heads": 1,
-    "head_dim": 1,
-    "max_position_embeddings": 1,
-    "sliding_window": 1,
-    "max_window_layers": 0,
-}
+OTHER_SIZES = {  # and the least that they may be
+    "num_key_value_heads": 1, "head_dim": 1, "max_position_embeddings": 1, "sliding_window": 1, "max_window_layers": 0,
+}  # fmt: skip
 LARGEST, MOST_LAYERS = 2**24, 1000  # of a size: a damaged file must not cost time or memory
-LARGEST_NUMBER = 1e30  # of a number that is no size
+LARGEST_NUMBER = 1e30  # of a number with a fraction
 
 # What every class so far takes for an absent key. In num_key_value_heads and head_dim None means: as many as there are
 # query heads, and the hidden size divided among them.
@@ -202,6 +198,7 @@ def _rope(keys):
     scaling, parameters = (_rope_dict(keys, name) for name in ("rope_scaling", "rope_parameters"))
     values = scaling or parameters
     theta = values.get("rope_theta", keys["rope_theta"])
+    _check_number("rope_theta", theta)
     if parameters.get("rope_theta", theta) != theta:
         raise ValueError(
             f"rope_scaling and rope_parameters are both set, with rope_theta {theta} and {parameters['rope_theta']}: "

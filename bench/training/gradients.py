@@ -78,7 +78,7 @@ def main(s: Settings) -> None:
         nearer = sum(distance(sides["onetune"][n], wanted[n]) < distance(sides["PEFT"][n], wanted[n]) for n in wanted)
         between = max(distance(sides["onetune"][name], sides["PEFT"][name]) for name in wanted)
         print(
-            f"seed {seed}: onetune is nearer in {nearer} of {len(wanted)} tensors; from one to the other {between:.1e}"
+            f"seed {seed}: onetune is nearer in {nearer} of {len(wanted)} tensors; between the two {between:.1e}"
         )
 
 
