@@ -34,8 +34,7 @@ class Settings:
         source: To convert: a folder with safetensors or pytorch_model*.bin, or a .gguf file. With adapter_dir: the base
             model, if not the one that the adapter names.
         adapter_dir: To merge: a LoRA adapter, onetune's or PEFT's.
-        quantize: How the base was quantised when the adapter was trained, if not as the adapter's onetune.json says:
-            none, bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or the file of a plan.
+        quantize: How the base was quantised when the adapter was trained, if not as the adapter's onetune.json says.
         out_dir: Folder to write; by default checkpoints/REPO_ID, checkpoints/NAME or ADAPTER_DIR-merged.
         dtype: Dtype of the weights written. "auto" is that of the source (float16 if it is quantised), and float32 for
             a merged model: rounding to 16 bits loses a part of what the adapter learnt (it is measured and printed).
@@ -45,7 +44,7 @@ class Settings:
     revision: str | None = None
     source: Path | None = None
     adapter_dir: Path | None = None
-    quantize: str | None = None
+    quantize: Literal[*cli.table_keys("quantize.py", "QUANTIZERS"), "none"] | cli.JsonFile | None = None
     out_dir: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 

@@ -23,8 +23,8 @@ class Settings:
     Args:
         checkpoint_dir: Model folder; if not given, the one that the adapter was trained on.
         adapter_dir: Adapter to put over the model, such as out/RUN/final, ours or PEFT's.
-        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or each layer as in a plan's
-            file; "none" for not at all. If not given, as the adapter was trained.
+        quantize: Keep the weights in 4 or 8 bits, or each layer as in a file written by eval/quality.py --sensitivity;
+            "none" for not at all. If not given, as the adapter was trained.
         precision: Dtype of the other weights and of the computation.
         prompt: One prompt, answered as it is generated. Without it and prompts_file a chat starts.
         prompts_file: File of prompts: .txt with one a line, or .jsonl with "prompt", "instruction" and "input",
@@ -43,7 +43,7 @@ class Settings:
 
     checkpoint_dir: Path | None = None
     adapter_dir: Path | None = None
-    quantize: str | None = None
+    quantize: Literal[*cli.table_keys("quantize.py", "QUANTIZERS"), "none"] | cli.JsonFile | None = None
     precision: Literal["32-true", "bf16-true", "16-true"] = "bf16-true"
     prompt: str | None = None
     prompts_file: Path | None = None

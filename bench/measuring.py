@@ -355,6 +355,6 @@ def draw_bars(tables: list[tuple[str, list[dict]]], columns: dict[str, tuple[str
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    from bench.measuring import do_job  # noqa: F811 (under the module's own name, so that its Unavailable is caught)
+    from bench.measuring import do_job
 
     do_job(Path(sys.argv[1]))

@@ -28,8 +28,8 @@ class Settings:
             the paths, fields and choices count.
         checkpoint_dir: Model folder; if not given, the one that the adapter was trained on.
         adapter_dir: Adapter to put over the model.
-        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or each layer as in a plan's
-            file; "none" for not at all. If not given, as the adapter was trained.
+        quantize: Keep the weights in 4 or 8 bits, or each layer as in a file written by eval/quality.py --sensitivity;
+            "none" for not at all. If not given, as the adapter was trained.
         precision: Dtype of the other weights and of the computation.
         prompt_style: How prompts are rendered; if not given, as in training.
         max_new_tokens: Tokens of an answer at most.
@@ -41,7 +41,7 @@ class Settings:
     data: Path
     checkpoint_dir: Path | None = None
     adapter_dir: Path | None = None
-    quantize: str | None = None
+    quantize: Literal[*cli.table_keys("quantize.py", "QUANTIZERS"), "none"] | cli.JsonFile | None = None
     precision: Literal["32-true", "bf16-true", "16-true"] = "bf16-true"
     prompt_style: Literal[cli.table_keys("text/prompts.py", "STYLES")] | None = None
     max_new_tokens: int = 64

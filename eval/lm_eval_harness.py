@@ -33,8 +33,8 @@ class Settings:
         eval_tasks: Names of tasks, groups or tags, or patterns such as mmlu_*.
         checkpoint_dir: Model folder; if not given, the one that the adapter was trained on.
         adapter_dir: Adapter to put over the model.
-        quantize: Keep the weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or each layer as in a plan's
-            file; "none" for not at all. If not given, as the adapter was trained.
+        quantize: Keep the weights in 4 or 8 bits, or each layer as in a file written by eval/quality.py --sensitivity;
+            "none" for not at all. If not given, as the adapter was trained.
         precision: Dtype of the other weights and of the computation.
         save_filepath: JSON file for the results.
         num_fewshot: Examples before each question; if not given, as many as the task says.
@@ -51,7 +51,7 @@ class Settings:
     eval_tasks: list[str]
     checkpoint_dir: Path | None = None
     adapter_dir: Path | None = None
-    quantize: str | None = None
+    quantize: Literal[*cli.table_keys("quantize.py", "QUANTIZERS"), "none"] | cli.JsonFile | None = None
     precision: Literal["32-true", "bf16-true", "16-true"] = "bf16-true"
     save_filepath: Path | None = None
     num_fewshot: int | None = None

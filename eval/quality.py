@@ -63,7 +63,7 @@ class Settings:
 
     checkpoint_dir: Path | None = None
     adapter_dir: Path | None = None
-    quantize: str | None = None
+    quantize: Literal[*cli.table_keys("quantize.py", "QUANTIZERS"), "none"] | cli.JsonFile | None = None
     data: Path | None = None
     data_dir: Path | None = None
     general_text: Path | None = None

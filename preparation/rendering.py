@@ -1,6 +1,5 @@
 """A record as tokens: rendered in its source's prompt style, tokenised, cut to length. Done in worker processes."""
 
-import itertools
 import pickle
 from array import array
 from typing import Any, NamedTuple
@@ -112,9 +111,8 @@ def _cut_start(tokenizer, messages, style, max_seq_length, message, key, length)
     if len(best[0]) > max_seq_length:
         return None
     fits, at_fits, exceeds, at_exceeds = 0, len(best[0]), len(text), length
-    for turn in itertools.count():
-        if exceeds - fits <= 1 or at_fits == max_seq_length:
-            return best
+    turn = 0
+    while exceeds - fits > 1 and at_fits < max_seq_length:
         share = 0.5 if turn % 3 == 2 else (max_seq_length - at_fits) / (at_exceeds - at_fits)
         kept = min(max(fits + int(share * (exceeds - fits)), fits + 1), exceeds - 1)
         message[key] = text[len(text) - kept :]
@@ -123,3 +121,5 @@ def _cut_start(tokenizer, messages, style, max_seq_length, message, key, length)
             best, fits, at_fits = tried, kept, len(tried[0])
         else:
             exceeds, at_exceeds = kept, len(tried[0])
+        turn += 1
+    return best

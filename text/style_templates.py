@@ -141,9 +141,7 @@ def chat_template(tokenizer: Tokenizer, style: str) -> str:
     end = next(segment.text for segment in segments if segment.kind == "end")
     values = {"bos": bos, "start": start, "end": end, "gap": "" if tokenizer.has_prefix else " "}
     # ascii() writes a text as both Python and Jinja read it.
-    return (
-        "".join(f"{{%- set {name} = {ascii(text)} %}}\n" for name, text in values.items()) + TEMPLATES[style].lstrip()
-    )
+    return "".join(f"{{%- set {name} = {text!a} %}}\n" for name, text in values.items()) + TEMPLATES[style].lstrip()
 
 
 def save_chat_template(folder: Path, style: str | None) -> str:

@@ -193,7 +193,7 @@ def flop_counter() -> FlopCounterMode:
     Fused attention counts as if every position attended to its whole sample, as in torch; and in a plan for CUDA, where
     offsets have no values, as if every sample of a packed row were as long as the longest.
     """
-    import torch.nn.attention.varlen  # noqa: F401 (imported after the counter was made, it would not be counted)
+    import torch.nn.attention.varlen
 
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the others torch knows by itself
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

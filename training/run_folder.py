@@ -32,6 +32,7 @@ from shell.files import (
     whole_file,
     write_json,
 )
+from text.style_templates import save_chat_template
 from training.memory.budget import DTYPES
 from training.memory.plan import moment_bytes
 from weights import peft_format
@@ -168,16 +169,19 @@ def save_final(run: Run) -> None:
 def save_weights(run: Run, folder: Path) -> dict[str, str]:
     """Write the adapter, or all weights, and `onetune.json`: what generate.py must know to match the training.
 
-    Returns the SHA-256 hashes that are known already, by file name.
+    A whole model gets the prompt style as its chat template. Returns the SHA-256 hashes that are known already, by file
+    name.
     """
     s = run.settings
     style = run.info["prompt_style"]
     notes = {"prompt_style": style, "checkpoint_dir": str(s.checkpoint_dir), "quantize": s.quantize}
     write_json(folder / NOTES, notes)
-    if not run.adapter:
-        return save_model(run.model, folder, source=s.checkpoint_dir)
-    peft_format.save_adapter(run.model, run.adapter, folder, s.checkpoint_dir)
-    return {}
+    if run.adapter:
+        peft_format.save_adapter(run.model, run.adapter, folder, s.checkpoint_dir)
+        return {}
+    hashes = save_model(run.model, folder, source=s.checkpoint_dir)
+    save_chat_template(folder, style)
+    return hashes
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

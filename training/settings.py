@@ -18,8 +18,8 @@ class Settings:
         data_dir: Folder made by prepare_data.py.
         out_dir: Folder for everything the run writes.
         method: The adapter to train, or "full" to train all weights.
-        quantize: Keep the frozen base weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8 (QLoRA), or each
-            layer as in a file written by eval/quality.py --sensitivity; the run stores the content of that file.
+        quantize: Keep the frozen base weights in 4 or 8 bits (QLoRA), or each layer as in a file written by
+            eval/quality.py --sensitivity; the run stores the content of that file.
         precision: Dtype of the weights ("true"), or of the matrix products over fp32 weights ("mixed").
         lora_r: Rank of the adapter.
         lora_alpha: Scale of the adapter; its product is multiplied by alpha / r.
@@ -65,7 +65,7 @@ class Settings:
     data_dir: Path
     out_dir: Path = Path("out/finetune")
     method: Literal[(*cli.table_keys("lora.py", "ADAPTERS"), "full")] = "lora"
-    quantize: str | dict[str, str] | None = None
+    quantize: Literal[cli.table_keys("quantize.py", "QUANTIZERS")] | cli.JsonFile | dict[str, str] | None = None
     precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-true"
     lora_r: int = 16
     lora_alpha: float = 32

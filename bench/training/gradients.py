@@ -77,9 +77,7 @@ def main(s: Settings) -> None:
             report(f"seed {seed}, {side:8}", found, wanted)
         nearer = sum(distance(sides["onetune"][n], wanted[n]) < distance(sides["PEFT"][n], wanted[n]) for n in wanted)
         between = max(distance(sides["onetune"][name], sides["PEFT"][name]) for name in wanted)
-        print(
-            f"seed {seed}: onetune is nearer in {nearer} of {len(wanted)} tensors; between the two {between:.1e}"
-        )
+        print(f"seed {seed}: onetune is nearer in {nearer} of {len(wanted)} tensors; between the two {between:.1e}")
 
 
 def report(title: str, found: dict, wanted: dict) -> None:

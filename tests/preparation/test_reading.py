@@ -359,7 +359,7 @@ def test_progress_goes_from_0_to_1(tmp_path, ending):
     rows = [{"question": random.randbytes(40).hex(), "answer": str(i)} for i in range(3000)]
     paths = [write(tmp_path / f"{i}.{ending}", content(rows, ending.removesuffix(".gz"))) for i in range(2)]
     seen, steps, read_so_far = [0.0], [], 0
-    for read_so_far, _ in enumerate(read_rows(Source("test", paths), lambda share: seen.append(share)), start=1):  # noqa: B007
+    for read_so_far, _ in enumerate(read_rows(Source("test", paths), lambda share: seen.append(share)), start=1):
         if len(seen) > len(steps) + 1:
             steps += [read_so_far] * (len(seen) - len(steps) - 1)
     assert seen == sorted(seen) and seen[-1] == 1 and read_so_far == 6000
