@@ -235,6 +235,14 @@ def test_measuring_puts_everything_back(tiny_checkpoint, make_adapter):
         assert after[name] is parameter and torch.equal(parameter, value)
 
 
+def test_a_measurement_that_walks_another_model_is_refused(tiny_checkpoint, monkeypatch):
+    """sensitivity.py calls the blocks itself, and would pass over what was edited into `hidden_states`."""
+    hidden_states = Transformer.hidden_states
+    monkeypatch.setattr(Transformer, "hidden_states", lambda self, *a, **b: 1.5 * hidden_states(self, *a, **b))
+    with pytest.raises(UserError, match=r"hidden_states does more than .* eval/sensitivity\.py"):
+        sensitivity.measure_layers(load_model(tiny_checkpoint("llama"), torch.float32), random_text(), 25, ["bnb.nf4"])
+
+
 def test_the_fragile_layer_comes_first(tiny_checkpoint):
     """All others hold nothing but what NF4 stands for, so they lose nothing."""
     model = load_model(tiny_checkpoint("llama"), torch.float32)
