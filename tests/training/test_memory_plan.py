@@ -18,7 +18,7 @@ from ops.cpp import compiled_library
 from quantize import bitsandbytes
 from shell.cli import UserError
 from training.memory import budget, plan
-from training.memory.allocations import Tracker, traced_step
+from training.memory.allocations import Allocations, trace_step
 from training.memory.plan import Job, Predictor, Shape
 from weights.checkpoint import load_model
 from weights.families import config_from_json
@@ -53,9 +53,9 @@ def real_batch(shape):
 
 
 def real_trace(job, shape):
-    """A tracker of real tensors and all blocks, and what each block kept and took in operations."""
-    model, tracker = real_model(job), Tracker()
-    return tracker, traced_step(model, real_batch(shape), tracker, job)
+    """The `Allocations` of real tensors and all blocks, and for each block what it kept and its FLOPs."""
+    model, allocations = real_model(job), Allocations()
+    return allocations, trace_step(model, real_batch(shape), allocations, job)
 
 
 def activations(predictor, shape):
@@ -78,10 +78,10 @@ def test_a_trace_without_memory_counts_what_real_tensors_take(kind, quantize, re
 
 
 def assert_traced_as_real(job, shape):
-    (tracker, blocks), predictor = real_trace(job, shape), Predictor(job)
+    (allocations, blocks), predictor = real_trace(job, shape), Predictor(job)
     assert blocks[1] == blocks[2] and blocks[4:5] == blocks[5:6]  # so two may stand for the others
-    assert activations(predictor, shape) == pytest.approx(tracker.at_peak.total(), abs=64)
-    assert predictor.flops(shape) == tracker.flops
+    assert activations(predictor, shape) == pytest.approx(allocations.at_peak.total(), abs=64)
+    assert predictor.flops(shape) == allocations.flops
 
 
 @pytest.mark.parametrize("compiler", ["g++", "no-such-compiler"])
@@ -112,19 +112,19 @@ def test_gradients_that_come_as_activations_go(kind, gradients):
         assert activations(predictor, shape) == pytest.approx(real, rel=0.02, abs=64)
 
 
-def test_a_tracker_counts_a_storage_once_and_until_it_dies():
+def test_a_allocations_counts_a_storage_once_and_until_it_dies():
     x = torch.ones(1000)
-    with Tracker() as tracker:
+    with Allocations() as allocations:
         y = x * 2
         view = y[:10].view(2, 5)
-        assert tracker.live.total() == 4000
+        assert allocations.live.total() == 4000
         z = y + 1
         del y
-        assert tracker.live.total() == 8000
+        assert allocations.live.total() == 8000
         del view, z
         assert x.view(10, 100) is not None
-    assert tracker.live.total() == 0
-    assert tracker.at_peak.total() == 8000
+    assert allocations.live.total() == 0
+    assert allocations.at_peak.total() == 8000
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adamw-paged"])

@@ -1,30 +1,39 @@
-"""The bytes that are alive and the operations that are done while a model's forward and backward pass run."""
+"""The memory allocated and the FLOPs done while a model runs forward and backward, on real or on fake tensors."""
+
+from __future__ import annotations
 
 import contextlib
 import itertools
 import math
 import weakref
 from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from training.metrics import flop_counter
 
+if TYPE_CHECKING:
+    from model import Transformer
+    from training.memory.plan import Job
+
 aten = torch.ops.aten
 
 
-class Tracker(TorchDispatchMode):
-    """Adds up the bytes of the storages that operations make, for as long as each lives, and what is alive at the peak.
+class Allocations(TorchDispatchMode):
+    """Adds up the bytes of the storages that operations create, for as long as each lives, and the peak of that sum.
 
-    Works on real tensors and on those without memory. A view is its base's storage, counted once; a storage made
-    before this began (a weight) is not counted. live and at_peak: bytes by part; what is made now belongs to `part`.
-    targets: how many positions have a target, where the values that say so do not exist. flops: operations so far.
-    untraced: bytes by part that blocks which are not run would hold now.
+    Works on real tensors and on fake ones. A view is its base's storage, counted once; a storage created before (a
+    weight) is not counted. live and at_peak: bytes by part; what is created now belongs to `part`.
+    targets: how many positions have a target, for fake tensors, which hold no targets. rounding: to multiples of so
+    many bytes. flops: so far. untraced: bytes by part that blocks which are not run would hold now.
     """
 
-    def __init__(self, targets=None, rounding=1):
+    def __init__(self, targets: int | None = None, rounding: int = 1):
         super().__init__()
         self.targets, self.rounding = targets, rounding
         self.part, self.flops = "saved activations", 0
@@ -32,9 +41,10 @@ class Tracker(TorchDispatchMode):
         self.storages = {}  # address of a living storage: its part and bytes
         self.flop_counts = flop_counter().flop_registry
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run an operation, and count its FLOPs and what it allocates."""
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # every look at a fake tensor's device
+        if func is torch.ops.prim.device.default:  # called for every look at a fake tensor's device
             return func(*args, **kwargs)
         if func is aten.nonzero.default and self.targets is not None:
             out = args[0].new_empty((self.targets, args[0].dim()), dtype=torch.int64)
@@ -42,34 +52,36 @@ class Tracker(TorchDispatchMode):
             out = func(*args, **kwargs)
         if func._overloadpacket in self.flop_counts:
             self.flops += self.flop_counts[func._overloadpacket](*args, **kwargs, out_val=out)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
-                self.add(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._add(tensor.untyped_storage())
         return out
 
-    def add(self, storage):
+    def _add(self, storage):
         if storage._cdata in self.storages:
             return
         nbytes = self.rounded(storage.nbytes())
         self.storages[storage._cdata] = (self.part, nbytes)
-        weakref.finalize(storage, self.remove, storage._cdata)
+        weakref.finalize(storage, self._remove, storage._cdata)
         self.live[self.part] += nbytes
         self.note_peak()
 
-    def rounded(self, nbytes):
-        return math.ceil(nbytes / self.rounding) * self.rounding
-
-    def note_peak(self):
-        if self.live.total() + self.untraced.total() > self.at_peak.total():
-            self.at_peak = self.live + self.untraced
-
-    def remove(self, address):
+    def _remove(self, address):
         part, nbytes = self.storages.pop(address)
         self.live[part] -= nbytes
 
-    def move(self, tensor, part):
-        """Let a living tensor count as another part."""
+    def rounded(self, nbytes: int) -> int:
+        """The bytes that an allocation of `nbytes` takes."""
+        return math.ceil(nbytes / self.rounding) * self.rounding
+
+    def note_peak(self) -> None:
+        """Remember what is allocated now if it is more than ever before."""
+        if self.live.total() + self.untraced.total() > self.at_peak.total():
+            self.at_peak = self.live + self.untraced
+
+    def move(self, tensor: Tensor, part: str) -> None:
+        """Count a living tensor as another part from now on."""
         address = tensor.untyped_storage()._cdata
         if address in self.storages:
             before, nbytes = self.storages[address]
@@ -78,70 +90,87 @@ class Tracker(TorchDispatchMode):
             self.live[part] += nbytes
 
 
-def traced_step(model, batch, tracker, job, left_out=()):
-    """Forward and backward of one micro-batch under `tracker`.
+def trace_step(
+    model: Transformer, batch: tuple, allocations: Allocations, job: Job, left_out: dict[int, int] | None = None
+) -> list[tuple[int, int]]:
+    """Run one micro-batch forward and backward under `allocations`.
 
     batch: tokens, targets and offsets. job: its recompute is a share of this model's blocks.
-    left_out: how many more blocks would follow a block and do as it does, by its number.
-    Returns for each block the bytes that it kept for the backward pass, and its operations in both passes (too few for
-    the first one, whose input may need no gradient).
+    left_out: for the number of a block, how many more blocks would follow it and do the same.
+    Returns for each block the bytes that it kept for the backward pass, and its FLOPs in both passes (too few for the
+    first one, whose input may need no gradient).
     """
-    before, after, layers = [], {}, model.model["layers"]  # before each block, and after the last; after the gradient
-    swaps = {}  # when the gradient for this block's input is there: activations of blocks left out, and gradients
-
-    def about_to_run(module, args):
-        if tracker.part != "saved activations":  # it is computed again in the backward pass
-            return
-        number = len(before)
-        before.append((tracker.live.total(), tracker.flops))
-        if number - 1 in left_out:
-            stand_in(number - 1)
-        if args[0].requires_grad:
-            args[0].register_hook(lambda grad: input_gradient_ready(number))
-        if number == len(layers):
-            tracker.part = "loss"
-
-    def stand_in(number):
-        """Blocks left out go backward before this one: each gives up activations for gradients, one by one. So most
-        is alive in the first of them or in the last, and as this one does what they do, it is either of the two."""
-        (kept_before, _), (kept, _) = before[number:]
-        activations = left_out[number] * (kept - kept_before)
-        gradients = left_out[number] * new_gradient_bytes(layers[number], tracker, job)
-        tracker.untraced["saved activations"] += activations
-        swaps[number if activations > gradients else number + 1] = activations, gradients
-
-    def input_gradient_ready(number):
-        after[number] = tracker.flops
-        activations, gradients = swaps.get(number, (0, 0))
-        tracker.untraced["saved activations"] -= activations
-        tracker.untraced["gradients"] += gradients
-        tracker.note_peak()
-
-    def gradient_ready(parameter):
-        tracker.move(parameter.grad, "gradients")
-        if job.gradients == "freed":
-            parameter.grad = None
-
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [module.register_forward_pre_hook(about_to_run) for module in (*layers, model.model["norm"])]
-    handles += [parameter.register_post_accumulate_grad_hook(gradient_ready) for parameter in trainable]
+    trace = _BlockTrace(model.model["layers"], allocations, job, left_out or {})
+    modules = (*model.model["layers"], model.model["norm"])
+    handles = [module.register_forward_pre_hook(trace.block_begins) for module in modules]
+    handles += [parameter.register_post_accumulate_grad_hook(trace.gradient_ready) for parameter in trainable]
     for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter) if job.gradients == "kept" else None
     tokens, targets, offsets = batch
-    with tracker:
+    with allocations:
         with torch.autocast(job.device, job.autocast) if job.autocast else contextlib.nullcontext():
             loss = model(tokens, targets, recompute=job.recompute, offsets=offsets)
-        tracker.part = "working set"
+        allocations.part = "working set"
         loss.backward()
     for handle in handles:
         handle.remove()
-    forward = itertools.pairwise(before)
-    return [
-        (kept - kept_before, flops - flops_before + after.get(number, 0) - after.get(number + 1, 0))
-        for number, ((kept_before, flops_before), (kept, flops)) in enumerate(forward)
-    ]
+    return trace.costs()
 
 
-def new_gradient_bytes(block, tracker, job):
-    """Bytes of gradients that are there after a block's backward pass, but not before."""
-    return sum(tracker.rounded(p.nbytes) for p in block.parameters() if p.requires_grad and job.gradients == "new")
+class _BlockTrace:
+    """What happens at the borders of the blocks, forward and backward, while a model runs."""
+
+    def __init__(self, layers, allocations, job, left_out):
+        self.layers, self.allocations, self.job, self.left_out = layers, allocations, job, left_out
+        self.before = []  # bytes and FLOPs before each block in the forward pass, and after the last
+        self.after = {}  # FLOPs when the gradient of a block's input was there, by number
+        self.swaps = {}  # what blocks left out then free (activations) and allocate (gradients), by number
+
+    def block_begins(self, module: nn.Module, args: tuple) -> None:
+        """Before a block, or the final norm, runs forward."""
+        allocations = self.allocations
+        if allocations.part != "saved activations":  # it is computed again in the backward pass
+            return
+        number = len(self.before)
+        self.before.append((allocations.live.total(), allocations.flops))
+        if number - 1 in self.left_out:
+            self._stand_in(number - 1)
+        if args[0].requires_grad:
+            args[0].register_hook(lambda grad: self._input_gradient_ready(number))
+        if number == len(self.layers):
+            allocations.part = "loss"
+
+    def _stand_in(self, number):
+        """Blocks left out go backward before this one: each frees activations and allocates gradients, one by one. So
+        the peak is in the first of them or in the last, and as this one does what they do, it is either of the two."""
+        (kept_before, _), (kept, _) = self.before[number:]
+        activations = self.left_out[number] * (kept - kept_before)
+        gradients = self.left_out[number] * new_gradient_bytes(self.layers[number], self.allocations, self.job)
+        self.allocations.untraced["saved activations"] += activations
+        self.swaps[number if activations > gradients else number + 1] = activations, gradients
+
+    def _input_gradient_ready(self, number):
+        self.after[number] = self.allocations.flops
+        activations, gradients = self.swaps.get(number, (0, 0))
+        self.allocations.untraced["saved activations"] -= activations
+        self.allocations.untraced["gradients"] += gradients
+        self.allocations.note_peak()
+
+    def gradient_ready(self, parameter: Tensor) -> None:
+        """After the gradient of a trainable parameter is complete."""
+        self.allocations.move(parameter.grad, "gradients")
+        if self.job.gradients == "freed":
+            parameter.grad = None
+
+    def costs(self):
+        """For each block: bytes kept for the backward pass, FLOPs of both passes."""
+        return [
+            (kept - kept_before, flops - flops_before + self.after.get(number, 0) - self.after.get(number + 1, 0))
+            for number, ((kept_before, flops_before), (kept, flops)) in enumerate(itertools.pairwise(self.before))
+        ]
+
+
+def new_gradient_bytes(block: nn.Module, allocations: Allocations, job: Job) -> int:
+    """Bytes of gradients that exist after a block's backward pass, but not before."""
+    return sum(allocations.rounded(p.nbytes) for p in block.parameters() if p.requires_grad and job.gradients == "new")

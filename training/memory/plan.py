@@ -29,7 +29,7 @@ import lora
 import model as model_room
 import quantize
 from ops import attention, dtypes
-from training.memory.allocations import Tracker, traced_step
+from training.memory.allocations import Allocations, trace_step
 
 aten = torch.ops.aten
 PARTS = ("weights", "adapters", "gradients", "moments", "saved activations", "working set", "loss")
@@ -201,13 +201,13 @@ class Predictor:
     def trace(self, shape):
         """Of a micro-batch: bytes by part at the peak of all blocks, and the operations of all."""
         if shape not in self.traces:
-            tracker = Tracker(shape.targets, rounding=1 if self.job.device == "cpu" else CUDA_BLOCK)
+            allocations = Allocations(shape.targets, rounding=1 if self.job.device == "cpu" else CUDA_BLOCK)
             with without_memory(self.mode, self.job.device):
                 tokens = torch.empty((shape.rows, shape.T), dtype=torch.int64, device=self.job.device)
                 offsets = shape.offsets and list(shape.offsets)
-                blocks = traced_step(self.model, (tokens, tokens, offsets), tracker, self.job, self.left_out)
+                blocks = trace_step(self.model, (tokens, tokens, offsets), allocations, self.job, self.left_out)
             more = sum(count * blocks[number][1] for number, count in self.left_out.items())
-            self.traces[shape] = tracker.at_peak, tracker.flops + more
+            self.traces[shape] = allocations.at_peak, allocations.flops + more
         return self.traces[shape]
 
     def parts(self, shape):
