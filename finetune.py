@@ -80,7 +80,7 @@ def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
     fabric = build.start_fabric(s)
     before = budget.memory_before(s, fabric.device)
     schedule = Schedule(s, total_steps(s, data.train), len(data.val) > 0, run_folder.schedule_state(newest))
-    with budget.explained_shortage(s, data.train, fabric.device):
+    with budget.explained_out_of_memory(s, data.train, fabric.device):
         run = build.build_run(s, fabric, data, newest, identity)
         if not newest and fabric.is_global_zero:
             run_folder.record_run(s)

@@ -593,7 +593,7 @@ def hub(tmp_path, monkeypatch):
                 ]
                 return self.answer(200, json.dumps(listing).encode())
             siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in files]
-            self.answer(200, json.dumps({"id": repo, "sha": sha, "siblings": siblings}).encode())
+            return self.answer(200, json.dumps({"id": repo, "sha": sha, "siblings": siblings}).encode())
 
         do_HEAD = do_GET
 

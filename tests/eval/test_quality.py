@@ -444,7 +444,7 @@ def test_the_memory_of_a_plan_of_quantisers_is_predicted(layers):
     tracker, _ = real_trace(job, PACKED)
     assert activations(predictor, PACKED) == pytest.approx(tracker.at_peak.total(), abs=64)
     assert predictor.flops(PACKED) == tracker.flops
-    with memory_plan.without_memory(predictor.mode, "cpu"):
+    with memory_plan.fake_tensors(predictor.mode, "cpu"):
         whole = memory_plan.parameter_bytes(memory_plan.build(job, range(layers)), job)
     assert predictor.fixed == whole
 

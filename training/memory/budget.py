@@ -1,7 +1,9 @@
-"""From finetune.py's settings to what the run will take: its steps, the `plan.Job` they are, the largest micro-batch.
+"""From finetune.py's settings to the memory of the run: its steps, their `plan.Job`, the largest micro-batch that fits.
 
 `s` is always the Settings of finetune.py, `train` and `samples` are `batching.Samples`.
 """
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -11,8 +13,11 @@ import re
 import resource
 import sys
 import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 import lora
 from batching import PLANNERS
@@ -24,20 +29,25 @@ from training.memory import plan
 from training.metrics import peak_memory, start_measuring
 from weights.checkpoint import read_config
 
+if TYPE_CHECKING:
+    from batching import Samples
+    from training.settings import Settings
+
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32, "16-mixed": torch.float32}
 RECOMPUTED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # that --plan tries, for the smallest one that fits
 M_MMAP_THRESHOLD, MAPPED = -3, 2**20
-NO_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc")  # in a plain RuntimeError
+OUT_OF_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc")  # in a plain RuntimeError
 
 
 # ----------------------------------------------------------------------------------------------- what the settings mean
 
 
-def adapter_config(s):
+def adapter_config(s: Settings) -> lora.AdapterConfig:
+    """The adapter that the flags describe."""
     return lora.AdapterConfig(s.method, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_rslora, tuple(s.lora_targets))
 
 
-def autocast_dtype(s):
+def autocast_dtype(s: Settings) -> torch.dtype | None:
     """The dtype of products under autocast, or None.
 
     A CPU without bf16 instructions is faster, and more exact, in fp32.
@@ -46,11 +56,12 @@ def autocast_dtype(s):
     return None if slow else {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(s.precision)
 
 
-def total_steps(s, train):
+def total_steps(s: Settings, train: Samples) -> int:
+    """The optimiser steps of the run, at most."""
     return s.max_steps or math.ceil(s.epochs * math.ceil(len(train) / s.global_batch_size))
 
 
-def planned_steps(s, samples, start, total):
+def planned_steps(s: Settings, samples: Samples, start: int, total: int) -> Iterator[tuple[int, list[list[int]]]]:
     """The number and the micro-batches of each step from `start` to before `total`."""
     per_epoch = math.ceil(len(samples) / s.global_batch_size)
     planned = None
@@ -62,16 +73,16 @@ def planned_steps(s, samples, start, total):
         yield step, planned[place]
 
 
-def dropout_seed(s, step, rank, world_size):
-    """Where torch's random numbers start on a device for a step (from 0)."""
+def dropout_seed(s: Settings, step: int, rank: int, world_size: int) -> int:
+    """torch's random seed on a device for a step (from 0)."""
     return s.seed + 1_000_003 * (1 + step * world_size + rank)
 
 
-# ---------------------------------------------------------------------------------------------------- what it will take
+# ------------------------------------------------------------------------------------------------------ predictions
 
 
-def plan_job(s, gradients="kept"):
-    """What `plan` must know of this run."""
+def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
+    """The `plan.Job` of this run."""
     return plan.Job(
         config=read_config(s.checkpoint_dir),
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -85,7 +96,7 @@ def plan_job(s, gradients="kept"):
     )
 
 
-def planned_job(s, train):
+def planned_job(s: Settings, train: Samples) -> tuple[plan.Job, list[list[plan.Shape]]]:
     """The `plan.Job` of this run, and for each step (of its first epoch) the shapes of its micro-batches."""
     total = min(total_steps(s, train), math.ceil(len(train) / s.global_batch_size))
     layout = PLANNERS[s.planner].layout
@@ -93,17 +104,14 @@ def planned_job(s, train):
     return plan_job(s, "kept" if any(len(shapes) > 1 for shapes in steps) else "new"), steps
 
 
-def predicted_peak(s, train):
-    """Bytes at the peak of the run."""
+def predicted_peak(s: Settings, train: Samples) -> int:
+    """Predicted bytes at the peak of the run."""
     job, steps = planned_job(s, train)
     return plan.Predictor(job).peak(plan.worst([shape for shapes in steps for shape in shapes]))
 
 
-def heaviest_micro_batch(s, samples):
-    """Of all micro-batches of the run, in every epoch, the one with the highest peak, as a list of sample numbers,
-
-    and the most micro-batches that a step has.
-    """
+def largest_planned_micro_batch(s: Settings, samples: Samples) -> tuple[list[int], int]:
+    """The micro-batch with the highest peak of the run, as sample numbers, and the most micro-batches of a step."""
     packed, padded, most = (0, 0, []), (0, 0, []), 0  # the largest by either way to count: positions, targets, samples
     for _, step in planned_steps(s, samples, 0, total_steps(s, samples)):
         most = max(most, len(step))
@@ -116,10 +124,13 @@ def heaviest_micro_batch(s, samples):
     return shapes[plan.worst(shapes)], most
 
 
-def memory_of_later_steps(s, model, optimizer, gradients):
-    """What a first micro-batch does not find yet and others will: moments of AdamW, and `gradients` before it.
+def memory_of_later_steps(
+    s: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, gradients: bool
+) -> list[Tensor]:
+    """Allocate what later micro-batches find allocated, and the first does not: AdamW's moments.
 
-    Returns tensors to be held while it runs; gradients are zeros in their place.
+    Returns tensors of their size, to be held while a micro-batch runs. With `gradients`, those of earlier micro-batches
+    too: zeros in their place.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable if gradients else ():
@@ -130,8 +141,8 @@ def memory_of_later_steps(s, model, optimizer, gradients):
 
 
 @contextlib.contextmanager
-def no_more_than_free(device):
-    """Where Linux would grant a process more than is free, and kill it when that is used, let it refuse instead."""
+def no_more_than_free(device: torch.device) -> Iterator[None]:
+    """Make allocations beyond the free memory fail inside. Linux would grant them, and kill the process on use."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     if device.type == "cpu" and sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (plan.address_space() + plan.free_memory("cpu"), before[1]))
@@ -144,15 +155,15 @@ def no_more_than_free(device):
 # ------------------------------------------------------------------------------------------------------------ what fits
 
 
-def most_that_fits(s, train):
-    """The most micro_batch_tokens that fit in the budget (0: none do), and the budget in bytes."""
+def most_that_fits(s: Settings, train: Samples) -> tuple[int, float]:
+    """The largest micro_batch_tokens that fit in the budget (0: none do), and the budget in bytes."""
     job = plan_job(s)
     given = s.memory_budget and cli.number_of_bytes(s.memory_budget, "memory_budget")
     budget = given or plan.free_memory(job.device)
     return plan.largest_micro_batch(plan.Predictor(job), train, s.global_batch_size, budget), budget
 
 
-def choose_micro_batch(s, train):
+def choose_micro_batch(s: Settings, train: Samples) -> None:
     """Make --micro_batch_tokens a number if it is "auto"."""
     if s.micro_batch_tokens != "auto":
         return
@@ -164,8 +175,8 @@ def choose_micro_batch(s, train):
     s.memory_budget = None  # it has done its work: a run from this one's config.yaml takes the number
 
 
-def check_micro_batches(s, train):
-    """With the optimiser in the backward pass a second micro-batch would find the weights moved. Refuse it now."""
+def check_micro_batches(s: Settings, train: Samples) -> None:
+    """Refuse steps of several micro-batches with --optimizer_in_backward: the second would find the weights changed."""
     steps = planned_steps(s, train, 0, total_steps(s, train))
     if s.optimizer_in_backward and any(len(micro_batches) > 1 for _, micro_batches in steps):
         raise UserError(
@@ -174,8 +185,8 @@ def check_micro_batches(s, train):
         )
 
 
-def print_plan(s, train):
-    """What --plan prints: what fits in the budget, if there is one, then the prediction for the run."""
+def print_plan(s: Settings, train: Samples) -> None:
+    """Print for --plan what fits in the budget, if there is one, then the prediction for the run."""
     if s.memory_budget or s.micro_batch_tokens == "auto":
         for share in sorted({s.recompute, *(share for share in RECOMPUTED_SHARES if share > s.recompute)}):
             s.recompute = share
@@ -203,56 +214,56 @@ def print_plan(s, train):
 
 
 @contextlib.contextmanager
-def explained_shortage(s, train, device):
-    """Where memory runs out inside, a UserError says what was needed, what was free, and ways out with their effect."""
+def explained_out_of_memory(s: Settings, train: Samples, device: torch.device) -> Iterator[None]:
+    """Turn running out of memory inside into a UserError that says what was needed, what was free, and what helps."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not NO_MEMORY.search(str(error)):
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not OUT_OF_MEMORY.search(str(error)):
             raise
         taken, free, asked = peak_memory(device), plan.free_memory(device.type), asked_bytes(str(error))
         more = f"{asked / 1e9:.3g} GB" if asked else "some"
         traceback.clear_frames(error.__traceback__)  # which hold the activations: planning needs a little memory too
         raise UserError(
             f"out of memory: {taken / 1e9:.3g} GB were taken, {more} more asked for, {free / 1e9:.3g} GB free; "
-            + ways_out(s, train, free + taken)
+            + suggestions(s, train, free + taken)
         ) from None
 
 
-def asked_bytes(message):
-    """The bytes that an allocator says it could not have, None where it does not say."""
+def asked_bytes(message: str) -> float | None:
+    """The bytes that an allocator says it could not allocate, None if it does not say."""
     match = re.search(r"(?:tried to|to) allocate (\d+(?:\.\d+)?) (bytes|[KMG]iB)", message, re.IGNORECASE)
     return match and float(match[1]) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[match[2]]
 
 
-def ways_out(s, train, available):
+def suggestions(s: Settings, train: Samples, available: float) -> str:
     """At most three changes that lower the predicted peak of the run, each with the peak it leads to, in words.
 
-    available: bytes that the largest micro-batch should fit in, where a smaller one can.
+    available: bytes that the largest micro-batch should fit in, if a smaller one can.
     """
-    indices, most = heaviest_micro_batch(s, train)
+    indices, most = largest_planned_micro_batch(s, train)
     shape, longest = plan.shape_of(train, PLANNERS[s.planner].layout, indices), train.lengths.max().item()
     gradients = "kept" if most > 1 else "new"
 
     def peak(shape, **flags):
         return plan.Predictor(plan_job(dataclasses.replace(s, **flags), gradients)).peak(shape)
 
-    now, ways = peak(shape), {}
+    now, changes = peak(shape), {}
     if longest < shape.positions and not s.optimizer_in_backward:
         predictor, tokens = plan.Predictor(plan_job(s)), max(longest, shape.positions // 2)
         while tokens > longest and predictor.peak(plan.full_shape(train, tokens)) > available:
             tokens = max(longest, tokens // 2)
-        ways[f"--micro_batch_tokens {tokens}"] = predictor.peak(plan.full_shape(train, tokens))
-    ways["--recompute 1"] = peak(shape, recompute=1.0)
+        changes[f"--micro_batch_tokens {tokens}"] = predictor.peak(plan.full_shape(train, tokens))
+    changes["--recompute 1"] = peak(shape, recompute=1.0)
     if s.method == "full":
-        ways["--optimizer adamw-8bit"] = peak(shape, optimizer="adamw-8bit")
+        changes["--optimizer adamw-8bit"] = peak(shape, optimizer="adamw-8bit")
     else:
-        ways["--quantize bnb.nf4-dq"] = peak(shape, quantize="bnb.nf4-dq")
+        changes["--quantize bnb.nf4-dq"] = peak(shape, quantize="bnb.nf4-dq")
     half = max(1, longest // 2)
     shorter = plan.Shape(1, half, min(half, shape.targets))
     if shape.positions == longest:
-        ways[f"prepare_data.py --max_seq_length {half + 1}"] = peak(shorter)
-    effects = [f"{way} ({after / 1e9:.3g} GB)" for way, after in ways.items() if after < 0.99 * now]
+        changes[f"prepare_data.py --max_seq_length {half + 1}"] = peak(shorter)
+    effects = [f"{change} ({after / 1e9:.3g} GB)" for change, after in changes.items() if after < 0.99 * now]
     if not effects:
         return f"the plan predicts a peak of {now / 1e9:.3g} GB, and no flag lowers it: take a smaller model"
     return f"instead of a predicted peak of {now / 1e9:.3g} GB: " + ", ".join(effects[:3])
@@ -261,7 +272,7 @@ def ways_out(s, train, available):
 # ------------------------------------------------------------------------------------------------ memory of the process
 
 
-def memory_before(s, device):
+def memory_before(s: Settings, device: torch.device) -> int:
     """Bytes that the process takes before the model is built, with imports that come later: they are no training."""
     from torch import _dynamo  # noqa: F401 (an optimiser imports it when it is made)
 

@@ -22,7 +22,7 @@ def memory_dry_run(run: Run, forward: Callable) -> None:
     micro-batches. No number of the run changes: not the weights, not the optimiser, not the random numbers.
     """
     s, model, device = run.settings, run.model, run.fabric.device
-    indices, most = budget.heaviest_micro_batch(s, run.train)
+    indices, most = budget.largest_planned_micro_batch(s, run.train)
     in_backward = isinstance(run.optimizer, StepInBackward)
     if in_backward:
         run.optimizer.stopped = True

@@ -1,10 +1,12 @@
-"""What a training step will take, before it is run and without weights: memory by part, arithmetic, time.
+"""Peak memory by part, FLOPs and time of a training step, predicted before it is run and without weights.
 
-The model's own code runs on tensors that have a shape, a dtype and a device but no memory (torch's FakeTensorMode),
-under a `Tracker` (tracker.py) that adds up what would be alive. So nothing here knows how a block or the loss is
-written. Of like blocks in a row two are traced, and the second stands for the others. What torch.compile would fuse
-(--compile) still counts.
+The model's own code runs on fake tensors, which have a shape, a dtype and a device but no memory (torch's
+FakeTensorMode), under `Allocations` (allocations.py), which adds up what would be allocated. So nothing here knows how
+a block or the loss is written. Of equal blocks in a row two are traced, and the second stands for the others. What
+torch.compile would fuse (--compile) still counts.
 """
+
+from __future__ import annotations
 
 import bisect
 import contextlib
@@ -15,25 +17,30 @@ import re
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
-import model as model_room
+import model as model_file
 import quantize
 from ops import attention, dtypes
 from training.memory.allocations import Allocations, trace_step
 
+if TYPE_CHECKING:
+    from batching import Samples
+
 aten = torch.ops.aten
 PARTS = ("weights", "adapters", "gradients", "moments", "saved activations", "working set", "loss")
-TRACED_BLOCKS = 2  # of like ones in a row: the input of the very first may need no gradient, so it keeps less
+TRACED_BLOCKS = 2  # of equal ones in a row: the input of the very first may need no gradient, so it keeps less
 TOKEN_STEP = 64  # of micro_batch_tokens, between which a budget decides
 CUDA_BLOCK = 512  # bytes to whose multiples CUDA's caching allocator rounds
 # Assumed, not measured here: what a process takes on a card beside its tensors (context and kernels, holes between
@@ -54,7 +61,7 @@ class Job:
         optimiser steps in the backward pass.
     """
 
-    config: model_room.Config
+    config: model_file.Config
     device: str
     dtype: torch.dtype
     autocast: torch.dtype | None = None
@@ -75,33 +82,35 @@ class Shape:
     offsets: tuple | None = None
 
     @property
-    def positions(self):
+    def positions(self) -> int:
+        """All positions, padding included."""
         return self.rows * self.T
 
 
-def packed_shape(positions, length, targets):
+def packed_shape(positions: int, length: int, targets: int) -> Shape:
     """A packed row of samples that are `length` long, but for the last."""
     return Shape(1, positions, targets, (*range(0, positions, length), positions))
 
 
-# ------------------------------------------------------------------------------------------- a model without memory
+# --------------------------------------------------------------------------------------- a model of fake tensors
 
 
 class NoRandomness(TorchDispatchMode):
-    """Leaves out the filling with random numbers, which some devices that are not there refuse."""
+    """Leaves out filling tensors with random numbers, which fake tensors of some missing devices refuse."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run an operation, unless it fills a tensor with random numbers."""
         return args[0] if func is aten.uniform_.default else func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
-def without_memory(mode, device):
-    """Tensors made inside have no memory. What functions remember of them is forgotten: a real run must not find it."""
-    rooms = (model_room, attention, dtypes, lora, quantize)
-    remembering = {f for room in rooms for f in vars(room).values() if hasattr(f, "cache_clear")}
+def fake_tensors(mode: FakeTensorMode, device: str) -> Iterator[None]:
+    """Tensors created inside are fake. Caches of functions are cleared, so that a real run finds no fake ones."""
+    modules = (model_file, attention, dtypes, lora, quantize)
+    cached = {f for module in modules for f in vars(module).values() if hasattr(f, "cache_clear")}
     autocast = torch.is_autocast_enabled
     with contextlib.ExitStack() as stack:
-        for function in remembering:
+        for function in cached:
             function.cache_clear()
             stack.callback(function.cache_clear)
         stack.enter_context(mode)
@@ -111,12 +120,12 @@ def without_memory(mode, device):
         yield
 
 
-def build(job, numbers):
-    """The model of `job`, but with only those of its blocks that have these numbers; call it in `without_memory`."""
+def build(job: Job, numbers: list[int]) -> model_file.Transformer:
+    """The model of `job` with only those of its blocks that have these numbers; to be called in `fake_tensors`."""
     windows = tuple(job.config.windows[number] for number in numbers)
     config = dataclasses.replace(job.config, num_hidden_layers=len(windows), windows=windows)
     with torch.device("meta"):
-        model = model_room.Transformer(config)
+        model = model_file.Transformer(config)
     for name, parameter in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -135,10 +144,10 @@ def build(job, numbers):
     return model.train()
 
 
-def parameter_bytes(module, job, elsewhere=()):
+def parameter_bytes(module: nn.Module, job: Job, elsewhere: Collection[int] = ()) -> Counter:
     """What a module holds all the time, in bytes by part, without activations.
 
-    elsewhere: the ids of tensors that do not count, as another module that is counted has them too.
+    elsewhere: the ids of tensors that do not count, because another module that is counted has them too.
     """
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in elsewhere]
     frozen = sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
@@ -155,7 +164,7 @@ def parameter_bytes(module, job, elsewhere=()):
     )
 
 
-def moment_bytes(parameter, optimizer, device):
+def moment_bytes(parameter: Tensor, optimizer: str, device: str) -> int:
     """Bytes of AdamW's two moments of a parameter."""
     n = parameter.numel()
     if optimizer == "adamw":
@@ -171,38 +180,38 @@ def moment_bytes(parameter, optimizer, device):
 
 
 class Predictor:
-    """Predicts for a `Job` the peak memory and the operations of micro-batches. Every shape is traced once."""
+    """Predicts for a `Job` the peak memory and the FLOPs of micro-batches. Every shape is traced once."""
 
-    def __init__(self, job):
+    def __init__(self, job: Job):
         L = job.config.num_hidden_layers
         recomputed = [number < round(job.recompute * L) for number in range(L)]
         quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
         kinds = list(zip(job.config.windows, recomputed, quantizers, strict=True))
-        runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of like blocks
+        runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of equal blocks
         traced = [number for run in runs for number in run[:TRACED_BLOCKS]]
         last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1
         more = [len(run) - TRACED_BLOCKS for run in runs]
         self.left_out = {end - 1: count for end, count in zip(last, more, strict=True) if count > 0}
         self.job = dataclasses.replace(job, recompute=sum(recomputed[number] for number in traced) / len(traced))
         self.traces = {}
-        if job.quantize:  # its table of 8-bit values must be a real one: what is made first is kept for all to come
+        if job.quantize:  # its table of 8-bit values must be a real tensor: the first one is cached for the process
             functional = quantize.bitsandbytes().functional
             functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with without_memory(self.mode, job.device):
+        with fake_tensors(self.mode, job.device):
             self.model = build(job, traced)
         self.fixed = parameter_bytes(self.model, job)
         for number, count in self.left_out.items():
-            before = self.model.model["layers"][number - 1]  # a like one: an adapter may share tensors among layers
+            before = self.model.model["layers"][number - 1]  # an equal one: an adapter may share tensors among layers
             shared = {id(tensor) for tensor in (*before.parameters(), *before.buffers())}
             block = parameter_bytes(self.model.model["layers"][number], job, shared)
             self.fixed.update({part: count * nbytes for part, nbytes in block.items()})
 
-    def trace(self, shape):
-        """Of a micro-batch: bytes by part at the peak of all blocks, and the operations of all."""
+    def trace(self, shape: Shape) -> tuple[Counter, int]:
+        """Of a micro-batch: bytes by part at the peak of all blocks, and the FLOPs of all."""
         if shape not in self.traces:
             allocations = Allocations(shape.targets, rounding=1 if self.job.device == "cpu" else CUDA_BLOCK)
-            with without_memory(self.mode, self.job.device):
+            with fake_tensors(self.mode, self.job.device):
                 tokens = torch.empty((shape.rows, shape.T), dtype=torch.int64, device=self.job.device)
                 offsets = shape.offsets and list(shape.offsets)
                 blocks = trace_step(self.model, (tokens, tokens, offsets), allocations, self.job, self.left_out)
@@ -210,59 +219,63 @@ class Predictor:
             self.traces[shape] = allocations.at_peak, allocations.flops + more
         return self.traces[shape]
 
-    def parts(self, shape):
-        """Bytes by part at the moment of a step when most is alive, with micro-batches of `shape`."""
+    def parts(self, shape: Shape) -> Counter:
+        """Bytes by part at the peak of a step, with micro-batches of `shape`."""
         return self.fixed + self.trace(shape)[0]
 
-    def peak(self, shape):
+    def peak(self, shape: Shape) -> int:
+        """Bytes at the peak of a step, with micro-batches of `shape`."""
         return self.parts(shape).total()
 
-    def flops(self, shape):
-        """Floating-point operations of a micro-batch, forward and backward."""
+    def flops(self, shape: Shape) -> int:
+        """FLOPs of a micro-batch, forward and backward."""
         return self.trace(shape)[1]
 
 
 # ------------------------------------------------------------------------------------------------ shapes and budgets
 
 
-def sample_lengths(shape):
+def sample_lengths(shape: Shape) -> list[int]:
     """How many positions each sample of a micro-batch takes, padding included."""
     return [shape.T] * shape.rows if shape.offsets is None else [b - a for a, b in itertools.pairwise(shape.offsets)]
 
 
-def shape_of(samples, layout, indices):
+def shape_of(samples: Samples, layout: Callable, indices: list[int]) -> Shape:
+    """The shape of the micro-batch of these samples. layout: a `batching.Planner`'s."""
     tokens, _, offsets = layout(samples, indices)
     return Shape(*tokens.shape, samples.target_counts[indices].sum().item(), offsets and tuple(offsets))
 
 
-def worst(shapes):
+def worst(shapes: Iterable[Shape]) -> Shape:
     """Of many micro-batches the one with the highest peak. Positions decide: targets and lengths add about 1%."""
     return max(shapes, key=lambda shape: (shape.positions, shape.targets, max(sample_lengths(shape))))
 
 
-def step_flops(predictor, shapes):
-    """Operations of all these micro-batches, from one of about their mean size, cut into samples of one length.
+def step_flops(predictor: Predictor, shapes: list[Shape]) -> float:
+    """FLOPs of all these micro-batches, from one of about their mean size, cut into samples of one length.
 
     Attention takes the square of a sample's length, so the mean of lengths is one over positions, not over samples.
     """
     positions = sum(shape.positions for shape in shapes)
     length = round(sum(length**2 for shape in shapes for length in sample_lengths(shape)) / positions)
-    samples = max(1, round(positions / len(shapes) / length))  # whole ones: the rest of one would attend to less
+    samples = max(
+        1, round(positions / len(shapes) / length)
+    )  # whole ones: in a part of one, attention would be cheaper
     share = samples * length / positions
     targets = round(share * sum(shape.targets for shape in shapes))
     return predictor.flops(packed_shape(samples * length, length, targets)) / share
 
 
-def full_shape(samples, positions):
-    """A micro-batch of so many positions that takes no less than any of these samples: all as long as the longest,
+def full_shape(samples: Samples, positions: int) -> Shape:
+    """The most expensive micro-batch of so many positions: every sample is as long as the longest of `samples`,
 
-    and with as large a share of targets as any.
+    and has as large a share of targets as any of them.
     """
     share = (samples.target_counts / samples.lengths).max().item()
     return packed_shape(positions, samples.lengths.max().item(), math.ceil(positions * share))
 
 
-def largest_micro_batch(predictor, samples, most_rows, budget):
+def largest_micro_batch(predictor: Predictor, samples: Samples, most_rows: int, budget: float) -> int:
     """The largest micro_batch_tokens whose peak, whatever the samples, stays within `budget` bytes; 0 if none does.
 
     most_rows: samples in a step. The answer is the longest sample's length or more, in steps of TOKEN_STEP.
@@ -276,8 +289,8 @@ def largest_micro_batch(predictor, samples, most_rows, budget):
 # --------------------------------------------------------------------------------------------------------- machine
 
 
-def measured_flops(device, dtype, seconds=0.3):
-    """Floating-point operations a second of this device in linear layers of 1024 x 1024, in the dtype it multiplies."""
+def measured_flops(device: str, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of this device in linear layers of 1024 x 1024, in the dtype that it multiplies in."""
     x, weight = torch.rand(2, 1024, 1024).to(device, dtypes.compute_dtype(dtype, device))
     F.linear(x, weight)[0, 0].item()  # the first is slower
     count, started = 0, time.perf_counter()
@@ -287,7 +300,7 @@ def measured_flops(device, dtype, seconds=0.3):
     return count * 2 * 1024**3 / (time.perf_counter() - started)
 
 
-def free_memory(device):
+def free_memory(device: str) -> int:
     """Bytes that this process may still take: what is free, but no more than a limit on it (ulimit -v) leaves."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
@@ -296,30 +309,31 @@ def free_memory(device):
     return free if limit == resource.RLIM_INFINITY else min(free, limit - address_space())
 
 
-def address_space():
-    """Bytes of addresses that this process has taken, used or not: what a limit on it counts."""
+def address_space() -> int:
+    """Bytes of this process's address space, used or not: what `ulimit -v` limits."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 # --------------------------------------------------------------------------------------------------------- the plan
 
 
-def describe(job, steps, flops_per_second, assumed, total):
-    """The plan as text: the peak by part, operations and time of a step, of the run.
+def describe(job: Job, steps: list[list[Shape]], flops_per_second: float, source: str, total: int) -> str:
+    """The plan as text: peak memory by part, FLOPs and time of a step, time of the run.
 
-    steps: the `Shape`s of the micro-batches of some steps. assumed: where the rate comes from. total: steps of the run.
+    steps: the `Shape`s of the micro-batches of some steps. source: where `flops_per_second` comes from. total: steps of
+    the run.
     """
     predictor, shapes = Predictor(job), [shape for shapes in steps for shape in shapes]
     shape = worst(shapes)
     parts = predictor.parts(shape)
-    operations = step_flops(predictor, shapes) / len(steps)
-    seconds = operations / flops_per_second
+    flops = step_flops(predictor, shapes) / len(steps)
+    seconds = flops / flops_per_second
+    largest = f"{len(sample_lengths(shape))} samples in {shape.positions} positions, {shape.targets} of them targets"
     lines = [
-        f"{len(sample_lengths(shape))} samples in {shape.positions} positions, {shape.targets} of them targets, take "
-        "the most memory:",
+        f"{largest}, take the most memory:",
         *(f"  {part:18} {parts[part] / 1e9:9.3f} GB" for part in PARTS),
         f"  {'together':18} {parts.total() / 1e9:9.3f} GB",
-        f"{operations / 1e12:.4g} TFLOP a step: {seconds:.3g} s, {seconds * total / 60:.3g} min for {total} steps, "
-        f"at {flops_per_second / 1e12:.3g} TFLOP/s ({assumed}); a real step reaches a part of that rate",
+        f"{flops / 1e12:.4g} TFLOP a step: {seconds:.3g} s, {seconds * total / 60:.3g} min for {total} steps,",
     ]
+    lines[-1] += f" at {flops_per_second / 1e12:.3g} TFLOP/s ({source}); a real step reaches a part of that speed"
     return "\n".join(lines)
