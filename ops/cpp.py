@@ -11,10 +11,6 @@ from pathlib import Path
 
 import torch
 
-# oneDNN, which multiplies bf16 on a CPU, compiles each product for its very shape and keeps the last 1,024 of them: up
-# to 0.4 GB, since each row of samples has a length of its own. A block forward and backward has fewer than 64.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-
 OPERATORS = torch.library.Library("onetune", "DEF")
 # Not -ffast-math: it would link a start-up routine that changes how the whole process treats tiny numbers.
 FLAGS = "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros"
@@ -22,30 +18,33 @@ FLAGS = [*FLAGS.split(), "-fassociative-math"]
 
 
 @lru_cache
-def compiled_library(name):
-    """NAME.cpp of this folder as a ctypes library. None, with a line of notice, where it cannot be compiled."""
+def compiled_library(name, *flags):
+    """NAME.cpp of this folder as a ctypes library. None, with a line of notice, where it cannot be compiled.
+
+    flags: for the compiler, beside FLAGS.
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     try:
         if compiler is None:
             raise OSError("no C++ compiler (g++)")
-        return ctypes.CDLL(str(_compile(compiler, Path(__file__).with_name(f"{name}.cpp"))))
+        return ctypes.CDLL(str(_compile(compiler, Path(__file__).with_name(f"{name}.cpp"), flags)))
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"note: {error}: going on without {name}.cpp, which is slower", file=sys.stderr)
         return None
 
 
-def _compile(compiler, source):
+def _compile(compiler, source, flags):
     """The path of the library for this source and this processor, compiled unless it is there already."""
     processor = Path("/proc/cpuinfo")  # -march=native: a home folder may be shared among unlike machines
-    flags = next((line for line in processor.read_text().splitlines() if line.startswith("flags")), "")
+    features = next((line for line in processor.read_text().splitlines() if line.startswith("flags")), "")
     code = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
-    key = hashlib.sha256(code + " ".join([compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(code + " ".join([compiler, *FLAGS, *flags, features]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "onetune")
     path = folder / f"{source.stem}-{key}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *FLAGS, str(source), "-o", str(temporary)], check=True, capture_output=True)
+        subprocess.run([compiler, *FLAGS, str(source), "-o", str(temporary), *flags], check=True, capture_output=True)
         temporary.replace(path)
     return path
 
