@@ -20,10 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# oneDNN, which multiplies bf16 on a CPU, compiles each product for its very shape and keeps the last 1,024 of them: up
-# to 0.4 GB, since each row of samples has a length of its own. A block forward and backward has fewer than 64.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-
 OPERATORS = torch.library.Library("onetune", "DEF")
 # Not -ffast-math: it would link a start-up routine that changes how the whole process treats tiny numbers.
 FLAGS = "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros"
@@ -36,26 +32,30 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 @lru_cache
-def compiled_library(name: str) -> ctypes.CDLL | None:
-    """NAME.cpp of this folder as a ctypes library. None, and a note on standard error, where it cannot be compiled."""
+def compiled_library(name: str, *flags: str) -> ctypes.CDLL | None:
+    """NAME.cpp of this folder as a ctypes library. None, and a note on standard error, where it cannot be compiled.
+
+    flags: for the compiler, beside FLAGS.
+    """
     source = Path(__file__).with_name(f"{name}.cpp")
     try:
         compiler = shutil.which(os.environ.get("CXX", "g++"))
         if compiler is None:
             raise OSError("no C++ compiler (g++)")
-        file_name = f"{name}-{_key(compiler, source)}.so"
-        return _load_kept(file_name) or _compile_and_load(compiler, source, file_name)
+        flags = [*FLAGS, *flags]
+        file_name = f"{name}-{_key(compiler, flags, source)}.so"
+        return _load_kept(file_name) or _compile_and_load(compiler, flags, source, file_name)
     except OSError as error:
         print(f"note: {error}: going on without {source.name}, which is slower", file=sys.stderr)
         return None
 
 
-def _key(compiler, source):
+def _key(compiler, flags, source):
     """What the compiled file depends on, as 16 hex digits: a home folder may be shared among unlike machines."""
     processor = Path("/proc/cpuinfo")  # for -march=native
     features = next((line for line in processor.read_text().splitlines() if line.startswith("flags")), "")
     code = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
-    how = " ".join([compiler, *FLAGS, features, *platform.libc_ver()])
+    how = " ".join([compiler, *flags, features, *platform.libc_ver()])
     return hashlib.sha256(code + how.encode()).hexdigest()[:16]
 
 
@@ -70,14 +70,15 @@ def _load_kept(file_name):
         return None
 
 
-def _compile_and_load(compiler, source, file_name):
+def _compile_and_load(compiler, flags, source, file_name):
     """Compile into a private temporary folder, keep the result in the cache folder, and load it from there.
 
     Where it cannot be kept, the temporary file is loaded: the process goes on using it after it is removed.
     """
     with tempfile.TemporaryDirectory(prefix="onetune-") as private:
         compiled = Path(private, file_name)
-        done = subprocess.run([compiler, *FLAGS, str(source), "-o", str(compiled)], capture_output=True, text=True)
+        command = [compiler, str(source), "-o", str(compiled), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
             raise OSError(f"{compiler}: {lines[0]}")

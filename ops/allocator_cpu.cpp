@@ -1,0 +1,155 @@
+// torch's allocator for a CPU, for blocks of 128 KiB and more: what is freed is kept for the next block of about its size,
+// but never so much that the process takes more than its tensors took at their peak.
+//
+// glibc's malloc keeps freed blocks in one heap, where rows of samples of ever new lengths leave holes that later blocks
+// do not fit: twice the memory of the tensors after some steps. Mapped one by one (M_MMAP_THRESHOLD) they leave none, but
+// every page of every block is then cleared again by the kernel, which takes a tenth of the time of a step.
+//
+// Here a block has an address range of its own, an eighth larger than it must be, so that a block of a similar size can
+// follow it there; only pages that were written to take memory. `resident` counts these, of blocks in use and kept.
+#include <c10/core/Allocator.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <list>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+
+namespace {
+
+constexpr size_t page = 4096, smallest = size_t(128) << 10, alignment = 64;
+constexpr size_t slack = size_t(32) << 20;  // bytes above the peak of the tensors that kept blocks may take
+
+size_t whole_pages(size_t bytes) { return (bytes + page - 1) / page * page; }
+
+struct Block {
+    char* range;
+    size_t capacity, written, size;  // bytes: of the address range, of its pages that take memory, in use
+    size_t offset;                   // of the tensor in the range
+};
+
+struct KeepingAllocator final : c10::Allocator {
+    std::mutex mutex;
+    std::unordered_map<void*, Block> used;
+    std::list<Block> kept;  // the one freed last in front
+    size_t live = 0, peak = 0, resident = 0, maps = 0;
+
+    c10::DataPtr allocate(size_t bytes) override {
+        void* data = bytes < smallest ? from_malloc(bytes) : take(bytes);
+        return {data, data, &free_block, c10::Device(c10::DeviceType::CPU)};
+    }
+
+    c10::DeleterFnPtr raw_deleter() const override { return &free_block; }
+
+    void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+    static void* from_malloc(size_t bytes) {
+        void* data = nullptr;
+        if (bytes && posix_memalign(&data, alignment, bytes)) refuse(bytes);
+        return data;
+    }
+
+    [[noreturn]] static void refuse(size_t bytes) {
+        TORCH_CHECK(false, "can't allocate memory: you tried to allocate ", bytes, " bytes.");
+        std::abort();
+    }
+
+    void* take(size_t bytes) {
+        std::lock_guard<std::mutex> lock(mutex);
+        size_t size = whole_pages(bytes + page);
+        Block block{nullptr, 0, 0, size, 0};
+        auto found = kept.end();
+        for (auto it = kept.begin(); it != kept.end(); ++it)  // the smallest range that is large enough
+            if (it->capacity >= size && it->capacity <= size + size / 4 &&
+                (found == kept.end() || it->capacity < found->capacity))
+                found = it;
+        if (found != kept.end()) {
+            block = *found;
+            block.size = size;
+            kept.erase(found);
+        }
+        live += size;
+        peak = std::max(peak, live);
+        if (block.written < size) {
+            make_room(size - block.written);
+            resident += size - block.written;
+        }
+        if (!block.range) {
+            // Tensors that all begin at the start of a page would compete for the same places in the caches.
+            block.offset = alignment * (maps++ % (page / alignment));
+            block.capacity = whole_pages(size + size / 8);
+            void* range = map(block.capacity);
+            if (range == MAP_FAILED) {  // perhaps what is kept is in the way
+                drop_until(0);
+                range = map(block.capacity = size);
+            }
+            if (range == MAP_FAILED) {
+                live -= size, resident -= size;
+                refuse(bytes);
+            }
+            block.range = static_cast<char*>(range);
+        } else if (block.written > size && resident > peak + slack) {
+            madvise(block.range + size, block.written - size, MADV_DONTNEED);
+            resident -= block.written - size;
+            block.written = size;
+        }
+        block.written = std::max(block.written, size);
+        void* data = block.range + block.offset;
+        used[data] = block;
+        return data;
+    }
+
+    static void* map(size_t bytes) {
+        return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    }
+
+    // Give back what was freed longest ago until `bytes` more fit below the peak.
+    void make_room(size_t bytes) { drop_until(peak + slack > bytes ? peak + slack - bytes : 0); }
+
+    void drop_until(size_t limit) {
+        while (resident > limit && !kept.empty()) {
+            munmap(kept.back().range, kept.back().capacity);
+            resident -= kept.back().written;
+            kept.pop_back();
+        }
+    }
+
+    void give_back(void* data) {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            auto found = used.find(data);
+            if (found != used.end()) {
+                live -= found->second.size;
+                kept.push_front(found->second);
+                used.erase(found);
+                return;
+            }
+        }
+        std::free(data);
+    }
+
+    static void free_block(void* data);
+};
+
+KeepingAllocator& allocator() {
+    static auto* the_one = new KeepingAllocator;  // never destroyed: tensors may outlive everything else
+    return *the_one;
+}
+
+void KeepingAllocator::free_block(void* data) {
+    if (data) allocator().give_back(data);
+}
+
+}  // namespace
+
+// From now on torch's tensors on the CPU come from here; those made before are freed as they were made.
+extern "C" void use_keeping_allocator() { c10::SetAllocator(c10::DeviceType::CPU, &allocator(), 1); }
+
+// Bytes: of tensors now and at their peak, and of pages that blocks of 128 KiB and more take.
+extern "C" void allocator_counts(int64_t* live, int64_t* peak, int64_t* resident) {
+    std::lock_guard<std::mutex> lock(allocator().mutex);
+    *live = allocator().live, *peak = allocator().peak, *resident = allocator().resident;
+}
