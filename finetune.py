@@ -57,8 +57,6 @@ def main(s: Settings) -> None:
     if s.replay:
         nonfinite.replay(s)
         return
-    if s.micro_batch_tokens == "auto":
-        budget.steady_memory()
     data = build.open_data(s)
     skeleton = build.check_model(s, data)
     if s.plan:

@@ -13,6 +13,8 @@ rotation.py    RoPE applied to queries and keys
 attention.py   the fastest way to attend on a device: SDPA, variable-length FlashAttention, C++. Plain: in model.py
 loss.py        cross-entropy at target positions, in chunks
 cpp.py         C++ compiled on first use, kept in a cache, called through ctypes
+allocator.py   memory of tensors on a CPU, so that a run's peak follows from their sizes
+allocator_cpu.cpp              the C++ of allocator.py
 kernels_cpu.cpp                the C++ of training
 decode_cpu.cpp                 the C++ of inference/decode.py
 vectors.h, matrix_tiles.h      what both compute with: vectors, bf16, small products; AMX tiles

@@ -32,6 +32,7 @@ requirements.explain_missing()  # before the first import that may be missing
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from shell import process
 from shell.explain import HelpFormatter, JsonFile, explain, show_values
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,7 @@ def parse(settings_class: type, args: list[str] | None = None) -> Any:
     which `table_keys` can fill, and a `JsonFile` is the name of such a file. Exits with status 2 and one line on
     standard error if the arguments are not good.
     """
+    process.set_defaults()
     flags = {field.name: field.type for field in dataclasses.fields(settings_class)}
     args = _complete_switches(sys.argv[1:] if args is None else args, flags)
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=HelpFormatter)

@@ -88,7 +88,6 @@ def measure(job):
     from training.memory import budget, plan
     from training.settings import Settings as TrainingSettings
 
-    budget.steady_memory()
     samples = Samples(Path(job["data_dir"], "train.safetensors"))
     tokens, base = job["micro_batch_tokens"], job["base"]
     settings = TrainingSettings(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import math
 import re
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 import lora
 from batching import PLANNERS
+from ops.allocator import keep_freed_memory
 from ops.dtypes import compute_dtype
 from quantize import bitsandbytes, describe_quantization
 from shell import cli
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32, "16-mixed": torch.float32}
 RECOMPUTED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # that --plan tries, for the smallest one that fits
-M_MMAP_THRESHOLD, MAPPED = -3, 2**20
 OUT_OF_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc")  # in a plain RuntimeError
 
 
@@ -273,20 +272,14 @@ def suggestions(s: Settings, train: Samples, available: float) -> str:
 
 
 def memory_before(s: Settings, device: torch.device) -> int:
-    """Bytes that the process takes before the model is built, with imports that come later: they are no training."""
+    """Bytes that the process takes before the model is built, with imports that come later: they are no training.
+
+    From here on tensors on a CPU are allocated so that the peak follows from their sizes.
+    """
     from torch import _dynamo  # noqa: F401 (an optimiser imports it when it is made)
 
     if s.quantize or s.optimizer != "adamw":
         bitsandbytes()
+    if device.type == "cpu":
+        keep_freed_memory()
     return start_measuring(device)
-
-
-def steady_memory():
-    """Let glibc map every block of MAPPED bytes or more by itself, and so give it back when it is freed.
-
-    Left alone it raises that limit to the largest block yet freed, up to 32 MiB, and then its heap gets holes that the
-    next, larger tensors do not fit: a seventh more memory than is alive. But it is a seventh faster, so this is for
-    those who count on a budget.
-    """
-    with contextlib.suppress(AttributeError, TypeError):  # other C libraries have no such function
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED)
