@@ -2,11 +2,11 @@
 
     python bench/inference/speed.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data_dir prepared/gsm8k
 
-Needs requirements-dev.txt; LitGPT gets a virtual environment of its own on first use (minutes). Runs
-alternate, each in a process; all take the likeliest token and never stop early. Prefill (reading the prompts) and
-decoding are timed separately. A decoding step
-must read every weight once: "of limit" is its speed as a share of what the memory's read bandwidth, measured in the
-same call, allows. Results are added to --out_file as JSON lines, and drawn beside it as a PNG.
+Needs requirements-dev.txt; LitGPT gets a virtual environment of its own on first use (minutes). Runs alternate, each in
+a process; all take the likeliest token and never stop early. Prefill (reading the prompts) and decoding are timed
+separately. A decoding step must read every weight once: "of limit" is its speed as a share of what the memory's read
+bandwidth, measured in the same call, allows. Results are added to --out_file as JSON lines, and drawn beside it as a
+PNG.
 """
 
 import sys
@@ -97,9 +97,7 @@ def main(s):
     if rows:
         show(call, rows)
         chart = s.out_file.with_suffix(".png")
-        tables = [(f"{batch} at a time", [row for row in rows if row["batch"] == batch][::-1]) for batch in s.batches]
-        columns = {f"{kind}_tokens_per_second": (f"{kind}, tokens/s", "{:,.0f}") for kind in ("decode", "prefill")}
-        draw_bars([(f"{title(call)}, {name}", table) for name, table in tables if table], columns, chart)
+        draw_chart(call, rows, chart)
         print(f"written to {s.out_file} and {chart}")
 
 
@@ -202,6 +200,15 @@ def show(call, rows):
         others = [speed for side, speed in speeds.items() if side != OURS]
         if OURS in speeds and others:
             print(f"{batch} at a time: {speeds[OURS] / max(others):.2f} times the fastest peer's decoding")
+
+
+def draw_chart(call, rows, path):
+    """Bars for decoding and prefill, a row of two panels for each batch, as a PNG."""
+    tables = {}
+    for row in reversed(rows):  # the first one at the top
+        tables.setdefault(f"{title(call)}, {row['batch']} at a time", []).append(row)
+    columns = {f"{kind}_tokens_per_second": (f"{kind}, tokens/s", "{:,.0f}") for kind in ("decode", "prefill")}
+    draw_bars(list(tables.items())[::-1], columns, path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Nothing is traded for speed: after N steps the validation loss is that of transformers + PEFT on the same steps.
+"""Validation loss after N steps, against transformers + PEFT on the same steps: speed must not cost accuracy.
 
     python bench/training/accuracy.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct --data_dir prepared/gsm8k
 
