@@ -189,6 +189,7 @@ GOOD_FLAGS = {
     "bench/training/accuracy.py": model_and_data,
     "bench/training/speed.py": model_and_data,
     "bench/training/fits.py": lambda p: {},
+    "bench/training/gradients.py": lambda p: {"checkpoint_dir": p.model},
     "bench/inference/speed.py": model_and_data,
     "bench/machine/gpu.py": lambda p: {},
     "bench/machine/limits.py": lambda p: {"checkpoint_dir": p.model},

@@ -1,20 +1,26 @@
 """How far fp32 gradients of LoRA are from exact ones: onetune's, and those of transformers + PEFT.
 
-    python bench/gradients.py --checkpoint_dir checkpoints/SmolLM2-135M
+    python bench/training/gradients.py --checkpoint_dir checkpoints/SmolLM2-135M-Instruct
 
-Both compute the same loss of the same tokens with the same weights in fp32. What is exact is a plain decoder in fp64,
-written out here, with RoPE's cosines and sines as both have them, rounded to fp32. The distance of a tensor is the
-largest difference of an element, divided by the largest element of the exact gradient.
+Both compute the same loss of the same tokens with the same weights in fp32. The exact gradients are those of a plain
+decoder in fp64, written out here, with RoPE's cosines and sines rounded to fp32 as both sides have them. The distance
+of a tensor is the largest difference of an element, divided by the largest element of the exact gradient.
+
+Needs requirements-dev.txt.
 """
 
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, from wherever this is started
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.measuring import OURS, print_table
 from shell import cli
+from shell.cli import UserError
 
 
 @dataclass
@@ -24,14 +30,17 @@ class Settings:
     Args:
         checkpoint_dir: Model folder.
         rows: Samples in the micro-batch.
-        tokens: Tokens of each, at random.
-        seeds: How many micro-batches to try.
+        tokens: Random tokens in a sample.
+        seeds: Number of micro-batches to try.
     """
 
     checkpoint_dir: Path
     rows: int = 2
     tokens: int = 96
     seeds: int = 3
+
+    def __post_init__(self):
+        cli.check_numbers(self, "rows", "tokens", "seeds", above=0)
 
 
 if __name__ == "__main__":
@@ -45,16 +54,23 @@ from model import Transformer, rope_angles
 from weights import peft_format
 from weights.checkpoint import load_model
 
+COLUMNS = {
+    "seed": "{seed}", "side": "{side}", "median": "{median:.1e}", "largest": "{largest:.1e}", "tensor": "{tensor}",
+}  # fmt: skip
 CONFIG = lora.AdapterConfig(r=8, alpha=16, targets=("q_proj", "v_proj"))
 
 
 def main(s: Settings) -> None:
-    """Print a line for each micro-batch and each side."""
+    """Print a row for each micro-batch and each side."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     ours = load_model(s.checkpoint_dir, torch.float32)
+    extra = [name for name, _ in ours.named_parameters() if name.endswith(("bias", "q_norm.weight"))]
+    extra += ["a sliding window"] * any(ours.config.windows)
+    if extra:
+        raise UserError(f"{s.checkpoint_dir} has {extra[0]}, which the plain decoder of this script lacks")
     lora.add_lora(ours, CONFIG)
     for name, parameter in ours.named_parameters():
         if name.endswith("lora_B"):  # as after some training; zeros would leave A without a gradient
@@ -64,28 +80,31 @@ def main(s: Settings) -> None:
         base = AutoModelForCausalLM.from_pretrained(s.checkpoint_dir, dtype=torch.float32)
         theirs = PeftModel.from_pretrained(base, folder, is_trainable=True)
     exact = {name: parameter.detach().double() for name, parameter in ours.named_parameters()}
+    rows = []
     for seed in range(s.seeds):
         torch.manual_seed(seed)
         tokens = torch.randint(ours.config.vocab_size, (s.rows, s.tokens + 1))
         tokens, targets = tokens[:, :-1], tokens[:, 1:]
         wanted = gradients(exact_loss(ours, exact, tokens, targets), exact)
         sides = {
-            "onetune": gradients(ours(tokens, targets), dict(ours.named_parameters())),
+            OURS: gradients(ours(tokens, targets), dict(ours.named_parameters())),
             "PEFT": gradients(peft_loss(theirs, tokens, targets), peft_parameters(theirs)),
         }
-        for side, found in sides.items():
-            report(f"seed {seed}, {side:8}", found, wanted)
-        nearer = sum(distance(sides["onetune"][n], wanted[n]) < distance(sides["PEFT"][n], wanted[n]) for n in wanted)
-        between = max(distance(sides["onetune"][name], sides["PEFT"][name]) for name in wanted)
-        print(f"seed {seed}: onetune is nearer in {nearer} of {len(wanted)} tensors; between the two {between:.1e}")
+        distances = {
+            side: {name: distance(found[name], wanted[name]) for name in wanted} for side, found in sides.items()
+        }
+        distances["between the two"] = {name: distance(sides[OURS][name], sides["PEFT"][name]) for name in wanted}
+        rows += [{"seed": seed, "side": side, **summary(found)} for side, found in distances.items()]
+        nearer = sum(distances[OURS][name] < distances["PEFT"][name] for name in wanted)
+        print(f"seed {seed}: onetune is nearer to the exact gradient in {nearer} of {len(wanted)} tensors")
+    print_table(COLUMNS, rows)
 
 
-def report(title: str, found: dict, wanted: dict) -> None:
-    """Print the median and the largest distance of the tensors, and the tensor that has it."""
-    distances = {name: distance(found[name], wanted[name]) for name in wanted}
+def summary(distances: dict[str, float]) -> dict:
+    """The median and the largest distance of the tensors, and the tensor that has it."""
     worst = max(distances, key=distances.get)
-    median = torch.tensor([*distances.values()]).median().item()
-    print(f"{title}: median {median:.1e}, largest {distances[worst]:.1e} ({worst.removeprefix('model.layers.')})")
+    median = statistics.median(distances.values())
+    return {"median": median, "largest": distances[worst], "tensor": worst.removeprefix("model.layers.")}
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:

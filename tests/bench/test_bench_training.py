@@ -12,7 +12,7 @@ import prepare_data
 from batching import PLANNERS
 from bench import measuring
 from bench.machine import limits
-from bench.training import peers
+from bench.training import gradients, peers
 from bench.training import speed as bench
 from shell.cli import UserError
 
@@ -245,6 +245,25 @@ def test_accuracy(tiny_model_dir, tiny_data, run_script, tmp_path):
     for key in ("val_loss_before", "val_loss", "first_loss", "last_loss"):
         assert line["onetune"][key] == pytest.approx(line["peft"][key], rel=1e-5)
     assert line["onetune"]["val_loss"] < line["onetune"]["val_loss_before"] * 0.999  # it did train
+
+
+def test_gradients_against_exact_ones(tiny_checkpoint, run_script):
+    """Both sides are near to fp64 on a tiny model, so the plain decoder written out there is the same model."""
+    code, out, err = run_script(
+        "bench/training/gradients.py", "--checkpoint_dir", tiny_checkpoint("llama-tied"), "--tokens", 12, "--seeds", 2
+    )
+    assert code == 0, err
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
+    sides = ("onetune", "PEFT", "between the two")
+    assert [row[:2] for row in rows] == [[str(seed), side] for seed in range(2) for side in sides]
+    assert all(0 < float(median) <= float(largest) < 1e-4 for _, _, median, largest, _ in rows)
+    assert out.count(f"of {2 * 2 * SMALL['num_hidden_layers']} tensors") == 2
+
+
+@pytest.mark.parametrize("family, says", [("llama", "bias"), ("mistral", "a sliding window"), ("qwen3", "q_norm")])
+def test_gradients_of_what_the_plain_decoder_lacks(tiny_checkpoint, family, says):
+    with pytest.raises(UserError, match=f"has .*{says}"):
+        gradients.main(gradients.Settings(tiny_checkpoint(family)))
 
 
 def test_predicted_against_measured_memory(tiny_model_dir, tiny_data, tmp_path, run_script):

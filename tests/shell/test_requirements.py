@@ -58,7 +58,7 @@ def test_every_script_without_what_reads_the_command_line(run_without, script, m
         ("lm_eval", "requirements-eval.txt", "eval/lm_eval_harness.py", "--checkpoint_dir x --eval_tasks [a]"),
         ("torch", "requirements.txt", "eval/exact_match.py", "--checkpoint_dir x --data {folder}/rows.jsonl"),
         ("matplotlib", "requirements.txt", "eval/quality.py", "--checkpoint_dir x --data {folder}/rows.jsonl"),
-        ("torch", "requirements.txt", "bench/limits.py", "--checkpoint_dir x"),
+        ("torch", "requirements.txt", "bench/machine/limits.py", "--checkpoint_dir x"),
         *(
             (module, "requirements-eval.txt", "eval/helm_server.py", "--checkpoint_dir x")
             for module in ("prometheus_client", "uvicorn", "fastapi", "pydantic")
