@@ -71,6 +71,7 @@ struct KeepingAllocator final : c10::Allocator {
             block.size = size;
             kept.erase(found);
         }
+        size_t peak_before = peak;
         live += size;
         peak = std::max(peak, live);
         if (block.written < size) {
@@ -87,7 +88,7 @@ struct KeepingAllocator final : c10::Allocator {
                 range = map(block.capacity = size);
             }
             if (range == MAP_FAILED) {
-                live -= size, resident -= size;
+                live -= size, resident -= size, peak = peak_before;
                 refuse(bytes);
             }
             block.range = static_cast<char*>(range);

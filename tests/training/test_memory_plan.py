@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, SMALL
+from conftest import FAMILIES, ROOT, SMALL, write_tiny_tokenizer
 from test_finetune import random_samples, write_data
 
 import finetune
@@ -20,6 +23,7 @@ from shell.cli import UserError
 from training.memory import budget, plan
 from training.memory.allocations import Allocations, trace_step
 from training.memory.plan import Job, Predictor, Shape
+from training.metrics import read_rows
 from weights.checkpoint import load_model
 from weights.families import config_from_json
 
@@ -280,6 +284,48 @@ def test_auto_lands_in_the_run_and_resumes(settings, tiny_model_dir, monkeypatch
     again = settings(**flags, memory_budget="3MB", max_steps=2, resume=True)  # the run keeps its own
     finetune.run_folder.newest_checkpoint(again)
     assert again.micro_batch_tokens == tokens
+
+
+@pytest.fixture(scope="module")
+def wide_run(tmp_path_factory):
+    """`wide_run(*flags)`: 20 steps of finetune.py, whose micro-batches take 0.2 GB and more, as its folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder, runs = tmp_path_factory.mktemp("wide"), itertools.count()
+    config = LlamaConfig(**SMALL | dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=4))
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    write_tiny_tokenizer(folder / "model")
+    write_data(folder / "data", folder / "model", random_samples(400, 120, 100))
+
+    def run(*flags):
+        out = folder / f"run-{next(runs)}"
+        steps = ["--max_steps", "20", "--global_batch_size", "20", "--eval_interval", "0", "--save_interval", "0"]
+        folders = ["--checkpoint_dir", folder / "model", "--data_dir", folder / "data", "--out_dir", out]
+        command = [sys.executable, ROOT / "finetune.py", *folders, *steps, *flags]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--lora_dropout", "0.1"),
+        ("--precision", "32-true", "--lora_dropout", "0.1", "--micro_batch_tokens", "1024"),
+        ("--quantize", "bnb.nf4", "--precision", "32-true"),
+        ("--micro_batch_tokens", "auto", "--memory_budget", "200MB"),
+    ],
+)
+def test_a_run_takes_what_the_plan_says_and_no_more_with_every_step(flags, wide_run):
+    """Rows of ever new lengths once left holes in the heap: twice the memory, and more with each step."""
+    out = wide_run(*flags)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["measured_memory_gb"] <= summary["predicted_memory_gb"] + plan.CPU_OVERHEAD / 1e9
+    peaks = [float(row["memory_gb"]) for row in read_rows(out / "metrics.csv")[1]]
+    assert peaks[-1] - peaks[4] < 0.04
 
 
 @pytest.mark.parametrize(
