@@ -209,23 +209,30 @@ def peak_memory() -> int:
 # ------------------------------------------------------------------------------------------------ starting processes
 
 
-def run_job(function: Callable[[dict], dict], job: dict, log: Path, python: str | Path = sys.executable) -> dict:
+def run_job(
+    function: Callable[[dict], dict], job: dict, log: Path, python: str | Path = sys.executable, ours: bool = True
+) -> dict:
     """Call `function(job)` in a new process of the interpreter `python` and return its result; `log` gets its output.
+
+    ours: whether the process has the environment variables that our scripts set (shell/process.py).
 
     function: defined at the top level of a file in bench/. job, result: dicts that JSON can hold. The function finds
     two more keys: "work_dir", a temporary folder, and "started", the time at which its process was started.
     Raises Unavailable if the function does, or if it returns nothing.
     """
+    from shell import process  # not at the top: a peer's interpreter reads this file, too
+
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work_dir, open(log, "w") as output:
         path, result = Path(work_dir, "job.json"), Path(work_dir, "result.json")
         file = Path(function.__code__.co_filename).resolve().relative_to(ROOT)  # its __module__ may be "__main__"
         place = {"module": ".".join(file.with_suffix("").parts), "function": function.__name__}
         path.write_text(json.dumps({**job, **place, "work_dir": work_dir, "started": time.time()}))
+        environment = os.environ if ours else process.environment_without_defaults()
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(
             [python, __file__, path], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            env={**os.environ, **offline},
+            env={**environment, **offline},
         )  # fmt: skip
         if not result.is_file():
             raise Unavailable(f"{last_line(log)} (exit status {done.returncode}, {log})")

@@ -24,3 +24,9 @@ def set_defaults() -> None:
     for name, (value, *alternatives) in DEFAULTS.items():
         if not any(variable in os.environ for variable in (name, *alternatives)):
             os.environ[name] = value
+
+
+def environment_without_defaults() -> dict[str, str]:
+    """The environment as it was before `set_defaults`, for programs that are not ours."""
+    ours = {name: value for name, (value, *_) in DEFAULTS.items()}
+    return {name: value for name, value in os.environ.items() if ours.get(name) != value}

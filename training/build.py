@@ -15,6 +15,7 @@ import torch
 import lora
 from batching import Samples, read_data_info, source_names
 from model import Transformer
+from ops.allocator import keep_freed_memory
 from ops.attention import Attend
 from quantize import read_quantization
 from shell.cli import UserError
@@ -138,6 +139,8 @@ def start_fabric(s: Settings) -> Fabric:
     except Exception as error:
         raise UserError(f"--devices {s.devices}: {error}") from None
     fabric.launch()
+    if fabric.device.type == "cpu":
+        keep_freed_memory()  # from here on the peak follows from the sizes of the tensors
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
         torch.use_deterministic_algorithms(True)

@@ -71,7 +71,12 @@ def main(s):
     paths = {"checkpoint_dir": str(s.checkpoint_dir.resolve()), "dtype": s.dtype, "batch_tokens": s.batch_tokens}
 
     def measure_side(side):
-        line = run_job(measure, {"side": side, "pairs": pairs, **paths}, s.out_file.parent / f"harness-{side}.log")
+        line = run_job(
+            measure,
+            {"side": side, "pairs": pairs, **paths},
+            s.out_file.parent / f"harness-{side}.log",
+            ours=side == OURS,
+        )
         scores[side] = line.pop("scores")
         return line | {"worst": largest_difference(scores, s.dtype)}
 

@@ -124,7 +124,7 @@ def run_side(s, side, batch):
     log, python = s.venvs_dir / f"generate-{side}.log", sys.executable
     if side == "litgpt":
         python = environment(s.venvs_dir, side, PEERS[side].requirements, log)
-    return run_job(measure, job, log, python)
+    return run_job(measure, job, log, python, ours=side == OURS)
 
 
 def bytes_per_step(s):

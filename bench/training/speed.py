@@ -191,7 +191,8 @@ def run_side(s, job, side, micro_batch):
     job = job | {"side": side, "micro_batch": micro_batch}
     if side == OURS:
         return run_job(measure_ours, job, log)
-    return run_job(peers.measure_peer, job, log, environment(s.venvs_dir, side, PEERS[side].requirements, log))
+    python = environment(s.venvs_dir, side, PEERS[side].requirements, log)
+    return run_job(peers.measure_peer, job, log, python, ours=False)
 
 
 def measure_ours(job):

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import lora
 from batching import PLANNERS
-from ops.allocator import keep_freed_memory
 from ops.dtypes import compute_dtype
 from quantize import bitsandbytes, describe_quantization
 from shell import cli
@@ -272,14 +271,9 @@ def suggestions(s: Settings, train: Samples, available: float) -> str:
 
 
 def memory_before(s: Settings, device: torch.device) -> int:
-    """Bytes that the process takes before the model is built, with imports that come later: they are no training.
-
-    From here on tensors on a CPU are allocated so that the peak follows from their sizes.
-    """
+    """Bytes that the process takes before the model is built, with imports that come later: they are no training."""
     from torch import _dynamo  # noqa: F401 (an optimiser imports it when it is made)
 
     if s.quantize or s.optimizer != "adamw":
         bitsandbytes()
-    if device.type == "cpu":
-        keep_freed_memory()
     return start_measuring(device)
