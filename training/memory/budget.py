@@ -157,7 +157,7 @@ def most_that_fits(s: Settings, train: Samples) -> tuple[int, float]:
     """The largest micro_batch_tokens that fit in the budget (0: none do), and the budget in bytes."""
     job = plan_job(s)
     given = s.memory_budget and cli.number_of_bytes(s.memory_budget, "memory_budget")
-    budget = given or plan.free_memory(job.device)
+    budget = given or plan.free_memory(job.device) - (plan.CPU_OVERHEAD if job.device == "cpu" else 0)
     return plan.largest_micro_batch(plan.Predictor(job), train, s.global_batch_size, budget), budget
 
 
