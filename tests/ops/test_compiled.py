@@ -26,7 +26,7 @@ def test_fewer_instructions_give_the_same(without, tmp_path):
     wrapper = tmp_path / "g++"
     wrapper.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -mno-amx-tile -mno-amx-bf16 {without}\n')
     wrapper.chmod(0o755)
-    what = "rms_norm or swiglu or rotate or loss or compiled_attention or quantised or several_rows"
+    what = "rms_norm or swiglu or rotate or loss or cpp_attention or quantised or several_rows"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", what]
     command += [TESTS / name for name in ("ops/test_kernels.py", "ops/test_attention.py", "test_generate.py")]
     environment = {**os.environ, "CXX": str(wrapper), "XDG_CACHE_HOME": str(tmp_path)}
