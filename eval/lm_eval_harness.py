@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -233,7 +233,7 @@ class OnetuneLM(TemplateLM):
         """The id that is put before a text without a context."""
         return self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The ids of a text, after BOS if the tokenizer adds it, unless `add_special_tokens` is False."""
         # A space that the text begins with takes the place of SentencePiece's dummy prefix, as in transformers 5.
         ids = self._tokenizer.encode(string, special=True, start=not string.startswith(" "))

@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class Records:
         self._signatures.flush()
         return np.memmap(self._signatures, np.uint32, "r", shape=(len(self), SIGNATURE))
 
-    def drop(self, number: int, reason: str, **more) -> None:
+    def drop(self, number: int, reason: str, **more: Any) -> None:
         """Drop a row and log why. more: "of", the id of what it is too similar to, and "score"; "detail"."""
         self._kept[number] = 0
         if reason in LEAKS:
@@ -79,7 +79,7 @@ class Records:
         record = self[number]
         self.log(record["id"], self.sources[number], reason, **more, prompt=record["key"][:SHOWN])
 
-    def log(self, id: str, source: int, reason: str, **more) -> None:
+    def log(self, id: str, source: int, reason: str, **more: Any) -> None:
         """Count a row that is not used, and log it."""
         self.counts[source][reason] += 1
         line = {"id": id, "source": self.names[source], "reason": reason, **more}

@@ -36,6 +36,13 @@ def _fresh_numbers():
     random.seed(SEED)
 
 
+@pytest.fixture(autouse=True)
+def _torchs_own_allocator(monkeypatch):
+    """A run in this process leaves the allocator alone: tests after it would have ours (ops/allocator.py)."""
+    if "training.build" in sys.modules:
+        monkeypatch.setattr(sys.modules["training.build"], "keep_freed_memory", lambda: None)
+
+
 # --------------------------------------------------------------------------------------------------- scripts
 
 

@@ -776,8 +776,9 @@ def test_transformers_loads_the_model_of_a_full_run(run, tiny_model_dir):
 
     out_dir = run(random_samples(10), max_steps=5, method="full")
     final = out_dir / "final"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (final / name).read_bytes() == (tiny_model_dir / name).read_bytes()
+    assert (final / "tokenizer.json").read_bytes() == (tiny_model_dir / "tokenizer.json").read_bytes()
+    before, after = (json.loads((folder / "tokenizer_config.json").read_text()) for folder in (tiny_model_dir, final))
+    assert after.pop("chat_template") != before.pop("chat_template") and after == before  # that of the prompt style
     assert json.loads((final / "config.json").read_text())["torch_dtype"] == "float32"
     reference, tokens = LlamaForCausalLM.from_pretrained(final, dtype=torch.float32).eval(), random_tokens()
     model, before = load_model(final, torch.float32), load_model(tiny_model_dir, torch.float32)

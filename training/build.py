@@ -14,7 +14,7 @@ import torch
 
 import lora
 from batching import Samples, read_data_info, source_names
-from model import Transformer
+from model import Config, Transformer
 from ops.allocator import keep_freed_memory
 from ops.attention import Attend
 from quantize import read_quantization
@@ -115,7 +115,7 @@ def check_model(s: Settings, data: Data) -> Transformer:
     return model
 
 
-def check_samples(s: Settings, config, parts: list[Samples]) -> None:
+def check_samples(s: Settings, config: Config, parts: list[Samples]) -> None:
     """Raise UserError if a sample is longer than the model's context, or has a token beyond its vocabulary."""
     longest = max(part.lengths.max().item() for part in parts)
     if longest > config.max_position_embeddings:

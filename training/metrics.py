@@ -22,6 +22,8 @@ from shell.cli import UserError
 from shell.files import project_version, whole_file
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from batching import Samples
     from training.build import Run
 
@@ -217,7 +219,7 @@ class FirstStepFlops:
         """The counter for step 0 (from 0), nothing for all others."""
         return self.counter if step == 0 else contextlib.nullcontext()
 
-    def per_token(self, fabric, metrics: Metrics) -> float:
+    def per_token(self, fabric: Fabric, metrics: Metrics) -> float:
         """FLOPs for each token of step 0, over all devices; 0 if it was not run in this session."""
         total = torch.tensor(float(self.counter.get_total_flops()), device=fabric.device)
         if fabric.world_size > 1:

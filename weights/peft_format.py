@@ -135,7 +135,8 @@ def _without_memory(config, layer, name, where):
         try:
             return config.adapt(base, name)
         except (OverflowError, RuntimeError, TypeError) as error:  # of a rank that no tensor can have
-            raise UserError(f"{where}: no adapter can be as adapter_config.json says ({error})") from None
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{where}: no adapter can be as adapter_config.json says ({reason})") from None
 
 
 @torch.no_grad()
