@@ -28,7 +28,6 @@ COLUMNS = {
 }  # fmt: skip
 IGNORE = -100  # the target of a position that does not count (model.IGNORE)
 Step = list[list[int]]  # the micro-batches of an optimiser step, each the numbers of its samples
-Counts = Tensor | None  # (N,) the targets of each sample, for a planner that asks for them
 
 
 # ----------------------------------------------------------------------------------------------- samples on disk
@@ -147,7 +146,7 @@ def source_names(info: dict, *parts: Samples) -> list[str]:
 
 
 def packed_in_step(
-    lengths: Tensor, target_counts: Counts, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
+    lengths: Tensor, target_counts: Tensor, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
 ) -> list[Step]:
     """Each step is a random sample of the whole set, its samples put end to end into rows of at most the budget.
 
@@ -180,7 +179,7 @@ def _fill_rows(samples, lengths, budget):
 
 
 def sorted_in_step(
-    lengths: Tensor, target_counts: Counts, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
+    lengths: Tensor, target_counts: Tensor, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
 ) -> list[Step]:
     """The same steps, sorted by length inside the step and cut into micro-batches whose rows are padded to one length.
 
@@ -194,7 +193,7 @@ def sorted_in_step(
 
 
 def random_in_step(
-    lengths: Tensor, target_counts: Counts, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
+    lengths: Tensor, target_counts: Tensor, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
 ) -> list[Step]:
     """The same steps in the order in which they were sampled, padded: what a plain data loader does.
 
@@ -205,7 +204,7 @@ def random_in_step(
 
 
 def grouped(
-    lengths: Tensor, target_counts: Counts, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
+    lengths: Tensor, target_counts: Tensor, global_batch_size: int, micro_batch_tokens: int, seed: int, epoch: int
 ) -> list[Step]:
     """Samples sorted by length over the whole epoch and cut into steps of neighbours; the steps in random order.
 
@@ -233,7 +232,11 @@ def _cut(samples, lengths, budget):
 
 
 class Planner(NamedTuple):
-    """A batching strategy. plan: a function as above, samples to micro-batches. layout: a micro-batch as tensors."""
+    """A batching strategy. plan: a function as above. layout: a micro-batch as tensors, `Samples.packed` or `.padded`.
+
+    Each sample is in one micro-batch of an epoch, which has ceil(N / global_batch_size) steps; the same arguments give
+    the same plan, on which resuming rests.
+    """
 
     plan: Callable
     layout: Callable
@@ -262,6 +265,9 @@ def _longest_first(samples, lengths):
     return samples[lengths[samples].argsort(descending=True, stable=True)].tolist()
 
 
-def in_order(planner: Planner, lengths: Tensor, micro_batch_tokens: int) -> Step:
+def in_order(planner: Planner, lengths: Tensor, target_counts: Tensor, micro_batch_tokens: int) -> Step:
     """All samples once, cut into micro-batches by a `Planner`: the plan of a validation."""
-    return planner.plan(lengths, None, len(lengths), micro_batch_tokens, seed=0, epoch=0)[0] if len(lengths) else []
+    if not len(lengths):
+        return []
+    steps = planner.plan(lengths, target_counts, len(lengths), micro_batch_tokens, seed=0, epoch=0)
+    return [micro_batch for step in steps for micro_batch in step]

@@ -31,7 +31,6 @@ from batching import PLANNERS, Samples, in_order
 from training import build, nonfinite, run_folder
 from training.build import Data, Run
 from training.memory import budget
-from training.memory.budget import dropout_seed, planned_steps, total_steps
 from training.memory.dry_run import memory_dry_run
 from training.metrics import (
     FirstStepFlops,
@@ -48,6 +47,7 @@ from training.nonfinite import NotFinite, check_finite
 from training.optimizer import StepInBackward
 from training.run_folder import explained_write_errors
 from training.schedule import Schedule
+from training.steps import dropout_seed, planned_steps, steps_per_epoch, total_steps
 
 SKIPPED_STEPS = 20  # in a row, after which 16-mixed no longer looks for its loss scale
 
@@ -109,7 +109,7 @@ def train_loop(run: Run, schedule: Schedule, start: int, signals: list[int]) -> 
     metrics = Metrics(s.out_dir / "metrics.csv", start, targets_by_source_name(run), fabric.is_global_zero)
     flops, signal = FirstStepFlops(), 0
     validation_tokens = run.val.lengths.sum().item()
-    steps_per_epoch = math.ceil(len(run.train) / s.global_batch_size)
+    per_epoch = steps_per_epoch(s, run.train)
     with progress_bar(start, schedule.total, fabric.is_global_zero) as bar:
         for step, micro_batches in planned_steps(s, run.train, start, schedule.total):
             with schedule.timed("step"), flops.counted(step), nonfinite.explained(run, micro_batches, step):
@@ -121,7 +121,7 @@ def train_loop(run: Run, schedule: Schedule, start: int, signals: list[int]) -> 
                 with schedule.timed("validation"):
                     row |= validate(run)
             with explained_write_errors(s.out_dir):
-                metrics.add({"step": done, "epoch": done / steps_per_epoch, **row})
+                metrics.add({"step": done, "epoch": done / per_epoch, **row})
             show_progress(bar, row)
             if "save" in due or signal:
                 with schedule.timed("save"):
@@ -250,7 +250,7 @@ def validate(run: Run) -> dict:
     run.model.eval()
     loss = torch.zeros((), device=fabric.device)
     sums = torch.zeros(len(run.sources), dtype=torch.float64, device=fabric.device)
-    micro_batches = in_order(PLANNERS[s.planner], val.lengths, s.micro_batch_tokens)
+    micro_batches = in_order(PLANNERS[s.planner], val.lengths, val.target_counts, s.micro_batch_tokens)
     for indices in micro_batches[fabric.global_rank :: fabric.world_size]:
         result = forward(run, val, indices)
         loss += result.summed

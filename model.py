@@ -1,4 +1,4 @@
-"""The decoder of Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2 and what shares their structure, from top to bottom.
+"""The decoder of Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2 and models of the same structure, from top to bottom.
 
 `Config` says what a model is made of; weights/families.py reads it from a checkpoint's config.json. Parameter names are
 Hugging Face's, so their safetensors files load with no tensor renamed, fused or permuted. What ops/ computes begins
@@ -89,7 +89,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """torch's random start, but for a weight without memory."""
-        if not self.weight.is_meta:  # there it would do nothing, and take a second to import what it needs for that
+        if not self.weight.is_meta:  # there it has no effect, and its import takes a second
             super().reset_parameters()
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -323,7 +323,7 @@ class Transformer(nn.Module):
         layout, windows = Layout(tokens, cache, offsets, tree), self.config.windows
         positions = layout.places().positions[:, -tokens.size(1) :]
         angles = rope_angles(self.config, positions, x.dtype)
-        # The device's fastest way to compute partial(plain_attention, mask=layout.mask(w)). Put that here to change it.
+        # The fastest way to compute partial(plain_attention, mask=layout.mask(w)): to change attention, put that here.
         attention = {w: choose_attention(layout, self.config.head_dim, x.dtype, w) for w in set(windows)}
         recomputed = round(recompute * len(layers))
         for number, (block, window) in enumerate(zip(layers, windows, strict=True)):

@@ -2,8 +2,8 @@
 
 Autograd saves more tensors than it needs and makes a new one for every small step. Written by hand, a function saves
 only its inputs, computes the rest again where that is cheap, and works in place. Each has a plain reference, `plain_*`,
-in a few lines of ordinary torch. The tests compare with it, torch.compile gets it (it fuses by itself), and a CPU
-without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for all that is no matrix product.
+in a few lines of ordinary torch. The tests compare with it, torch.compile is given it, and fuses it itself, and a CPU
+without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for everything except matrix products.
 
 dtypes.py      in which dtype a product is computed
 linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA

@@ -1,6 +1,6 @@
 // The four operations of a decoding step on a CPU, for a few rows x (activations, fp32) at one time.
 //
-// compiled.py compiles this file once with g++, decode.py calls it through ctypes; its plain reference is model.py. A
+// cpp.py compiles this file once with g++, decode.py calls it through ctypes; its plain reference is model.py. A
 // step reads every weight once, so `linear` is written to read them as fast as memory gives them: in the format they
 // are stored in, turned in registers into what is multiplied, summed in fp32.
 

@@ -1,7 +1,8 @@
-// What kernels.py and attention.py compute on a CPU, in fp32 or bf16, with all arithmetic in fp32.
+// What norm.py, activation.py, rotation.py, loss.py and attention.py compute on a CPU, in fp32 or bf16, with all
+// arithmetic in fp32.
 //
-// compiled.py compiles this file once with g++ and calls it through ctypes; the plain references are in kernels.py and
-// attention.py. Each row, head or sample is one thread's work, from the first number to the last: results do not depend
+// cpp.py compiles this file once with g++ and calls it through ctypes; the plain references are in those files, that of
+// attention in model.py. Each row, head or sample is one thread's work, from the first number to the last: results do not depend
 // on which thread takes it.
 
 #include "vectors.h"

@@ -18,6 +18,6 @@ prepared_folder.py  the files that are written: samples and data.json
 report.py           report.html, with histogram.py (lengths as SVG) and markup.py (text made visible)
 show.py             samples on the terminal
 
-Imports, each file those before it: reading.py, records.py, mixture.py, cleaning.py, workers.py, rendering.py,
+A file may import those named before it: reading.py, records.py, mixture.py, cleaning.py, workers.py, rendering.py,
 filtering.py, record_store.py, benchmarks.py, dropping.py, sampling.py, prepared_folder.py, report.py.
 """

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from batching import (
     IGNORE,
     PLANNERS,
+    Planner,
     Samples,
     grouped,
     in_order,
@@ -28,6 +30,7 @@ from batching import (
 )
 from preparation.record_store import SampleWriter
 from shell.cli import UserError
+from training.steps import planned_steps
 
 PLANS = pytest.mark.parametrize("planner", [planner.plan for planner in PLANNERS.values()])
 DRAWN = pytest.mark.parametrize("planner", [packed_in_step, sorted_in_step, random_in_step])  # steps from the whole set
@@ -128,7 +131,7 @@ def test_a_part_without_samples(tmp_path):
     write(tmp_path / "val.safetensors", [])
     samples = Samples(tmp_path / "val.safetensors")
     assert len(samples) == 0
-    assert all(in_order(planner, samples.lengths, 100) == [] for planner in PLANNERS.values())
+    assert all(in_order(planner, samples.lengths, samples.target_counts, 100) == [] for planner in PLANNERS.values())
 
 
 def test_damaged_data_is_refused_by_name(tmp_path):
@@ -316,7 +319,7 @@ def test_a_plan_of_an_epoch_is_quick():
     for planner in PLANNERS.values():
         started = time.process_time()
         planner.plan(lengths, None, 128, 4096, seed=1, epoch=0)
-        in_order(planner, lengths, 4096)
+        in_order(planner, lengths, lengths // 2, 4096)
         assert time.process_time() - started < 1
 
 
@@ -404,7 +407,7 @@ def test_epochs_and_seeds_do_not_share_generators():
 def test_in_order_takes_everything_once(planner):
     lengths = torch.tensor([random.randint(1, 60) for _ in range(77)])
     chosen = next(entry for entry in PLANNERS.values() if entry.plan is planner)
-    micro_batches = in_order(chosen, lengths, 200)
+    micro_batches = in_order(chosen, lengths, lengths // 2, 200)
     assert sorted(flat(micro_batches)) == list(range(77))
     assert all(len(m) == 1 or positions(planner, lengths.tolist(), m) <= 200 for m in micro_batches)
 
@@ -418,3 +421,24 @@ def test_packed_samples_lie_end_to_end(tmp_path):
     for i, start, end in zip((3, 0, 4), offsets, offsets[1:], strict=False):
         alone = samples.padded([i])
         assert torch.equal(tokens[0, start:end], alone[0][0]) and torch.equal(targets[0, start:end], alone[1][0])
+
+
+def test_a_validation_has_all_samples_whatever_the_planner_makes_of_them():
+    """Also of a planner that asks for the targets, and cuts its samples into several steps."""
+
+    def bucketed(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
+        assert len(target_counts) == len(lengths)
+        return [[[i] for i in range(len(lengths)) if (lengths[i] > 5) == long] for long in (True, False)]
+
+    lengths = torch.randint(1, 11, (20,))
+    micro_batches = in_order(Planner(bucketed, Samples.packed), lengths, lengths // 2, 100)
+    assert sorted(i for micro_batch in micro_batches for i in micro_batch) == list(range(20))
+
+
+def test_a_planner_with_another_number_of_steps_is_refused(monkeypatch):
+    s = SimpleNamespace(global_batch_size=4, micro_batch_tokens=100, seed=1, planner="short")
+    samples = SimpleNamespace(lengths=torch.ones(10), target_counts=torch.ones(10))
+    monkeypatch.setitem(PLANNERS, "short", Planner(lambda *_: [[[0]]], Samples.packed))
+    monkeypatch.setattr("training.steps.steps_per_epoch", lambda *_: 3)
+    with pytest.raises(UserError, match="--planner short: it planned 1 steps for an epoch of 3"):
+        next(planned_steps(s, samples, 0, 3))

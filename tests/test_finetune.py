@@ -30,9 +30,9 @@ from shell.files import check_manifest, project_version
 from text.tokenizer import Tokenizer
 from training import build, metrics, run_folder
 from training.build import Run
-from training.memory.budget import planned_steps
 from training.optimizer import StepInBackward
 from training.schedule import learning_rate
+from training.steps import planned_steps
 from weights import peft_format
 from weights.checkpoint import load_model, read_config
 

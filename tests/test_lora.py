@@ -698,3 +698,17 @@ def test_adapter_in_half_precision_is_trained_in_fp32(tiny_checkpoint, adapter):
     change_tensors(adapter, halve)
     model = load_model(tiny_checkpoint("llama"), torch.bfloat16, adapter_dir=adapter)
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+
+
+def test_another_scale_is_no_longer_peft_s(monkeypatch):
+    """adapter_config.json has r and lora_alpha, from which PEFT would compute the published one."""
+    made = LoRALinear.__init__
+
+    def edited(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.scale *= 2
+
+    with torch.no_grad():
+        assert lora._follows_formula(LoRALinear)
+        monkeypatch.setattr(LoRALinear, "__init__", edited)
+        assert not lora._follows_formula(LoRALinear)

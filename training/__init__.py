@@ -2,12 +2,14 @@
 
 settings.py    the flags. Start here
 build.py       from the flags to a `Run`: data, model, optimiser, devices
-schedule.py    the learning rate of each step, the time budget, what is due when
+schedule.py    the learning rate of each step, the time budget, when to validate, save and stop
+steps.py       how many steps a run has, and the micro-batches of each
 optimizer.py   AdamW, and AdamW within the backward pass
 metrics.py     what a run measures: a row of metrics.csv for each step, memory, FLOPs, the plot
 run_folder.py  the folder of a run: checkpoints, rotation, disk space, what must match to resume
 nonfinite.py   a step whose loss or gradient is not finite: which samples cause it, and replaying it
 memory/        peak memory predicted and tried out before the first step. Its map is in memory/__init__.py
 
-build.py imports optimizer.py and memory/; nonfinite.py imports build.py; run_folder.py and memory/ import metrics.py.
+build.py imports optimizer.py and memory/; nonfinite.py imports build.py and steps.py; run_folder.py imports memory/;
+memory/ imports metrics.py and steps.py.
 """

@@ -26,8 +26,8 @@ from batching import IGNORE, PLANNERS
 from shell.cli import UserError
 from shell.files import whole_file
 from training import build
-from training.memory.budget import dropout_seed
 from training.optimizer import StepInBackward
+from training.steps import dropout_seed
 
 if TYPE_CHECKING:
     from batching import Samples

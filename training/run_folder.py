@@ -63,7 +63,7 @@ def source_files() -> list[Path]:
     """The code that a run keeps a copy of: paths relative to the project's folder."""
     files = [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]
     for folder in SOURCE_FOLDERS:
-        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h", ".html")]
     return sorted(path.relative_to(ROOT) for path in files if path.is_file())
 
 

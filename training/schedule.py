@@ -14,7 +14,7 @@ from shell import cli
 if TYPE_CHECKING:
     from training.settings import Settings
 
-RECENT = {"step": 50, "validation": 4, "save": 4}  # how many of the last ones weigh the most in a mean time
+RECENT = {"step": 50, "validation": 4, "save": 4}  # over how many recent measurements a mean is taken, about
 REPORT_SECONDS = 5  # what the prediction, the plot and the summary take at the end of a run, about
 
 
@@ -24,7 +24,7 @@ def learning_rate(s: Settings, step: int, total: int) -> float:
 
 
 def rate_at(s: Settings, step: int, progress: float) -> float:
-    """The same, given how much of the schedule after the warm-up is over, from 0 to 1, instead of the total."""
+    """As `learning_rate`, but from the progress after the warm-up, from 0 to 1."""
     if step < s.warmup_steps:
         return s.learning_rate * (step + 1) / (s.warmup_steps + 1)
     course = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}

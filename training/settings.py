@@ -27,7 +27,8 @@ class Settings:
         lora_targets: Projections that get an adapter.
         lora_rslora: Multiply by alpha / sqrt(r) instead.
         global_batch_size: Samples in an optimiser step, over all micro-batches and devices.
-        micro_batch_tokens: Tokens in a micro-batch, padding included: memory against speed. Does not change the result.
+        micro_batch_tokens: Tokens in a micro-batch, padding included: memory against speed. Without dropout the
+            gradient is the same up to rounding; fixed for a run.
             "auto" takes the most that fits in memory_budget.
         planner: How the samples of a step are cut into micro-batches (batching.py).
         epochs: Passes over the data, unless max_steps is given.
@@ -47,7 +48,7 @@ class Settings:
         optimizer_in_backward: With "full", update each weight as soon as its gradient is computed, and free the
             gradient: none are kept in memory, but a step must fit in one micro-batch, and there is no clipping.
         eval_interval: Validate every so many steps, and at the end; 0 for never.
-        save_interval: Write a checkpoint every so many steps; 0 for never.
+        save_interval: Write a checkpoint every so many steps; 0 for only when a signal stops the run.
         keep_last: How many of the newest checkpoints to keep; 0 for all.
         keep_best: Keep the checkpoint with the lowest validation loss too.
         seed: Seed of the adapter's initial weights, the order of the data and dropout.

@@ -19,7 +19,7 @@ OTHER_SIZES = {  # and the least that they may be
 LARGEST, MOST_LAYERS = 2**24, 1000  # of a size: a damaged file must not cost time or memory
 LARGEST_NUMBER = 1e30  # of a number with a fraction
 
-# What every class so far takes for an absent key. In num_key_value_heads and head_dim None means: as many as there are
+# Defaults that all families share. In num_key_value_heads and head_dim None means: as many as there are
 # query heads, and the hidden size divided among them.
 COMMON = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None,

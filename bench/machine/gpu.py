@@ -97,6 +97,7 @@ from preparation.record_store import SampleWriter
 from quantize import BLOCK, bitsandbytes, nf4_quantize
 from training import build
 from training.memory import budget, plan
+from training.steps import planned_steps
 from weights.checkpoint import fill_model
 from weights.families import config_from_json
 
@@ -391,7 +392,7 @@ def our_step(s, run, shape, samples, device):
         model.requires_grad_(True)
     else:
         lora.add_lora(model, budget.adapter_config(settings))
-    steps = dict(budget.planned_steps(settings, samples, 0, WARM_UP + s.steps))
+    steps = dict(planned_steps(settings, samples, 0, WARM_UP + s.steps))
     optimizer = fabric.setup_optimizers(build.build_optimizer(settings, model))
     train_step = ours.step_function(build.Run(settings, fabric, model.train(), optimizer, samples))
 

@@ -59,7 +59,7 @@ import finetune
 from batching import PLANNERS, in_order
 from bench.training import ours
 from training import build
-from training.memory.budget import planned_steps
+from training.steps import planned_steps
 from weights import peft_format
 
 PEFT = "transformers + PEFT"
@@ -138,7 +138,7 @@ def train_peft(job, training, data, plan, adapter_dir):
     @torch.no_grad()
     def validate():
         model.eval()
-        parts = in_order(PLANNERS["sorted_in_step"], val.lengths, training.micro_batch_tokens)
+        parts = in_order(PLANNERS["sorted_in_step"], val.lengths, val.target_counts, training.micro_batch_tokens)
         total = sum(summed_loss(val, indices).item() for indices in parts)
         model.train()
         return total / val.target_counts.sum().item()

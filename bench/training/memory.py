@@ -87,6 +87,7 @@ def measure(job):
     from training import build, metrics
     from training.memory import budget, plan
     from training.settings import Settings as TrainingSettings
+    from training.steps import planned_steps
 
     samples = Samples(Path(job["data_dir"], "train.safetensors"))
     tokens, base = job["micro_batch_tokens"], job["base"]
@@ -99,7 +100,7 @@ def measure(job):
     fabric = build.start_fabric(settings)
     before = budget.memory_before(settings, fabric.device)
     step = ours.step_function(ours.build_run(settings, fabric, samples))
-    for number, micro_batches in budget.planned_steps(settings, samples, 0, job["steps"]):
+    for number, micro_batches in planned_steps(settings, samples, 0, job["steps"]):
         row = step(number, micro_batches)
     if not row["grad_norm"] > 0:
         raise RuntimeError("the gradient is zero, so nothing was measured")

@@ -17,7 +17,7 @@ from inference.sampling import generate
 from preparation.record_store import SampleWriter
 from quantize import NF4_VALUES, QUANTIZERS, nf4_dequantize, nf4_quantize
 from training import build
-from training.memory.budget import planned_steps
+from training.steps import planned_steps
 from weights.checkpoint import load_model, load_optimizer, save_optimizer
 
 HAS_GPU = torch.cuda.is_available()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import re
 import resource
 import sys
@@ -26,6 +25,7 @@ from shell import cli
 from shell.cli import UserError
 from training.memory import plan
 from training.metrics import peak_memory, start_measuring
+from training.steps import planned_steps, steps_per_epoch, total_steps
 from weights.checkpoint import read_config
 
 if TYPE_CHECKING:
@@ -54,28 +54,6 @@ def autocast_dtype(s: Settings) -> torch.dtype | None:
     return None if slow else {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(s.precision)
 
 
-def total_steps(s: Settings, train: Samples) -> int:
-    """The optimiser steps of the run, at most."""
-    return s.max_steps or math.ceil(s.epochs * math.ceil(len(train) / s.global_batch_size))
-
-
-def planned_steps(s: Settings, samples: Samples, start: int, total: int) -> Iterator[tuple[int, list[list[int]]]]:
-    """The number and the micro-batches of each step from `start` to before `total`."""
-    per_epoch = math.ceil(len(samples) / s.global_batch_size)
-    planned = None
-    for step in range(start, total):
-        epoch, place = divmod(step, per_epoch)
-        if planned is None or place == 0:
-            arguments = samples.lengths, samples.target_counts, s.global_batch_size, s.micro_batch_tokens, s.seed, epoch
-            planned = PLANNERS[s.planner].plan(*arguments)
-        yield step, planned[place]
-
-
-def dropout_seed(s: Settings, step: int, rank: int, world_size: int) -> int:
-    """torch's random seed on a device for a step (from 0)."""
-    return s.seed + 1_000_003 * (1 + step * world_size + rank)
-
-
 # ------------------------------------------------------------------------------------------------------ predictions
 
 
@@ -96,7 +74,7 @@ def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
 
 def planned_job(s: Settings, train: Samples) -> tuple[plan.Job, list[list[plan.Shape]]]:
     """The `plan.Job` of this run, and for each step (of its first epoch) the shapes of its micro-batches."""
-    total = min(total_steps(s, train), math.ceil(len(train) / s.global_batch_size))
+    total = min(total_steps(s, train), steps_per_epoch(s, train))
     layout = PLANNERS[s.planner].layout
     steps = [[plan.shape_of(train, layout, rows) for rows in step] for _, step in planned_steps(s, train, 0, total)]
     return plan_job(s, "kept" if any(len(shapes) > 1 for shapes in steps) else "new"), steps
