@@ -35,7 +35,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from shell import process
 from shell.explain import HelpFormatter, JsonFile, explain, show_values
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = requirements.ROOT
 
 
 class UserError(Exception):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from shell.cli import UserError
+from shell.cli import ROOT, UserError
 
 MANIFEST = "manifest.json"
 THREADS = 4  # that hash and flush files side by side
@@ -21,7 +21,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: renameat2(2)
 
 def project_version() -> str | None:
     """The version in pyproject.toml."""
-    path = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    path = ROOT / "pyproject.toml"
     return tomllib.loads(path.read_text(encoding="utf-8")).get("project", {}).get("version") if path.is_file() else None
 
 

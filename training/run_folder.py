@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from quantize import describe_quantization
-from shell.cli import UserError
+from shell.cli import ROOT, UserError
 from shell.files import (
     MANIFEST,
     check_manifest,
@@ -53,9 +53,6 @@ HARMLESS = (  # settings that a resumed run may change; for the folders their co
 PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
 WRITTEN = ("step-*", "final", "source", "*.csv", "config.yaml", "summary.json", "loss.png")
-
-
-ROOT = Path(__file__).resolve().parents[1]
 SOURCE_FOLDERS = ("shell", "ops", "weights", "text", "inference", "preparation", "training")
 
 
