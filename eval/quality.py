@@ -140,6 +140,7 @@ from eval.divergence import Text
 from eval.quality_variants import DTYPES, make_references, measure_variant
 from inference.writer import find_model
 from model import Transformer
+from ops.core_sharing import share_cores
 from quantize import read_quantization, write_plan
 from shell.files import whole_file, write_json
 from weights.checkpoint import load_model, read_config, trained_quantization
@@ -222,6 +223,7 @@ def in_process(function: Callable[..., Result], *arguments: object) -> Result:
 
 def measure_sensitivity(s: Settings, text: Text) -> None:
     """Measure the layers, print the worst, and write what was found, with a plan if there is a budget."""
+    share_cores()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"32-true": torch.float32, "bf16-true": torch.bfloat16}[s.precision]
     model = load_model(s.checkpoint_dir, dtype, device, None, s.adapter_dir)

@@ -15,6 +15,7 @@ from eval.exact_match import match_answers
 from inference.decode import Decoder
 from inference.writer import Writer
 from model import Transformer
+from ops.core_sharing import share_cores
 from quantize import bitsandbytes, read_quantization
 from shell.files import checked, read_json
 from text.prompts import encode_prompt
@@ -56,6 +57,7 @@ def make_references(s: Any, folder: str) -> dict[str, dict]:
 
     The divergence from the base on general text is what the adapter has forgotten.
     """
+    share_cores()
     texts, _ = quality_texts.read_texts(s)
     model, references = load_trained(s, with_adapter=True), {}
     for name, text in texts.items():

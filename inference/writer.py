@@ -9,6 +9,7 @@ import torch
 from inference.decode import fastest_decoder
 from inference.sampling import GenerationSettings, Reply, generate, generate_all, room_for
 from model import Transformer
+from ops.core_sharing import share_cores
 from shell.cli import UserError
 from text.prompts import STYLES, encode_prompt, stop_ids
 from text.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ class Writer:
 
         model: one that is in memory already; then `quantize` and `precision` are not used.
         """
+        share_cores()
         checkpoint_dir = find_model(checkpoint_dir, adapter_dir)
         quantize = trained_quantization(adapter_dir, quantize)
         self.tokenizer = Tokenizer(checkpoint_dir)

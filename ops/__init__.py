@@ -14,6 +14,7 @@ attention.py   the fastest way to attend on a device: SDPA, variable-length Flas
 loss.py        cross-entropy at target positions, in chunks
 cpp.py         C++ compiled on first use, kept in a cache, called through ctypes
 allocator.py   memory of tensors on a CPU, so that a run's peak follows from their sizes
+core_sharing.py                cores that other processes want, too
 allocator_cpu.cpp              the C++ of allocator.py
 kernels_cpu.cpp                the C++ of training
 decode_cpu.cpp                 the C++ of inference/decode.py

@@ -194,7 +194,7 @@ GOOD_FLAGS = {
     "bench/machine/gpu.py": lambda p: {},
     "bench/machine/limits.py": lambda p: {"checkpoint_dir": p.model},
     "bench/inference/harness.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
-    "bench/training/contention.py": model_and_data,
+    "bench/machine/contention.py": model_and_data,
     "bench/training/memory.py": model_and_data,
     "bench/training/planners.py": model_and_data,
     "bench/training/saving.py": lambda p: {},

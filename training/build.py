@@ -17,6 +17,7 @@ from batching import Samples, read_data_info, source_names
 from model import Config, Transformer
 from ops.allocator import keep_freed_memory
 from ops.attention import Attend
+from ops.core_sharing import share_cores
 from quantize import read_quantization
 from shell.cli import UserError
 from shell.files import read_json
@@ -141,6 +142,7 @@ def start_fabric(s: Settings) -> Fabric:
     fabric.launch()
     if fabric.device.type == "cpu":
         keep_freed_memory()  # from here on the peak follows from the sizes of the tensors
+        share_cores()
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
         torch.use_deterministic_algorithms(True)

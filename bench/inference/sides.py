@@ -51,8 +51,10 @@ def ours(job: dict) -> Callable:
     import generate
     from inference import sampling
     from inference.decode import fastest_decoder
+    from ops.core_sharing import share_cores
     from weights.checkpoint import load_model
 
+    share_cores()
     decoder = fastest_decoder(load_model(job["checkpoint_dir"], torch_dtype(job), device_name(), job["quantize"]))
     settings = generate.Settings(checkpoint_dir=".", temperature=0, max_new_tokens=job["new_tokens"])
 
