@@ -55,7 +55,7 @@ SKIPPED_STEPS = 20  # in a row, after which 16-mixed no longer looks for its los
 def main(s: Settings) -> None:
     """Check everything that can be checked without weights, then train, or do what --plan or --replay asks for."""
     if s.replay:
-        nonfinite.replay(s)
+        nonfinite.replay(s, objective)
         return
     data = build.open_data(s)
     skeleton = build.check_model(s, data)
@@ -112,7 +112,8 @@ def train_loop(run: Run, schedule: Schedule, start: int, signals: list[int]) -> 
     per_epoch = steps_per_epoch(s, run.train)
     with progress_bar(start, schedule.total, fabric.is_global_zero) as bar:
         for step, micro_batches in planned_steps(s, run.train, start, schedule.total):
-            with schedule.timed("step"), flops.counted(step), nonfinite.explained(run, micro_batches, step):
+            explained = nonfinite.explained(run, micro_batches, step, objective)
+            with schedule.timed("step"), flops.counted(step), explained:
                 row = train_step(run, micro_batches, step, schedule.rate(step))
             done = step + 1
             due, over = schedule.due(done), schedule.is_over(done, validation_tokens / row["tokens_per_second"])
@@ -202,10 +203,14 @@ class Forward(NamedTuple):
 
 def forward(run: Run, samples: Samples, indices: list[int]) -> Forward:
     """The losses of a micro-batch: those of the samples with these numbers."""
-    s, device = run.settings, run.fabric.device
-    tokens, targets, offsets = PLANNERS[s.planner].layout(samples, indices)
+    return objective(run, PLANNERS[run.settings.planner].layout(samples, indices))
+
+
+def objective(run: Run, batch: tuple) -> Forward:
+    """What training minimises, of a micro-batch as a planner lays it out: tokens, targets, offsets (batching.py)."""
+    tokens, targets, offsets = batch
+    device, recompute = run.fabric.device, run.settings.recompute if run.model.training else 0.0
     with run.fabric.autocast():
-        recompute = s.recompute if run.model.training else 0.0
         losses = run.model(tokens.to(device), targets.to(device), recompute=recompute, offsets=offsets, each=True)
     return Forward(*losses, tokens.numel())
 

@@ -39,7 +39,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import convert_hf_checkpoint, finetune, generate
+import convert_hf_checkpoint, finetune
+from inference.writer import Writer
 from shell import cli
 from training import metrics
 from training.settings import Settings
@@ -54,7 +55,7 @@ shutil.rmtree(resumed / "step-000004")
 shutil.rmtree(resumed / "final")
 finetune.main(cli.parse(Settings, [*flags, "--out_dir", str(resumed), "--resume"]))
 
-decoder = generate.Writer(None, run / "final", None, "32-true").decoder
+decoder = Writer(None, run / "final", None, "32-true").decoder
 ids, logits = torch.tensor([tokens]), decoder.start(torch.tensor([tokens]), torch.zeros(1, dtype=torch.int64), 64)
 for _ in range(8):
     ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)

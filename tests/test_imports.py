@@ -21,14 +21,14 @@ LAYERS = [
     ["generate", "prepare_data", "convert_hf_checkpoint", "finetune"],
     ["eval"],
 ]
-RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
+RANK = {folder: rank for rank, names in enumerate(LAYERS) for folder in names}
 FOREIGN = {"transformers", "peft", "litgpt", "lit_gpt", "torchtune", "trl", "accelerate", "unsloth"}
 HEAVY = ("torch", "lightning", "bitsandbytes", "transformers")
 OURS = RANK.keys() | {"examples", "bench", "tests"}
-FILES = sorted(path for room in RANK for path in (*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/**/*.py")))
+FILES = sorted(path for folder in RANK for path in (*ROOT.glob(f"{folder}.py"), *ROOT.glob(f"{folder}/**/*.py")))
 
 
-def room_of(path):
+def folder_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -61,21 +61,21 @@ def file_of(module):
     return None
 
 
-def check(path, room):
+def check(path, folder):
     for module, line in imports(path):
         name = module.partition(".")[0]
         assert name not in FOREIGN, f"{path.name}:{line}: {name} is a reference in tests, no part of the product"
-        allowed = name not in OURS or name == room or name in RANK and RANK[name] < RANK[room]
-        assert allowed, f"{path.name}:{line}: {room} must not import {module}"
+        allowed = name not in OURS or name == folder or name in RANK and RANK[name] < RANK[folder]
+        assert allowed, f"{path.name}:{line}: {folder} must not import {module}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    check(path, room_of(path))
+    check(path, folder_of(path))
 
 
 def test_every_python_file_at_the_top_has_its_place():
-    assert {room_of(path) for path in ROOT.glob("*.py")} <= RANK.keys()
+    assert {folder_of(path) for path in ROOT.glob("*.py")} <= RANK.keys()
 
 
 def test_no_file_imports_itself_through_others():
@@ -89,10 +89,10 @@ def test_no_file_imports_itself_through_others():
         assert path not in seen, f"{path} is part of a circle"
 
 
-@pytest.mark.parametrize("room", [room for room in RANK if (ROOT / room).is_dir()])
-def test_a_folder_begins_with_its_map(room):
+@pytest.mark.parametrize("folder", [folder for folder in RANK if (ROOT / folder).is_dir()])
+def test_a_folder_begins_with_its_map(folder):
     """`__init__.py` is a docstring that names every file of the folder, and nothing else."""
-    for init in (ROOT / room).rglob("__init__.py"):
+    for init in (ROOT / folder).rglob("__init__.py"):
         (docstring,) = ast.parse(init.read_text()).body
         for path in init.parent.iterdir():
             if path.name[0] not in "_." and path.suffix in (".py", ".cpp", ".h", ".sh"):

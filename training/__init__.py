@@ -1,6 +1,7 @@
 """What surrounds the training loop of finetune.py.
 
 settings.py    the flags. Start here
+from_settings.py               the flags as objects: dtypes, the adapter
 build.py       from the flags to a `Run`: data, model, optimiser, devices
 schedule.py    the learning rate of each step, the time budget, when to validate, save and stop
 steps.py       how many steps a run has, and the micro-batches of each
@@ -10,6 +11,6 @@ run_folder.py  the folder of a run: checkpoints, rotation, disk space, what must
 nonfinite.py   a step whose loss or gradient is not finite: which samples cause it, and replaying it
 memory/        peak memory predicted and tried out before the first step. Its map is in memory/__init__.py
 
-build.py imports optimizer.py and memory/; nonfinite.py imports build.py and steps.py; run_folder.py imports memory/;
-memory/ imports metrics.py and steps.py.
+from_settings.py imports none of the others; build.py imports it, optimizer.py and memory/; nonfinite.py imports
+build.py and steps.py; run_folder.py imports memory/; memory/ imports from_settings.py, metrics.py and steps.py.
 """

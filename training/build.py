@@ -22,7 +22,7 @@ from quantize import read_quantization
 from shell.cli import UserError
 from shell.files import read_json
 from text.tokenizer import Tokenizer
-from training.memory.budget import DTYPES, adapter_config, autocast_dtype
+from training.from_settings import DTYPES, adapter_config, autocast_dtype
 from training.optimizer import StepInBackward, build_optimizer
 from weights.checkpoint import load_model, load_optimizer, read_config
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -88,8 +88,11 @@ class Step:
 
 
 @contextlib.contextmanager
-def explained(run: Run, micro_batches: list[list[int]], step: int) -> Iterator[None]:
-    """Around a training step: if it raises NotFinite, find the cause, keep the step in FILE, and raise a UserError."""
+def explained(run: Run, micro_batches: list[list[int]], step: int, objective: Callable) -> Iterator[None]:
+    """Around a training step: if it raises NotFinite, find the cause, keep the step in FILE, and raise a UserError.
+
+    objective: finetune.py's.
+    """
     s, fabric = run.settings, run.fabric
     try:
         yield
@@ -113,7 +116,7 @@ def explained(run: Run, micro_batches: list[list[int]], step: int) -> Iterator[N
                 kept = f"it could not be kept to be run again ({failure})"
         if in_backward:
             run.optimizer.stopped = True
-        raise UserError(f"step {step + 1}: {error}; {find_cause(run, bad)}; {kept}") from None
+        raise UserError(f"step {step + 1}: {error}; {find_cause(run, bad, objective)}; {kept}") from None
 
 
 def sample_names(
@@ -145,10 +148,10 @@ def row_ids(data_dir: Path, numbers: set[int]) -> dict:
         return {}
 
 
-def find_cause(run: Run, step: Step) -> str:
+def find_cause(run: Run, step: Step, objective: Callable) -> str:
     """Which samples of a step are not finite when run alone, and in which module that begins, in words."""
     bad, first = [], None
-    for name, outcome in run_samples(run, step):
+    for name, outcome in run_samples(run, step, objective):
         if not outcome.is_finite():
             bad.append(name)
             first = first or outcome.first
@@ -184,15 +187,13 @@ class Outcome(NamedTuple):
         return self.first is None
 
 
-def run_batch(run: Run, batch: tuple, target_count: int, scale: float = 1.0) -> Outcome:
+def run_batch(run: Run, step: Step, batch: tuple, objective: Callable) -> Outcome:
     """Run a micro-batch forward and backward and check every module's output and every gradient.
 
-    The gradient, `scale` times as large, is left in the model. batch: tokens, targets, offsets. Blocks compiled by
-    torch.compile run uncompiled here: their inside cannot be checked.
+    batch: one of the step's, or a part of one: tokens, targets, offsets. The gradient, `step.scale` times as large, is
+    left in the model. Blocks compiled by torch.compile run uncompiled here: their inside cannot be checked.
     """
-    s, fabric, model = run.settings, run.fabric, run.model
-    tokens, targets, offsets = batch
-    norms, found = {}, []
+    model, norms, found = run.model, {}, []
 
     def look(what, tensor):
         # Detached: what a recomputed block saves for its gradient must be the same each time that it is run.
@@ -200,7 +201,7 @@ def run_batch(run: Run, batch: tuple, target_count: int, scale: float = 1.0) -> 
             found.append(what)
 
     def note_gradient(name, grad):
-        norms[name] = torch.linalg.vector_norm(grad, dtype=torch.float32).item() / scale
+        norms[name] = torch.linalg.vector_norm(grad, dtype=torch.float32).item() / step.scale
         look(f"the gradient of {name}", grad)
 
     hooks = [
@@ -212,35 +213,28 @@ def run_batch(run: Run, batch: tuple, target_count: int, scale: float = 1.0) -> 
     hooks += [p.register_hook(lambda grad, name=name: note_gradient(name, grad)) for name, p in trainable]
     try:
         with torch.compiler.set_stance("force_eager"):
-            with fabric.autocast():
-                summed, losses = model(
-                    tokens.to(fabric.device),
-                    targets.to(fabric.device),
-                    recompute=s.recompute,
-                    offsets=offsets,
-                    each=True,
-                )
-                loss = summed / target_count
+            result = objective(run, batch)
+            loss = result.summed / step.target_count()
             look("the loss", loss)
-            (loss * scale).backward()
+            (loss * step.scale).backward()
     finally:
         for hook in hooks:
             hook.remove()
-    return Outcome(loss.detach(), losses, norms, found[0] if found else None)
+    return Outcome(loss.detach(), result.losses, norms, found[0] if found else None)
 
 
-def run_samples(run: Run, step: Step) -> Iterator[tuple[str, Outcome]]:
+def run_samples(run: Run, step: Step, objective: Callable) -> Iterator[tuple[str, Outcome]]:
     """Run each sample of a step by itself: its name and its `Outcome`."""
     for name, batch in step.samples():
         run.model.zero_grad()
         torch.manual_seed(step.seeds[0])
-        yield name, run_batch(run, batch, step.target_count(), step.scale)
+        yield name, run_batch(run, step, batch, objective)
 
 
-def replay(s: Settings) -> None:
+def replay(s: Settings, objective: Callable) -> None:
     """Run the step that --replay names again, from the weights in that file, on one device, and print the result:
 
-    losses, norms of gradients, the first number that is not finite.
+    losses, norms of gradients, the first number that is not finite. objective: finetune.py's.
     """
     step = read_step(s.replay)
     s.devices = 1
@@ -256,7 +250,7 @@ def replay(s: Settings) -> None:
     for rank, seed in enumerate(step.seeds):
         torch.manual_seed(seed)
         for number in range(rank, len(step.batches), len(step.seeds)):
-            outcome = run_batch(run, step.batches[number], step.target_count(), step.scale)
+            outcome = run_batch(run, step, step.batches[number], objective)
             loss, first = loss + outcome.loss, first or outcome.first
     squares = Counter()
     for name, parameter in model.named_parameters():
@@ -264,7 +258,7 @@ def replay(s: Settings) -> None:
             norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).item() / step.scale
             squares[name.rpartition(".")[0]] += norm**2
     print(f"loss {loss.item()}, norm of the gradient {math.sqrt(squares.total())}")
-    for name, outcome in run_samples(run, step):
+    for name, outcome in run_samples(run, step, objective):
         norm = math.hypot(*outcome.norms.values())
         print(f"sample {name}: loss {outcome.losses.mean().item():.6g} per target, norm of its gradient {norm:.6g}")
     print("norm of the gradient by module:")

@@ -33,7 +33,7 @@ from shell.files import (
     write_json,
 )
 from text.style_templates import save_chat_template
-from training.memory.budget import DTYPES
+from training.from_settings import DTYPES
 from training.memory.plan import moment_bytes
 from weights import peft_format
 from weights.checkpoint import INDEX, NOTES, read_config, save_model, save_optimizer, shard_paths

@@ -126,16 +126,16 @@ def config_from_json(values: dict) -> Config:
     _check_supported(values, family)
     _check_kinds(keys, defaults)
     heads = keys["num_attention_heads"]
-    config = Config(
+    common = {
         **{key: keys[key] for key in SIZES},
-        num_key_value_heads=heads if keys["num_key_value_heads"] is None else keys["num_key_value_heads"],
-        head_dim=keys["hidden_size"] // heads if keys["head_dim"] is None else keys["head_dim"],
-        rms_norm_eps=keys["rms_norm_eps"],
-        rope=_rope(keys),
-        max_position_embeddings=keys["max_position_embeddings"],
-        tie_word_embeddings=keys["tie_word_embeddings"],
-        **family.structure(keys),
-    )
+        "num_key_value_heads": heads if keys["num_key_value_heads"] is None else keys["num_key_value_heads"],
+        "head_dim": keys["hidden_size"] // heads if keys["head_dim"] is None else keys["head_dim"],
+        "rms_norm_eps": keys["rms_norm_eps"],
+        "rope": _rope(keys),
+        "max_position_embeddings": keys["max_position_embeddings"],
+        "tie_word_embeddings": keys["tie_word_embeddings"],
+    }
+    config = Config(**{**common, **family.structure(keys)})  # what a family sets in its own way wins
     if heads % config.num_key_value_heads or config.head_dim % 2:
         raise ValueError(
             f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads "

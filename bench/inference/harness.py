@@ -126,11 +126,11 @@ def largest_difference(scores, dtype):
 
 def ours(job):
     """The class behind eval/lm_eval_harness.py."""
-    import generate
     from eval.lm_eval_harness import OnetuneLM
+    from inference.writer import Writer
 
     precision = {"fp32": "32-true", "bf16": "bf16-true"}[job["dtype"]]
-    return OnetuneLM(generate.Writer(job["checkpoint_dir"], None, None, precision), job["batch_tokens"])
+    return OnetuneLM(Writer(job["checkpoint_dir"], None, None, precision), job["batch_tokens"])
 
 
 def hf(job):

@@ -96,7 +96,8 @@ from model import Transformer
 from preparation.record_store import SampleWriter
 from quantize import BLOCK, bitsandbytes, nf4_quantize
 from training import build
-from training.memory import budget, plan
+from training.from_settings import adapter_config
+from training.memory import plan
 from training.steps import planned_steps
 from weights.checkpoint import fill_model
 from weights.families import config_from_json
@@ -376,7 +377,7 @@ def predicted_peak(size, run, device, tokens, sample_tokens):
         device=device,
         dtype=torch.bfloat16,
         quantize=settings.quantize,
-        adapter=None if run.kind == "full" else budget.adapter_config(settings),
+        adapter=None if run.kind == "full" else adapter_config(settings),
         optimizer=settings.optimizer,
         recompute=settings.recompute,
     )
@@ -391,7 +392,7 @@ def our_step(s, run, shape, samples, device):
     if run.kind == "full":
         model.requires_grad_(True)
     else:
-        lora.add_lora(model, budget.adapter_config(settings))
+        lora.add_lora(model, adapter_config(settings))
     steps = dict(planned_steps(settings, samples, 0, WARM_UP + s.steps))
     optimizer = fabric.setup_optimizers(build.build_optimizer(settings, model))
     train_step = ours.step_function(build.Run(settings, fabric, model.train(), optimizer, samples))

@@ -7,7 +7,6 @@ accuracy.py   validation loss after N steps, against transformers + PEFT
 gradients.py  fp32 gradients of LoRA against exact ones, beside transformers + PEFT's
 memory.py     predicted against measured peak memory
 fits.py       the largest micro-batch of a 7B model on a card, by prediction
-contention.py two runs at once on the same cores, under several settings of OpenMP
 planners.py   what the choice of a step's samples does to the loss
 saving.py     what a save costs
 

@@ -75,7 +75,7 @@ class Settings(Comparison):
     mode: Literal[tuple(MODES)] = "lora-qv"
     peers: list[Literal[tuple(PEERS)]] = field(default_factory=lambda: list(PEERS))
     peer_micro_batch: list[int] = field(default_factory=lambda: [4])
-    micro_batch_tokens: list[int] = field(default_factory=lambda: [1024])
+    micro_batch_tokens: list[int] = field(default_factory=lambda: [2048])
     planner: Literal[cli.table_keys("batching.py", "PLANNERS")] = "packed"
     compile: bool = False
     global_batch_size: int = 16

@@ -16,13 +16,13 @@ from test_finetune import random_samples, write_data
 from test_memory_plan import PACKED, activations, real_trace, tiny_config, tiny_job
 
 import finetune
-import generate
 import lora
 from eval import divergence, quality, quality_report, sensitivity
 from eval.divergence import compare, make_reference
 from eval.quality_texts import read_texts
 from eval.quality_variants import load_trained, load_variant
 from inference.decode import Decoder, fastest_decoder
+from inference.writer import Writer
 from lora import PROJECTIONS
 from model import IGNORE, Transformer
 from ops.dtypes import compute_dtype
@@ -404,7 +404,7 @@ def trained_with_a_plan(tiny_model_dir, tmp_path):
 def test_an_adapter_remembers_its_plan(trained_with_a_plan, tiny_model_dir, tmp_path):
     run, plan = trained_with_a_plan
     assert read_notes(run / "final")["quantize"] == plan
-    writer = generate.Writer(None, run / "final", None, "32-true")
+    writer = Writer(None, run / "final", None, "32-true")
     expected = load_model(tiny_model_dir, torch.float32, quantize=plan, adapter_dir=run / "final")
     tokens = torch.randint(512, (1, 12))
     assert torch.equal(writer.model(tokens), expected(tokens))

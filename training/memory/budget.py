@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-import lora
 from batching import PLANNERS
-from ops.dtypes import compute_dtype
 from quantize import bitsandbytes, describe_quantization
 from shell import cli
 from shell.cli import UserError
+from training.from_settings import DTYPES, adapter_config, autocast_dtype
 from training.memory import plan
 from training.metrics import peak_memory, start_measuring
 from training.steps import planned_steps, steps_per_epoch, total_steps
@@ -32,26 +31,8 @@ if TYPE_CHECKING:
     from batching import Samples
     from training.settings import Settings
 
-DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32, "16-mixed": torch.float32}
 RECOMPUTED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # that --plan tries, for the smallest one that fits
 OUT_OF_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc")  # in a plain RuntimeError
-
-
-# ----------------------------------------------------------------------------------------------- what the settings mean
-
-
-def adapter_config(s: Settings) -> lora.AdapterConfig:
-    """The adapter that the flags describe."""
-    return lora.AdapterConfig(s.method, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_rslora, tuple(s.lora_targets))
-
-
-def autocast_dtype(s: Settings) -> torch.dtype | None:
-    """The dtype of products under autocast, or None.
-
-    A CPU without bf16 instructions is faster, and more exact, in fp32.
-    """
-    slow = not torch.cuda.is_available() and compute_dtype(torch.bfloat16, "cpu") != torch.bfloat16
-    return None if slow else {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(s.precision)
 
 
 # ------------------------------------------------------------------------------------------------------ predictions
