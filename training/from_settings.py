@@ -1,4 +1,4 @@
-"""finetune.py's flags as objects of torch and lora.py; settings.py, which has the flags, is read before torch is there."""
+"""finetune.py's flags as objects of torch and lora.py. The flags themselves, in settings.py, are read before torch."""
 
 from __future__ import annotations
 
