@@ -14,6 +14,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+# Tensors are tiny: on a busy machine more threads mostly wait for each other. Child processes have the variable too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +26,6 @@ SEED = int(os.environ.get("ONETUNE_TEST_SEED") or random.SystemRandom().randrang
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs behind it ignore Ctrl-C
-torch.set_num_threads(1)  # tensors are tiny: on a busy machine more threads mostly wait for each other
 
 
 def pytest_report_header():

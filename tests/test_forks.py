@@ -5,7 +5,6 @@ the unedited project from plain weights.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +44,6 @@ from shell import cli
 from training import metrics
 from training.settings import Settings
 
-torch.set_num_threads(1)
 metrics.plot_losses = lambda *_: None  # takes half a second
 flags, out, tokens = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 run, resumed = out / "run", out / "resumed"
@@ -98,7 +96,6 @@ class Fork:
         arguments = json.dumps(given), str(self.out), json.dumps(torch.randint(3, 512, (5,)).tolist())
         done = subprocess.run(
             [sys.executable, "driver.py", *arguments], cwd=self.folder, capture_output=True, text=True, timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
         return done.stdout, done.stderr

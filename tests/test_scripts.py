@@ -13,7 +13,7 @@ from conftest import ROOT
 from quantize import QUANTIZERS
 from shell import cli
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 SAMPLES = [
     {"instruction": f"What colour is the {thing}?", "output": colour}
     for thing, colour in (
@@ -32,7 +32,7 @@ def path(tmp_path_factory, tiny_model_dir, run_script):
 
     def script(name, *args):
         key = name if name not in printed else f"{name} again"
-        code, out, err = run_script(name, *args, env=ONE_THREAD)
+        code, out, err = run_script(name, *args, env=NO_GPU)
         assert code == 0 and "Traceback" not in err, f"{name}: {code}\n{out}\n{err}"
         printed[key] = out
 

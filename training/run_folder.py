@@ -147,7 +147,7 @@ def save_checkpoint(run: Run, done: int, schedule_state: dict | None, metrics: M
         return
     hashes = {}
     with explained_write_errors(s.out_dir), new_folder(checkpoint_path(s, done), hashes) as folder:
-        hashes |= save_weights(run, folder)
+        hashes |= save_weights(run, folder)[0]
         hashes |= save_optimizer(run.optimizer, folder)
         write_json(folder / "scaler.json", run.fabric.strategy.precision.state_dict())  # {} but for 16-mixed
         write_json(folder / SETTINGS, plain(s))
@@ -160,14 +160,17 @@ def save_final(run: Run) -> None:
     if run.fabric.is_global_zero:
         out_dir, hashes = run.settings.out_dir, {}
         with explained_write_errors(out_dir), new_folder(out_dir / "final", hashes) as folder:
-            hashes |= save_weights(run, folder)
+            known, line = save_weights(run, folder)
+            hashes |= known
+        if line:
+            print(line)
 
 
-def save_weights(run: Run, folder: Path) -> dict[str, str]:
+def save_weights(run: Run, folder: Path) -> tuple[dict[str, str], str]:
     """Write the adapter, or all weights, and `onetune.json`: what generate.py must know to match the training.
 
     A whole model gets the prompt style as its chat template. Returns the SHA-256 hashes that are known already, by file
-    name.
+    name, and a line for the user about that template ("" for an adapter).
     """
     s = run.settings
     style = run.info["prompt_style"]
@@ -175,10 +178,9 @@ def save_weights(run: Run, folder: Path) -> dict[str, str]:
     write_json(folder / NOTES, notes)
     if run.adapter:
         peft_format.save_adapter(run.model, run.adapter, folder, s.checkpoint_dir)
-        return {}
+        return {}, ""
     hashes = save_model(run.model, folder, source=s.checkpoint_dir)
-    save_chat_template(folder, style)
-    return hashes
+    return hashes, save_chat_template(folder, style)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

@@ -18,6 +18,14 @@ RECENT = {"step": 50, "validation": 4, "save": 4}  # over how many recent measur
 REPORT_SECONDS = 5  # what the prediction, the plot and the summary take at the end of a run, about
 
 
+# --schedule: the share of the learning rate at a progress from 0 (after the warm-up) to 1.
+SCHEDULES = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+
+
 def learning_rate(s: Settings, step: int, total: int) -> float:
     """The rate of a step (from 0): a linear warm-up that starts above zero, then the schedule down to zero."""
     return rate_at(s, step, (step - s.warmup_steps) / max(1, total - s.warmup_steps))
@@ -27,8 +35,7 @@ def rate_at(s: Settings, step: int, progress: float) -> float:
     """As `learning_rate`, but from the progress after the warm-up, from 0 to 1."""
     if step < s.warmup_steps:
         return s.learning_rate * (step + 1) / (s.warmup_steps + 1)
-    course = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
-    return s.learning_rate * course[s.schedule]
+    return s.learning_rate * SCHEDULES[s.schedule](progress)
 
 
 class Schedule:

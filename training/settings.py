@@ -83,7 +83,7 @@ class Settings:
     time_budget: str | None = None
     optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
     learning_rate: float = 2e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal[cli.table_keys("training/schedule.py", "SCHEDULES")] = "cosine"
     warmup_steps: int = 10
     weight_decay: float = 0.0
     beta1: float = 0.9

@@ -17,7 +17,7 @@ def test_against_hf(tiny_model_dir, tmp_path, run_script):
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     code, out, err = run_script(
         "bench/inference/harness.py", "--checkpoint_dir", tiny_model_dir, "--data", data, "--questions", 4,
-        "--batch_tokens", 200, "--runs", 1, "--out_file", out_file, env={"OMP_NUM_THREADS": "1"},
+        "--batch_tokens", 200, "--runs", 1, "--out_file", out_file,
     )  # fmt: skip
     assert code == 0, err
     lines = [json.loads(line) for line in out_file.read_text().splitlines()]

@@ -17,7 +17,6 @@ def test_every_part_runs_in_small(tmp_path, run_script):
     code, out, err = run_script(
         "bench/machine/gpu.py", "--shape", "tiny", "--device", "cpu", "--steps", 2, "--repetitions", 1,
         *(word for size in sizes.items() for word in size), "--commit", "abc", "--out_file", tmp_path / "gpu.jsonl",
-        env={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert code == 0, err
     limits, *rows = map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())

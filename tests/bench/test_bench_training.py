@@ -151,7 +151,7 @@ def test_a_peer_that_cannot_be_measured_is_one_line(tiny_model_dir, tiny_data, t
     assert [line["side"] for line in bench.read_lines(s.out_file)] == ["onetune", "litgpt", "peft", "onetune", "peft"]
     assert "LitGPT, 4 samples: not measured: no such thing\n" in capsys.readouterr().out
     refuses = "onetune"
-    with pytest.raises(UserError, match="onetune 1024: no such thing"):
+    with pytest.raises(UserError, match="onetune 2048: no such thing"):
         bench.compare(s)
 
 

@@ -875,7 +875,7 @@ def child(*args, env=None):
     command = [sys.executable, str(ROOT / "eval" / "helm_server.py"), *map(str, args), "--port", "0"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/",
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, **(env or {})},
     )  # fmt: skip
     try:
         line = process.stdout.readline()

@@ -28,7 +28,7 @@ from text.tokenizer import Tokenizer
 from weights import peft_format
 from weights.checkpoint import load_model
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 KINDS = pytest.mark.parametrize("kind", ["llama", "mistral", "sentencepiece"])
 NO_NETWORK = """
 import socket
@@ -399,7 +399,7 @@ def cut_off(tmp_path_factory):
     """The environment of a process in which every use of the network fails."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(NO_NETWORK)
-    return {**ONE_THREAD, "PYTHONPATH": str(folder)} | {k: "" for k in os.environ if k.lower().endswith("_proxy")}
+    return {**NO_GPU, "PYTHONPATH": str(folder)} | {k: "" for k in os.environ if k.lower().endswith("_proxy")}
 
 
 def test_a_run(tiny_model_dir, tasks, tmp_path, run_script, cut_off):

@@ -476,7 +476,7 @@ VARIANTS = "[base:bf16,adapter:bnb.nf4,merged:fp32]"
 
 def test_a_report(place, run_script, tmp_path, tiny_model_dir):
     args = flags(place, data_dir=place / "data", variants=VARIANTS, out_dir=tmp_path / "out")
-    code, out, err = run_script("eval/quality.py", *args, env={"OMP_NUM_THREADS": "1"})
+    code, out, err = run_script("eval/quality.py", *args)
     assert code == 0 and "Traceback" not in err, err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.png"]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -503,7 +503,7 @@ def test_the_layers_and_a_plan_that_the_other_scripts_take(place, run_script, tm
     weights = sum(layer.weight.numel() for layer in quantizable_layers(model).values())
     budget = weight_bytes(model) - 2 * weights + int(6.5 * weights / 8)
     args = flags(place, sensitivity="true", budget_bytes=f"{budget / 1e6:.6f}MB", out_dir=tmp_path / "out")
-    code, out, err = run_script("eval/quality.py", *args, env={"OMP_NUM_THREADS": "1"})
+    code, out, err = run_script("eval/quality.py", *args)
     assert code == 0 and "Traceback" not in err, err
     names = ["plan.json", "sensitivity.json", "sensitivity.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
@@ -523,7 +523,7 @@ def test_the_layers_and_a_plan_that_the_other_scripts_take(place, run_script, tm
 def test_a_mistake_in_a_process(place, run_script, tmp_path):
     """More of them are in bad_inputs.yaml. This one is found late, in the model."""
     args = flags(place, sensitivity="true", bits_per_weight=1, out_dir=tmp_path / "out")
-    code, out, err = run_script("eval/quality.py", *args, env={"OMP_NUM_THREADS": "1"})
+    code, out, err = run_script("eval/quality.py", *args)
     assert code == 2 and "Traceback" not in err, err
     assert "cannot take less than" in err.splitlines()[-1] and not (tmp_path / "out").exists()
 
@@ -650,7 +650,7 @@ def test_fast_ways_give_the_plain_text_on_200_prompts(smollm2_dir, dtype, quanti
     To the letter where sums are in fp32. A processor with bf16 instructions rounds in the plain way too, at other
     places; there the fast ways must come as near to the text of the same weights in fp32 as the plain one does.
     """
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    torch.set_num_threads(os.cpu_count())
     model, tokenizer = load_model(smollm2_dir, dtype, quantize=quantize), Tokenizer(smollm2_dir)
     lines = (ROOT / "examples" / "orders" / "test.jsonl").read_text().splitlines()
     questions = [{"role": "user", "content": json.loads(line)["prompt"]} for line in lines]

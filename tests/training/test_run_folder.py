@@ -314,7 +314,7 @@ def test_a_limit_on_the_size_of_files_is_one_line(settings, run_script, tmp_path
     s = settings(random_samples(8), max_steps=3, save_interval=2, eval_interval=0)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(run_folder.plain(s)))
     command = f"ulimit -f 64; exec {sys.executable} {ROOT / 'finetune.py'} --config {tmp_path / 'c.yaml'}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     line = done.stderr.splitlines()[-1]
@@ -501,6 +501,13 @@ def test_pieces_tell_one_file_from_another(tmp_path):
         content[place] ^= 1
     path.write_bytes(content[:-1])
     assert run_folder.hash_of_pieces(path) != before
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_of_all_weights_says_once_which_chat_template_its_model_has(run, method, capsys):  # noqa: F811
+    run(random_samples(8), method=method, max_steps=2, save_interval=1, eval_interval=0)
+    says = [line for line in capsys.readouterr().out.splitlines() if line.startswith("chat template")]
+    assert says == (["chat template: prompt style plain, in which it was trained"] if method == "full" else [])
 
 
 # -------------------------------------------------------------------------------------------------------------- kills
