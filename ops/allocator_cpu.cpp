@@ -92,10 +92,6 @@ struct KeepingAllocator final : c10::Allocator {
                 refuse(bytes);
             }
             block.range = static_cast<char*>(range);
-        } else if (block.written > size && resident > peak + slack) {
-            madvise(block.range + size, block.written - size, MADV_DONTNEED);
-            resident -= block.written - size;
-            block.written = size;
         }
         block.written = std::max(block.written, size);
         void* data = block.range + block.offset;
@@ -117,8 +113,18 @@ struct KeepingAllocator final : c10::Allocator {
         return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     }
 
-    // Give back what was freed longest ago until `bytes` more fit below the peak.
-    void make_room(size_t bytes) { drop_until(peak + slack > bytes ? peak + slack - bytes : 0); }
+    // Give back what was freed longest ago, and then what blocks in use have behind their end, until `bytes` more fit.
+    void make_room(size_t bytes) {
+        size_t limit = peak + slack > bytes ? peak + slack - bytes : 0;
+        drop_until(limit);
+        if (resident <= limit) return;
+        for (auto& [data, block] : used) {
+            if (block.written > block.size)
+                madvise(block.range + block.size, block.written - block.size, MADV_DONTNEED);
+            resident -= block.written - block.size;
+            block.written = block.size;
+        }
+    }
 
     void drop_until(size_t limit) {
         while (resident > limit && !kept.empty()) {

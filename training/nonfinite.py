@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -69,6 +70,7 @@ class Step:
     message: str
     moved: bool
 
+    @cached_property
     def target_count(self) -> int:
         """How many targets the step has."""
         return sum((targets != IGNORE).sum().item() for _, targets, _ in self.batches)
@@ -214,7 +216,7 @@ def run_batch(run: Run, step: Step, batch: tuple, objective: Callable) -> Outcom
     try:
         with torch.compiler.set_stance("force_eager"):
             result = objective(run, batch)
-            loss = result.summed / step.target_count()
+            loss = result.summed / step.target_count
             look("the loss", loss)
             (loss * step.scale).backward()
     finally:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -60,6 +61,7 @@ from bench.inference import sides as generation
 from bench.inference import speed as generation_speed
 from bench.training import peers as training
 from bench.training import speed as training_speed
+from ops.core_sharing import USERS_CHOICE
 
 
 def main(s):
@@ -81,8 +83,7 @@ def main(s):
 def training_job(s):
     """A job for bench/training: steps of eight samples."""
     flags = training_speed.Settings(
-        checkpoint_dir=s.checkpoint_dir, data_dir=s.data_dir, dtype=s.dtype, steps=s.steps, global_batch_size=8,
-        micro_batch_tokens=[2048], peers=[],
+        checkpoint_dir=s.checkpoint_dir, data_dir=s.data_dir, dtype=s.dtype, steps=s.steps, global_batch_size=8, peers=[],
     )  # fmt: skip
     return training_speed.make_job(flags)
 
@@ -98,26 +99,25 @@ def decoding_job(s):
 
 def measure_side(s, job, work, side, waiting):
     """Tokens a second alone, and of each of two processes at once."""
-    job = job | {"side": side, "micro_batch": 2048 if side == OURS else 1}
+    # In a training a peer's micro-batches are counted in samples, ours in positions.
+    job = job | {"side": side, "micro_batch": next(iter(job["plans"])) if side == OURS and "plans" in job else 1}
     if work == "decoding":
         function, rate = generation.measure, "decode_tokens_per_second"
     else:
         function = training_speed.measure_ours if side == OURS else training.measure_peer
         rate = "tokens_per_second"
     name, _, value = waiting.partition("=")
-    if value:
-        os.environ[name] = value
 
     def run(process):
         log = s.out_file.parent / f"contention-{process}.log"
         return run_job(function, job, log, ours=side == OURS)[rate]
 
-    try:
+    with patch.dict(os.environ, {name: value} if value else {}):
+        for other in {*USERS_CHOICE} - {name}:  # each row says by itself how threads wait
+            os.environ.pop(other, None)
         alone = run("alone")
         with ThreadPoolExecutor(2) as pool:
             return {"alone": alone, "at_once": list(pool.map(run, ("first", "second")))}
-    finally:
-        os.environ.pop(name, None)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,22 @@ assert allocator.allocated()[2] <= most + 40 * 3 * 8192 + 33 * MB
     )
 
 
+def test_small_blocks_in_the_place_of_large_ones_do_not_hold_their_memory():
+    """Like AdamW's moments, which are made after the first micro-batch: small blocks, which take the place of large
+    ones that were freed, stay for good."""
+    run(
+        """
+large, size = [torch.ones(4 * MB // 4) for _ in range(40)], random.randint(320, 380) * 1024
+del large
+small = [torch.ones(size // 4) for _ in range(120)]  # more than fit beside what is kept
+large = [torch.ones(4 * MB // 4) for _ in range(27)]
+live, peak, resident = allocator.allocated()
+assert live <= resident <= peak + 32 * MB, (live / MB, peak / MB, resident / MB)
+assert all((tensor == 1).all() for tensor in small + large)
+"""
+    )
+
+
 def test_memory_that_runs_out_is_torchs_error_and_leaves_nothing_behind():
     run(
         """
