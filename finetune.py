@@ -149,7 +149,7 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
 
     The loss is the sum over all target tokens of the step, in all micro-batches and on all devices, divided by their
     number, which is known beforehand: so the gradient does not depend on how the step is cut. Raises NotFinite, before
-    any weight changes, if the loss or the gradient's norm is not finite.
+    a weight is updated with it, if the loss or the gradient's norm is not finite.
     """
     started = time.perf_counter()
     s, fabric, samples = run.settings, run.fabric, run.train

@@ -98,8 +98,12 @@ class Linear(nn.Linear):
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What each of several layers makes of one input; adapters do it together, in fewer products."""
-    adapted = [layer for layer in layers if hasattr(layer, "together") and layer.trains_by_hand()]
+    """What each of several layers makes of one input; adapters do it together, in fewer products.
+
+    A layer with hooks is called by itself: they would not run otherwise.
+    """
+    plain = [layer for layer in layers if not (layer._forward_hooks or layer._forward_pre_hooks)]
+    adapted = [layer for layer in plain if hasattr(layer, "together") and layer.trains_by_hand()]
     done = dict(zip(adapted, adapted[0].together(x, adapted), strict=True)) if adapted else {}
     return [done[layer] if layer in done else layer(x) for layer in layers]
 

@@ -20,5 +20,5 @@ kernels_cpu.cpp                the C++ of training
 decode_cpu.cpp                 the C++ of inference/decode.py
 vectors.h, matrix_tiles.h      what both compute with: vectors, bf16, small products; AMX tiles
 
-cpp.py and dtypes.py import none of these files; the others import these two. Below model.py.
+cpp.py and dtypes.py import none of these files; most others import one or both of them. Below model.py.
 """

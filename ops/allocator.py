@@ -30,7 +30,10 @@ def keep_freed_memory() -> None:
 
 
 def allocated() -> tuple[int, int, int]:
-    """Bytes of tensors of 128 KiB and more: now, at their peak, and of the memory kept for them; after the former."""
+    """Bytes of tensors of 128 KiB and more: now, at their peak, and of the memory that they and kept blocks take.
+
+    Only after `keep_freed_memory`.
+    """
     counts = [ctypes.c_int64() for _ in range(3)]
     compiled_library("allocator_cpu", *FLAGS).allocator_counts(*map(ctypes.byref, counts))
     return tuple(count.value for count in counts)

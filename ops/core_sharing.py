@@ -69,12 +69,20 @@ class Sharing:
         """Take note of the time without a core in the last interval, in seconds a second, of all threads together."""
         if share > SHARED and self.end is None:
             self.end = threading.Event()
-            for _ in range(len(os.sched_getaffinity(0)) // torch.get_num_threads() or 1):
+            for _ in range(idle_teams(len(os.sched_getaffinity(0)), torch.get_num_threads())):
                 threading.Thread(target=_idle_team, args=(self.end,), name="idle team", daemon=True).start()
         self.calm_looks = self.calm_looks + 1 if share < ALONE else 0
         if self.end is not None and self.calm_looks >= CALM_LOOKS:
             self.end.set()
             self.end = None
+
+
+def idle_teams(cores: int, threads: int) -> int:
+    """How many more teams of `threads` (2 or more) it takes for OpenMP to count more threads than there are cores.
+
+    It counts the process's own team in full, and of each other team all but the thread that began it.
+    """
+    return max(0, cores - threads) // (threads - 1) + 1
 
 
 def _idle_team(end):

@@ -2,7 +2,7 @@
 
 `bad_batch.safetensors` holds for each micro-batch k of the step `k.tokens` and `k.targets`, both (B, T) int64, for a
 packed one `k.offsets` (n + 1,) int64; `weights.NAME`, the trainable weights as they were; and as JSON in its metadata
-the other fields of `Step`.
+the other fields of `KeptStep`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NAMED = 10  # samples in a message
 
 
 class NotFinite(UserError):
-    """A number of the step is not finite, and no weight has changed since."""
+    """A number of the step is not finite. No weight was updated with it."""
 
     def __init__(self, what: str, value: float):
         super().__init__(f"{what} is {value}")
@@ -54,7 +54,7 @@ def check_finite(what: str, value: Tensor) -> None:
 
 
 @dataclass
-class Step:
+class KeptStep:
     """What is needed to run the step `number` (from 0) forward and backward as it was.
 
     batches: its micro-batches, of all devices, as (tokens, targets, offsets). names: for each the names of its samples.
@@ -101,7 +101,7 @@ def explained(run: Run, micro_batches: list[list[int]], step: int, objective: Ca
     except NotFinite as error:
         in_backward = isinstance(run.optimizer, StepInBackward)
         scaler = getattr(fabric.strategy.precision, "scaler", None)
-        bad = Step(
+        bad = KeptStep(
             number=step,
             batches=[PLANNERS[s.planner].layout(run.train, indices) for indices in micro_batches],
             names=sample_names(s.data_dir, run.train, micro_batches, run.sources),
@@ -150,7 +150,7 @@ def row_ids(data_dir: Path, numbers: set[int]) -> dict:
         return {}
 
 
-def find_cause(run: Run, step: Step, objective: Callable) -> str:
+def find_cause(run: Run, step: KeptStep, objective: Callable) -> str:
     """Which samples of a step are not finite when run alone, and in which module that begins, in words."""
     bad, first = [], None
     for name, outcome in run_samples(run, step, objective):
@@ -189,7 +189,7 @@ class Outcome(NamedTuple):
         return self.first is None
 
 
-def run_batch(run: Run, step: Step, batch: tuple, objective: Callable) -> Outcome:
+def run_batch(run: Run, step: KeptStep, batch: tuple, objective: Callable) -> Outcome:
     """Run a micro-batch forward and backward and check every module's output and every gradient.
 
     batch: one of the step's, or a part of one: tokens, targets, offsets. The gradient, `step.scale` times as large, is
@@ -209,7 +209,7 @@ def run_batch(run: Run, step: Step, batch: tuple, objective: Callable) -> Outcom
     hooks = [
         module.register_forward_hook(lambda _, args, output, name=name: look(f"the output of {name}", output))
         for name, module in model.named_modules()
-        if name
+        if name and not isinstance(module, nn.Identity)
     ]
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hooks += [p.register_hook(lambda grad, name=name: note_gradient(name, grad)) for name, p in trainable]
@@ -225,7 +225,7 @@ def run_batch(run: Run, step: Step, batch: tuple, objective: Callable) -> Outcom
     return Outcome(loss.detach(), result.losses, norms, found[0] if found else None)
 
 
-def run_samples(run: Run, step: Step, objective: Callable) -> Iterator[tuple[str, Outcome]]:
+def run_samples(run: Run, step: KeptStep, objective: Callable) -> Iterator[tuple[str, Outcome]]:
     """Run each sample of a step by itself: its name and its `Outcome`."""
     for name, batch in step.samples():
         run.model.zero_grad()
@@ -272,7 +272,7 @@ def replay(s: Settings, objective: Callable) -> None:
 # --------------------------------------------------------------------------------------------------------- the file
 
 
-def write_step(path: Path, step: Step, model: nn.Module) -> None:
+def write_step(path: Path, step: KeptStep, model: nn.Module) -> None:
     """Write a step and the trainable weights of the model to `path`, whole or not at all."""
     tensors = {f"weights.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     for k, (tokens, targets, offsets) in enumerate(step.batches):
@@ -284,8 +284,8 @@ def write_step(path: Path, step: Step, model: nn.Module) -> None:
         save_file(tensors, file, metadata={"step": json.dumps(values)})
 
 
-def read_step(path: Path) -> Step:
-    """The `Step` in a file. Raises UserError if it is none."""
+def read_step(path: Path) -> KeptStep:
+    """The `KeptStep` in a file. Raises UserError if it is none."""
     try:
         with safe_open(path, "pt") as file:
             values, names = json.loads(file.metadata()["step"]), set(file.keys())
@@ -296,7 +296,7 @@ def read_step(path: Path) -> Step:
             else (tensors[f"{k}.tokens"], tensors[f"{k}.targets"], None)
             for k in range(len(values["names"]))
         ]
-        return Step(batches=batches, **values)
+        return KeptStep(batches=batches, **values)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"--replay {path} is missing, damaged, or no {FILE} ({error})") from None
 

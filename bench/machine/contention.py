@@ -21,6 +21,7 @@ if __name__ == "__main__":  # the project's folder in place of this one, whereve
 
 from bench.measuring import OURS, Comparison, alternate, describe, machine_name, print_table, run_job
 from shell import cli
+from shell.cli import UserError
 
 PEERS = {"training": "peft", "decoding": "transformers"}
 
@@ -52,6 +53,9 @@ class Settings(Comparison):
     def __post_init__(self):
         cli.check_numbers(self, "runs", "new_tokens", above=0)
         cli.check_numbers(self, "steps", above=2)
+        for waiting in self.waiting:
+            if waiting != "ours" and not all(waiting.partition("=")):
+                raise UserError(f'--waiting {waiting}: must be "ours" or NAME=VALUE, such as OMP_WAIT_POLICY=passive')
 
 
 if __name__ == "__main__":
@@ -71,6 +75,9 @@ def main(s):
     sides += [{"work": work, "side": PEERS[work], "waiting": "as it comes"} for work in s.work if s.peers]
     call, lines = describe(s), []
     for line in alternate(sides, s.runs, lambda **side: measure_side(s, jobs[side["work"]], **side), s, call):
+        if "unavailable" in line:
+            print(f"{line['side']}, {line['work']}: {line['unavailable']}", file=sys.stderr)
+            continue
         line["together"] = " + ".join(f"{rate:,.0f}" for rate in line["at_once"])
         lines.append(line)
     print(f"\n{machine_name(call['machine'])}, tokens/s")
@@ -99,8 +106,9 @@ def decoding_job(s):
 
 def measure_side(s, job, work, side, waiting):
     """Tokens a second alone, and of each of two processes at once."""
-    # In a training a peer's micro-batches are counted in samples, ours in positions.
-    job = job | {"side": side, "micro_batch": next(iter(job["plans"])) if side == OURS and "plans" in job else 1}
+    job = job | {"side": side, "micro_batch": 1}  # a peer's are counted in samples
+    if side == OURS and work == "training":
+        job["micro_batch"] = next(iter(job["plans"]))  # ours in positions
     if work == "decoding":
         function, rate = generation.measure, "decode_tokens_per_second"
     else:

@@ -97,6 +97,14 @@ def test_idle_teams_start_when_cores_are_shared_and_end_after_some_calm_looks(te
     assert sharing.end is not end and len(teams) == 2 * count
 
 
+@pytest.mark.parametrize("cores", range(2, 33))
+def test_there_are_just_enough_idle_teams_for_openmp_to_count_more_threads_than_cores(cores):
+    for threads in range(2, 40):
+        count = core_sharing.idle_teams(cores, threads)
+        counted = [threads + (threads - 1) * teams for teams in (count - 1, count)]
+        assert counted[1] > cores and (count == 1 or counted[0] <= cores), (threads, counted)
+
+
 @NEEDS_PROC
 def test_an_idle_team_has_openmp_threads_of_its_own_until_it_ends():
     cores = len(os.sched_getaffinity(0))

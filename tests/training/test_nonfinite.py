@@ -218,6 +218,14 @@ def test_an_overflow_in_bf16_names_the_module(settings, spoil):
     assert "first in the output of model.layers.1.mlp" in message
 
 
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"])
+def test_an_overflow_in_one_of_several_adapted_layers_names_that_layer(settings, spoil, name):
+    """Which LoRA computes together in training: their own forward would not run, nor a hook on them."""
+    s = settings(with_bad_token([3]), precision="bf16-true")
+    spoil(lambda model: model.model.layers[1].get_submodule(name).base.weight.fill_(3e38))
+    assert f"first in the output of model.layers.1.{name}" in stopped(s)
+
+
 def scaled(monkeypatch, **options):
     """Let runs in 16-mixed have a loss scaler on the CPU, where Fabric has none."""
     from lightning.fabric.plugins.precision import MixedPrecision

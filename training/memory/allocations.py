@@ -142,8 +142,12 @@ class _BlockTrace:
             allocations.part = "loss"
 
     def _stand_in(self, number):
-        """Blocks left out go backward before this one: each frees activations and allocates gradients, one by one. So
-        the peak is in the first of them or in the last, and as this one does what they do, it is either of the two."""
+        """Count what the blocks left out keep, until the backward pass has gone through them.
+
+        They are like this block, and go backward one by one, each freeing activations and allocating gradients. If a
+        block frees more than it allocates, the peak is in the first of them, else in the last. So this block stands for
+        the first or for the last, and the others change what is allocated after it or before it.
+        """
         (kept_before, _), (kept, _) = self.before[number:]
         activations = self.left_out[number] * (kept - kept_before)
         gradients = self.left_out[number] * new_gradient_bytes(self.layers[number], self.allocations, self.job)
