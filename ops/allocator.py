@@ -2,6 +2,9 @@
 
 import contextlib
 import ctypes
+import resource
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ TORCH = Path(torch.__file__).parent
 # The version: a library made for another torch must not be loaded from the cache folder.
 FLAGS = (f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-lc10", "-std=c++20", f'-DVERSION="{torch.__version__}"')
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2**20  # of mallopt(3)
+_in_use = []  # the library, once torch allocates by it
 
 
 def keep_freed_memory() -> None:
@@ -24,9 +28,41 @@ def keep_freed_memory() -> None:
     library = compiled_library("allocator_cpu", *FLAGS)
     if library is not None:
         library.use_keeping_allocator()
+        library.limit_growth.argtypes = [ctypes.c_int64]
+        _in_use[:] = [library]
         return
     with contextlib.suppress(AttributeError, TypeError):  # other C libraries have no such function
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
+@contextlib.contextmanager
+def no_more_than(nbytes: int) -> Iterator[None]:
+    """Make tensors on the CPU that take more than `nbytes` beside those there are fail inside, as out of memory.
+
+    Linux would grant them, and kill the process when it uses them. Without allocator_cpu.cpp the limit is one on all
+    addresses of the process.
+    """
+    if _in_use:
+        _in_use[0].limit_growth(nbytes)
+        try:
+            yield
+        finally:
+            _in_use[0].limit_growth(-1)
+        return
+    if sys.platform != "linux":
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (address_space() + nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def address_space() -> int:
+    """Bytes of this process's address space, used or not: what `ulimit -v` limits."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def allocated() -> tuple[int, int, int]:
@@ -35,5 +71,5 @@ def allocated() -> tuple[int, int, int]:
     Only after `keep_freed_memory`.
     """
     counts = [ctypes.c_int64() for _ in range(3)]
-    compiled_library("allocator_cpu", *FLAGS).allocator_counts(*map(ctypes.byref, counts))
+    _in_use[0].allocator_counts(*map(ctypes.byref, counts))
     return tuple(count.value for count in counts)

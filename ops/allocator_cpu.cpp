@@ -37,6 +37,7 @@ struct KeepingAllocator final : c10::Allocator {
     std::unordered_map<void*, Block> used;
     std::list<Block> kept;  // the one freed last in front
     size_t live = 0, peak = 0, resident = 0, maps = 0;
+    size_t most = SIZE_MAX;  // bytes that `resident` may reach: what would need more is refused
 
     c10::DataPtr allocate(size_t bytes) override {
         void* data = bytes < smallest ? from_malloc(bytes) : take(bytes);
@@ -75,16 +76,23 @@ struct KeepingAllocator final : c10::Allocator {
         live += size;
         peak = std::max(peak, live);
         if (block.written < size) {
-            make_room(size - block.written);
-            resident += size - block.written;
+            size_t more = size - block.written;
+            make_room(more);
+            if (more > most || resident > most - more) {
+                if (block.range) kept.push_front(block);
+                live -= size, peak = peak_before;
+                refuse(bytes);
+            }
+            resident += more;
         }
         if (!block.range) {
             // Tensors that all begin at the start of a page would compete for the same places in the caches.
             block.offset = alignment * (maps++ % (page / alignment));
             block.capacity = whole_pages(size + size / 8);
             void* range = map(block.capacity);
-            if (range == MAP_FAILED) {  // perhaps what is kept is in the way
+            if (range == MAP_FAILED) {  // perhaps for a limit on addresses, used or not: those of no use go
                 drop_until(0);
+                trim_used(true);
                 range = map(block.capacity = size);
             }
             if (range == MAP_FAILED) {
@@ -115,12 +123,22 @@ struct KeepingAllocator final : c10::Allocator {
 
     // Give back what was freed longest ago, and then what blocks in use have behind their end, until `bytes` more fit.
     void make_room(size_t bytes) {
-        size_t limit = peak + slack > bytes ? peak + slack - bytes : 0;
+        size_t limit = std::min(peak + slack, most);
+        limit = limit > bytes ? limit - bytes : 0;
         drop_until(limit);
-        if (resident <= limit) return;
+        if (resident > limit) trim_used(false);
+    }
+
+    // Give back what blocks in use have behind their end: the memory, or also the addresses.
+    void trim_used(bool addresses) {
         for (auto& [data, block] : used) {
-            if (block.written > block.size)
-                madvise(block.range + block.size, block.written - block.size, MADV_DONTNEED);
+            char* end = block.range + block.size;
+            if (addresses && block.capacity > block.size) {
+                munmap(end, block.capacity - block.size);
+                block.capacity = block.size;
+            } else if (block.written > block.size) {
+                madvise(end, block.written - block.size, MADV_DONTNEED);
+            }
             resident -= block.written - block.size;
             block.written = block.size;
         }
@@ -164,6 +182,12 @@ void KeepingAllocator::free_block(void* data) {
 
 // From now on torch's tensors on the CPU come from here; those made before are freed as they were made.
 extern "C" void use_keeping_allocator() { c10::SetAllocator(c10::DeviceType::CPU, &allocator(), 1); }
+
+// From now on refuse blocks with which `resident` would grow by more than this many bytes; below 0: grant all.
+extern "C" void limit_growth(int64_t bytes) {
+    std::lock_guard<std::mutex> lock(allocator().mutex);
+    allocator().most = bytes < 0 ? SIZE_MAX : allocator().resident + bytes;
+}
 
 // Bytes: of tensors now and at their peak, and of pages that blocks of 128 KiB and more take.
 extern "C" void allocator_counts(int64_t* live, int64_t* peak, int64_t* resident) {

@@ -132,13 +132,60 @@ def test_kept_memory_makes_way_for_a_larger_block_under_a_limit():
     run(
         """
 import resource
-from training.memory.plan import address_space
+from ops.allocator import address_space
 kept = [torch.ones(30 * MB // 4) for _ in range(8)]
 resource.setrlimit(resource.RLIMIT_AS, (address_space() + 100 * MB, -1))
 del kept
 assert torch.ones(200 * MB // 4).sum() == 200 * MB // 4
 """
     )
+
+
+def test_addresses_that_blocks_in_use_do_not_need_make_way_too():
+    """Each block has an eighth more than it takes, which counts under a limit as if it were used."""
+    run(
+        """
+import resource
+from ops.allocator import address_space
+held = [torch.ones(16 * MB // 4) for _ in range(20)]
+resource.setrlimit(resource.RLIMIT_AS, (address_space() + 5 * MB, -1))
+more = torch.ones(36 * MB // 4)  # of 40 that the held ones do not need
+assert all((tensor == 1).all() for tensor in held + [more])
+"""
+    )
+
+
+LIMITED = """
+def refused(nbytes):
+    try:
+        torch.empty(nbytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        assert "can't allocate memory" in str(error), error
+        return True
+    return False
+
+held = [torch.ones(8 * MB // 4) for _ in range(10)]
+with allocator.no_more_than(60 * MB):
+    assert not refused(50 * MB)
+    more = torch.ones(20 * MB // 4)
+    assert not refused(35 * MB) and refused(70 * MB)
+    del held[5:]
+    assert not refused(74 * MB) and refused(90 * MB)
+assert not refused(90 * MB)
+churn(100, 300_000)
+assert all((tensor == 1).all() for tensor in held + [more])
+"""
+
+
+def test_memory_can_be_limited_to_what_is_free():
+    run(LIMITED)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_without_a_compiler_all_addresses_are_limited():
+    code = LIMITED.replace("del held[5:]\n    assert not refused(74 * MB) and refused(90 * MB)", "pass")
+    assert "del held" not in code
+    assert "going on without allocator_cpu.cpp" in run(code, {"CXX": "no-such-compiler"})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")

@@ -1,5 +1,6 @@
 """Steps that are not finite, and out of memory: what is named as the cause, what is kept; no weight changes."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,7 +22,7 @@ from model import Transformer
 from shell import files
 from shell.cli import UserError
 from training import build, metrics, nonfinite
-from training.memory import budget
+from training.memory import budget, dry_run
 from training.nonfinite import FILE
 from weights.checkpoint import load_optimizer, read_config, save_optimizer
 
@@ -484,12 +485,12 @@ import resource, sys
 sys.path.insert(0, {root!r})
 import finetune
 from shell import cli
-from training.memory import plan
+from ops.allocator import address_space
 from pathlib import Path
 s = finetune.Settings(checkpoint_dir=Path({model!r}), data_dir=Path({data!r}), out_dir=Path({out!r}), {flags})
 dry_run = finetune.memory_dry_run
 def limited(*args):
-    resource.setrlimit(resource.RLIMIT_AS, (plan.address_space() + 150 * 2**20,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (address_space() + 150 * 2**20,) * 2)
     dry_run(*args)
 finetune.memory_dry_run = limited
 cli.run(finetune.main, s)
@@ -573,12 +574,22 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(settings, monkeypatch):
         finetune.main(settings(random_samples(4)))
 
 
-def test_a_rehearsal_takes_no_more_than_is_free(monkeypatch):
+def test_the_dry_run_takes_no_more_than_is_free(settings, monkeypatch):
     """Linux would grant it, and kill the process when it is used."""
-    device = torch.device("cpu")
-    monkeypatch.setattr(budget.plan, "free_memory", lambda _: 300 * 2**20)
-    with budget.no_more_than_free(device):
-        torch.empty(100 * 2**20, dtype=torch.uint8)
-        with pytest.raises(RuntimeError, match="can't allocate memory"):
-            torch.empty(500 * 2**20, dtype=torch.uint8)
-    torch.empty(500 * 2**20, dtype=torch.uint8)
+    limits, seen = [], []
+
+    @contextlib.contextmanager
+    def limit(nbytes):
+        limits.append(nbytes)
+        yield
+        limits.append(None)
+
+    def watched(*args, forward=finetune.forward):
+        seen.append(list(limits))
+        return forward(*args)
+
+    monkeypatch.setattr(dry_run, "free_memory", {"cpu": 12345}.get)
+    monkeypatch.setattr(dry_run, "no_more_than", limit)
+    monkeypatch.setattr(finetune, "forward", watched)
+    finetune.main(settings(random_samples(4), max_steps=1))
+    assert seen[0] == [12345] and len(seen) > 1 and all(later == [12345, None] for later in seen[1:])

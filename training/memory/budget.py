@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-import resource
 import sys
 import traceback
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from quantize import bitsandbytes, describe_quantization
 from shell import cli
 from shell.cli import UserError
 from training.from_settings import DTYPES, adapter_config, autocast_dtype
-from training.memory import plan
+from training.memory import machine, plan
 from training.metrics import peak_memory, start_measuring
 from training.steps import planned_steps, steps_per_epoch, total_steps
 from weights.checkpoint import read_config
@@ -97,18 +96,6 @@ def memory_of_later_steps(
     return [torch.empty(nbytes, dtype=torch.uint8, device=parameter.device) for nbytes, parameter in sizes]
 
 
-@contextlib.contextmanager
-def no_more_than_free(device: torch.device) -> Iterator[None]:
-    """Make allocations beyond the free memory fail inside. Linux would grant them, and kill the process on use."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    if device.type == "cpu" and sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (plan.address_space() + plan.free_memory("cpu"), before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
 # ------------------------------------------------------------------------------------------------------------ what fits
 
 
@@ -116,7 +103,8 @@ def most_that_fits(s: Settings, train: Samples) -> tuple[int, float]:
     """The largest micro_batch_tokens that fit in the budget (0: none do), and the budget in bytes."""
     job = plan_job(s)
     given = s.memory_budget and cli.number_of_bytes(s.memory_budget, "memory_budget")
-    budget = given or plan.free_memory(job.device) - (plan.CPU_OVERHEAD if job.device == "cpu" else 0)
+    overhead = plan.CPU_OVERHEAD if job.device == "cpu" else plan.CUDA_OVERHEAD
+    budget = given or machine.free_memory(job.device) - overhead
     return plan.largest_micro_batch(plan.Predictor(job), train, s.global_batch_size, budget), budget
 
 
@@ -158,7 +146,7 @@ def print_plan(s: Settings, train: Samples) -> None:
     job, steps = planned_job(s, train)
     rate, source = (s.plan_tflops or 0) * 1e12, "--plan_tflops"
     if not rate:
-        rate, source = plan.measured_flops(job.device, job.autocast or job.dtype), "measured in matrix products"
+        rate, source = machine.measured_flops(job.device, job.autocast or job.dtype), "measured in matrix products"
     base = describe_quantization(s.quantize) if s.quantize else s.precision
     print(
         f"--method {s.method} on {base}, --micro_batch_tokens {s.micro_batch_tokens} --recompute {s.recompute:g}, "
@@ -178,7 +166,7 @@ def explained_out_of_memory(s: Settings, train: Samples, device: torch.device) -
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        taken, free, asked = peak_memory(device), plan.free_memory(device.type), asked_bytes(str(error))
+        taken, free, asked = peak_memory(device), machine.free_memory(device.type), asked_bytes(str(error))
         more = f"{asked / 1e9:.3g} GB" if asked else "some"
         traceback.clear_frames(error.__traceback__)  # which hold the activations: planning needs a little memory too
         raise UserError(

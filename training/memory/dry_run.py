@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 
+from ops.allocator import no_more_than
 from training.memory import budget
+from training.memory.machine import free_memory
 from training.optimizer import StepInBackward
 
 if TYPE_CHECKING:
@@ -27,7 +30,8 @@ def memory_dry_run(run: Run, forward: Callable) -> None:
     if in_backward:
         run.optimizer.stopped = True
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with random_state, budget.no_more_than_free(device):
+    limit = no_more_than(free_memory("cpu")) if device.type == "cpu" else contextlib.nullcontext()
+    with random_state, limit:
         held = budget.memory_of_later_steps(s, model, run.optimizer, gradients=most > run.fabric.world_size)
         forward(run, run.train, indices).summed.backward()
     if in_backward:

@@ -14,17 +14,13 @@ import dataclasses
 import itertools
 import math
 import re
-import resource
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -288,34 +284,6 @@ def largest_micro_batch(predictor: Predictor, samples: Samples, most_rows: int, 
     choices = range(longest, largest.item() + TOKEN_STEP, TOKEN_STEP)
     fitting = bisect.bisect_right(choices, budget, key=lambda n: predictor.peak(full_shape(samples, n)))
     return choices[fitting - 1] if fitting else 0
-
-
-# --------------------------------------------------------------------------------------------------------- machine
-
-
-def measured_flops(device: str, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of this device in linear layers of 1024 x 1024, in the dtype that it multiplies in."""
-    x, weight = torch.rand(2, 1024, 1024).to(device, dtypes.compute_dtype(dtype, device))
-    F.linear(x, weight)[0, 0].item()  # the first is slower
-    count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        F.linear(x, weight)[0, 0].item()  # .item() waits for the device
-        count += 1
-    return count * 2 * 1024**3 / (time.perf_counter() - started)
-
-
-def free_memory(device: str) -> int:
-    """Bytes that this process may still take: what is free, but no more than a limit on it (ulimit -v) leaves."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    kilobytes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())["MemAvailable"]
-    free, (limit, _) = 1024 * int(kilobytes.split()[0]), resource.getrlimit(resource.RLIMIT_AS)
-    return free if limit == resource.RLIM_INFINITY else min(free, limit - address_space())
-
-
-def address_space() -> int:
-    """Bytes of this process's address space, used or not: what `ulimit -v` limits."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 # --------------------------------------------------------------------------------------------------------- the plan
