@@ -207,7 +207,10 @@ def forward(run: Run, samples: Samples, indices: list[int]) -> Forward:
 
 
 def objective(run: Run, batch: tuple) -> Forward:
-    """What training minimises, of a micro-batch as a planner lays it out: tokens, targets, offsets (batching.py)."""
+    """What training minimises, of a micro-batch as a planner lays it out: tokens, targets, offsets (batching.py).
+
+    The memory plan runs the model alone (training/memory/plan.py): what another objective adds, it does not see.
+    """
     tokens, targets, offsets = batch
     device, recompute = run.fabric.device, run.settings.recompute if run.model.training else 0.0
     with run.fabric.autocast():

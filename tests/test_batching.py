@@ -435,6 +435,31 @@ def test_a_validation_has_all_samples_whatever_the_planner_makes_of_them():
     assert sorted(i for micro_batch in micro_batches for i in micro_batch) == list(range(20))
 
 
+@pytest.mark.parametrize(
+    ("planned", "message"),
+    [
+        ([[[0, 1], [2]], [[3], [4, 1]]], "sample 1 of 5 is in an epoch 2 times, not once"),
+        ([[[0, 1]], [[4, 2]]], "sample 3 of 5 is in an epoch 0 times"),
+        ([[[0, 1, 2]], [[3, 4, 5]]], "sample 5 of 5 is in an epoch 1 times"),
+        ([[[0, 1, 2, -1]], [[3, 4]]], "sample -1 of 5 is"),
+        ([[[0, 1, 2], []], [[3, 4]]], "it planned a micro-batch without samples"),
+    ],
+)
+def test_a_planner_that_does_not_plan_each_sample_once_is_refused(monkeypatch, planned, message):
+    """The loss would look as always, and no one would notice."""
+    s = SimpleNamespace(global_batch_size=3, micro_batch_tokens=100, seed=1, planner="wrong")
+    monkeypatch.setitem(PLANNERS, "wrong", Planner(lambda *_: planned, Samples.packed))
+    with pytest.raises(UserError, match=f"--planner wrong: {message}"):
+        next(planned_steps(s, FiveSamples(), 0, 2))
+
+
+class FiveSamples:
+    lengths = target_counts = torch.ones(5)
+
+    def __len__(self):
+        return 5
+
+
 def test_a_planner_with_another_number_of_steps_is_refused(monkeypatch):
     s = SimpleNamespace(global_batch_size=4, micro_batch_tokens=100, seed=1, planner="short")
     samples = SimpleNamespace(lengths=torch.ones(10), target_counts=torch.ones(10))

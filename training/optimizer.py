@@ -1,8 +1,13 @@
-"""AdamW as the command line asks for it, and AdamW that updates each weight within the backward pass."""
+"""The optimisers of `--optimizer`, and one that updates each weight within the backward pass.
+
+To add one: a function that makes it, one for the bytes of its states, and a row in `OPTIMIZERS`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +19,69 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(s: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; norms and biases do not decay."""
+    """The optimiser of `--optimizer` over the trainable parameters; norms and biases do not decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": s.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    options = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2)}
-    if s.optimizer == "adamw":
-        # Fabric cannot clip gradients under a loss scaler for the fused one, which would unscale them itself.
-        return torch.optim.AdamW(groups, **options, fused=s.precision != "16-mixed")
-    optim = bitsandbytes().optim
-    kinds = {
-        "adamw-8bit": optim.AdamW8bit,
-        "adamw-paged": optim.PagedAdamW32bit,
-        "adamw-8bit-paged": optim.PagedAdamW8bit,
-    }
-    return kinds[s.optimizer](groups, **options)
+    return OPTIMIZERS[s.optimizer].build(groups, s)
+
+
+# -------------------------------------------------------------------------------------------------- AdamW, four times
+
+
+def fused_adamw(groups: list[dict], s: Settings) -> torch.optim.Optimizer:
+    """torch's AdamW, whose states are of the parameters' dtype."""
+    # Fabric cannot clip gradients under a loss scaler for the fused one, which would unscale them itself.
+    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=s.precision != "16-mixed")
+
+
+def bitsandbytes_optimizer(name: str) -> Callable[[list[dict], Settings], torch.optim.Optimizer]:
+    """Of bitsandbytes' optimisers the one of this name."""
+
+    def build(groups, s):
+        return getattr(bitsandbytes().optim, name)(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2))
+
+    return build
+
+
+def moments_as_parameter(parameter: Tensor, device: str) -> int:
+    """Two moments in the dtype of the parameter."""
+    return 2 * parameter.nbytes
+
+
+def moments_of_8_bits(parameter: Tensor, device: str) -> int:
+    """Two moments of a byte an element, and an fp32 scale for 256; those of small parameters are fp32."""
+    n = parameter.numel()
+    return 2 * (n + 4 * math.ceil(n / 256)) if n >= 4096 else 8 * n
+
+
+def paged(moments: Callable[[Tensor, str], int]) -> Callable[[Tensor, str], int]:
+    """Moments that bitsandbytes keeps in memory that a full GPU pages out; those of small parameters stay there."""
+    return lambda parameter, device: 0 if device != "cpu" and parameter.numel() >= 1e5 else moments(parameter, device)
+
+
+class Optimizer(NamedTuple):
+    """A row of OPTIMIZERS.
+
+    build: makes it from groups of parameters (lists of dicts, as torch's optimisers take them) and the Settings.
+    moment_bytes: what it keeps for a parameter on a device of a type ("cpu", "cuda"), in bytes, for the memory plan.
+    """
+
+    build: Callable[[list[dict], Settings], torch.optim.Optimizer]
+    moment_bytes: Callable[[Tensor, str], int]
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(fused_adamw, moments_as_parameter),
+    "adamw-8bit": Optimizer(bitsandbytes_optimizer("AdamW8bit"), moments_of_8_bits),
+    "adamw-paged": Optimizer(
+        bitsandbytes_optimizer("PagedAdamW32bit"), paged(lambda parameter, device: 8 * parameter.numel())
+    ),
+    "adamw-8bit-paged": Optimizer(bitsandbytes_optimizer("PagedAdamW8bit"), paged(moments_of_8_bits)),
+}
 
 
 class StepInBackward:

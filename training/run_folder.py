@@ -34,7 +34,7 @@ from shell.files import (
 )
 from text.style_templates import save_chat_template
 from training.from_settings import DTYPES
-from training.memory.plan import moment_bytes
+from training.optimizer import OPTIMIZERS
 from weights import peft_format
 from weights.checkpoint import INDEX, NOTES, read_config, save_model, save_optimizer, shard_paths
 
@@ -53,14 +53,14 @@ HARMLESS = (  # settings that a resumed run may change; for the folders their co
 PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
 WRITTEN = ("step-*", "final", "source", "*.csv", "config.yaml", "summary.json", "loss.png")
-SOURCE_FOLDERS = ("shell", "ops", "weights", "text", "inference", "preparation", "training")
+NO_SOURCE = ("tests", "bench", "eval")  # folders of code that a run does not use
 
 
 def source_files() -> list[Path]:
     """The code that a run keeps a copy of: paths relative to the project's folder."""
     files = [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]
-    for folder in SOURCE_FOLDERS:
-        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h", ".html")]
+    for folder in [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in NO_SOURCE]:
+        files += [path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".cu", ".html")]
     return sorted(path.relative_to(ROOT) for path in files if path.is_file())
 
 
@@ -311,7 +311,7 @@ def sizes(s: Settings, model: Transformer) -> tuple[int, int]:
     dtype, full = DTYPES[s.precision], s.method == "full"
     trained = [p.to(dtype) if full else p for p in model.parameters() if full or p.requires_grad]
     weights = sum(p.nbytes for p in trained)
-    moments = sum(moment_bytes(p, s.optimizer, "cpu") for p in trained)  # on the disk paged ones are as large as others
+    moments = sum(OPTIMIZERS[s.optimizer].moment_bytes(p, "cpu") for p in trained)  # on a disk nothing is paged
     return weights, weights + moments
 
 

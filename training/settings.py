@@ -57,7 +57,7 @@ class Settings:
         replay: Run the step stored in a bad_batch.safetensors again, and print where its numbers go wrong.
         devices: How many GPUs (or CPU processes) share each step.
         plan: Predict memory, FLOPs and time from config.json and the data alone, print them, and stop.
-        plan_tflops: The speed that the plan's time assumes, in TFLOP/s; measured if not given.
+        plan_tflops: The speed of a device that the plan's time assumes, in TFLOP/s; measured if not given.
         memory_budget: Memory that a device may use, such as 24GB, for plan and for micro_batch_tokens auto; by default
             what is free.
     """
@@ -81,7 +81,7 @@ class Settings:
     epochs: float = 1.0
     max_steps: int | None = None
     time_budget: str | None = None
-    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
+    optimizer: Literal[cli.table_keys("training/optimizer.py", "OPTIMIZERS")] = "adamw"
     learning_rate: float = 2e-4
     schedule: Literal[cli.table_keys("training/schedule.py", "SCHEDULES")] = "cosine"
     warmup_steps: int = 10
@@ -120,6 +120,13 @@ class Settings:
             cli.number_of_bytes(self.memory_budget, "memory_budget")
             if not self.plan and self.micro_batch_tokens != "auto":
                 raise UserError(f"--memory_budget {self.memory_budget} needs --plan or --micro_batch_tokens auto")
+        if self.plan_tflops is not None and not self.plan:
+            raise UserError(f"--plan_tflops {self.plan_tflops:g} needs --plan")
+        if self.micro_batch_tokens == "auto" and self.devices > 1 and not self.memory_budget:
+            raise UserError(
+                "--micro_batch_tokens auto needs --memory_budget with several --devices: each would find another "
+                "amount of memory free, and all must cut a step in the same way"
+            )
 
     def _check_ranges(self):
         above_zero = ("lora_r", "lora_alpha", "global_batch_size", "micro_batch_tokens", "epochs", "learning_rate")

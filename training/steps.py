@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -37,9 +38,21 @@ def planned_steps(s: Settings, samples: Samples, start: int, total: int) -> Iter
             planned = PLANNERS[s.planner].plan(*arguments)
             if len(planned) != per_epoch:
                 raise UserError(f"--planner {s.planner}: it planned {len(planned)} steps for an epoch of {per_epoch}")
+            _check_samples(s, planned, len(samples))
         yield step, planned[place]
 
 
 def dropout_seed(s: Settings, step: int, rank: int, world_size: int) -> int:
     """torch's random seed on a device for a step (from 0)."""
     return s.seed + 1_000_003 * (1 + step * world_size + rank)
+
+
+def _check_samples(s, planned, N):
+    """Raise UserError unless each of N samples is in one micro-batch of an epoch, and no micro-batch is empty."""
+    micro_batches = [micro_batch for step in planned for micro_batch in step]
+    counts = Counter(sample for micro_batch in micro_batches for sample in micro_batch)
+    wrong = next((sample for sample in (*range(N), *counts) if counts[sample] != (0 <= sample < N)), None)
+    if wrong is not None:
+        raise UserError(f"--planner {s.planner}: sample {wrong} of {N} is in an epoch {counts[wrong]} times, not once")
+    if not all(micro_batches):
+        raise UserError(f"--planner {s.planner}: it planned a micro-batch without samples")

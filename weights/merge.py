@@ -4,7 +4,10 @@ The adapter is merged into the base that it was trained on: if that was quantise
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora
-from model import Layout, Linear, Transformer, rope_angles
-from ops.attention import choose_attention
+from model import Linear, Transformer
 from quantize import quantizer_of, read_quantization
 from weights import peft_format
 from weights.checkpoint import Weights
@@ -94,15 +96,34 @@ class Tuned:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """Logits (1, T, V) for tokens (1, T), as `Transformer` computes them, one block after the other."""
-        config, tokens = self.model.config, tokens.to(self.device)
-        x = F.embedding(tokens, self.read("model.embed_tokens.weight"))
-        layout = Layout(tokens)
-        angles = rope_angles(config, layout.places().positions, x.dtype)
-        for layer, window in enumerate(tqdm(config.windows, "comparing", disable=None)):
-            attention = choose_attention(layout, config.head_dim, x.dtype, window)
-            x = self.module(f"model.layers.{layer}")(x, angles, attention)
-        return self.linear("lm_head")(self.module("model.norm")(x))
+        """Logits (1, T, V) for tokens (1, T): the model's own forward pass, with one block at a time in memory."""
+        with torch.device("meta"):
+            model = Transformer(self.model.config).eval()
+        number_of_blocks = len(model.model["layers"])
+        bar = tqdm(total=number_of_blocks, desc="comparing", disable=None)
+
+        def block(number):
+            bar.update()
+            return self.module(f"model.layers.{number}")
+
+        model.model["embed_tokens"] = self.module("model.embed_tokens")
+        model.model["layers"] = nn.ModuleList(ReadWhenRun(partial(block, n)) for n in range(number_of_blocks))
+        model.model["norm"] = self.module("model.norm")
+        model.lm_head = ReadWhenRun(partial(self.linear, "lm_head"))
+        with bar:
+            return model(tokens.to(self.device))
+
+
+class ReadWhenRun(nn.Module):
+    """Stands for a module that is in memory only while it runs. read: returns it."""
+
+    def __init__(self, read: Callable[[], nn.Module]):
+        super().__init__()
+        self.read = read
+
+    def forward(self, *args: Any) -> Any:
+        """What the module makes of `args`."""
+        return self.read()(*args)
 
 
 def compare(tuned: Tuned, merged: Tuned) -> None:

@@ -90,7 +90,8 @@ def main(s):
 def training_job(s):
     """A job for bench/training: steps of eight samples."""
     flags = training_speed.Settings(
-        checkpoint_dir=s.checkpoint_dir, data_dir=s.data_dir, dtype=s.dtype, steps=s.steps, global_batch_size=8, peers=[],
+        checkpoint_dir=s.checkpoint_dir, data_dir=s.data_dir, dtype=s.dtype, peers=[], steps=s.steps,
+        global_batch_size=8,
     )  # fmt: skip
     return training_speed.make_job(flags)
 

@@ -25,6 +25,7 @@ from training.memory import budget, plan
 from training.memory.allocations import Allocations, trace_step
 from training.memory.plan import Job, Predictor, Shape
 from training.metrics import read_rows
+from training.optimizer import OPTIMIZERS
 from weights.checkpoint import load_model
 from weights.families import config_from_json
 
@@ -145,7 +146,7 @@ def test_moments_take_what_an_optimiser_makes(optimizer):
     shared = ("step", "qmap1", "qmap2")  # a number, and tables that all parameters share
     for parameter in parameters:
         taken = sum(value.nbytes for key, value in real.state[parameter].items() if key not in shared)
-        assert plan.moment_bytes(parameter, optimizer, "cpu") == taken
+        assert OPTIMIZERS[optimizer].moment_bytes(parameter, "cpu") == taken
 
 
 def test_weights_and_adapters_take_what_a_loaded_model_takes(tiny_model_dir):
@@ -339,6 +340,8 @@ def test_a_run_takes_what_the_plan_says_and_no_more_with_every_step(flags, wide_
         (("--memory_budget", "24GB"), "needs --plan or --micro_batch_tokens auto"),
         (("--micro_batch_tokens", "many"), "expected a whole number or one of auto"),
         (("--plan", "--plan_tflops", "0"), "--plan_tflops 0"),
+        (("--plan_tflops", "3"), "--plan_tflops 3 needs --plan"),
+        (("--devices", "2", "--micro_batch_tokens", "auto"), "auto needs --memory_budget with several --devices"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message, run_script):

@@ -23,6 +23,7 @@ from shell.cli import UserError
 from training.from_settings import DTYPES, adapter_config, autocast_dtype
 from training.memory import machine, plan
 from training.metrics import peak_memory, start_measuring
+from training.optimizer import OPTIMIZERS
 from training.steps import planned_steps, steps_per_epoch, total_steps
 from weights.checkpoint import read_config
 
@@ -92,8 +93,8 @@ def memory_of_later_steps(
     for parameter in trainable if gradients else ():
         parameter.grad = torch.zeros_like(parameter)
     missing = [parameter for parameter in trainable if not optimizer.state.get(parameter)]
-    sizes = [(plan.moment_bytes(parameter, s.optimizer, parameter.device.type), parameter) for parameter in missing]
-    return [torch.empty(nbytes, dtype=torch.uint8, device=parameter.device) for nbytes, parameter in sizes]
+    moment_bytes = OPTIMIZERS[s.optimizer].moment_bytes
+    return [torch.empty(moment_bytes(p, p.device.type), dtype=torch.uint8, device=p.device) for p in missing]
 
 
 # ------------------------------------------------------------------------------------------------------------ what fits
@@ -147,6 +148,8 @@ def print_plan(s: Settings, train: Samples) -> None:
     rate, source = (s.plan_tflops or 0) * 1e12, "--plan_tflops"
     if not rate:
         rate, source = machine.measured_flops(job.device, job.autocast or job.dtype), "measured in matrix products"
+    if s.devices > 1 and (s.plan_tflops or job.device == "cuda"):  # processes on a CPU share its cores
+        rate, source = rate * s.devices, f"{source}, times {s.devices} devices"
     base = describe_quantization(s.quantize) if s.quantize else s.precision
     print(
         f"--method {s.method} on {base}, --micro_batch_tokens {s.micro_batch_tokens} --recompute {s.recompute:g}, "

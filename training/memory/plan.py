@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +30,7 @@ import model as model_file
 import quantize
 from ops import attention, dtypes
 from training.memory.allocations import Allocations, trace_step
+from training.optimizer import OPTIMIZERS
 
 if TYPE_CHECKING:
     from batching import Samples
@@ -159,21 +160,9 @@ def parameter_bytes(module: nn.Module, job: Job, elsewhere: Collection[int] = ()
             "weights": frozen + (0 if job.adapter else training),
             "adapters": training if job.adapter else 0,
             "gradients": training if job.gradients == "kept" else 0,
-            "moments": sum(moment_bytes(p, job.optimizer, job.device) for p in trainable),
+            "moments": sum(OPTIMIZERS[job.optimizer].moment_bytes(p, job.device) for p in trainable),
         }
     )
-
-
-def moment_bytes(parameter: Tensor, optimizer: str, device: str) -> int:
-    """Bytes of AdamW's two moments of a parameter."""
-    n = parameter.numel()
-    if optimizer == "adamw":
-        return 2 * parameter.nbytes
-    if optimizer.endswith("paged") and device != "cpu" and n >= 1e5:
-        return 0  # bitsandbytes keeps these in memory that a full GPU pages out
-    if "8bit" in optimizer and n >= 4096:  # a byte each, and an fp32 scale for 256; smaller ones stay fp32
-        return 2 * (n + 4 * math.ceil(n / 256))
-    return 2 * 4 * n
 
 
 # ------------------------------------------------------------------------------------------------------- predicting
@@ -308,6 +297,6 @@ def describe(job: Job, steps: list[list[Shape]], flops_per_second: float, source
         f"{flops / 1e12:.4g} TFLOP a step: {seconds:.3g} s, {seconds * total / 60:.3g} min for {total} steps,",
     ]
     if job.device == "cpu":
-        lines.insert(-1, f"The process takes up to {CPU_OVERHEAD / 1e9:.1f} GB beside these tensors and its imports.")
+        lines.insert(-1, f"The process takes up to {CPU_OVERHEAD / 1e9:.2f} GB beside these tensors and its imports.")
     lines[-1] += f" at {flops_per_second / 1e12:.3g} TFLOP/s ({source}); a real step reaches a part of that speed"
     return "\n".join(lines)
