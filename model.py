@@ -346,9 +346,9 @@ class Transformer(nn.Module):
         """
         rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
         x, targets = x.flatten(0, 1)[rows], targets.flatten()[rows]
-        if type(self.lm_head) is Linear:  # exactly: another kind may compute otherwise
+        if type(self.lm_head) is Linear:  # exactly: another kind, such as an adapter, may compute otherwise
             return head_loss(x, self.lm_head.weight, targets)
-        chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)  # such as an adapter on the head
+        chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)  # the same, by autograd
         losses = torch.cat([checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
         return losses.sum(), losses.detach()
 

@@ -108,6 +108,8 @@ def check_model(s: Settings, data: Data) -> Transformer:
             "note: small steps on bf16 weights round to nothing; --precision bf16-mixed trains fp32 weights",
             file=sys.stderr,
         )
+    if s.method == "full" and (unused := s.changed("lora_")):
+        print(f"note: {', '.join(unused)} change nothing with --method full", file=sys.stderr)
     check_samples(s, config, [part for part in (data.train, data.val) if len(part)])
     if s.keep_best and not len(data.val):
         raise UserError(

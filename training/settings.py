@@ -1,7 +1,8 @@
 """The command line of finetune.py: every flag with its default, and what is refused before anything is loaded."""
 
+import dataclasses
 import time
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -127,6 +128,12 @@ class Settings:
                 "--micro_batch_tokens auto needs --memory_budget with several --devices: each would find another "
                 "amount of memory free, and all must cut a step in the same way"
             )
+
+    def changed(self, prefix: str) -> list[str]:
+        """The flags that begin so and have another value than their default, such as --lora_r."""
+        flags = [flag for flag in dataclasses.fields(self) if flag.name.startswith(prefix)]
+        defaults = [flag.default if flag.default_factory is MISSING else flag.default_factory() for flag in flags]
+        return [f"--{f.name}" for f, default in zip(flags, defaults, strict=True) if getattr(self, f.name) != default]
 
     def _check_ranges(self):
         above_zero = ("lora_r", "lora_alpha", "global_batch_size", "micro_batch_tokens", "epochs", "learning_rate")

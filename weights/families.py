@@ -1,8 +1,9 @@
 """Model families: what the keys of a checkpoint's config.json mean, as the decoder's `Config`.
 
-A family is defined by its class in transformers: a key that config.json leaves out has that class's default. A key or
-value that is not understood is refused by name. tests/weights/test_families.py compares each row here with the class,
-and the logits with its model's, for files with keys left out, changed, or spelled in two ways.
+A family is defined by its class in transformers: a key that config.json leaves out has that class's default. A value
+that is not understood is refused by name, and so is a key of another family that would change what is computed
+(`FOREIGN`). As in transformers, a key that no family has is ignored. tests/weights/test_families.py compares each row
+here with the class, and the logits with its model's, for files with keys left out, changed, or spelled in two ways.
 
 To add a family: a function that gives what is its own, and a row in `FAMILIES`.
 """

@@ -257,6 +257,23 @@ def test_a_plan_needs_no_weights_and_writes_nothing(settings, capsys):
     assert not s.out_dir.exists()
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_flags_of_adapters_that_change_nothing_are_named(settings, capsys, method):
+    s = settings(plan=True, plan_tflops=1, method=method, lora_r=3, lora_targets=["q_proj"])
+    finetune.main(s)
+    note = "note: --lora_r, --lora_targets change nothing with --method full"
+    assert (note in capsys.readouterr().err) == (method == "full")
+    assert settings(method="full").changed("lora_") == []
+
+
+def test_the_time_of_a_plan_is_of_all_devices(settings, capsys):
+    for devices in (1, 4):
+        finetune.main(settings(plan=True, plan_tflops=0.5, devices=devices))
+    one, four = capsys.readouterr().out.split("TFLOP a step: ")[1:]
+    assert float(one.split()[0]) == pytest.approx(4 * float(four.split()[0]), rel=0.02)
+    assert "(--plan_tflops, times 4 devices)" in four and "devices" not in one
+
+
 def test_a_plan_says_how_much_recomputation_is_needed(settings, capsys):
     s = settings(plan=True, plan_tflops=1, quantize="bnb.nf4", recompute=0.75, global_batch_size=2)
     samples = Samples(s.data_dir / "train.safetensors")

@@ -44,9 +44,9 @@ CUDA_BLOCK = 512  # bytes to whose multiples CUDA's caching allocator rounds
 # tensors), and what the driver and a desktop leave it.
 CUDA_OVERHEAD = 600e6
 # Measured: what a process on a CPU takes at most beside its imports and its tensors (pages of libraries first used in
-# training, compiled products, small blocks, and 32 MiB that the allocator keeps): 0.10 to 0.16 GB for SmolLM2-135M on
-# GSM8K with LoRA in bf16, with dropout, and on NF4 in fp32.
-CPU_OVERHEAD = 200e6
+# training, compiled products, small blocks, and 32 MiB that the allocator keeps): 0.11 to 0.23 GB for SmolLM2-135M on
+# GSM8K with 8 to 256 samples in a step, with LoRA and all weights, bf16, fp32 and NF4 (docs/memory.md).
+CPU_OVERHEAD = 250e6
 
 
 @dataclass(frozen=True)
