@@ -78,11 +78,12 @@ class Sharing:
 
 
 def idle_teams(cores: int, threads: int) -> int:
-    """How many more teams of `threads` (2 or more) it takes for OpenMP to count more threads than there are cores.
+    """How many more teams of `threads` it takes for OpenMP to count more threads than there are cores.
 
-    It counts the process's own team in full, and of each other team all but the thread that began it.
+    It counts the process's own team in full, and of each other team all but the thread that began it. One thread alone
+    waits for no other: none.
     """
-    return max(0, cores - threads) // (threads - 1) + 1
+    return max(0, cores - threads) // (threads - 1) + 1 if threads > 1 else 0
 
 
 def _idle_team(end):

@@ -61,8 +61,9 @@ print(found)
 
 @pytest.fixture
 def teams(monkeypatch):
-    """A list of the idle teams that were started, as the events that end them."""
+    """A list of the idle teams that were started, as the events that end them, by a process of two threads."""
     started = []
+    monkeypatch.setattr(core_sharing.torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(core_sharing, "_idle_team", started.append)
     return started
 
@@ -103,6 +104,7 @@ def test_there_are_just_enough_idle_teams_for_openmp_to_count_more_threads_than_
         count = core_sharing.idle_teams(cores, threads)
         counted = [threads + (threads - 1) * teams for teams in (count - 1, count)]
         assert counted[1] > cores and (count == 1 or counted[0] <= cores), (threads, counted)
+    assert core_sharing.idle_teams(cores, 1) == 0
 
 
 @NEEDS_PROC
