@@ -97,13 +97,19 @@ class Linear(nn.Linear):
         return self.weight.detach().to(dtype)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to run when the module does, forward or backward."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of several layers makes of one input; adapters do it together, in fewer products.
 
     A layer with hooks is called by itself: they would not run otherwise.
     """
-    plain = [layer for layer in layers if not (layer._forward_hooks or layer._forward_pre_hooks)]
-    adapted = [layer for layer in plain if hasattr(layer, "together") and layer.trains_by_hand()]
+    by_hand = [layer for layer in layers if hasattr(layer, "together") and layer.trains_by_hand()]
+    adapted = [layer for layer in by_hand if not has_hooks(layer)]
     done = dict(zip(adapted, adapted[0].together(x, adapted), strict=True)) if adapted else {}
     return [done[layer] if layer in done else layer(x) for layer in layers]
 

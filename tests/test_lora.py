@@ -268,6 +268,22 @@ def test_a_small_step_is_not_rounded_away(tiny_checkpoint):
     assert ((module.lora_A - before).abs() > 0.5e-4).float().mean() > 0.9
 
 
+def test_hooks_on_adapted_layers_run_and_change_no_number(tiny_checkpoint):
+    """In training several layers are computed together; those that someone looks at are called."""
+    model = adapted(tiny_checkpoint("llama"), AdapterConfig()).train()
+    tokens, seen = inputs()[0], []
+    before = model(tokens)
+    layer = model.model.layers[1]
+    layer.self_attn.q_proj.register_forward_hook(lambda *_: seen.append("forward"))
+    layer.self_attn.v_proj.register_forward_pre_hook(lambda *_: seen.append("before"))
+    layer.mlp.gate_proj.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer.mlp.up_proj.register_full_backward_pre_hook(lambda *_: seen.append("before backward"))
+    after = model(tokens)
+    after.sum().backward()
+    assert sorted(seen) == ["backward", "before", "before backward", "forward"]
+    assert distance(after, before) < 1e-6
+
+
 def test_no_gradient_of_the_frozen_weights_is_computed(tiny_checkpoint):
     """Counted in products: training frozen layers costs two forward passes, not three."""
 
