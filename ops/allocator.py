@@ -42,22 +42,15 @@ def no_more_than(nbytes: int) -> Iterator[None]:
     Linux would grant them, and kill the process when it uses them. Without allocator_cpu.cpp the limit is one on all
     addresses of the process.
     """
-    if _in_use:
-        _in_use[0].limit_growth(nbytes)
-        try:
-            yield
-        finally:
-            _in_use[0].limit_growth(-1)
-        return
-    if sys.platform != "linux":
+    with contextlib.ExitStack() as at_the_end:
+        if _in_use:
+            _in_use[0].limit_growth(nbytes)
+            at_the_end.callback(_in_use[0].limit_growth, -1)
+        elif sys.platform == "linux":
+            before = resource.getrlimit(resource.RLIMIT_AS)
+            at_the_end.callback(resource.setrlimit, resource.RLIMIT_AS, before)
+            resource.setrlimit(resource.RLIMIT_AS, (address_space() + nbytes, before[1]))
         yield
-        return
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (address_space() + nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def address_space() -> int:

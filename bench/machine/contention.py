@@ -107,14 +107,13 @@ def decoding_job(s):
 
 def measure_side(s, job, work, side, waiting):
     """Tokens a second alone, and of each of two processes at once."""
-    job = job | {"side": side, "micro_batch": 1}  # a peer's are counted in samples
-    if side == OURS and work == "training":
-        job["micro_batch"] = next(iter(job["plans"]))  # ours in positions
+    job, rate = job | {"side": side}, "tokens_per_second"
     if work == "decoding":
         function, rate = generation.measure, "decode_tokens_per_second"
+    elif side == OURS:
+        function, job["micro_batch"] = training_speed.measure_ours, next(iter(job["plans"]))  # in positions
     else:
-        function = training_speed.measure_ours if side == OURS else training.measure_peer
-        rate = "tokens_per_second"
+        function, job["micro_batch"] = training.measure_peer, 1  # in samples
     name, _, value = waiting.partition("=")
 
     def run(process):

@@ -30,7 +30,8 @@ def free_memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     kilobytes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())["MemAvailable"]
-    free, (limit, _) = [1024 * int(kilobytes.split()[0]), *free_in_groups()], resource.getrlimit(resource.RLIMIT_AS)
+    free = [1024 * int(kilobytes.split()[0]), *free_in_groups()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         free.append(limit - address_space())
     return max(0, min(free))
