@@ -77,10 +77,12 @@ from weights.checkpoint import (
     Weights,
     copy_side_files,
     find_base,
+    holds_safetensors,
     read_notes,
     shard_paths,
     trained_quantization,
     with_dtype,
+    with_stored_head,
     write_weights,
 )
 from weights.families import config_from_json
@@ -170,7 +172,7 @@ def explained_hub_errors(repo_id: str) -> Iterator[None]:
 
 def convert(source: Path, out_dir: Path | None, dtype: str) -> Path:
     """Write the model in `source` to `out_dir`, or only check it where it is a model folder. Returns the folder."""
-    in_place = source.is_dir() and out_dir in (None, source) and dtype == "auto" and any(source.glob("*.safetensors"))
+    in_place = source.is_dir() and out_dir in (None, source) and dtype == "auto" and holds_safetensors(source)
     out_dir = source if in_place else out_dir or Path("checkpoints", source.resolve().name.removesuffix(".gguf"))
     if not in_place:
         refuse_existing(out_dir)
@@ -199,11 +201,14 @@ def convert(source: Path, out_dir: Path | None, dtype: str) -> Path:
 def open_source(source: Path) -> tuple[Weights, dict, Callable[[Path], None]]:
     """The weights in `source`, its config.json as a dict, and a function that writes its other files to a folder."""
     if source.is_dir():
-        if not any(path.suffix in (".safetensors", ".bin") for path in source.iterdir()):
-            raise UserError(f"{source} holds neither *.safetensors nor pytorch_model*.bin (a .gguf is given as a file)")
-        weights = Weights(source) if any(source.glob("*.safetensors")) else BinWeights(source)
+        if not holds_safetensors(source) and not any(source.glob("pytorch_model*.bin")):
+            beside = ", ".join(sorted(path.name for path in source.glob("*.safetensors")))
+            beside = f"; {beside} is no model in this format" if beside else " (a .gguf is given as a file)"
+            raise UserError(f"{source} holds neither *.safetensors nor pytorch_model*.bin{beside}")
+        weights = Weights(source) if holds_safetensors(source) else BinWeights(source)
         check_tokenizer(source)
-        return weights, read_json(source / "config.json"), lambda folder: copy_side_files(source, folder)
+        config = with_stored_head(read_json(source / "config.json"), weights)
+        return weights, config, lambda folder: copy_side_files(source, folder)
     if not source.is_file():
         raise UserError(f"--source {source} does not exist")
     if source.suffix != ".gguf":
@@ -218,15 +223,15 @@ class BinWeights(Weights):
     """The tensors of pytorch_model*.bin files, memory-mapped; otherwise as `Weights`."""
 
     def __init__(self, folder: Path):
-        self._tensors = {}
+        self._places = {}
         for path in shard_paths(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin"):
             for name, tensor in self._unpickle(path).items():
-                if name in self._tensors:
-                    raise UserError(f"{path}: tensor {name} is in {self._tensors[name][0].name} too")
-                self._tensors[name] = path, tensor
-        self.shapes = {name: tuple(tensor.shape) for name, (_, tensor) in self._tensors.items()}
+                if name in self._places:
+                    raise UserError(f"{path}: tensor {name} is in {self._places[name][0].name} too")
+                self._places[name] = path, tensor
+        self.shapes = {name: tuple(tensor.shape) for name, (_, tensor) in self._places.items()}
         known = DTYPES.values()
-        self.dtypes = {name: t.dtype if t.dtype in known else None for name, (_, t) in self._tensors.items()}
+        self.dtypes = {name: t.dtype if t.dtype in known else None for name, (_, t) in self._places.items()}
 
     @staticmethod
     def _unpickle(path):
@@ -247,10 +252,13 @@ class BinWeights(Weights):
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, as stored. Raises UserError if it holds NaN or infinity."""
-        path, tensor = self._tensors[name]
+        path, tensor = self._places[name]
         if not tensor.isfinite().all():
             raise UserError(f"{path}: tensor {name} holds NaN or infinity")
         return tensor
+
+    def _same(self, one, other):
+        return torch.equal(self.read(one), self.read(other))
 
 
 def check(weights: Weights, config: dict, where: Path) -> dict[str, tuple]:
@@ -324,7 +332,7 @@ def merge(s: Settings) -> Path:
         rounding, written = write_merged(tuned, layout, folder)
         hashes |= written
         write_side_files(folder)
-        print(save_chat_template(folder, notes.get("prompt_style")))
+        print(write_chat_template(folder, s.adapter_dir, notes.get("prompt_style")))
         write_json(folder / "config.json", config)
         if notes:
             kept = {key: value for key, value in notes.items() if key not in ("quantize", "checkpoint_dir")}
@@ -333,6 +341,27 @@ def merge(s: Settings) -> Path:
         compare(tuned, Tuned(config, Weights(folder)))
     print(f"wrote {out_dir}: {describe(layout)}")
     return out_dir
+
+
+def write_chat_template(folder: Path, adapter_dir: Path, style: str | None) -> str:
+    """Give the merged model the chat template that goes with the adapter. Returns a line for the user.
+
+    That is the template of the style it was trained in; of an adapter that does not say its style, its own if it has
+    one. It goes to chat_template.jinja, which all programs prefer to the key in tokenizer_config.json.
+    """
+    has_tokenizer = any(Path(folder, name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    if style is not None or not has_tokenizer or not (tokenizer := Tokenizer(folder)).take_chat_template(adapter_dir):
+        return save_chat_template(folder, style)
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if config.pop("chat_template", None):
+        write_json(folder / "tokenizer_config.json", config)
+    if tokenizer.chat_template:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    if tokenizer.tool_template:
+        (folder / "additional_chat_templates").mkdir(exist_ok=True)
+        path = folder / "additional_chat_templates" / "tool_use.jinja"
+        path.write_text(tokenizer.tool_template, encoding="utf-8")
+    return f"chat template: that of {adapter_dir}"
 
 
 @torch.no_grad()

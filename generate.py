@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shell import cli
 from shell.cli import UserError
@@ -28,14 +28,19 @@ class Settings:
         precision: Dtype of the other weights and of the computation.
         prompt: One prompt, answered as it is generated. Without it and prompts_file a chat starts.
         prompts_file: File of prompts: .txt with one a line, or .jsonl with "prompt", "instruction" and "input",
-            or "messages". Answers come as JSON lines, in the file's order.
+            or "messages" and perhaps "tools". Answers come as JSON lines, in the file's order.
         system: A system message to put before the prompt, where the style has one.
+        tools: JSON file with a list of the tools that the model may call, for prompts that bring none of their own.
         prompt_style: How the prompt is rendered; if not given, as in training.
+        template_args: Variables for the model's own chat template, such as {enable_thinking: false}.
         max_new_tokens: Tokens to generate at most; an answer also ends where the model's context is full.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_k: Sample among so many likeliest tokens; 0 for all.
         top_p: Sample among the likeliest tokens that together have this probability; 0 takes the likeliest.
+        min_p: Sample among the tokens that have this share of the likeliest one's probability; 0 for all.
         repetition_penalty: Divides the logits of tokens that have occurred (Keskar et al. 2019), above 1 against loops.
+        frequency_penalty: Is subtracted from a token's logit for each time that it was generated.
+        presence_penalty: Is subtracted once from the logit of a token that was generated.
         stop: Texts that end an answer.
         batch_size: Prompts of a file that are answered at one time.
         seed: Of the sampling; the prompt with number i in a file uses seed + i.
@@ -48,12 +53,17 @@ class Settings:
     prompt: str | None = None
     prompts_file: Path | None = None
     system: str | None = None
+    tools: Path | None = None
     prompt_style: Literal[cli.table_keys("text/prompts.py", "STYLES")] | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
     max_new_tokens: int = 256
     temperature: float = 0.8
     top_k: int = 50
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     stop: list[str] = field(default_factory=list)
     batch_size: int = 16
     seed: int = 1337
@@ -62,11 +72,12 @@ class Settings:
         cli.check_model(self)
         if self.prompt is not None and self.prompts_file is not None:
             raise UserError("--prompt and --prompts_file exclude each other")
-        cli.check_files(self, "prompts_file")
+        cli.check_files(self, "prompts_file", "tools")
         cli.check_numbers(self, "max_new_tokens", "repetition_penalty", "batch_size", above=0)
         cli.check_numbers(self, "temperature", "top_k", least=0)
         cli.check_numbers(self, "seed", least=0, below=2**63)
-        cli.check_numbers(self, "top_p", least=0, most=1)
+        cli.check_numbers(self, "top_p", "min_p", least=0, most=1)
+        cli.check_numbers(self, "frequency_penalty", "presence_penalty", least=-2, most=2)
         if "" in self.stop:
             raise UserError("--stop: an empty text would end every answer at once")
 
@@ -77,31 +88,32 @@ if __name__ == "__main__":
 from inference.writer import Writer
 from preparation.reading import BadRow, format_of, read_json_lines
 from preparation.records import parse_object
-from text.prompts import check_dialog
+from text.messages import Dialog, check_last, read_messages, read_tools
 
 
 def main(s: Settings) -> None:
     """Answer the prompt or the file of prompts, or chat."""
     before = [{"role": "system", "content": s.system}] if s.system else []
+    start = Dialog(before, read_tools_file(s.tools) if s.tools else [], s.template_args)
     prompts = read_prompts(s.prompts_file) if s.prompts_file else {}
     writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
     if s.prompt is not None:
-        show(writer.stream([*before, {"role": "user", "content": s.prompt}], s))
+        show(writer.stream(start._replace(messages=[*before, {"role": "user", "content": s.prompt}]), s))
     elif s.prompts_file is not None:
-        dialogs = [[*before, *messages] for messages in prompts.values()]
-        for messages, answer in zip(dialogs, writer.answer_all(dialogs, s, places=list(prompts)), strict=True):
-            print(json.dumps({"prompt": messages[-1]["content"], "answer": answer}, ensure_ascii=False))
+        dialogs = [
+            start._replace(messages=[*before, *prompt.messages], tools=prompt.tools or start.tools)
+            for prompt in prompts.values()
+        ]
+        for dialog, answer in zip(dialogs, writer.answer_all(dialogs, s, places=list(prompts)), strict=True):
+            print(json.dumps({"prompt": dialog.messages[-1]["content"], "answer": answer}, ensure_ascii=False))
     else:
-        chat(writer, before, s)
+        chat(writer, start, s)
 
 
-def chat(writer: Writer, messages: list[dict], s: Settings) -> None:
-    """Answer each line that is typed, given the dialog so far; an empty line starts a new one.
-
-    messages: what every dialog starts with.
-    """
+def chat(writer: Writer, start: Dialog, s: Settings) -> None:
+    """Answer each line that is typed, given the dialog so far; an empty line starts a new one, like `start`."""
     print("Type a message; an empty line forgets the dialog, Ctrl-D ends.", file=sys.stderr)
-    start = list(messages)
+    messages = list(start.messages)
     while True:
         try:
             text = input("> ")
@@ -110,17 +122,17 @@ def chat(writer: Writer, messages: list[dict], s: Settings) -> None:
         except UnicodeDecodeError as error:
             raise UserError(f"standard input: not {error.encoding} text: {error.reason}") from None
         if not text.strip():
-            messages = list(start)
+            messages = list(start.messages)
             continue
         question = {"role": "user", "content": text}
         try:
-            answer = show(writer.stream([*messages, question], s))
+            answer = show(writer.stream(start._replace(messages=[*messages, question]), s))
         except UserError as error:  # the style has one question alone, or the context is full
-            if messages == start:
+            if messages == start.messages:
                 raise
             print(f"note: {error}. The dialog so far is forgotten.", file=sys.stderr)
-            messages = list(start)
-            answer = show(writer.stream([*messages, question], s))
+            messages = list(start.messages)
+            answer = show(writer.stream(start._replace(messages=[*messages, question]), s))
         messages += [question, {"role": "assistant", "content": answer}]
 
 
@@ -134,8 +146,18 @@ def show(pieces: Iterable[str]) -> str:
     return text
 
 
-def read_prompts(path: Path) -> dict[str, list[dict]]:
-    """The dialogs in a file of prompts, {"file:line": messages}; the last message of each is the user's."""
+def read_tools_file(path: Path) -> list[dict]:
+    """The tools in a JSON file."""
+    try:
+        return read_tools(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"--tools {path}: not UTF-8 text: {error.reason}") from None
+    except UserError as error:
+        raise UserError(f"--tools {path}: {error}") from None
+
+
+def read_prompts(path: Path) -> dict[str, Dialog]:
+    """The dialogs in a file of prompts, {"file:line": dialog}; each ends with a question or an answer's beginning."""
     is_json = format_of(path) == "jsonl"
     if not is_json and path.suffix != ".txt":
         raise UserError(f"--prompts_file {path}: expected .txt with a prompt on each line, or .jsonl")
@@ -144,7 +166,6 @@ def read_prompts(path: Path) -> dict[str, list[dict]]:
         place = f"{path}:{number}"
         try:
             dialogs[place] = _dialog(parse_object(line) if is_json else {"prompt": line.decode().rstrip("\r\n")})
-            check_dialog(dialogs[place], last="user")
         except UnicodeDecodeError as error:
             raise UserError(f"{place}: not UTF-8 text: byte {line[error.start]:#04x}") from None
         except (BadRow, UserError) as error:
@@ -155,15 +176,16 @@ def read_prompts(path: Path) -> dict[str, list[dict]]:
 
 
 def _dialog(row):
-    """The messages that a row of a file of prompts stands for. Other keys, such as an expected answer, are not read."""
+    """What a row of a file of prompts stands for. Other keys, such as an expected answer, are not read."""
     if "system" in row:
         raise UserError('"system" is not read here: put it under "messages", or use --system')
-    if "messages" in row:
-        return row["messages"]
     text = row.get("prompt", row.get("instruction"))
-    if not isinstance(text, str):
+    if "messages" not in row and not isinstance(text, str):
         raise UserError('expected an object with "prompt", "instruction" or "messages"')
-    return [{"role": "user", "content": text, "input": row.get("input", "")}]
+    question = [{"role": "user", "content": text, "input": row.get("input", "")}]
+    messages = read_messages(row.get("messages", question))
+    check_last(messages, "user", "tool", "assistant")
+    return Dialog(messages, read_tools(row.get("tools")))
 
 
 if __name__ == "__main__":

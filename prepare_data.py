@@ -13,7 +13,7 @@ small however much is read. dropped.jsonl lists each row that was dropped, and w
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shell import cli
 from shell.cli import UserError
@@ -30,12 +30,17 @@ class Settings:
         out_dir: Folder to write; prepared/NAME for NAME.jsonl if not given.
         prompt_style: plain, alpaca, dolly, vicuna, llama2-chat, mistral-instruct, chatml or checkpoint (the model's own
             chat template); checkpoint where the model has a template, otherwise alpaca, if not given.
+        template_args: Variables for the model's own chat template, such as {enable_thinking: false}.
         max_seq_length: Tokens a sample may have. Of longer ones the start of the prompt is cut, never the answer.
+        overlap: Tokens of a document too long for that which its next piece repeats, not as targets; an eighth of
+            max_seq_length if not given.
         mask_prompt: Only the answers are targets.
-        prompt_field: Name of the field with the prompt, if not one of the usual ones, or a template such as
-            "{context} {question}".
-        input_field: The same for the text that the prompt is about.
-        answer_field: The same for the answer.
+        answers: Train on all answers of a conversation, or on its last one.
+        fields: Columns with other names than the usual ones, or templates over columns, such as
+            {prompt: "{context} {question}", answer: solution} or {messages: talk}. The parts of a sample: prompt,
+            input, answer, thinking, history, choices, label; or messages; or text; beside them system and tools.
+        ignore: Keys of messages, and columns with a meaning, that are left out and counted in place of an error.
+        encoding: Of files of text, as Python calls it, such as cp1252 or utf-16; UTF-8 if not given.
         skip_bad: Count and list rows (and ends of files) that cannot be read, instead of stopping at the first.
         drop_duplicates: Of samples with the same prompt keep the one with the longest answer.
         near_duplicates: Drop a sample whose prompt shares this much of its word triples (Jaccard, by MinHash) with an
@@ -61,11 +66,14 @@ class Settings:
     checkpoint_dir: Path | None = None
     out_dir: Path | None = None
     prompt_style: str | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
     max_seq_length: int = 2048
+    overlap: int | None = None
     mask_prompt: bool = True
-    prompt_field: str | None = None
-    input_field: str | None = None
-    answer_field: str | None = None
+    answers: Literal["all", "last"] = "all"
+    fields: dict[str, str | list[str]] = field(default_factory=dict)
+    ignore: list[str] = field(default_factory=list)
+    encoding: str | None = None
     skip_bad: bool = False
     drop_duplicates: bool = True
     near_duplicates: float = 0.0
@@ -89,6 +97,7 @@ class Settings:
             setattr(self, name, [str(path) for path in (value if isinstance(value, list) else [value])])
         cli.check_numbers(self, "show", "leak_words", "min_words", "seed", least=0)
         cli.check_numbers(self, "max_seq_length", least=2)
+        cli.check_numbers(self, "overlap", least=0, below=self.max_seq_length)
         cli.check_numbers(self, "max_tokens", "mix_size", "workers", least=1)
         cli.check_numbers(self, "near_duplicates", "similar", "leak_cosine", "max_repetition", least=0, most=1)
         cli.check_numbers(self, "val_fraction", least=0, below=1)
@@ -98,15 +107,14 @@ class Settings:
             return
         if self.checkpoint_dir is None:
             raise UserError("--checkpoint_dir is required")
-        if (self.prompt_field is None) != (self.answer_field is None):
-            raise UserError("--prompt_field and --answer_field go together: give both or none")
 
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -116,10 +124,12 @@ from preparation import cleaning
 from preparation.benchmarks import BenchmarkSample, benchmark_ngrams, read_benchmarks
 from preparation.dropping import drop_by_embedding, drop_exact_duplicates, drop_near_duplicates
 from preparation.filtering import FilteredRow, filter_rows
+from preparation.markup import harmless
 from preparation.mixture import Source, find_sources
 from preparation.prepared_folder import Prepared, choose_folder, describe_counts, print_summary, write_folder
-from preparation.reading import Row, read_rows
+from preparation.reading import BadRow, Row, read_rows
 from preparation.record_store import Records, TokenizedSamples
+from preparation.records import describe_row
 from preparation.rendering import Rendered, render_records
 from preparation.report import report_details, write_report
 from preparation.sampling import copies_of_samples, example_pools, resampled_sources, sample_examples, sample_validation
@@ -140,9 +150,9 @@ def main(s: Settings) -> None:
 
 def prepare(s: Settings) -> None:
     """Make a prepared folder, in one pass after the other."""
-    sources = find_sources(s.data, given_fields(s))
+    sources = find_sources(s.data, s.fields, s.ignore, s.encoding)
     s.out_dir = choose_folder(s.out_dir, s.data, sources)
-    benchmark_sources = find_sources(s.benchmarks, flag="benchmarks") if s.benchmarks else []
+    benchmark_sources = find_sources(s.benchmarks, ignore=s.ignore, flag="benchmarks") if s.benchmarks else []
     check_sources(s, sources, benchmark_sources)
     tokenizer = Tokenizer(s.checkpoint_dir)
     style = choose_styles(s, sources, tokenizer)
@@ -153,6 +163,7 @@ def prepare(s: Settings) -> None:
         with open(folder / "dropped.jsonl", "w", encoding="utf-8") as log:
             records = Records(folder.parent, [source.name for source in sources], log)
             read_all(s, sources, records, parallel_map)
+            style = settle_styles(sources, records, style)
             close_pairs = clean(s, records, benchmarks)
             in_val = sample_validation(records, s.val_fraction, s.seed)
             samples = TokenizedSamples(folder.parent)
@@ -166,15 +177,11 @@ def prepare(s: Settings) -> None:
         info = write_folder(s, folder, prepared)
         write_report(folder / "report.html", info, report_details(prepared, close_pairs, s.seed))
     print_summary(s, info, samples)
+    for name in never_seen(sources, info):
+        print(f"note: --ignore {harmless(name)}: no row has a column, and no message a key, of that name")
 
 
 # -------------------------------------------------------------------------------------------------- what is asked for
-
-
-def given_fields(s: Settings) -> dict[str, str] | None:
-    """The fields of a row that flags name, as `mixture.Source` has them."""
-    fields = {"prompt": s.prompt_field, "input": s.input_field, "answer": s.answer_field}
-    return {role: name for role, name in fields.items() if name} or None
 
 
 def check_sources(s: Settings, sources: list[Source], benchmarks: list[Source]) -> None:
@@ -194,6 +201,7 @@ def choose_styles(s: Settings, sources: list[Source], tokenizer: Tokenizer) -> s
     """Give a prompt style to the sources that name none. Returns that style, or the first source's if all name one."""
     style = s.prompt_style or ("checkpoint" if tokenizer.chat_template else "alpaca")
     for source in sources:
+        source.asked_style = source.prompt_style or s.prompt_style
         source.prompt_style = source.prompt_style or style
         if source.prompt_style not in STYLES:
             where = "--prompt_style" if source.prompt_style == s.prompt_style else f"source {source.name}: prompt_style"
@@ -209,11 +217,37 @@ def read_all(s: Settings, sources: list[Source], records: Records, parallel_map:
     for number, source in enumerate(sources):
         with tqdm(desc=f"reading {source.name}", unit=" samples") as bar:
             rows = read_rows(source, lambda share, bar=bar: set_total(bar, share), s.skip_bad)
+            rows = describe_first(source, rows)
             tasks = ((number, chunk) for chunk in chunks(rows, size_of_row))
             for filtered in parallel_map(filter_rows, tasks):
                 for row in filtered:
                     add_row(s, records, number, row)
                 bar.update(len(filtered))
+
+
+def settle_styles(sources: list[Source], records: Records, style: str) -> str:
+    """Give style plain to sources of nothing but raw text, which is rendered so. Returns the style of the others."""
+    for source, facts in zip(sources, records.facts, strict=True):
+        if {name for group, name in facts if group == "rows"} == {"raw text"}:
+            source.prompt_style = "plain"
+    return style if any(source.prompt_style == style for source in sources) else sources[0].prompt_style
+
+
+def never_seen(sources: list[Source], info: dict) -> list[str]:
+    """The names to be ignored that no source has."""
+    names = dict.fromkeys(name for source in sources for name in source.ignore)
+    seen = {name for source in info["sources"] for name in source["contents"].get("left out by --ignore", ())}
+    return [name for name in names if name not in seen]
+
+
+def describe_first(source: Source, rows: Iterator[Row]) -> Iterator[Row]:
+    """Yield the rows, and print what the first of them is taken for."""
+    for first in rows:
+        with contextlib.suppress(BadRow):  # which is for whoever reads the row to report
+            tqdm.write(f"{harmless(source.name)}: {harmless(describe_row(source, first))}")
+        yield first
+        break
+    yield from rows
 
 
 def size_of_row(row: Row) -> int:
@@ -295,12 +329,16 @@ def add_sample(
 ) -> None:
     """Add what was rendered of record `number`, or drop the record with the reason why nothing was."""
     source = records.sources[number]
-    if not result.ids:
+    if not result.samples:
         reason, _, detail = result.outcome.partition(": ")
         records.drop(number, reason, detail=detail or None)
         return
-    records.cut[source] += result.outcome == "prompt cut" and not copy
-    samples.add(source, number, examples[: result.examples], result.ids, result.is_target)
+    if not copy:
+        records.cut[source] += result.outcome == "prompt cut"
+        records.notes[source].update(result.notes)
+        records.notes[source]["documents cut into pieces"] += result.outcome == "cut into pieces"
+    for ids, is_target in result.samples:
+        samples.add(source, number, examples[: result.examples], ids, is_target)
 
 
 def mix(s: Settings, tokenizing: Tokenizing, in_val: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from eval.openai_api import StopTexts
+from eval.openai_api import Sampling, StopTexts
 from inference.serving import Task, answer_tokens, prompt_tokens
 from text.tokenizer import Tokenizer
 
@@ -13,7 +13,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class ProcessRequest(Strict):
+class ProcessRequest(Sampling):
     """The body of POST /process, with the challenge's names and those that HELM's client uses.
 
     HELM's top_k_per_token is the number of likeliest tokens to return for each position (helm.common.request), 1 unless
@@ -26,9 +26,6 @@ class ProcessRequest(Strict):
     temperature: float = Field(0.8, ge=0)
     top_k: int = Field(200, ge=0)
     top_k_per_token: int = Field(1, ge=0, le=100)
-    top_p: float = Field(1.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     echo_prompt: bool | None = None
     stop: StopTexts = Field([], validation_alias=AliasChoices("stop_sequences", "stop"))
 

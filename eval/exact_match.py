@@ -65,6 +65,7 @@ from preparation.mixture import Source, find_sources
 from preparation.reading import BadRow, read_rows
 from preparation.records import to_record
 from shell import files
+from text.messages import Dialog
 
 
 class Sample(NamedTuple):
@@ -105,7 +106,7 @@ def match_answers(writer: Writer, samples: list[Sample], s: Settings) -> tuple[l
         batch_size=s.batch_size,
         temperature=0,
     )
-    prompts, places = [sample.messages[:-1] for sample in samples], [sample.place for sample in samples]
+    prompts, places = [Dialog(sample.messages[:-1]) for sample in samples], [sample.place for sample in samples]
     answers = writer.answer_all(prompts, greedy, places)
     expected = [sample.messages[-1]["content"] for sample in samples]
     return answers, [answer.strip() == text.strip() for answer, text in zip(answers, expected, strict=True)]

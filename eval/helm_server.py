@@ -3,9 +3,9 @@
     python eval/helm_server.py --adapter_dir out/RUN/final
 
 The challenge's paths: POST /process, /tokenize, /decode (challenge_api.py). OpenAI's: POST /v1/completions and
-/v1/chat/completions, GET /v1/models (openai_api.py). GET /health, /metrics (Prometheus) and /openapi.json, which
-describes them all. Requests are answered together as they come (inference/serving.py). With a token set, every path but
-/health asks for it; size and time of a request are limited (http_gate.py).
+/v1/chat/completions, GET /v1/models and /v1/models/ID (openai_api.py). GET /health, /metrics (Prometheus) and
+/openapi.json, which describes them all. Requests are answered together as they come (inference/serving.py). With a
+token set, every path but /health asks for it; size and time of a request are limited (http_gate.py).
 
 There is no page at /docs: FastAPI's loads its scripts from a foreign host.
 """
@@ -101,7 +101,6 @@ from eval.http_gate import Gate, Metrics, TimedProtocol, error
 from eval.openai_api import Answer, ChatRequest, CompletionRequest, Stream
 from inference.serving import Engine, QueueFull, Task, check_ids, encode_text, make_tasks
 from inference.writer import Writer
-from text.prompts import encode_prompt
 
 
 def main(s: Settings) -> None:
@@ -201,15 +200,20 @@ class Service:
     async def chat(self, body: ChatRequest, request: Request) -> Any:
         """POST /v1/chat/completions: answer the messages of a chat, rendered as in training."""
         self.check_model(body.model)
-        ids = await run_in_threadpool(encode_prompt, self.tokenizer, body.dialog(), self.writer.style)
+        dialog = body.dialog
+        ids = await run_in_threadpool(self.writer.encode, dialog)
         self.check_number(body.n)
-        tasks = make_tasks(self.writer, ids, body, body.n, body.top, start=True)
+        tasks = make_tasks(self.writer, ids, body, body.n, body.top, **self.writer.reply_options(dialog))
         return await self.answer(openai_api.Chat(self.name, body, self.tokenizer, tasks), body, request)
 
     def models(self) -> dict:
         """GET /v1/models: the one that is served."""
-        model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "onetune"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [self.model(self.name)]}
+
+    def model(self, name: str) -> dict:
+        """GET /v1/models/ID: the one that is served, if that is its name."""
+        self.check_model(name)
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "onetune"}
 
     def health(self) -> dict:
         """GET /health: status 200 while the model's thread runs, else 503."""
@@ -295,7 +299,7 @@ class Service:
         if not body.stream:
             await self.finish(tasks, request)
             return answer.complete()
-        streams = {task: Stream(self.tokenizer, task, i) for i, task in enumerate(tasks)}
+        streams = {task: Stream(answer, i) for i, task in enumerate(tasks)}
         reports = self.submit(tasks, lambda task: streams[task].next_delta())
         return EventStream(self.events(answer, reports), lambda: self.release(tasks))
 
@@ -349,7 +353,8 @@ def make_app(service: Service) -> FastAPI:
     """The ASGI app: a path for each method of the service, and a JSON object for each error."""
     app = FastAPI(title="onetune", docs_url=None, redoc_url=None)
     gets = {
-        "/v1/models": service.models, "/health": service.health, "/metrics": service.show_metrics,
+        "/v1/models": service.models, "/v1/models/{name:path}": service.model, "/health": service.health,
+        "/metrics": service.show_metrics,
     }  # fmt: skip
     posts = {
         "/process": service.process, "/tokenize": service.tokenize, "/decode": service.decode,
@@ -376,9 +381,10 @@ def make_app(service: Service) -> FastAPI:
 def invalid(request: Request, mistake: RequestValidationError) -> JSONResponse:
     """The response to a body that is not valid: the first thing that is wrong."""
     first, path = mistake.errors()[0], request.url.path
-    where = ".".join(str(part) for part in first["loc"][1:])  # the client chose these names: they may be anything
-    where = where.encode("ascii", "backslashreplace").decode()[:100]
+    where = ".".join(map(str, first["loc"][1:])) or first.get("ctx", {}).get("field", "")
+    where = where.encode("ascii", "backslashreplace").decode()[:100]  # the client chose the names: they may be anything
     message = f"{where}: {first['msg']}" if where else f"the body must be application/json, an object: {first['msg']}"
+    message = first["msg"] if first["type"] == "mistake" else message  # openai_api.py's own words
     return error(path, 400 if path.startswith("/v1/") else 422, message, where or None)
 
 

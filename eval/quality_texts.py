@@ -13,12 +13,13 @@ from torch import Tensor
 from batching import Samples, read_data_info, shift
 from eval.divergence import Text
 from eval.exact_match import Sample, first_samples
-from inference.writer import trained_style
+from inference.writer import trained_style, trained_template_args
 from model import IGNORE, Config
 from preparation.reading import BadRow, format_of, read_json_lines
 from preparation.records import parse_object
 from shell.cli import UserError
 from text.prompts import encode_dialog
+from text.segments import Encoded
 from text.tokenizer import Tokenizer
 from weights.checkpoint import read_config
 
@@ -33,7 +34,9 @@ def read_texts(s: Any) -> tuple[dict[str, Text], list[Sample]]:
     if s.data_dir is not None:
         texts["task"] = validation_text(s, tokenizer)
     elif samples:
-        texts["task"] = [sequence(*encode_sample(tokenizer, sample, style)) for sample in samples]
+        args = trained_template_args(s.checkpoint_dir, s.adapter_dir, style)
+        encoded = (one for sample in samples for one in encode_sample(tokenizer, sample, style, args))
+        texts["task"] = [sequence(*one) for one in encoded]
     if s.general_text is not None:
         texts["general"] = first_positions(windows(s, tokenizer), s.max_tokens)
     flags = {"task": "data_dir" if s.data_dir else "data", "general": "general_text"}
@@ -53,10 +56,10 @@ def validation_text(s: Any, tokenizer: Tokenizer) -> Text:
     return first_positions(map(samples.inputs_and_targets, range(len(samples))), s.max_tokens)
 
 
-def encode_sample(tokenizer: Tokenizer, sample: Sample, style: str) -> tuple[list[int], list[bool]]:
-    """`encode_dialog` of a sample; an error names the sample's place."""
+def encode_sample(tokenizer: Tokenizer, sample: Sample, style: str, args: dict) -> list[Encoded]:
+    """`encode_dialog` of a sample; an error names the sample's place. args: variables of the chat template."""
     try:
-        return encode_dialog(tokenizer, sample.messages, style)
+        return encode_dialog(tokenizer, sample.messages, style, template_args=args)
     except UserError as error:
         raise UserError(f"{sample.place}: {error}") from None
 

@@ -28,7 +28,10 @@ class SamplingSettings(Protocol):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
 
 
 class GenerationSettings(SamplingSettings, Protocol):
@@ -42,7 +45,7 @@ class GenerationSettings(SamplingSettings, Protocol):
 class Score(NamedTuple):
     """The log-probability (natural) of a token, and the likeliest ids at its position with theirs, in order.
 
-    They are the model's own: before temperature, penalty, top_k and top_p.
+    They are the model's own: before penalties, temperature, min_p, top_k and top_p.
     """
 
     logprob: float
@@ -89,6 +92,7 @@ class Batch:
         self.rows: list[Row] = []  # in the decoder's order, those included that have ended
         self.ids: Tensor | None = None  # (B,) int64: the last token of each, which the decoder has not read yet
         self.seen: Tensor | None = None  # (B, V) bool: the tokens that have occurred in each
+        self.counts: Tensor | None = None  # (B, V) int32: how often each token was generated
 
     @property
     def going(self) -> list[Row]:
@@ -106,9 +110,11 @@ class Batch:
         seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=self.device)
         for row, row_seen in zip(rows, seen, strict=True):
             row_seen[row.prompt] = True
-        ids = self._choose(rows, logits.float(), seen)
-        self.ids = torch.cat([self.ids, ids]) if self.rows else ids
-        self.seen = torch.cat([self.seen, seen]) if self.rows else seen
+        counts = torch.zeros_like(seen, dtype=torch.int32)
+        state = (self._choose(rows, logits.float(), seen, counts), seen, counts)
+        if self.rows:
+            state = map(torch.cat, zip((self.ids, self.seen, self.counts), state, strict=True))
+        self.ids, self.seen, self.counts = state
         self.rows += rows
 
     @torch.inference_mode()
@@ -117,7 +123,7 @@ class Batch:
         going = self.going
         if 2 * len(going) <= len(self.rows):
             self._remove_ended(going)
-        self.ids = self._choose(self.rows, self.decoder.step(self.ids).float(), self.seen)
+        self.ids = self._choose(self.rows, self.decoder.step(self.ids).float(), self.seen, self.counts)
 
     def _read_prompts(self, rows):
         """The logits (B, V) after the prompts of rows that join; scores of the prompts are kept where asked for."""
@@ -140,15 +146,17 @@ class Batch:
         if going:
             kept = torch.tensor([i for i, row in enumerate(self.rows) if row in going], device=self.device)
             self.decoder.keep(kept)
-            self.ids, self.seen = self.ids[kept], self.seen[kept]
+            self.ids, self.seen, self.counts = self.ids[kept], self.seen[kept], self.counts[kept]
         self.rows = going
 
-    def _choose(self, rows, logits, seen):
-        """The next ids (B,) int64 by logits (B, V) fp32; they are added to the replies and to `seen` (B, V)."""
+    def _choose(self, rows, logits, seen, counts):
+        """The next ids (B,) int64 by logits (B, V) fp32; they are added to the replies, `seen` and `counts` (B, V)."""
         settings = [row.settings for row in rows]
-        changed = penalize(logits, seen, [s.repetition_penalty for s in settings])
+        changed = penalize_seen(logits, seen, settings)
+        changed = penalize_generated(changed, counts, settings)
         ids = choose(changed, settings, [row.generator for row in rows])
         seen.scatter_(1, ids[:, None], True)
+        counts.scatter_add_(1, ids[:, None], torch.ones_like(ids[:, None], dtype=counts.dtype))
         scored = [i for i, row in enumerate(rows) if row.going and row.room and row.top is not None]
         if scored:
             scores = score(logits[scored], ids[scored], max(rows[i].top for i in scored))
@@ -229,15 +237,31 @@ def score_prompt(rows: list[Row], i: int, position: int, logits: Tensor) -> None
 # -------------------------------------------------------------------------------------------------------- sampling
 
 
-def penalize(logits: Tensor, seen: Tensor, penalties: list[float]) -> Tensor:
-    """Logits (B, V) where those of `seen` (B, V) bool are divided by the row's penalty or, below 0, multiplied by it.
+# In vLLM's order: penalties, temperature, min_p, top_k, top_p.
 
-    penalties: B numbers. From Keskar et al. 2019, CTRL, section 4.1.
+
+def penalize_seen(logits: Tensor, seen: Tensor, settings: list[SamplingSettings]) -> Tensor:
+    """Logits (B, V) with each row's repetition_penalty on those of `seen` (B, V) bool, the prompt's included.
+
+    A logit above 0 is divided by it, one below is multiplied by it: Keskar et al. 2019, CTRL, section 4.1.
     """
+    penalties = [s.repetition_penalty for s in settings]
     if all(penalty == 1.0 for penalty in penalties):
         return logits
     penalties = torch.tensor(penalties, device=logits.device)[:, None]
     return torch.where(seen, torch.where(logits > 0, logits / penalties, logits * penalties), logits)
+
+
+def penalize_generated(logits: Tensor, counts: Tensor, settings: list[SamplingSettings]) -> Tensor:
+    """Logits (B, V), less the penalties of OpenAI's API for what was generated. counts: (B, V), how often it was.
+
+    frequency_penalty counts for each time that a token was generated, presence_penalty once.
+    """
+    if not any(s.frequency_penalty or s.presence_penalty for s in settings):
+        return logits
+    frequency = torch.tensor([s.frequency_penalty for s in settings], device=logits.device)[:, None]
+    presence = torch.tensor([s.presence_penalty for s in settings], device=logits.device)[:, None]
+    return logits - frequency * counts - presence * (counts > 0)
 
 
 def choose(logits: Tensor, settings: list[SamplingSettings], generators: list[torch.Generator]) -> Tensor:
@@ -254,10 +278,22 @@ def choose(logits: Tensor, settings: list[SamplingSettings], generators: list[to
 def sample(logits: Tensor, settings: list[SamplingSettings], generators: list[torch.Generator]) -> Tensor:
     """The random part of `choose`, for rows whose temperature and top_p are above 0."""
     logits = logits / torch.tensor([s.temperature for s in settings], device=logits.device)[:, None]
+    logits = keep_min_p(logits, [s.min_p for s in settings])
     logits = keep_top_k(logits, [s.top_k for s in settings])
     probabilities = keep_top_p(logits.softmax(dim=-1), [s.top_p for s in settings])
     rows = zip(probabilities, generators, strict=True)
     return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+def keep_min_p(logits: Tensor, min_p: list[float]) -> Tensor:
+    """Logits (B, V), -inf where the probability is below `min_p` times that of the row's likeliest; 0 keeps all.
+
+    From Nguyen et al. 2024, Turning Up the Heat: Min-p Sampling.
+    """
+    if not any(min_p):
+        return logits
+    least = logits.amax(dim=-1, keepdim=True) + torch.tensor(min_p, device=logits.device).log()[:, None]
+    return logits.masked_fill(logits < least, -torch.inf)
 
 
 def keep_top_k(logits: Tensor, top_k: list[int]) -> Tensor:
@@ -296,11 +332,20 @@ class Reply:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop_ids: set[int], stop_texts: list[str] | tuple = (), start: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop_ids: set[int],
+        stop_texts: list[str] | tuple = (),
+        start: bool = True,
+        shown: dict[int, str] | None = None,
     ):
-        """start: the answer begins a text; False: it continues one, and a space at its beginning counts."""
+        """start: the answer begins a text; False: it continues one, and a space at its beginning counts.
+
+        shown: special tokens (ids with their texts) that are part of the text; the others are not.
+        """
         self.text, self.pieces, self.done, self.stopped, self.length = "", [], False, False, 0
         self._decoder, self._stop_ids, self._stop_texts = StreamDecoder(tokenizer, start=start), stop_ids, stop_texts
+        self._shown = shown or {}
 
     def push(self, id: int) -> None:
         """Take the next token."""
@@ -310,7 +355,10 @@ class Reply:
             self.stopped = True
             return
         self.pieces.append("")
-        self._append(self._decoder.push(id))
+        if id in self._shown:
+            self._append(self._decoder.flush() + self._shown[id])
+        else:
+            self._append(self._decoder.push(id))
 
     def finish(self) -> None:
         """End the answer, if it has not ended: what its last tokens left unfinished becomes text."""

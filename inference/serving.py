@@ -157,18 +157,19 @@ def make_tasks(
     top: int | None = None,
     echo: bool = False,
     start: bool = False,
+    shown: dict[int, str] | None = None,
 ) -> list[Task]:
     """n tasks that answer one prompt. Raises UserError if it is empty or too long.
 
     writer: a `writer.Writer`. asked: has the settings of a `Row` as attributes, and seed (None for a random one) and
     stop. top: as in `Row`. echo: also compute the prompt's log-probabilities (of the first task: they are the same for
-    all). start: as in `Reply`.
+    all). start, shown: as in `Reply`.
     """
     room_for(ids, asked.max_new_tokens, writer.model.config.max_position_embeddings)
     seed = random.SystemRandom().randrange(2**62) if asked.seed is None else asked.seed
     tasks = []
     for i in range(n):
-        reply = Reply(writer.tokenizer, writer.stop_ids, asked.stop, start=start)
+        reply = Reply(writer.tokenizer, writer.stop_ids, asked.stop, start, shown)
         scored = echo and top is not None and i == 0
         tasks.append(Task(list(ids), reply, asked, (seed + i) % 2**63, top, scored))
     return tasks

@@ -5,7 +5,11 @@ In the order in which data goes through them; start with rendering.py:
 mixture.py          which sources, with weights, filters and few-shot examples, from the command line or YAML
 reading.py          files to rows (JSON, JSON Lines, CSV, Parquet, Hugging Face datasets); a new format is a function
                     and a line in `FORMATS`
-records.py          a row to a dialog: which columns mean what
+columns.py          values of columns, and templates over them
+shapes.py           which columns mean what, by their names; a new shape of rows is a line in `SHAPES`
+dialects.py         conversations in other notations (ShareGPT's, Hermes')
+multiple_choice.py  choices in an order, and the letter of the right one
+records.py          a row to a record: its conversation, and what is to be counted of it
 filtering.py        a row to a record, and the filters that need one row alone
 cleaning.py         finds duplicates, near-duplicates and leaked benchmark items; repetition
 benchmarks.py       the samples that must not be trained on
@@ -18,6 +22,7 @@ prepared_folder.py  the files that are written: samples and data.json
 report.py           report.html, with histogram.py (lengths as SVG) and markup.py (text made visible)
 show.py             samples on the terminal
 
-A file may import those named before it: reading.py, records.py, mixture.py, cleaning.py, workers.py, rendering.py,
-filtering.py, record_store.py, benchmarks.py, dropping.py, sampling.py, prepared_folder.py, report.py.
+A file may import those named before it: reading.py, columns.py, shapes.py, dialects.py, multiple_choice.py, records.py,
+mixture.py, cleaning.py, workers.py, rendering.py, filtering.py, record_store.py, benchmarks.py, dropping.py,
+sampling.py, markup.py, prepared_folder.py, report.py.
 """

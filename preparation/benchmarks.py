@@ -8,10 +8,9 @@ from preparation import cleaning
 from preparation.mixture import Source
 from preparation.reading import BadRow, read_rows
 from preparation.record_store import Records
-from preparation.records import to_record
+from preparation.records import is_target, message_text, to_record
 from shell.cli import UserError
 from shell.files import sha256
-from text.prompts import check_dialog
 
 
 class BenchmarkSample(NamedTuple):
@@ -30,11 +29,10 @@ def read_benchmarks(sources: list[Source], seed: int) -> list[BenchmarkSample]:
         for row in read_rows(source, lambda share: None):
             try:
                 record = to_record(source, row, seed)
-                check_dialog(record["messages"], last="assistant")
             except (BadRow, UserError) as error:
                 raise UserError(f"{row.place}: {error}") from None
-            answers = [message["content"] for message in record["messages"] if message["role"] == "assistant"]
-            samples.append(BenchmarkSample(row.file, row.place, record["key"], "\n".join(answers)))
+            answer = "\n".join(message_text(message) for message in record["messages"] if is_target(message))
+            samples.append(BenchmarkSample(row.file, row.place, record["key"], answer))
     return samples
 
 

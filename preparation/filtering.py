@@ -3,25 +3,28 @@
 Duplicates, which only a look at all rows can find, are for dropping.py.
 """
 
+import json
 import pickle
 from typing import NamedTuple
 
 from preparation import cleaning
 from preparation.reading import BadRow, Row
-from preparation.records import to_record
+from preparation.records import is_target, message_text, to_record
 from preparation.rendering import limit_of, render_record
 from preparation.workers import Context
 from shell.cli import UserError
-from text.prompts import check_dialog
+from text.messages import joined
 
-TEMPLATE_TOKENS = 256  # that a prompt style may add to a sample's text, at most
+TEMPLATE_TOKENS = 256  # that a prompt style may add to the text of a question and its answer, at most
+TURN_TOKENS = 32  # and to that of each further message
 
 
 class FilteredRow(NamedTuple):
     """A row after the filters. bad: what is wrong with it; then there is nothing else but its place.
 
-    record: {"id": place, "key": its prompt (its answers, if that is blank), "messages": dialog}, pickled.
-    answer_length: characters of its answers. prompt_hash: 64 bits, of the key. reason: why it is dropped, or "".
+    record: as `records.to_record` has it, with "id", its place; "key" is its answers, if its prompt is blank; pickled.
+    facts: what is to be counted of it, {(group, name): times}. answer_length: characters of its answers. prompt_hash:
+    64 bits, of all that it is to be answered from. reason: why it is dropped, or "".
     of: the place of the benchmark sample whose words it has; detail: those words. signature: its MinHash as bytes, if
     one is wanted.
     """
@@ -29,6 +32,7 @@ class FilteredRow(NamedTuple):
     place: str
     bad: str = ""
     record: bytes = b""
+    facts: dict[tuple[str, str], int] | None = None
     answer_length: int = 0
     prompt_hash: int = 0
     reason: str = ""
@@ -47,25 +51,29 @@ def _filter_row(context, source, row):
     s = context.settings
     try:
         record = {"id": row.place, **to_record(source, row, s.seed)}
-        check_dialog(record["messages"], last="assistant")
+        facts = dict(record.pop("facts"))
         if source.few_shot[1]:
             _check_single(record)
+        if "style" in record:
+            _check_style(record, source)
     except (BadRow, UserError) as error:
         return FilteredRow(row.place, bad=str(error))
-    answer = "\n".join(m["content"] for m in record["messages"] if m["role"] == "assistant")
+    answer = "\n".join(message_text(message) for message in record["messages"] if is_target(message))
     if not record["key"].strip():
         record["key"] = answer  # of a text without a prompt
     needs_words = s.near_duplicates or context.ngrams or _has_word_filters(s, source)
     prompt_words, answer_words = (cleaning.words(text) if needs_words else [] for text in (record["key"], answer))
     data = pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
-    reason, of, detail = _why_dropped(context, source, record, data, prompt_words, answer_words), None, None
+    reason = _why_unusable(record, facts) or _why_dropped(context, source, record, data, prompt_words, answer_words)
+    of = detail = None
     if not reason and context.ngrams and (found := _find_leak(context, record, prompt_words, answer_words)):
         reason, of, detail = "words of a benchmark", context.places[found[0]], found[1]
     return FilteredRow(
         place=row.place,
         record=data,
+        facts=facts,
         answer_length=len(answer),
-        prompt_hash=cleaning.prompt_hash(record["key"]),
+        prompt_hash=_hash_of(record),
         reason=reason,
         of=of,
         detail=detail,
@@ -74,19 +82,37 @@ def _filter_row(context, source, row):
 
 
 def _check_single(record):
-    """Raise UserError unless a record is one question and one answer, as few_shot needs it."""
-    if [message["role"] for message in record["messages"]] != ["user", "assistant"]:
-        raise UserError("few_shot needs samples of one question and one answer")
+    """Raise UserError unless a record is one question and one answer in words, as few_shot needs it."""
+    question, *answer = record["messages"]
+    simple = [question["role"], *(message["role"] for message in answer)] == ["user", "assistant"]
+    if not simple or record.keys() & {"tools", "document"} or answer[0].keys() & {"thinking", "tool_calls"}:
+        raise UserError("few_shot needs samples of one question and one answer, without thinking or tools")
+
+
+def _check_style(record, source):
+    """Raise UserError for a record that has a style of its own, where the user has asked for another."""
+    if source.asked_style not in (None, record["style"]):
+        raise UserError(
+            f"a row of raw text is rendered in the style {record['style']}, but its prompt_style is given as "
+            f"{source.asked_style}: leave that out, or say which column is the prompt"
+        )
+
+
+def _hash_of(record):
+    """The hash by which duplicates are found: of the key, and of the tools and the like if there are any."""
+    more = [json.dumps(record[part], sort_keys=True) for part in ("tools", "template_args") if part in record]
+    return cleaning.prompt_hash("\n".join([record["key"], *more]))
 
 
 def _find_leak(context, record, prompt_words, answer_words):
     """The number of the benchmark text of which a record has enough words in a row, and those words; or None.
 
-    Searched are the user's messages and the answers; a system message is often the same in all samples.
+    Searched are the messages of the user and of tools, and the answers; a system message is often the same in all
+    samples.
     """
     if any(message["role"] == "system" for message in record["messages"]):
-        users = (m for m in record["messages"] if m["role"] == "user")
-        prompt_words = cleaning.words("\n".join(m["content"] + "\n" + (m.get("input") or "") for m in users))
+        asked = (message for message in record["messages"] if message["role"] in ("user", "tool"))
+        prompt_words = cleaning.words("\n".join(map(joined, asked)))
     found = context.ngrams.find(prompt_words)
     if found is None and len(answer_words) >= context.settings.leak_words:
         return context.ngrams.find(answer_words)
@@ -97,11 +123,16 @@ def _has_word_filters(s, source):
     return limit_of(source, s, "min_words") > 0 or limit_of(source, s, "max_repetition") < 1
 
 
+def _why_unusable(record, facts):
+    """Why nothing of a row can be a target, or ""."""
+    if any(map(is_target, record["messages"])):
+        return ""
+    return "empty answer" if facts.get(("answers", "empty")) else "no answer to train on"
+
+
 def _why_dropped(context, source, record, data, prompt_words, answer_words):
-    """Why a row is not fit to train on, or ""."""
+    """Why a row's text is not fit to train on, or ""."""
     s = context.settings
-    if not record["messages"][-1]["content"].strip():
-        return "empty answer"
     if _has_word_filters(s, source):
         if len(prompt_words) + len(answer_words) < limit_of(source, s, "min_words"):
             return "too few words"
@@ -116,12 +147,19 @@ def _why_too_long(context, source, record, data):
 
     Only what may be too long is tokenised here: a token has at least a byte.
     """
-    texts = [(m["role"], m["content"] + (m.get("input") or "")) for m in record["messages"]]
-    answers = sum(len(text.encode()) for role, text in texts if role == "assistant")
-    everything = sum(len(text.encode()) for _, text in texts)
     most = limit_of(source, context.settings, "max_tokens")
-    answers_fit = answers + TEMPLATE_TOKENS <= context.settings.max_seq_length
-    if answers_fit and (not most or everything + TEMPLATE_TOKENS <= most):
+    if "document" in record and not most:
+        return ""  # it is cut into pieces
+    answers = [message for message in record["messages"] if message["role"] == "assistant"]
+    answers_fit = _most_tokens(record, answers) <= context.settings.max_seq_length
+    if answers_fit and (not most or _most_tokens(record, record["messages"]) <= most):
         return ""
     rendered = render_record(context, source, data, [])
-    return "" if rendered.ids else rendered.outcome.partition(": ")[0]
+    return "" if rendered.samples else rendered.outcome.partition(": ")[0]
+
+
+def _most_tokens(record, messages):
+    """A number of tokens that some messages of a record cannot exceed, with its tools and what a style adds."""
+    tools = len(json.dumps(record["tools"])) if "tools" in record else 0
+    texts = sum(len(message_text(message).encode()) for message in messages)
+    return texts + 2 * tools + TEMPLATE_TOKENS + TURN_TOKENS * (len(record["messages"]) - 2)

@@ -19,13 +19,14 @@ import math
 import os
 import re
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from preparation.reading import FORMATS, format_of
-from preparation.records import parse_template
+from preparation.columns import columns_in, is_template, parse_template
+from preparation.reading import FORMATS, check_encoding, format_of
 from shell.cli import UserError
 
 
@@ -37,12 +38,16 @@ class Source:
         name: What reports call it; unique.
         path: Files, in the order in which they are read; or text: a Hugging Face dataset's name or folder.
         format: A key of `FORMATS`; by the ending of each file if not given.
-        fields: Where the parts of a sample are. "prompt", "answer" and, if wanted, "input": the name of a column, or a
-            template over columns such as "{context} {question}" ({{ and }} for braces). Or "messages": the name of a
-            column. With "choices" (the name of a column with a list, or a list of columns) and "label" (the name of
-            the column with the right one's index from 0, letter or text) it is multiple choice: {choices} in the
-            prompt is "A. …\\nB. …", added at its end if no template has it; the answer is a template over {letter}
-            and {choice} (the right one's), "{letter}" if not given. If None, the names in `FIELD_NAMES` are tried.
+        fields: Where the parts of a sample are: for each the name of a column, or a template over columns such as
+            "{context} {question}" ({{ and }} for braces). "prompt" and "answer", perhaps with "input", "thinking" and
+            "history" (a list of pairs); or "messages"; or "text", which is raw. With "choices" (the name of a column
+            with a list, or a list of columns) and "label" (the name of the column with the right one's index from 0,
+            letter or text) in place of an answer it is multiple choice: {choices} in the prompt is "A. …\\nB. …",
+            added at its end if no template has it; the answer is a template over {letter} and {choice} (the right
+            one's), "{letter}" if not given. "system" and "tools" go with all but text. If None, the names of the
+            columns tell (shapes.py).
+        ignore: Keys of messages, and columns with a meaning, that are left out and counted.
+        encoding: Of its text files, as Python calls it; UTF-8 if not given.
         shuffle_choices: Give the choices of each sample an order of their own.
         prompt_style: How its prompts are rendered, if not as all.
         weight: Its share when mixing; not together with `samples`.
@@ -59,6 +64,8 @@ class Source:
     path: list[Path] | str
     format: str | None = None
     fields: dict[str, str | list[str]] | None = None
+    ignore: tuple[str, ...] = ()
+    encoding: str | None = None
     shuffle_choices: bool = True
     prompt_style: str | None = None
     weight: float | None = None
@@ -70,14 +77,21 @@ class Source:
     config: str | None = None
     split: str = "train"
     rows_hash: str | None = field(default=None, init=False)  # SHA-256 of a dataset's rows, once they are read
+    asked_style: str | None = field(default=None, init=False)  # the prompt style that the user named for it
 
 
-def find_sources(data: list[str], fields: dict[str, str] | None = None, flag: str = "data") -> list[Source]:
+def find_sources(
+    data: list[str],
+    fields: dict[str, str | list[str]] | None = None,
+    ignore: Iterable[str] = (),
+    encoding: str | None = None,
+    flag: str = "data",
+) -> list[Source]:
     """The sources that a list of texts names: one each, or those of a mixture's YAML file, which must be the only text.
 
     A text is a file; a glob, one source of all its files, sorted; a folder that holds a dataset; or a Hugging Face
-    dataset as ORG/NAME or ORG/NAME/CONFIG. After the last two :SPLIT may follow if it is not "train". fields: as in
-    `Source`, for all of them. flag: what the user calls the list. Raises UserError.
+    dataset as ORG/NAME or ORG/NAME/CONFIG. After the last two :SPLIT may follow if it is not "train". fields, ignore,
+    encoding: as in `Source`, for all of them. flag: what the user calls the list. Raises UserError.
     """
     if not data:
         raise UserError(f"--{flag} is empty: name at least one file")
@@ -86,12 +100,47 @@ def find_sources(data: list[str], fields: dict[str, str] | None = None, flag: st
         raise UserError(f"--{flag} {mixture}: a mixture cannot be given with other data: name that in it")
     if mixture and fields:
         raise UserError(f"--{flag} {mixture}: a mixture names its fields itself, with fields under a source")
-    if mixture:
-        return read_mixture(mixture)
+    _check_flags(fields, tuple(ignore), encoding)
+    sources = read_mixture(mixture) if mixture else _sources_of(data, fields or None, flag)
+    for source in sources:
+        source.ignore = tuple(dict.fromkeys([*source.ignore, *ignore]))
+        source.encoding = source.encoding or (encoding if _is_text_file(source) else None)
+        _check_not_both(source)
+    if encoding and not any(source.encoding for source in sources):
+        raise UserError(f"--encoding {encoding}: is for files of text, and --{flag} names none")
+    return sources
+
+
+def _check_flags(fields, ignore, encoding):
+    """Raise UserError, which names the flag, for fields, keys to ignore, or an encoding that cannot be."""
     try:
-        _check_fields(fields)
+        _check_fields(fields or None)
     except UserError as error:
-        raise UserError(f"--prompt_field, --input_field and --answer_field: {error}") from None
+        raise UserError(f"--fields: {error}") from None
+    if not all(map(_is_text, ignore)):
+        raise UserError("--ignore: expected names of columns and of keys, one is empty")
+    if encoding is not None:
+        try:
+            check_encoding(encoding)
+        except UserError as error:
+            raise UserError(f"--encoding {error}") from None
+
+
+def _check_not_both(source):
+    """Raise UserError for a column that is named in both `fields` and `ignore`."""
+    for part, value in (source.fields or {}).items():
+        if twice := columns_in(value) & set(source.ignore):
+            raise UserError(f"source {source.name}: {sorted(twice)[0]} is to be ignored, and is its {part} in fields")
+
+
+def _is_text_file(source):
+    """Whether any of a source's files is of a format with an encoding."""
+    paths = source.path if isinstance(source.path, list) else []
+    return any((source.format or format_of(path)) != "parquet" for path in paths)
+
+
+def _sources_of(data, fields, flag):
+    """A source for each text of `data`, which is no mixture."""
     sources = []
     for text in data:
         try:
@@ -134,7 +183,11 @@ def _to_source(entry, folder, names):
     few_shot = entry.get("few_shot", 0)
     few_shot = tuple(few_shot) if isinstance(few_shot, list) else (few_shot, few_shot)
     name = free_name(found["path"] if of_dataset else texts[0], names)
-    return Source(**{"name": name, **entry, **found, "few_shot": few_shot})
+    more = {"few_shot": few_shot, "ignore": tuple(entry.get("ignore", ()))}
+    source = Source(**{"name": name, **entry, **found, **more})
+    if source.encoding and not _is_text_file(source):
+        raise UserError(f"encoding: is for files of text, and {texts[0]} is none")
+    return source
 
 
 # -------------------------------------------------------------------------------------------------- paths and names
@@ -274,6 +327,8 @@ KEYS = {
     "path": (lambda value: _is_text(value) or _is_texts(value), "text or a list of texts"),
     "format": (lambda value: value in list(FORMATS), f"one of {', '.join(FORMATS)}"),
     "fields": (lambda value: isinstance(value, dict), "keys such as prompt and answer"),
+    "ignore": (_is_texts, "a list of names such as [name, images]"),
+    "encoding": (_is_text, "text"),
     "shuffle_choices": (lambda value: isinstance(value, bool), "true or false"),
     "prompt_style": (_is_text, "text"),
     "weight": (lambda value: _is_number(value) and value > 0, "a number above 0"),
@@ -285,7 +340,15 @@ KEYS = {
     "config": (_is_text, "text"),
     "split": (_is_text, "text"),
 }
-FIELDS = ("prompt", "input", "answer", "choices", "label", "messages")
+FIELDS = (
+    "prompt", "input", "answer", "choices", "label", "messages", "text", "system", "tools", "thinking", "history",
+)  # fmt: skip
+BESIDE = {  # the fields that may stand beside those that make a sample
+    ("messages",): ("system", "tools"),
+    ("text",): (),
+    ("prompt", "choices", "label"): ("input", "answer", "system", "tools", "thinking", "history"),
+    ("prompt", "answer"): ("input", "system", "tools", "thinking", "history"),
+}
 
 
 def _check_entry(entry):
@@ -303,6 +366,11 @@ def _check_entry(entry):
         _check_fields(entry.get("fields"))
     except UserError as error:
         raise UserError(f"fields: {error}") from None
+    if "encoding" in entry:
+        try:
+            check_encoding(entry["encoding"])
+        except UserError as error:
+            raise UserError(f"encoding: {error}") from None
 
 
 def _check_fields(fields):
@@ -310,21 +378,30 @@ def _check_fields(fields):
     if fields is None:
         return
     _check_known(fields, FIELDS)
-    needed = ["prompt", "choices", "label"] if "choices" in fields or "label" in fields else ["prompt", "answer"]
-    if "messages" in fields and len(fields) > 1:
-        raise UserError("messages: is the whole dialog, so it excludes other fields")
-    for name in needed if "messages" not in fields else []:
+    kinds = {"messages": ("messages",), "text": ("text",)} | dict.fromkeys(("choices", "label"), tuple(BESIDE)[2])
+    needed = next((kind for name, kind in kinds.items() if name in fields), ("prompt", "answer"))
+    for name in needed:
         if name not in fields:
             raise UserError(f"{name}: is missing, {' and '.join(needed)} go together")
+    for name in fields:
+        if name not in (*needed, *BESIDE[needed]):
+            raise UserError(f"{name}: has no place beside {' and '.join(needed)}")
     for name, value in fields.items():
-        if not (_is_text(value) or name == "choices" and _is_texts(value, 2)):
-            expected = "a column with a list, or a list of columns" if name == "choices" else "a column or a template"
-            raise UserError(f"{name}: expected {expected}, not {reprlib.repr(value)}")
-        try:
-            for field in value if isinstance(value, list) else [value]:
-                parse_template(field)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
+        _check_field(name, value)
+
+
+def _check_field(name, value):
+    """Raise UserError if a value in `fields` cannot be that part of a sample."""
+    if not (_is_text(value) or name == "choices" and _is_texts(value, 2)):
+        expected = "a column with a list, or a list of columns" if name == "choices" else "a column or a template"
+        raise UserError(f"{name}: expected {expected}, not {reprlib.repr(value)}")
+    try:
+        for field in value if isinstance(value, list) else [value]:
+            parse_template(field)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    if name in ("messages", "tools", "history", "label") and is_template(value):
+        raise UserError(f"{name}: expected a column, and {reprlib.repr(value)} is a template")
 
 
 def _check_known(keys, known):

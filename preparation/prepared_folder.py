@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from preparation.benchmarks import BenchmarkSample, describe_benchmarks
+from preparation.markup import harmless
 from preparation.mixture import Source, free_name
 from preparation.record_store import Records, TokenizedSamples
 from shell.cli import UserError
@@ -21,6 +22,8 @@ CLEANING = (  # settings that data.json keeps, as the steps of the cleaning
     "skip_bad", "min_words", "max_repetition", "leak_words", "drop_duplicates", "near_duplicates", "similar",
     "leak_cosine", "max_tokens",
 )  # fmt: skip
+UNTRAINED = ("empty", "masked (weight 0)")  # kinds of answers
+REMARKABLE = ("samples", "left out by --ignore", "rendering")  # groups of contents that the terminal shows
 
 
 # ------------------------------------------------------------------------------------------------ where it goes
@@ -87,8 +90,11 @@ def write_folder(s: Any, folder: Path, prepared: Prepared) -> dict:
         **({"chat_template_hash": tokenizer.template_hash()} if in_template else {}),
         "checkpoint_dir": str(s.checkpoint_dir),
         "prompt_style": prepared.style,
+        "template_args": s.template_args,
         "max_seq_length": s.max_seq_length,
+        "overlap": s.overlap,
         "mask_prompt": s.mask_prompt,
+        "answers": s.answers,
         "cleaning": {name: getattr(s, name) for name in CLEANING},
         "mix_by": s.mix_by,
         "mix_size": s.mix_size,
@@ -116,17 +122,28 @@ def _describe_source(prepared, number):
     source, records, samples = prepared.sources[number], prepared.records, prepared.samples
     mine = prepared.train[samples.sources()[prepared.train] == number]
     kept = records.kept() & (np.array(records.sources, np.int64) == number)
-    used = ("fields", "prompt_style", "weight", "samples", "few_shot", "min_words", "max_tokens", "max_repetition")
+    used = ("fields", "ignore", "encoding", "prompt_style", "weight", "samples", "few_shot", "min_words", "max_tokens",
+            "max_repetition")  # fmt: skip
     return {
         **_input_files(source),
-        **{name: value for name in used if (value := getattr(source, name)) not in (None, (0, 0))},
+        **{name: value for name in used if (value := getattr(source, name)) not in (None, (), (0, 0))},
         **({} if source.shuffle_choices else {"shuffle_choices": False}),
         "counts": {**records.counts[number], "kept": int(kept.sum()), "mixed": len(mine)},
         "held_back": int((prepared.in_val & kept).sum()),
         "prompts_cut": records.cut[number],
+        "contents": _describe_contents(records, number),
         "tokens": int(samples.lengths()[mine].sum()),
         "targets": int(samples.target_counts()[mine].sum()),
     }
+
+
+def _describe_contents(records, number):
+    """{group: {name: how often}}: what the rows of a source hold, and under "rendering" what became of it."""
+    groups = {}
+    for (group, name), times in records.facts[number].items():
+        groups.setdefault(group, {})[name] = times
+    notes = {name: times for name, times in records.notes[number].items() if times}
+    return {**dict(sorted(groups.items())), **({"rendering": notes} if notes else {})}
 
 
 def _input_files(source):
@@ -150,6 +167,8 @@ def print_summary(s: Any, info: dict, samples: TokenizedSamples) -> None:
     for source in info["sources"]:
         counts = {**source["counts"], "with a cut prompt": source["prompts_cut"]}
         print(f"{source['name']}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
+        if remarks := _remarks(source["contents"]):
+            print("  " + "; ".join(remarks))
     lengths = samples.lengths()
     length = f"median {np.median(lengths):.0f}, longest {lengths.max()}"
     print(f"prompt style {info['prompt_style']}; tokens a sample: {length}")
@@ -159,6 +178,17 @@ def print_summary(s: Any, info: dict, samples: TokenizedSamples) -> None:
         f"written to {s.out_dir}, with report.html; next: python finetune.py --checkpoint_dir {s.checkpoint_dir} "
         f"--data_dir {s.out_dir}"
     )
+
+
+def _remarks(contents):
+    """What a user should know of a source's contents, in words: what was left out or changed."""
+    answers = {name: times for name, times in contents.get("answers", {}).items() if name in UNTRAINED}
+    groups = {"answers": answers} | {name: contents.get(name, {}) for name in REMARKABLE}
+    return [
+        harmless(f"{group}: " + ", ".join(f"{times:,} {name}" for name, times in counts.items()))
+        for group, counts in groups.items()
+        if counts
+    ]
 
 
 def describe_counts(records: Records) -> str:

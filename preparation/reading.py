@@ -3,7 +3,7 @@
 A row that is wrong is a `BadRow`, which the caller may make an error or count; where the rest of a file is unreadable,
 a `UserError` is raised. records.py finds out what a row means.
 
-To add a format: a function `(path, progress) -> (number, data), …` and a line in `FORMATS`.
+To add a format: a function `(path, progress, encoding) -> (number, data), …` and a line in `FORMATS`.
 """
 
 import codecs
@@ -67,10 +67,12 @@ def read_rows(source: Any, progress: Progress, skip_bad: bool = False) -> Iterat
     sizes = [path.stat().st_size for path in source.path]
     total, before = max(1, sum(sizes)), 0
     for path, size in zip(source.path, sizes, strict=True):
-        rows, unit = FORMATS[source.format or format_of(path)]
-        number = 0
+        format, number = source.format or format_of(path), 0
+        rows, unit = FORMATS[format]
         try:
-            for number, data in rows(path, lambda share, a=before, b=size: progress((a + share * b) / total)):
+            rows, unit = FORMATS[_format_by_content(path, format, source.encoding)]
+            share_of_all = lambda share, a=before, b=size: progress((a + share * b) / total)  # noqa: E731
+            for number, data in rows(path, share_of_all, source.encoding):
                 yield Row(str(path), number, data, unit)
             if number == 0:
                 raise UserError(f"{path} is empty: it holds no row")
@@ -105,27 +107,72 @@ def _pieces(path, progress, read):
             raise UserError(f"{path} cannot be read to its end: {error}") from None
 
 
-def _lines(path, progress):
-    """Yield each line of a file as bytes, without a byte order mark."""
+def _lines(path, progress, encoding):
+    """Yield each line of a file as bytes of UTF-8, without a byte order mark. encoding: as `_texts` takes it."""
+    if encoding:
+        yield from _split_lines(_texts(path, progress, encoding))
+        return
     for i, lines in enumerate(_pieces(path, progress, lambda file: file.readlines(CHUNK))):
         if i == 0:
             lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
         yield from lines
 
 
-def read_json_lines(path: Path, progress: Progress) -> Iterator[tuple[int, bytes]]:
+def _split_lines(texts):
+    """Yield the lines of a text in pieces, as UTF-8."""
+    begun = []  # the parts of the line at hand
+    for text in texts:
+        first, *more = text.split("\n")
+        begun.append(first)
+        for part in more:
+            yield ("".join(begun) + "\n").encode()
+            begun = [part]
+    if last := "".join(begun):
+        yield last.encode()
+
+
+def _format_by_content(path, format, encoding):
+    """The format of a file: of JSON and JSON Lines, which are often taken for each other, the one that it holds."""
+    if format not in ("json", "jsonl"):
+        return format
+    line, end, _ = _beginning(path, encoding).partition("\n")
+    if not line or line[0] in "[\ufffd":  # the latter stands for what is not UTF-8, as the format's reader will say
+        return "json" if line[:1] == "[" else format
+    if format == "json" and (line[0] != "{" or (end and not line.rstrip().endswith("}"))):
+        number = next(i for i, text in enumerate(_lines(path, _no_progress, encoding), 1) if text.strip())
+        raise UserError(
+            f"{path}, item 1 (line {number}): not valid JSON: expected a list of objects, or an object on each line"
+        )
+    return "jsonl"
+
+
+def _beginning(path, encoding):
+    """The first piece of a file's text that is not blank, without white space before it."""
+    if encoding:
+        texts = _texts(path, _no_progress, encoding)
+    else:
+        pieces = _pieces(path, _no_progress, lambda file: file.read(CHUNK))
+        texts = (piece.removeprefix(codecs.BOM_UTF8).decode(errors="replace") for piece in pieces)
+    return next(filter(None, (text.lstrip() for text in texts)), "")
+
+
+def _no_progress(share):
+    pass
+
+
+def read_json_lines(path: Path, progress: Progress, encoding: str | None = None) -> Iterator[tuple[int, bytes]]:
     """Yield (line, the line's bytes) for each line of a JSON Lines file that is not blank."""
-    for number, line in enumerate(_lines(path, progress), start=1):
+    for number, line in enumerate(_lines(path, progress, encoding), start=1):
         if line.strip():
             yield number, line
 
 
-def read_json_list(path: Path, progress: Progress) -> Iterator[tuple[int, bytes]]:
+def read_json_list(path: Path, progress: Progress, encoding: str | None = None) -> Iterator[tuple[int, bytes]]:
     """Yield (item, its bytes) for each item of a JSON file that holds a list.
 
     What is in memory is a piece of the file, or an item if that is longer, twice.
     """
-    texts = _texts(path, progress)
+    texts = _texts(path, progress, encoding)
     buffer, position, number, line, ended = "", 0, 0, 1, False
     while True:
         try:
@@ -174,28 +221,54 @@ def _find_item(text, position, number):
     return begin, _SCANNER.raw_decode(text, begin)[1]
 
 
-def _texts(path, progress):
-    """Yield a UTF-8 file's text in pieces, none of them empty."""
-    decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
+def _texts(path, progress, encoding):
+    """Yield a file's text in pieces, none of them empty, without a byte order mark.
+
+    encoding: a name that `check_encoding` passes; UTF-8 if None.
+    """
+    decoder, line = codecs.getincrementaldecoder(encoding or "utf-8-sig")(), 1
     for piece in itertools.chain(_pieces(path, progress, lambda file: file.read(CHUNK)), [b""]):
         try:
             text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
-            line += error.object.count(b"\n", 0, error.start)
-            raise UserError(f"{path}:{line}: not UTF-8 text: byte {error.object[error.start]:#04x}") from None
+            line += error.object[: error.start].decode(encoding or "utf-8", "replace").count("\n")
+            hint = "; see --encoding" if encoding else encoding_hint(error.object)
+            raise UserError(
+                f"{path}:{line}: not {encoding or 'UTF-8'} text: byte {error.object[error.start]:#04x}{hint}"
+            ) from None
+        except UnicodeError as error:  # of UTF-16 and UTF-32 without a mark at their start
+            raise UserError(f"{path}:{line}: not {encoding} text: {error}; see --encoding") from None
         line += text.count("\n")
-        if text:
+        if text := text.removeprefix("\ufeff") if encoding else text:
             yield text
 
 
-def read_csv(path: Path, progress: Progress, delimiter: str = ",") -> Iterator[tuple[int, dict | BadRow]]:
+def encoding_hint(data: bytes) -> str:
+    """The end of a message that bytes are not UTF-8: what to do."""
+    known = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "cp1252"
+    return f"; name the file's encoding with --encoding (or encoding in a mixture), such as {known}"
+
+
+def check_encoding(name: str) -> None:
+    """Raise UserError unless Python knows a text encoding of that name."""
+    try:
+        text = codecs.getincrementaldecoder(name)().decode(b"", final=True)
+    except (LookupError, TypeError, ValueError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f"{name}: no text encoding of that name, expected one such as utf-8, utf-16, cp1252, latin-1")
+
+
+def read_csv(
+    path: Path, progress: Progress, encoding: str | None = None, delimiter: str = ","
+) -> Iterator[tuple[int, dict | BadRow]]:
     """Yield (first line, columns by name) for each row of a CSV file whose first row names the columns.
 
     Quotes are as spreadsheets and pandas write them, also with tabs. A column without a name is left out.
     """
     csv.field_size_limit(LONGEST_FIELD)
-    broken = []  # the lines of the row at hand that are not UTF-8
-    reader = csv.reader(_decode_lines(_lines(path, progress), broken), delimiter=delimiter, strict=True)
+    broken = []  # what is wrong with the lines of the row at hand that are not UTF-8
+    reader = csv.reader(_decode_lines(_lines(path, progress, encoding), broken), delimiter=delimiter, strict=True)
     header, end = None, 0
     while True:
         try:
@@ -208,10 +281,10 @@ def read_csv(path: Path, progress: Progress, delimiter: str = ",") -> Iterator[t
         if not problem and not broken and (not row or len(row) == 1 and not row[0].strip()):
             continue  # a blank line
         if broken:
-            problem = f"line {broken[0]} is not UTF-8 text"
+            problem = broken[0]
             broken.clear()
         elif not problem and any("\0" in field for field in row):
-            problem = "a field holds a NUL character: is this UTF-16?"
+            problem = "a field holds a NUL character: is this UTF-16? Then give --encoding utf-16"
         if header is None:
             named = [name for name in row if name]
             twice = next((name for name in named if named.count(name) > 1), None)
@@ -225,12 +298,13 @@ def read_csv(path: Path, progress: Progress, delimiter: str = ",") -> Iterator[t
 
 
 def _decode_lines(lines, broken):
-    """Yield lines as text; the numbers of those that are not UTF-8 are added to the list `broken`."""
+    """Yield lines as text; what is wrong with those that are not UTF-8 is added to the list `broken`."""
     for number, line in enumerate(lines, start=1):
         try:
             text = line.decode()
-        except UnicodeDecodeError:
-            broken.append(number)
+        except UnicodeDecodeError as error:
+            byte = f"byte {line[error.start]:#04x}"
+            broken.append(f"line {number} is not UTF-8 text: {byte}{encoding_hint(line)}")
             text = line.decode(errors="replace")
         yield text
 
@@ -240,8 +314,8 @@ def count(items: Sized, what: str) -> str:
     return f"{len(items)} {what}" + ("s" if len(items) != 1 else "")
 
 
-def read_parquet(path: Path, progress: Progress) -> Iterator[tuple[int, dict | BadRow]]:
-    """Yield (row, columns by name) for each row of a parquet file."""
+def read_parquet(path: Path, progress: Progress, encoding: None = None) -> Iterator[tuple[int, dict | BadRow]]:
+    """Yield (row, columns by name) for each row of a parquet file, whose texts are always UTF-8."""
     cli.check_installed("pyarrow", where=str(path))
     import pyarrow
     import pyarrow.parquet

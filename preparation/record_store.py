@@ -28,7 +28,8 @@ class Records:
     """Every row that was read: its record on the disk, and in columns what the passes need to know of it.
 
     sources, answer_lengths (characters), hashes (of prompts): arrays with an element for each. counts: for each source,
-    how many of its rows were read, and dropped for which reason; cut: of how many the prompt had to be cut. leaks: for
+    how many of its rows were read, and dropped for which reason; facts: what its rows hold, how often, a Counter of
+    (group, name); cut: of how many the prompt had to be cut; notes: what rendering has to tell, how often. leaks: for
     the place of a benchmark's sample, how many rows leaked from it. folder: a place on the disk with room for the
     records. names: of the sources. log: an open file, for a line of JSON on each row that is dropped.
     """
@@ -37,8 +38,8 @@ class Records:
         self._texts, self._signatures = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 (nameless)
         self._offsets, self._kept = array("q", [0]), array("b")
         self.sources, self.answer_lengths, self.hashes = array("i"), array("i"), array("Q")
-        self.names, self.counts, self.cut = names, [Counter() for _ in names], [0 for _ in names]
-        self.leaks, self._log = Counter(), log
+        self.names, self.cut, self.leaks, self._log = names, [0 for _ in names], Counter(), log
+        self.counts, self.facts, self.notes = ([Counter() for _ in names] for _ in range(3))
 
     def __len__(self):
         return len(self.sources)
@@ -52,6 +53,7 @@ class Records:
         self.answer_lengths.append(row.answer_length)
         self.hashes.append(row.prompt_hash)
         self._kept.append(1)
+        self.facts[source].update(row.facts)
         if row.reason:
             self.drop(len(self) - 1, row.reason, of=row.of, detail=row.detail)
 

@@ -1,60 +1,105 @@
-"""From rows to records: the dialog that a row of a source holds, by the usual names or by the source's `fields`.
+"""From rows to records: the conversation that a row of a source holds, by the usual names or by the source's `fields`.
 
-A value in `fields` with a brace in it is a template over the row's columns, "{context} {question}", with {{ and }} for
-braces themselves; any other is a column's name.
+shapes.py finds out which columns mean what, dialects.py reads other notations of a conversation, and text/messages.py
+has the one form that comes out.
 """
 
-import functools
 import json
-import math
 import random
 import re
 import reprlib
-import string
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from preparation.reading import BadRow, Row, count
-
-# Names of prompt, text that it is about, and answer, tried in this order.
-FIELD_NAMES = (("instruction", "input", "output"), ("prompt", None, "completion"), ("question", None, "answer"))
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+from preparation.columns import is_template, kind_of, text_of, value_of
+from preparation.dialects import listed_tools, to_messages, without_nulls
+from preparation.multiple_choice import choices_of, with_choices
+from preparation.reading import BadRow, Row, encoding_hint
+from preparation.shapes import Columns, how_to_ignore, recognise
+from shell.cli import UserError
+from text.messages import change_texts, check_json, is_empty, read_messages, read_tools
 
 
 def to_record(source: Any, row: Row, seed: int) -> dict:
-    """The sample in a row: {"messages": a dialog for prompts.py, "key": the text by which duplicates are found}.
+    """The sample in a row, a dict. Raises BadRow.
 
-    source: a `mixture.Source`. The key is all before the last answer, with the choices of multiple choice in their
-    original order. seed: the order in which they are given follows from it, the source's name, the file's name and the
-    row's number. A dialog under "messages" is only known to be a list of objects. Raises BadRow.
+    - "messages": in the form of text/messages.py, up to the last answer that is a target; "tools" and "template_args"
+      where there are any;
+    - "key": the text by which duplicates are found: all before that answer, with the choices of multiple choice in
+      their original order;
+    - "style" and "document": "plain" and True for raw text, which is an answer to nothing, and may be cut;
+    - "facts": what is to be counted, {(group, name): times}.
+
+    source: a `mixture.Source`. seed: the order in which choices are given follows from it, the source's name, the
+    file's name and the row's number.
     """
+    try:
+        return _to_record(source, row, parse_row(row), seed)
+    except UserError as error:  # text/messages.py's
+        raise BadRow(str(error)) from None
+
+
+def _to_record(source, row, data, seed):
+    columns = columns_of(source, data)
+    facts = defaultdict(int, columns.facts)
+    messages, original = _messages(source, row, data, columns, seed)
+    record = {"messages": _read_messages(messages, source.ignore, facts), **_tools(row, data, columns.fields, facts)}
+    _drop_listed_tools(record, facts)
+    _mend_line_ends(record, facts)
+    end = _weigh_answers(record["messages"], facts)
+    original = record["messages"] if original is messages else read_messages(original)
+    record |= {"messages": record["messages"][:end], "key": _key(original[: end - 1]), "facts": facts}
+    if "text" in columns.fields:
+        return record | {"style": "plain", "document": True}
+    _count(record["messages"], facts)
+    return record
+
+
+def _read_messages(messages, ignored, facts):
+    """The messages in the form of text/messages.py; counts the keys that are left out."""
+    left_out = Counter() if ignored else None
+    messages = read_messages(messages, ignored, left_out)
+    for key, times in (left_out or {}).items():
+        facts["left out by --ignore", key] += times
+    return messages
+
+
+# ------------------------------------------------------------------------------------------------ the row as columns
+
+
+def parse_row(row: Row) -> dict:
+    """The columns of a row. Raises BadRow."""
     if isinstance(row.data, BadRow):
         raise row.data
-    data = parse_object(row.data) if isinstance(row.data, bytes) else row.data
-    fields = source.fields or _usual_fields(data)
-    if "messages" in fields:
-        messages = original = _messages(data, fields["messages"])
-    elif "choices" in fields:
-        choices, right = _choices(data, fields)
-        order = list(range(len(choices)))
-        original = messages = _multiple_choice(data, fields, choices, order, right)
-        if source.shuffle_choices:
-            random.Random(f"{seed}:{source.name}:{Path(row.file).name}:{row.number}").shuffle(order)
-            messages = _multiple_choice(data, fields, choices, order, right)
-    else:
-        messages = original = _question_and_answer(data, fields)
-    texts = [text for message in messages for text in message.values() if isinstance(text, str)]
-    if any(not text.isascii() and _SURROGATE.search(text) for text in texts):
-        raise BadRow("the text holds half a surrogate pair, which is no character")
-    return {"messages": messages, "key": _key(original)}
+    if isinstance(row.data, bytes):
+        return parse_object(row.data, encoding_hint)
+    return row.data
 
 
-def _key(messages):
-    """The contents and inputs before the last answer, a line or more each."""
-    last = max((i for i, message in enumerate(messages) if message.get("role") == "assistant"), default=len(messages))
-    texts = (message.get(part) for message in messages[:last] for part in ("content", "input"))
-    return "\n".join(text for text in texts if isinstance(text, str) and text)
+def columns_of(source: Any, data: dict) -> Columns:
+    """What the columns of a row of a `mixture.Source` mean. Raises BadRow."""
+    names = tuple([name for name, value in data.items() if value is not None and value != []])
+    empty = () if len(names) == len(data) else tuple(name for name, value in data.items() if value in (None, []))
+    fields = source.fields and tuple(
+        (part, tuple(field) if isinstance(field, list) else field) for part, field in source.fields.items()
+    )
+    return recognise(names, empty, fields or None, source.ignore)
+
+
+def describe_row(source: Any, row: Row) -> str:
+    """The shape of a row, in words: "question and answer (columns used: question, answer; unused: id)"."""
+    columns = columns_of(source, parse_row(row))
+    fields = (field if isinstance(field, str) else "|".join(field) for field in columns.fields.values())
+    used = f"columns used: {_listed(fields)}"
+    unused = f"; unused: {_listed(columns.unused)}" if columns.unused else ""
+    return f"{columns.name} ({used}{unused})"
+
+
+def _listed(names, most=12):
+    names = [" ".join(name.split())[:60] for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _no_duplicates(pairs):
@@ -66,19 +111,19 @@ def _no_duplicates(pairs):
     return data
 
 
-def _refuse(constant):
-    raise BadRow(f"not valid JSON: {constant} is no number in it")
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_refuse)
+def parse_object(line: bytes, hint: Callable[[bytes], str] = lambda line: "") -> dict:
+    """The JSON object in a line; NaN and Infinity in it are for the user of the value to refuse. Raises BadRow.
 
-
-def parse_object(line: bytes) -> dict:
-    """The JSON object in a line. Raises BadRow."""
+    hint: gives the end of the message on a line that is not UTF-8.
+    """
     try:
         data = _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
-        raise BadRow(f"not UTF-8 text: byte {line[error.start]:#04x} at column {error.start + 1}") from None
+        byte = f"byte {line[error.start]:#04x} at column {error.start + 1}"
+        raise BadRow(f"not UTF-8 text: {byte}{hint(line)}") from None
     except json.JSONDecodeError as error:
         raise BadRow(f"not valid JSON: {error.msg} at column {error.pos + 1}") from None
     except RecursionError:
@@ -86,111 +131,220 @@ def parse_object(line: bytes) -> dict:
     except ValueError:  # int() refuses texts over sys.get_int_max_str_digits()
         raise BadRow("a number has too many digits") from None
     if not isinstance(data, dict):
-        raise BadRow(f"expected an object with fields, found {_kind(data)}")
+        raise BadRow(f"expected an object with fields, found {kind_of(data)}")
     return data
 
 
-def _kind(value):
-    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+# ---------------------------------------------------------------------------------------------- columns as messages
 
 
-def _usual_fields(data):
-    """The fields of a row as `Source` has them, by the usual names."""
-    if "messages" in data:
-        return {"messages": "messages"}
-    for prompt, extra, answer in FIELD_NAMES:
-        if prompt in data and answer in data:
-            return {"prompt": prompt, "answer": answer, **({"input": extra} if extra in data else {})}
-    raise BadRow(
-        f"no known fields among {reprlib.repr(list(data))}: name them with --prompt_field and --answer_field, or "
-        "under fields in a mixture"
-    )
+def _messages(source, row, data, columns, seed):
+    """(messages, the same with multiple choice's choices in their original order) of a row, not yet checked."""
+    fields = columns.fields
+    if "text" in fields:
+        messages = [_message("user", ""), _message("assistant", text_of(data, fields["text"]))]
+        return messages, messages
+    if "messages" in fields:
+        messages = _with_system(_conversation(row, data, fields["messages"]), data, fields)
+        _check_beginning(data, columns, messages)
+        return messages, messages
+    if "choices" not in fields:
+        messages = _question_and_answer(row, data, fields)
+        return messages, messages
+    choices, right = choices_of(data, fields)
+    order = list(range(len(choices)))
+    original = messages = _question_and_answer(row, *with_choices(data, fields, choices, order, right))
+    if source.shuffle_choices:
+        random.Random(f"{seed}:{source.name}:{Path(row.file).name}:{row.number}").shuffle(order)
+        messages = _question_and_answer(row, *with_choices(data, fields, choices, order, right))
+    return messages, original
 
 
-def _question_and_answer(data, fields):
-    question = {"role": "user", "content": _text(data, fields["prompt"])}
-    if "input" in fields and (given := _text(data, fields["input"])):
-        question["input"] = given
-    return [question, {"role": "assistant", "content": _text(data, fields["answer"])}]
+def _message(role, content):
+    return {"role": role, "content": content}
 
 
-def _text(data, field):
-    """The text that a column's name or a template gives for a row."""
-    if not is_template(field):
-        return _column(data, field, str, "text")
-    return "".join(
-        part if column is None else str(_column(data, column, (str, int, float), "text or a number"))
-        for part, column in parse_template(field)
-    )
-
-
-def _column(data, name, types, expected):
-    """The value in a column, which must be of one of `types` (true and false are no numbers)."""
-    if name not in data:
-        raise BadRow(f"field {name!r} is missing")
-    value = data[name]
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise BadRow(f"field {name!r} must be {expected}, it is {_kind(value)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadRow(f"field {name!r} must be {expected}, it is {value}")
-    return value
-
-
-def is_template(field: str) -> bool:
-    """Whether a field of a mixture is a template, not a column's name."""
-    return "{" in field or "}" in field
-
-
-@functools.cache
-def parse_template(template: str) -> list[tuple[str, str | None]]:
-    """The parts of a template: pairs (literal text, None) or (anything, a column's name). Raises ValueError."""
-    parts = []
-    for text, column in re.findall(r"(\{\{|\}\}|\{([^{}]+)\}|[{}]|[^{}]+)", template):
-        if text in ("{", "}"):
-            raise ValueError(f"template {template!r}: a brace is left open; write {{{{ or }}}} for the brace itself")
-        parts.append((text, column) if column else ({"{{": "{", "}}": "}"}.get(text, text), None))
-    return parts
-
-
-def _messages(data, name):
-    messages = _column(data, name, list, "a list of messages")
-    if not messages or not all(isinstance(message, dict) for message in messages):
+def _conversation(row, data, name):
+    turns = value_of(data, name, list, "a list of messages")
+    if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise BadRow(f"field {name!r} must be a list of messages, each with a role and content")
+    return to_messages(without_nulls(turns) if row.unit == "row" else turns)
+
+
+def _check_beginning(data, columns, messages):
+    """Raise BadRow for a prompt beside a conversation that does not begin with it."""
+    first = next((message.get("content") for message in messages if message.get("role") == "user"), None)
+    if columns.beginning and data[columns.beginning] != first:
+        raise BadRow(
+            f"field {columns.beginning!r} is not the first message of the user in {columns.fields['messages']!r}"
+            + how_to_ignore(columns.beginning)
+        )
+
+
+def _question_and_answer(row, data, fields, ending=""):
+    """The messages of a row with a prompt and an answer; each may be a list of messages, as TRL has them.
+
+    ending: text after the question.
+    """
+    prompt, answer = data.get(fields["prompt"]), data.get(fields["answer"])
+    if isinstance(prompt, list):
+        _refuse_beside_list(data, fields, "prompt", "input", "history", "choices")
+        messages = [_not_trained(message) for message in _conversation(row, data, fields["prompt"])]
+    else:
+        messages = [*_history(data, fields), _message("user", text_of(data, fields["prompt"]) + ending)]
+        if "input" in fields and (given := _optional_text(data, fields["input"])):
+            messages[-1]["input"] = given
+    if isinstance(answer, list):
+        _refuse_beside_list(data, fields, "answer", "thinking")
+        return _with_system([*messages, *_conversation(row, data, fields["answer"])], data, fields)
+    messages.append(_message("assistant", text_of(data, fields["answer"])))
+    if "thinking" in fields and (thinking := _optional_text(data, fields["thinking"])):
+        messages[-1]["thinking"] = thinking
+    return _with_system(messages, data, fields)
+
+
+def _refuse_beside_list(data, fields, part, *others):
+    """Raise BadRow if there are parts of a sample that have no place beside a prompt or answer of messages."""
+    for other in others:
+        if other in fields and (is_template(fields[other]) or other == "choices" or data.get(fields[other])):
+            raise BadRow(f"field {fields[part]!r} is a list of messages, beside which {other} has no place")
+
+
+def _not_trained(message):
+    return {**message, "weight": 0} if message.get("role") == "assistant" else message
+
+
+def _optional_text(data, field):
+    """As `text_of`, but "" where the column is null."""
+    return "" if not is_template(field) and data.get(field, "") is None else text_of(data, field)
+
+
+def _history(data, fields):
+    """The turns before a question: from a list of pairs [question, answer]."""
+    if "history" not in fields or data.get(fields["history"]) is None:
+        return []
+    pairs = value_of(data, fields["history"], list, "a list of pairs [question, answer]")
+    if not all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in pairs):
+        raise BadRow(f"field {fields['history']!r} must be a list of pairs [question, answer], each of two texts")
+    return [_message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+
+
+def _with_system(messages, data, fields):
+    """The messages after the system message that a column holds, if it is not theirs already."""
+    system = _optional_text(data, fields["system"]) if "system" in fields else ""
+    if not system:
+        return messages
+    if messages[0].get("role") != "system":
+        return [_message("system", system), *messages]
+    if messages[0].get("content") != system:
+        raise BadRow(f"field {fields['system']!r} and the conversation's own system message differ")
     return messages
 
 
-def _choices(data, fields):
-    """(texts of the choices, number of the right one, from 0)."""
-    names, label = fields["choices"], fields["label"]
-    if isinstance(names, list):
-        choices = [_text(data, name) for name in names]
-    else:
-        choices = _column(data, names, list, "a list of choices")
-        if not all(isinstance(choice, str) for choice in choices):
-            raise BadRow(f"field {names!r} must hold texts, one of them is something else")
-    if not 2 <= len(choices) <= len(string.ascii_uppercase):
-        raise BadRow(f"{count(choices, 'choice')}: there must be from 2 to {len(string.ascii_uppercase)}")
-    value = _column(data, label, (int, str), "the right choice's index, letter or text")
-    if isinstance(value, int):
-        meant = {value}
-    else:
-        meant = {i for i, choice in enumerate(choices) if choice == value}
-        meant |= {int(value)} if re.fullmatch("[0-9]{1,2}", value) else set()
-        meant |= {string.ascii_uppercase.index(value)} if re.fullmatch("[A-Z]", value) else set()
-    meant = {i for i in meant if 0 <= i < len(choices)}
-    if len(meant) != 1:
-        found = "may mean several" if meant else "is none"
-        raise BadRow(f"field {label!r}: {reprlib.repr(value)} {found} of the {len(choices)} choices")
-    return choices, meant.pop()
+# ------------------------------------------------------------------------------------------------ tools and the like
 
 
-def _multiple_choice(data, fields, choices, order, right):
-    """The dialog with the choices in the order `order` (numbers from 0), the letter following."""
-    letters = string.ascii_uppercase
-    listed = "\n".join(f"{letter}. {choices[i]}" for letter, i in zip(letters, order, strict=False))
-    data = {**data, "choices": listed, "letter": letters[order.index(right)], "choice": choices[right]}
-    messages = _question_and_answer(data, {"answer": "{letter}", **fields})
-    templates = [fields[name] for name in ("prompt", "input") if is_template(fields.get(name, ""))]
-    if not any(column == "choices" for template in templates for _, column in parse_template(template)):
-        messages[0]["content"] += "\n" + listed
-    return messages
+def _tools(row, data, fields, facts):
+    """{"tools", "template_args"} of a row, those that it has."""
+    if "tools" not in fields and "template_args" not in fields:
+        return {}
+    values = {part: data.get(fields[part]) for part in ("tools", "template_args") if part in fields}
+    values = {part: without_nulls(value) if row.unit == "row" else value for part, value in values.items() if value}
+    if "tools" in values:
+        values["tools"] = read_tools(values["tools"])
+        facts["tools", "samples with tools"] += 1
+    if "template_args" in values:
+        name = fields["template_args"]
+        value_of(data, name, dict, "an object")
+        check_json(values["template_args"], f"field {name!r}")
+        facts["samples", "with variables of the chat template"] += 1
+    return {part: value for part, value in values.items() if value}
+
+
+def _drop_listed_tools(record, facts):
+    """Drop tools that the system message lists already: the model would read them twice."""
+    if "tools" not in record:
+        return
+    if {tool["function"]["name"] for tool in record["tools"]} <= listed_tools(record["messages"]):
+        del record["tools"]
+        facts["tools", "samples whose system message has the tools"] += 1
+
+
+_LINE_END = re.compile("\r\n?")
+
+
+def _mend_line_ends(record, facts):
+    """Make \\n of every \\r\\n and \\r: a model would learn to write one or the other by chance."""
+    mended = False
+    for part in ("messages", "tools"):
+        if part in record and any(map(_may_have_return, record[part])):
+            before, record[part] = record[part], change_texts(record[part], lambda text: _LINE_END.sub("\n", text))
+            mended = mended or record[part] != before
+    if mended:
+        facts["samples", "with changed line ends"] += 1
+
+
+def _may_have_return(value):
+    """Whether \\r is in the texts of a message or tool; perhaps also where a text has a backslash and an r."""
+    if len(value) == 2 and "content" in value:
+        return "\r" in value["content"]
+    return "\\r" in json.dumps(value)
+
+
+# --------------------------------------------------------------------------------------------------- answers and key
+
+
+def _weigh_answers(messages, facts):
+    """Count the answers, and give empty ones a weight of 0: nothing is to be learnt from them.
+
+    Returns the number of messages up to the last answer, one to train on if there is any. Raises BadRow without one.
+    """
+    last = end = 0
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "assistant":
+            continue
+        last = number
+        if message.get("weight") == 0:
+            facts["answers", "masked (weight 0)"] += 1
+        elif is_empty(message):
+            facts["answers", "empty"] += 1
+            message["weight"] = 0
+        else:
+            facts["answers", "to train on"] += 1
+            end = number
+    if not last:
+        raise BadRow("no message has the role assistant: there is no answer to train on")
+    if last < len(messages):
+        facts["samples", "that go on after their last answer"] += 1
+    return end or last
+
+
+def is_target(message: dict) -> bool:
+    """Whether a message of a record is an answer to train on."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def message_text(message: dict) -> str:
+    """All text of a message, calls of tools as JSON, a line or more each."""
+    if len(message) == 2:
+        return message["content"]
+    texts = [message.get("thinking"), message["content"], message.get("input")]
+    calls = message.get("tool_calls", ())
+    texts += [f"{call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}" for call in calls]
+    return "\n".join(text for text in texts if text)
+
+
+def _key(messages):
+    return "\n".join(text for message in messages if (text := message_text(message)))
+
+
+def _count(messages, facts):
+    """Count the messages by role, and what else they hold."""
+    for message in messages:
+        facts["messages", message["role"]] += 1
+        if len(message) == 2:
+            continue
+        if calls := message.get("tool_calls"):
+            facts["tools", "calls"] += len(calls)
+        if message.get("thinking"):
+            facts["answers", "with thinking"] += 1

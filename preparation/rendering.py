@@ -1,25 +1,36 @@
-"""A record as tokens: rendered in its source's prompt style, tokenised, cut to length. Done in worker processes."""
+"""A record as tokens: rendered in its source's prompt style, tokenised, cut to length. Done in worker processes.
+
+Most records make one sample. A conversation makes several where a chat template changes earlier turns
+(text/template_style.py), and a document that is too long is cut into pieces.
+"""
 
 import pickle
 from array import array
+from collections import Counter
 from typing import Any, NamedTuple
 
 from preparation.mixture import Source
 from preparation.workers import Context
 from shell.cli import UserError
+from text.messages import is_empty
 from text.prompts import encode_dialog
+from text.segments import Encoded
 from text.tokenizer import Tokenizer
 
 LONGEST_TOKEN = 512  # characters: no vocabulary has a longer one
 
 
 class Rendered(NamedTuple):
-    """A record as tokens. outcome: "whole", "prompt cut", or why there are none. examples: how many stand before it."""
+    """A record as samples of tokens.
+
+    outcome: "whole", "prompt cut", "cut into pieces", or why there are none. samples: (ids, is_target) of each.
+    examples: how many stand before the question. notes: what a reader of the data should know of, counted.
+    """
 
     outcome: str
-    ids: array = array("i")
-    is_target: bytes = b""
+    samples: list[tuple[array, bytes]] = []
     examples: int = 0
+    notes: dict[str, int] = {}
 
 
 def render_records(context: Context, task: list[tuple[int, bytes, list[bytes]]]) -> list[Rendered]:
@@ -30,30 +41,62 @@ def render_records(context: Context, task: list[tuple[int, bytes, list[bytes]]])
 def render_record(context: Context, source: Source, record: bytes, examples: list[bytes]) -> Rendered:
     """One pickled record, with as many of the examples before it as leave it whole."""
     s, record, examples = context.settings, pickle.loads(record), [pickle.loads(example) for example in examples]
-    most = limit_of(source, s, "max_tokens")
+    most, notes = limit_of(source, s, "max_tokens"), Counter()
     try:
         for count in range(len(examples), -1, -1):  # better fewer examples than a question that is cut
-            messages = with_examples(record, examples[:count], source.prompt_style)
-            ids, is_target, outcome = tokenize(context.tokenizer, messages, source.prompt_style, s.max_seq_length)
-            if outcome == "whole" and (not most or len(ids) <= most):
+            notes.clear()
+            encoded, outcome = _encode(context, source, record, examples[:count], notes)
+            if outcome == "whole" and (not most or _longest(encoded) <= most):
                 break
     except UserError as error:
         if not s.skip_bad:
             raise UserError(f"{record['id']}: {error}") from None
         return Rendered(f"cannot be rendered: {error}")
-    cut_below = outcome == "prompt cut" and most and most <= s.max_seq_length
-    if ids and most and (cut_below or len(ids) > most):
-        return Rendered("too many tokens")
-    if not ids:
+    if not encoded:
         return Rendered(outcome)
-    is_target = is_target if s.mask_prompt else [i > 0 for i in range(len(ids))]
-    return Rendered(outcome, array("i", ids), bytes(is_target), count)
+    cut_below = outcome != "whole" and most and most <= s.max_seq_length
+    if most and (cut_below or _longest(encoded) > most):
+        return Rendered("too many tokens")
+    masks = (is_target if s.mask_prompt else [i > 0 for i in range(len(ids))] for ids, is_target in encoded)
+    samples = [(array("i", ids), bytes(mask)) for (ids, _), mask in zip(encoded, masks, strict=True)]
+    return Rendered(outcome, samples, count, {what: number for what, number in notes.items() if number})
+
+
+def _longest(encoded):
+    return max(len(ids) for ids, _ in encoded)
 
 
 def limit_of(source: Source, settings: Any, name: str) -> float | None:
     """A filter's limit: the source's own if it has one, otherwise that of the command line."""
     own = getattr(source, name)
     return getattr(settings, name) if own is None else own
+
+
+def _encode(context, source, record, examples, notes):
+    """As `tokenize`: the samples of a record with some examples before its question, and what was done."""
+    s, style = context.settings, record.get("style", source.prompt_style)
+    messages = with_examples(record, examples, style)
+    if not s.mask_prompt and any(message.get("weight") == 0 and not is_empty(message) for message in messages):
+        raise UserError("a message that is not to be trained on needs --mask_prompt true; or --ignore '[weight]'")
+    if s.answers == "last":
+        messages = with_last_answer(messages)
+    more = {"tools": record.get("tools", ()), "template_args": template_args(s, record, style), "notes": notes}
+    if record.get("document"):
+        [whole] = encode_dialog(context.tokenizer, messages, style, **more)
+        pieces = cut_document(whole.ids, s.max_seq_length, s.overlap, context.tokenizer)
+        return pieces, "whole" if len(pieces) == 1 else "cut into pieces"
+    return tokenize(context.tokenizer, messages, style, s.max_seq_length, **more)
+
+
+def template_args(settings: Any, record: dict, style: str) -> dict:
+    """The variables of a record's chat template: its own before those of the command line, which other styles lack."""
+    return {**(settings.template_args if style == "checkpoint" else {}), **record.get("template_args", {})}
+
+
+def with_last_answer(messages: list[dict]) -> list[dict]:
+    """The messages of which only the last answer that was to be a target is one."""
+    wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
+    return [{**m, "weight": 0} if i in wanted[:-1] else m for i, m in enumerate(messages)]
 
 
 def with_examples(record: dict, examples: list[dict], style: str) -> list[dict]:
@@ -70,13 +113,33 @@ def with_examples(record: dict, examples: list[dict], style: str) -> list[dict]:
     return [{**question, "content": asked}, answer]
 
 
-def tokenize(
-    tokenizer: Tokenizer, messages: list[dict], style: str, max_seq_length: int
-) -> tuple[list[int] | None, list[bool] | None, str]:
-    """(ids, is_target, what was done): "whole", "prompt cut", or with no ids "answer too long".
+def cut_document(ids: list[int], longest: int, overlap: int | None, tokenizer: Tokenizer) -> list[Encoded]:
+    """A document's ids in pieces of at most `longest`, each after the first beginning with the end of the one before.
 
-    If a dialog is too long, the longest text that is not an answer is cut at its start, by no more than needed. If that
-    is not enough even with all of it gone, the next longest text is cut too.
+    overlap: tokens that a piece repeats, as context and not as targets; an eighth of `longest` if None. Every piece
+    starts with BOS where the document does; only the last has the end token.
+    """
+    start = ids[:1] if tokenizer.add_bos else []
+    ids, room = ids[len(start) :], longest - len(start)
+    overlap = room // 8 if overlap is None else min(overlap, room - 1)
+    pieces, begin = [], 0
+    while True:
+        repeated = overlap if begin else 0
+        piece = ids[begin - repeated : begin - repeated + room]
+        context = len(start) + repeated
+        pieces.append(Encoded(start + piece, [False] * context + [True] * (len(piece) - repeated)))
+        begin += len(piece) - repeated
+        if begin >= len(ids):
+            return pieces
+
+
+def tokenize(
+    tokenizer: Tokenizer, messages: list[dict], style: str, max_seq_length: int, **more: Any
+) -> tuple[list[Encoded], str]:
+    """(the samples, what was done): "whole", "prompt cut", or with no samples "answer too long".
+
+    If a sample is too long, the longest text that is not an answer is cut at its start, by no more than needed. If that
+    is not enough even with all of it gone, the next longest text is cut too. more: as `encode_dialog` takes it.
     """
     messages = [dict(message) for message in messages]
     places = [(m, key) for m in messages if m["role"] != "assistant" for key in ("content", "input") if m.get(key)]
@@ -85,41 +148,42 @@ def tokenize(
     for message, key in places:  # what is far too long need not be tokenised to know it
         if len(message[key]) > max_seq_length * LONGEST_TOKEN:
             message[key], outcome = message[key][-max_seq_length * LONGEST_TOKEN :], "prompt cut"
-    ids, is_target = encode_dialog(tokenizer, messages, style)
-    if len(ids) <= max_seq_length:
-        return ids, is_target, outcome
+    encoded = encode_dialog(tokenizer, messages, style, **more)
+    if _longest(encoded) <= max_seq_length:
+        return encoded, outcome
+    again = more | {"notes": None}  # what is to be noted was, for the whole
     bare = [m if m["role"] == "assistant" else {**m, "content": "", "input": ""} for m in messages]
-    if len(encode_dialog(tokenizer, bare, style)[0]) > max_seq_length:
-        return None, None, "answer too long"
+    if _longest(encode_dialog(tokenizer, bare, style, **again)) > max_seq_length:
+        return [], "answer too long"
     for message, key in places:
-        best = _cut_start(tokenizer, messages, style, max_seq_length, message, key, len(ids))
+        best = _cut_start(tokenizer, messages, style, max_seq_length, message, key, _longest(encoded), again)
         if best:
-            return *best, "prompt cut"
-        ids, _ = encode_dialog(tokenizer, messages, style)
-    return None, None, "answer too long"
+            return best, "prompt cut"
+        encoded = encode_dialog(tokenizer, messages, style, **again)
+    return [], "answer too long"
 
 
-def _cut_start(tokenizer, messages, style, max_seq_length, message, key, length):
-    """(ids, is_target) with as much of the end of one text as fits; None, and the text empty, if nothing of it does.
+def _cut_start(tokenizer, messages, style, max_seq_length, message, key, length, more):
+    """The samples with as much of the end of one text as fits; None, and the text empty, if nothing of it does.
 
     length: the tokens with all of it. The search is by false position, as tokens are about proportional to characters;
     every third try is a bisection, as they are not quite.
     """
     text = message[key]
     message[key] = ""
-    best = encode_dialog(tokenizer, messages, style)
-    if len(best[0]) > max_seq_length:
+    best = encode_dialog(tokenizer, messages, style, **more)
+    if _longest(best) > max_seq_length:
         return None
-    fits, at_fits, exceeds, at_exceeds = 0, len(best[0]), len(text), length
+    fits, at_fits, exceeds, at_exceeds = 0, _longest(best), len(text), length
     turn = 0
     while exceeds - fits > 1 and at_fits < max_seq_length:
         share = 0.5 if turn % 3 == 2 else (max_seq_length - at_fits) / (at_exceeds - at_fits)
         kept = min(max(fits + int(share * (exceeds - fits)), fits + 1), exceeds - 1)
         message[key] = text[len(text) - kept :]
-        tried = encode_dialog(tokenizer, messages, style)
-        if len(tried[0]) <= max_seq_length:
-            best, fits, at_fits = tried, kept, len(tried[0])
+        tried = encode_dialog(tokenizer, messages, style, **more)
+        if _longest(tried) <= max_seq_length:
+            best, fits, at_fits = tried, kept, _longest(tried)
         else:
-            exceeds, at_exceeds = kept, len(tried[0])
+            exceeds, at_exceeds = kept, _longest(tried)
         turn += 1
     return best

@@ -17,6 +17,9 @@ from preparation.markup import breakable, fold_parts, harmless, mark_differences
 from preparation.prepared_folder import Prepared
 from preparation.show import segments
 
+GROUPS = (  # of what is counted in the rows, in the report's order
+    "rows", "columns not used", "left out by --ignore", "messages", "answers", "tools", "samples", "rendering",
+)  # fmt: skip
 EXAMPLES = 10  # samples that the report shows
 REPORTED_BATCH, REPORTED_BUDGETS, REPORTED_STEPS = 128, (1024, 2048, 4096, 8192), 20  # of the padding's table
 
@@ -93,6 +96,7 @@ def write_report(path: Path, info: dict, details: dict[str, Any]) -> None:
     page = environment.get_template("report.html").render(
         info=info,
         cleaning=cleaning_table(info["sources"]),
+        contents=contents_table(info["sources"]),
         mix=mix_table(info["sources"]),
         panels=histograms([source["name"] for source in info["sources"]], details["lengths"]),
         padding=padding_table(details["padding"]),
@@ -129,6 +133,24 @@ def cleaning_table(sources: list[dict]) -> dict:
         cells = list(zip(dropped, left, strict=True))
         rows.append({"name": name, "read": counts["read"], "steps": cells, "kept": counts["kept"]})
     return {"steps": steps, "rows": rows}
+
+
+def contents_table(sources: list[dict]) -> list[dict]:
+    """A row for each thing that was counted in the rows of any source: group, name, times in each source.
+
+    Rows of a group are together; those of what matters most to a reader come first.
+    """
+    found = {}  # {(group, name): times in each source}
+    for number, source in enumerate(sources):
+        for group, counts in source["contents"].items():
+            for name, times in counts.items():
+                found.setdefault((group, name), [0] * len(sources))[number] = times
+    rank = {group: i for i, group in enumerate(GROUPS)}
+    order = sorted(found, key=lambda key: (rank.get(key[0], len(rank)), key))
+    rows = [{"group": group, "name": name, "times": found[group, name]} for group, name in order]
+    for before, row in zip([None, *rows], rows, strict=False):
+        row["first"] = before is None or before["group"] != row["group"]
+    return rows
 
 
 def mix_table(sources: list[dict]) -> list[dict]:

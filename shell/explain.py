@@ -11,7 +11,9 @@ from jsonargparse.typing import restricted_string_type
 # The type of a flag that takes the name of such a file. A choice beside one: Literal["a", "b"] | JsonFile.
 JsonFile = restricted_string_type("JsonFile", r".+\.json$")
 
-METAVARS = {int: "INT", float: "FLOAT", bool: "{true,false}", str: "TEXT", JsonFile: "FILE.json"}
+METAVARS = {
+    int: "INT", float: "FLOAT", bool: "{true,false}", str: "TEXT", dict: "{NAME: VALUE,...}", JsonFile: "FILE.json",
+}  # fmt: skip
 WORDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "names and values",
     type(None): "null", JsonFile: "a file NAME.json",

@@ -104,6 +104,51 @@ def bin_folder(source, folder, shards=1):
     return folder
 
 
+def with_own_head(source, folder, format="safetensors"):
+    """A model folder whose config.json ties the head to the embedding, while its weights have another head."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"]) / 7
+    if format == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_a_head_that_config_json_forgets_is_written_and_named(tiny_checkpoint, tmp_path, format, capsys):
+    source = with_own_head(tiny_checkpoint("llama-tied"), tmp_path / "model", format)
+    out = convert(source=source, out_dir=tmp_path / "out", dtype="float32")
+    assert "lm_head.weight that differs" in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    expected = reference_logits(source)
+    assert (expected - reference_logits(tiny_checkpoint("llama-tied"))).abs().max() > 0.1
+    torch.testing.assert_close(reference_logits(out), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(our_logits(out), expected, atol=1e-5, rtol=1e-5)
+    assert capsys.readouterr().err.count("note: ") == 0  # the new folder says what it is
+
+
+def test_merging_keeps_a_head_that_config_json_forgets(tiny_checkpoint, tmp_path):
+    base = with_own_head(tiny_checkpoint("qwen3"), tmp_path / "model")
+    adapter = tuned_adapter(tmp_path / "adapter", base)
+    out = convert(adapter_dir=adapter, out_dir=tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    expected = our_logits(base, adapter_dir=adapter)
+    torch.testing.assert_close(reference_logits(out), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(our_logits(out), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bin_files_beside_safetensors_of_another_kind(tiny_checkpoint, tmp_path, capsys):
+    """An adapter and Mistral's own file are no model: transformers takes the .bin file then."""
+    source = bin_folder(tiny_checkpoint("llama"), tmp_path / "bin")
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        save_file({"a": torch.ones(1)}, source / name)
+    out = convert(source=source, out_dir=tmp_path / "out")
+    torch.testing.assert_close(our_logits(out), reference_logits(tiny_checkpoint("llama")), atol=1e-5, rtol=1e-5)
+
+
 def test_bin_file_of_the_old_format(tiny_checkpoint, tmp_path):
     source = bin_folder(tiny_checkpoint("llama"), tmp_path / "bin")
     tensors = torch.load(source / "pytorch_model.bin")
@@ -402,6 +447,26 @@ def test_a_merged_models_chat_template_is_the_style_it_was_trained_in(tiny_model
     check_manifest(out)
 
 
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("base_has_one", [True, False])
+def test_a_merged_model_has_the_template_that_the_adapter_brings(tiny_model_dir, tmp_path, place, base_has_one, capsys):
+    """As an adapter of another program does: it says no prompt style of ours."""
+    base, adapter = tmp_path / "base", tuned_adapter(tmp_path / "adapter", tiny_model_dir)
+    shutil.copytree(tiny_model_dir, base)
+    (adapter / "onetune.json").unlink()
+    if not base_has_one:
+        edit_json(base / "tokenizer_config.json", chat_template=None)
+    template = "{% for m in messages %}<|im_start|>{{ m.role[0] }}: {{ m.content }}<|im_end|>{% endfor %}A:"
+    is_json = place.endswith(".json")
+    (adapter / place).write_text(json.dumps({"chat_template": template}) if is_json else template)
+    out = convert(adapter_dir=adapter, source=base, out_dir=tmp_path / "out")
+    assert f"chat template: that of {adapter}" in capsys.readouterr().out
+    question = [{"role": "user", "content": "what is it?"}]
+    peer = transformers.AutoTokenizer.from_pretrained(out)
+    text = peer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    assert text == "<|im_start|>u: what is it?<|im_end|>A:" and Tokenizer(out).chat_template == template
+
+
 @pytest.mark.parametrize("settings", [{}, {"rslora": True, "targets": ("q_proj", "down_proj")}, {"kind": "dora"}])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_merging_into_a_dense_base(tiny_checkpoint, tmp_path, settings, family, capsys):
@@ -516,6 +581,7 @@ def bad_cases():
     def index(model, tmp):
         weight_map = {"model.norm.weight": "../model/model.safetensors"}
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (model / "model.safetensors").unlink()
         return "--source", model
 
     def after(action):

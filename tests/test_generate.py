@@ -19,12 +19,14 @@ from inference import sampling
 from inference import writer as writer_module
 from inference.decode import CompiledDecoder, Decoder, PlainDecoder, StaticDecoder, Weights, dense, fastest_decoder
 from inference.kv_cache import KVCache
-from inference.sampling import Batch, Reply, Row, choose, penalize
+from inference.sampling import Batch, Reply, Row, choose, keep_min_p, penalize_generated, penalize_seen
 from inference.writer import DTYPES, Writer
 from model import Linear, Transformer
 from ops.cpp import compiled_library
 from quantize import QUANTIZERS, QuantizedLinear
+from shell import cli
 from shell.cli import UserError
+from text.messages import Dialog
 from text.prompts import encode_prompt
 from weights import peft_format
 from weights.checkpoint import load_model
@@ -54,6 +56,11 @@ def writer(tiny_model_dir):
 
 def settings(**flags):
     return Settings(checkpoint_dir="any", **{"temperature": 0, "max_new_tokens": 12, **flags})
+
+
+def asking(text, *before, **more):
+    """The dialog of a user's question, after other messages."""
+    return Dialog([*before, {"role": "user", "content": text}], **more)
 
 
 def new_ids(model, prompts, s, seeds=None):
@@ -626,9 +633,75 @@ def test_repetition_penalty_by_hand():
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0], [4.0, 3.0, 0.0, -8.0]])
     seen = torch.tensor([[True, True, False, False], [False, True, True, True]])
     expected = torch.tensor([[1.0, -4.0, 1.0, -1.0], [4.0, 1.5, 0.0, -16.0]])
-    assert torch.equal(penalize(logits, seen, [2.0, 2.0]), expected)
-    assert torch.equal(penalize(logits, seen, [1.0, 1.0]), logits)
-    assert torch.equal(penalize(logits, seen, [1.0, 2.0]), torch.stack([logits[0], expected[1]]))
+    twice, not_at_all = settings(repetition_penalty=2.0), settings()
+    assert torch.equal(penalize_seen(logits, seen, [twice, twice]), expected)
+    assert torch.equal(penalize_seen(logits, seen, [not_at_all, not_at_all]), logits)
+    assert torch.equal(penalize_seen(logits, seen, [not_at_all, twice]), torch.stack([logits[0], expected[1]]))
+
+
+def test_frequency_and_presence_penalty_by_hand():
+    """OpenAI's formula, token by token; each row has its own."""
+    logits, counts = torch.randn(5, 20), torch.randint(0, 4, (5, 20), dtype=torch.int32)
+    penalties = [(0, 0), (0.5, 0), (0, -1.5), (-2, 2), (1.25, 0.75)]
+    s = [settings(frequency_penalty=frequency, presence_penalty=presence) for frequency, presence in penalties]
+    got = penalize_generated(logits, counts, s)
+    for row, (frequency, presence) in enumerate(penalties):
+        for token in range(20):
+            count = counts[row, token].item()
+            expected = logits[row, token].item() - count * frequency - (count > 0) * presence
+            assert got[row, token].item() == pytest.approx(expected, abs=1e-5)
+    assert penalize_generated(logits, counts, s[:1] * 5) is logits
+
+
+def test_min_p_by_hand():
+    """Tokens of at least that share of the likeliest one's probability, after the temperature; each row has its own."""
+    logits, shares = 3 * torch.randn(6, 30), [0.0, 0.05, 0.3, 0.9, 1.0, 1e-4]
+    got = keep_min_p(logits, shares)
+    probabilities = logits.softmax(-1)
+    for row, share in enumerate(shares):
+        kept = probabilities[row] >= share * probabilities[row].max() * (1 - 1e-6)
+        assert torch.equal(got[row].isfinite(), kept) and torch.equal(got[row][kept], logits[row][kept])
+    assert got[0].isfinite().all() and got[4].isfinite().sum() == 1
+    probabilities = torch.tensor([0.15, 0.5, 0.05, 0.3])
+    generator = [torch.Generator().manual_seed(SEED)] * 2000
+    for temperature, kept in ((1.0, [1, 3]), (3.0, [0, 1, 3])):  # 0.15 is 0.3 of 0.5, and 0.67 at the temperature of 3
+        s = settings(temperature=temperature, top_k=0, min_p=0.5)
+        ids = choose(probabilities.log().expand(2000, -1), [s] * 2000, generator)
+        assert set(ids.tolist()) == set(kept)
+
+
+def plain_penalised(model, prompt, s):
+    """The likeliest token, again and again, with every penalty by its formula: the generated tokens are a list."""
+    made = []
+    for _ in range(s.max_new_tokens):
+        logits = model(torch.tensor([prompt + made]))[0, -1].tolist()
+        for id in {*prompt, *made}:
+            logits[id] = logits[id] / s.repetition_penalty if logits[id] > 0 else logits[id] * s.repetition_penalty
+        for id in set(made):
+            logits[id] -= s.frequency_penalty * made.count(id) + s.presence_penalty
+        made.append(max(range(len(logits)), key=logits.__getitem__))
+    return made
+
+
+@torch.no_grad()
+def test_rows_with_penalties_of_their_own_join_and_leave(model_of):
+    """Only what was generated counts for two of them, never the prompt; rows that come and go change nothing."""
+    model = model_of("llama")
+    kinds = [
+        dict(frequency_penalty=2.0), dict(presence_penalty=2.0), dict(frequency_penalty=-2.0, presence_penalty=1.0), {},
+        dict(frequency_penalty=0.5, presence_penalty=0.5, repetition_penalty=1.2), dict(presence_penalty=-2.0),
+    ]  # fmt: skip
+    kinds = [settings(**kind, max_new_tokens=4 + 5 * i) for i, kind in enumerate(kinds)]
+    rows = [Row(random_prompt(3 + i), Ids(), s, i) for i, s in enumerate(kinds)]
+    waiting, batch = list(rows), Batch(fastest_decoder(model))
+    while waiting or batch.going:
+        if waiting:
+            batch.add([waiting.pop()])
+        if batch.going:
+            batch.step()
+    for row in rows:
+        assert row.reply.ids == plain_penalised(model, row.prompt, row.settings)
+    assert rows[2].reply.ids != plain_greedy(model, rows[2].prompt, rows[2].settings.max_new_tokens)
 
 
 def test_what_was_generated_counts_as_seen(model_of):
@@ -642,7 +715,7 @@ def test_what_was_generated_counts_as_seen(model_of):
 
 
 def test_a_seed_gives_the_same_text_in_every_batch(writer):
-    dialogs = [[{"role": "user", "content": "the answer " * random.randint(1, 9)}] for _ in range(7)]
+    dialogs = [asking("the answer " * random.randint(1, 9)) for _ in range(7)]
     options = dict(temperature=1.5, top_k=0, max_new_tokens=15, seed=random.randrange(10**6))
     answers = [writer.answer_all(dialogs, settings(**options, batch_size=size)) for size in (1, 3, 16)]
     assert answers[0] == answers[1] == answers[2]
@@ -658,6 +731,7 @@ def test_every_row_has_its_own_settings(model_of):
         dict(temperature=0), dict(temperature=0.7, top_k=3), dict(temperature=1.4, top_p=0.8, top_k=100),
         dict(temperature=1.0, top_k=0, repetition_penalty=1.3), dict(temperature=1.0, top_p=0.0),
         dict(temperature=0, repetition_penalty=1e9), dict(temperature=3.0, top_k=0), dict(temperature=1e-6),
+        dict(temperature=2.0, min_p=0.2), dict(temperature=1.5, frequency_penalty=1.5, presence_penalty=-0.5),
     ]  # fmt: skip
     kinds = [settings(**kind, max_new_tokens=random.randint(1, 15)) for kind in kinds]
     prompts = [random_prompt(random.randint(1, 12)) for _ in kinds]
@@ -810,16 +884,16 @@ def test_a_stream_is_the_answer(writer, monkeypatch):
 
     monkeypatch.setattr(writer_module, "generate", scripted)
     s = settings(stop=["Question:"])
-    pieces = list(writer.stream([{"role": "user", "content": "a"}], s))
+    pieces = list(writer.stream(asking("a"), s))
     assert "".join(pieces) == text and len(pieces) == len(ids) + 1
     ids = ids[: ids.index(writer.tokenizer.encode("Zürich —")[-1])]
-    assert "".join(writer.stream([{"role": "user", "content": "a"}], s)).startswith("Zürich ")
+    assert "".join(writer.stream(asking("a"), s)).startswith("Zürich ")
 
 
 def test_stream_and_batch_agree(writer):
     for stop in ([], ["a"], ["e", "ba"]):
         s = settings(temperature=1.2, max_new_tokens=30, stop=stop)
-        dialog = [{"role": "user", "content": "the question"}]
+        dialog = asking("the question")
         assert "".join(writer.stream(dialog, s)) == writer.answer_all([dialog], s)[0]
 
 
@@ -847,17 +921,92 @@ def test_a_jsonl_of_prompts(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("\ufeff" + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
     assert list(read_prompts(path).items()) == [
-        (f"{path}:1", [{"role": "user", "content": "a\u2028b", "input": ""}]),
-        (f"{path}:2", [{"role": "user", "content": "c", "input": "d"}]),
-        (f"{path}:3", lines[2]["messages"]),
+        (f"{path}:1", asking("a\u2028b")),
+        (f"{path}:2", Dialog([{"role": "user", "content": "c", "input": "d"}])),
+        (f"{path}:3", Dialog(lines[2]["messages"])),
     ]
+
+
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+CALL = {"id": "c1", "function": {"name": "weather", "arguments": "{}"}}
+CALLED = [
+    {"role": "user", "content": "how is it?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "wet"},
+]
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """The texts of the prompts that would have been answered, however long."""
+    texts = []
+
+    def note(self, dialogs, s, places=None):
+        texts.extend(self.tokenizer.decode(self.encode(dialog), skip_special=False) for dialog in dialogs)
+        return ["x"] * len(dialogs)
+
+    monkeypatch.setattr(Writer, "answer_all", note)
+    monkeypatch.setattr(Writer, "stream", lambda self, dialog, s: note(self, [dialog], s))
+    return texts
+
+
+def test_prompts_with_tools_and_begun_answers(tiny_model_dir, tmp_path, capsys, rendered):
+    """Tools are the row's own, or those of --tools; a last message of the assistant is continued."""
+    begun = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "one, two,"}]
+    rows = [{"messages": CALLED, "tools": [WEATHER]}, {"messages": begun}, {"prompt": "hello"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tools.json").write_text(json.dumps([{"type": "function", "function": {"name": "clock"}}]))
+    flags = dict(checkpoint_dir=tiny_model_dir, tools=tmp_path / "tools.json", prompt_style="chatml")
+    generate.main(Settings(**flags, prompts_file=tmp_path / "p.jsonl"))
+    assert '"name": "weather"' in rendered[0] and "clock" not in rendered[0] and "wet" in rendered[0]
+    assert '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>' in rendered[0]
+    assert "clock" in rendered[1] and rendered[1].endswith("<|im_start|>assistant\none, two,")
+    assert "clock" in rendered[2] and rendered[2].endswith("hello<|im_end|>\n<|im_start|>assistant\n")
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == [
+        "wet",
+        "one, two,",
+        "hello",
+    ]
+    generate.main(Settings(**flags, prompt="hello"))
+    assert rendered[3] == rendered[2]
+
+
+def test_variables_for_the_template(tiny_model_dir, tmp_path, rendered):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    names["chat_template"] += "{% if enable_thinking is false %}<think></think>{% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    for args in ([], ["--template_args", "{enable_thinking: false}"]):
+        generate.main(cli.parse(Settings, ["--checkpoint_dir", str(folder), "--prompt", "hello", *args]))
+    assert rendered[1] == rendered[0] + "<think></think>"
+    with pytest.raises(UserError, match="no variable 'speed'"):
+        generate.main(Settings(checkpoint_dir=folder, prompt="hello", template_args={"speed": 5}))
+    with pytest.raises(UserError, match="style plain has no variables"):
+        generate.main(Settings(checkpoint_dir=folder, prompt="a", prompt_style="plain", template_args={"speed": 5}))
+
+
+def test_marks_of_calls_are_text_where_there_are_tools(tiny_model_dir, tmp_path):
+    """Else they are left out, like every special token; half a character before one does not swallow it."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    added = {"510": {"content": "[TOOL_CALLS]", "special": True}, "511": {"content": "[INST]", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"added_tokens_decoder": added}))
+    writer = Writer(folder, None, None, "32-true", "mistral-instruct")
+    half = writer.tokenizer.encode("é")[:1]
+    for tools, text in (([WEATHER], "a\ufffd[TOOL_CALLS] b"), ([], "a b")):
+        reply = Reply(writer.tokenizer, set(), **writer.reply_options(asking("hello", tools=tools)))
+        for id in [*writer.tokenizer.encode("a"), *half * bool(tools), 510, 511, *writer.tokenizer.encode(" b")]:
+            reply.push(id)
+        assert reply.text == "".join(reply.pieces) == text
 
 
 def test_a_full_context_is_noted(writer, capsys):
     """Once for a list, with the number of answers; not where --max_new_tokens, or a stop text, ended the answer."""
-    dialogs = [[{"role": "user", "content": "what " * n}] for n in (1, 60, 3)]
+    dialogs = [asking("what " * n) for n in (1, 60, 3)]
     answers = writer.answer_all(dialogs, settings(max_new_tokens=210))
-    prompts = [len(encode_prompt(writer.tokenizer, messages, writer.style)) for messages in dialogs]
+    prompts = [len(encode_prompt(writer.tokenizer, dialog.messages, writer.style)) for dialog in dialogs]
     full = sum(256 - length < 210 for length in prompts)
     err = capsys.readouterr().err
     assert 0 < full < 3 and f"because the model's context of 256 tokens is full: {full} of 3\n" in err
@@ -870,7 +1019,7 @@ def test_a_full_context_is_noted(writer, capsys):
 
 def test_no_seed_is_too_large(writer):
     """Prompt i has seed + i, which begins again at 0 after the largest that torch takes."""
-    dialogs = [[{"role": "user", "content": "what"}]] * 3
+    dialogs = [asking("what")] * 3
     s = settings(temperature=2, max_new_tokens=20, seed=2**63 - 2)
     wrapped = writer.answer_all(dialogs, s)[2]
     assert wrapped == writer.answer_all(dialogs[:1], settings(temperature=2, max_new_tokens=20, seed=0))[0]
@@ -886,12 +1035,12 @@ def test_a_system_message_goes_before_every_prompt(tiny_model_dir, tmp_path, mon
         return ["x"] * len(dialogs)
 
     monkeypatch.setattr(Writer, "answer_all", answer_all)
-    monkeypatch.setattr(Writer, "stream", lambda self, messages, s: seen.append(messages) or iter("x"))
+    monkeypatch.setattr(Writer, "stream", lambda self, dialog, s: seen.append(dialog) or iter("x"))
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     flags = dict(checkpoint_dir=tiny_model_dir, precision="32-true", system="be kind")
     generate.main(Settings(**flags, prompts_file=tmp_path / "p.txt"))
     generate.main(Settings(**flags, prompt="three"))
-    assert [[message["content"] for message in messages] for messages in seen] == [
+    assert [[message["content"] for message in dialog.messages] for dialog in seen] == [
         ["be kind", "one"], ["be kind", "two"], ["be kind", "three"],
     ]  # fmt: skip
 
@@ -930,7 +1079,7 @@ def test_base_adapter_and_quantised(tiny_model_dir, tiny_adapter, flag, quantize
 def test_every_precision(tiny_model_dir, tiny_adapter, precision):
     writer = Writer(None, tiny_adapter, None, precision)
     assert writer.model.lm_head.weight.dtype == DTYPES[precision]
-    answers = writer.answer_all([[{"role": "user", "content": "what " * n}] for n in (1, 5)], settings())
+    answers = writer.answer_all([asking("what " * n) for n in (1, 5)], settings())
     assert len(answers) == 2
 
 
@@ -961,13 +1110,13 @@ def chat(writer, lines, monkeypatch, start=()):
         except StopIteration:
             raise EOFError from None
 
-    def stream(messages, s):
-        encode_prompt(writer.tokenizer, messages, writer.style)  # the styles have their rules
-        asked.append([message["content"] for message in messages])
+    def stream(dialog, s):
+        writer.encode(dialog)  # the styles have their rules
+        asked.append([message["content"] for message in dialog.messages])
         yield f"a{len(asked)}"
 
     monkeypatch.setattr("builtins.input", typed)
-    generate.chat(SimpleNamespace(stream=stream), list(start), settings())
+    generate.chat(SimpleNamespace(stream=stream), Dialog(list(start)), settings())
     return asked
 
 
@@ -996,8 +1145,7 @@ def test_chat_from_a_pipe(run_script, tiny_model_dir):
     )  # fmt: skip
     assert code == 0, err
     assert "Traceback" not in err and "Ctrl-D" in err
-    dialog = [{"role": "user", "content": "the answer"}]
     s = settings(max_new_tokens=6)
-    (answer,) = Writer(tiny_model_dir, None, None, "32-true").answer_all([dialog], s)
+    (answer,) = Writer(tiny_model_dir, None, None, "32-true").answer_all([asking("the answer")], s)
     answer = answer.replace("\r", "\n")  # as a process's output is read
     assert out.startswith(f"> {answer}\n> ") and out.endswith(f"\n> > {answer}\n> ")

@@ -214,6 +214,17 @@ def test_saved_and_loaded_is_the_same(tiny_checkpoint, tmp_path, config):
         assert json.load(file)["peft_type"] == "LORA"
 
 
+def test_an_expression_of_ours_is_for_linear_layers(tiny_checkpoint, tmp_path):
+    """It may fit the embedding's name too, on which our training puts no adapter."""
+    config = AdapterConfig(r=3, targets=r"model\..*")
+    ours = adapted(tiny_checkpoint("llama"), config)
+    peft_format.save_adapter(ours, config, tmp_path, "base")
+    again = load_model(tiny_checkpoint("llama"), torch.float32)
+    assert peft_format.load_adapter(again, tmp_path) == config
+    tokens, _ = inputs()
+    assert torch.equal(ours(tokens), again(tokens))
+
+
 # ------------------------------------------------------------------------------------------------- at the start
 
 
@@ -600,6 +611,7 @@ def adapter(tiny_checkpoint, tmp_path):
 
 
 NAME = "base_model.model.model.layers.1.self_attn.q_proj"
+EMBEDDING = "base_model.model.model.embed_tokens"
 
 
 def change_tensors(folder, change):
@@ -684,9 +696,54 @@ DAMAGES = {
     "no r": (lambda folder: change_config(folder, r="absent"), "json: r is missing"),
     "no alpha": (lambda folder: change_config(folder, lora_alpha=None), "lora_alpha is missing"),
     "no targets": (lambda folder: change_config(folder, target_modules=None), "target_modules is missing"),
-    "bias": (lambda folder: change_config(folder, bias="all"), "bias 'all'"),
-    "saved modules": (lambda folder: change_config(folder, modules_to_save=["lm_head"]), "modules_to_save"),
-    "some layers": (lambda folder: change_config(folder, layers_to_transform=[1]), "layers_to_transform"),
+    "bias": (lambda folder: change_config(folder, bias="most"), "bias 'most'"),
+    "no biases": (lambda folder: change_config(folder, bias="all"), "no tensor for model.layers.0.*bias"),
+    "no saved modules": (lambda folder: change_config(folder, modules_to_save=["lm_head"]), "no tensor for lm_head"),
+    "a module that is not saved": (
+        with_tensor("base_model.model.model.norm.weight", lambda _: torch.ones(48)),
+        "brings model.norm.weight",
+    ),
+    "some layers": (lambda folder: change_config(folder, layers_to_transform=[1]), "adapts model.layers.0"),
+    "layer 0": (lambda folder: change_config(folder, layers_to_transform=0), "adapts model.layers.1"),
+    "layers of words": (lambda folder: change_config(folder, layers_to_transform="all"), "layers_to_transform 'all'"),
+    "layers of an expression": (
+        lambda folder: change_config(folder, layers_to_transform=[1], target_modules=".*(q|up)_proj"),
+        "layers_to_transform needs a list",
+    ),
+    "excluded": (
+        lambda folder: change_config(folder, exclude_modules=["up_proj"]),
+        "adapts model.layers.0.mlp.up_proj",
+    ),
+    "excluded by no expression": (lambda folder: change_config(folder, exclude_modules="(("), "not a regular expr"),
+    "tokens without rows": (lambda folder: change_config(folder, trainable_token_indices=[1]), "the file has no rows"),
+    "tokens of words": (lambda folder: change_config(folder, trainable_token_indices=["a"]), "trainable_token_indices"),
+    "rows without tokens": (
+        with_tensor(f"{EMBEDDING}.token_adapter.trainable_tokens_delta", lambda _: torch.ones(2, 48)),
+        "trainable_token_indices names 0 tokens, the file has 2 rows",
+    ),
+    "a grown vocabulary": (
+        with_tensor(f"{EMBEDDING}.weight", lambda _: torch.ones(514, 48)),
+        r"\(514, 48\).*resize_token_embeddings",
+    ),
+    "NaN in an embedding": (
+        with_tensor(f"{EMBEDDING}.weight", lambda _: torch.full((512, 48), torch.nan)),
+        "embed_tokens.weight holds NaN",
+    ),
+    "an embedding of integers": (
+        with_tensor(f"{EMBEDDING}.weight", lambda _: torch.ones(512, 48, dtype=torch.int8)),
+        "embed_tokens.weight is torch.int8",
+    ),
+    "LoRA on the embedding that is not named": (
+        with_tensor(f"{EMBEDDING}.lora_embedding_A", lambda _: torch.ones(4, 512)),
+        "adapts model.embed_tokens",
+    ),
+    "no LoRA on the embedding": (
+        lambda folder: change_config(folder, target_modules=["q_proj", "up_proj", "embed_tokens"]),
+        "no tensors for model.embed_tokens",
+    ),
+    "LoRA's bias": (lambda folder: change_config(folder, lora_bias=True), "lora_bias is not supported"),
+    "experts": (lambda folder: change_config(folder, target_parameters=["x"]), "target_parameters is not supported"),
+    "layers twice": (lambda folder: change_config(folder, layer_replication=[[0, 2]]), "layer_replication is not"),
     "fan": (lambda folder: change_config(folder, fan_in_fan_out=True), "fan_in_fan_out"),
     "pissa": (lambda folder: change_config(folder, init_lora_weights="pissa"), "pissa"),
     "aLoRA": (lambda folder: change_config(folder, alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),

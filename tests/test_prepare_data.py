@@ -169,9 +169,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(prepare, tmp_path, token
 
 def test_names_given_by_flag(prepare, tokenizer):
     rows = [{"ask": "one? ", "about": "this", "say": "two", "question": "not me", "answer": "nor me"}]
-    folder = prepare(rows, prompt_field="ask", answer_field="say")
+    folder = prepare(rows, fields={"prompt": "ask", "answer": "say"})
     assert texts(folder, tokenizer) == [("one? two<|im_end|>", "two<|im_end|>")]
-    folder = prepare(rows, prompt_field="ask", input_field="about", answer_field="say")
+    folder = prepare(rows, fields={"prompt": "ask", "input": "about", "answer": "say"})
     assert texts(folder, tokenizer) == [("one? \n\nthistwo<|im_end|>", "two<|im_end|>")]
 
 
@@ -211,7 +211,8 @@ def test_a_dialog_has_every_answer_as_target(prepare, tokenizer, style):
     messages = [m for a in answers for m in ({"role": "user", "content": text(5)}, {"role": "assistant", "content": a})]
     folder = prepare([{"messages": messages}], prompt_style=style)
     assert [targets for _, targets in texts(folder, tokenizer)] == ["".join(a + "<|im_end|>" for a in answers)]
-    assert stored(folder) == [encode_dialog(tokenizer, messages, style)]
+    [expected] = encode_dialog(tokenizer, messages, style)
+    assert stored(folder) == [(list(expected.ids), list(expected.is_target))]
 
 
 def test_mask_prompt_false_makes_all_a_target(prepare):
@@ -242,6 +243,121 @@ def test_the_default_style_is_the_checkpoints_template(prepare, tokenizer, tiny_
     prepare_data.main(s)
     assert info(s.out_dir)["prompt_style"] == "alpaca"
     assert "### Response:" in texts(s.out_dir, tokenizer)[0][0]
+
+
+# ------------------------------------------------------------------------------------------- what the rows hold
+
+
+def said(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def contents(folder, source=0):
+    return info(folder)["sources"][source]["contents"]
+
+
+def test_what_a_source_is_taken_for_is_printed_and_what_it_holds_is_counted(prepare, capsys):
+    rows = [
+        {"messages": [said("user", f"q{i}"), said("assistant", "a"), said("user", "and?")], "id": i, "images": ["x"]}
+        for i in range(3)
+    ]
+    rows[1]["messages"][1] |= {"name": "Ann", "thinking": "hm"}
+    rows[2]["messages"] += [said("assistant", ""), said("user", "go on\r\n"), said("assistant", "b", weight=0)]
+    folder = prepare(rows, prompt_style="chatml", ignore=["images", "name", "nome"])
+    assert contents(folder) == {
+        "rows": {"messages": 3}, "columns not used": {"id": 3}, "left out by --ignore": {"images": 3, "name": 1},
+        "messages": {"user": 3, "assistant": 3},
+        "answers": {"to train on": 3, "empty": 1, "masked (weight 0)": 1, "with thinking": 1},
+        "samples": {"that go on after their last answer": 2, "with changed line ends": 1},
+    } | {key: value for key, value in contents(folder).items() if key == "rendering"}  # fmt: skip
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "rows: messages (columns used: messages; unused: id)"
+    assert printed[2].startswith(
+        "  answers: 1 empty, 1 masked (weight 0); samples: 2 that go on after their last answer, "
+    )
+    assert "; left out by --ignore: 3 images, 1 name" in printed[2]
+    assert printed[-1] == "note: --ignore nome: no row has a column, and no message a key, of that name"
+    page = (folder / "report.html").read_text()
+    assert "columns not used" in page and "that go on after their last answer" in page
+
+
+def test_tools_and_masked_answers_end_to_end(prepare, tokenizer):
+    calls = [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
+    row = {
+        "messages": [said("user", "a"), said("assistant", "no", weight=0), said("user", "b"),
+                     said("assistant", None, tool_calls=calls), said("tool", "seen"), said("assistant", "yes")],
+        "tools": [{"name": "look", "parameters": {}}],
+    }  # fmt: skip
+    folder = prepare([row], prompt_style="chatml")
+    ((whole, targets),) = texts(folder, tokenizer)
+    assert "look" in targets and targets.endswith("yes<|im_end|>") and "no<|im_end|>" not in targets
+    assert "no<|im_end|>" in whole and "seen" in whole
+    assert contents(folder)["tools"] == {"samples with tools": 1, "calls": 1}
+
+
+def test_raw_text_is_all_target_in_style_plain(prepare, tokenizer):
+    rows = [{"text": text(60), "url": "u"} for _ in range(3)]
+    folder = prepare(rows, prompt_style=None)
+    assert [targets for _, targets in texts(folder, tokenizer)] == [row["text"] + "<|im_end|>" for row in rows]
+    assert info(folder)["prompt_style"] == "plain" == info(folder)["sources"][0]["prompt_style"]
+    longest = max(len(ids) for ids, _ in stored(folder))
+    pieces = prepare(rows, prompt_style="plain", max_seq_length=longest // 2, overlap=5)
+    assert len(stored(pieces)) > 3 and counts(pieces)["kept"] == 3
+    assert contents(pieces)["rendering"] == {"documents cut into pieces": 3}
+    with pytest.raises(
+        UserError, match="rows.jsonl:1: a row of raw text is rendered in the style plain, but .* alpaca"
+    ):
+        prepare(rows, prompt_style="alpaca")
+
+
+def test_rows_without_anything_to_train_on_are_dropped_and_counted(prepare):
+    masked = {"messages": [said("user", "a"), said("assistant", "b", weight=0)]}
+    empty = {
+        "messages": [said("user", "c"), said("assistant", " "), said("user", "d"), said("assistant", "", weight=0)]
+    }
+    folder = prepare([masked, empty, {"question": "e", "answer": "f"}], prompt_style="chatml")
+    assert counts(folder) == {"read": 3, "no answer to train on": 1, "empty answer": 1, "kept": 1, "mixed": 1}
+
+
+def test_the_same_question_with_other_tools_is_no_duplicate(prepare):
+    rows = [{"question": "a", "answer": "b", "tools": [{"name": name}]} for name in "xyx"]
+    assert counts(prepare(rows, prompt_style="chatml"))["mixed"] == 2
+    rows = [{"messages": [said("user", "a"), said("assistant", "b"), said("tool", result), said("assistant", "c")]}
+            for result in "121"]  # fmt: skip
+    assert counts(prepare(rows, prompt_style="chatml"))["mixed"] == 2
+
+
+def test_another_encoding_by_flag_and_in_a_mixture(prepare, tmp_path, tokenizer):
+    path = tmp_path / "a.csv"
+    path.write_bytes("question,answer\nWo?,Zürich\n".encode("cp1252"))
+    with pytest.raises(UserError, match="a.csv:2: line 2 is not UTF-8 text: byte 0xfc; name .* --encoding"):
+        prepare([path])
+    assert texts(prepare([path], encoding="cp1252"), tokenizer) == [("Wo?Zürich<|im_end|>", "Zürich<|im_end|>")]
+    write_rows(tmp_path / "b.jsonl", [{"question": "é", "answer": "b"}])
+    mixture = tmp_path / "m.yaml"
+    mixture.write_text("sources: [{path: a.csv, encoding: cp1252, ignore: [images]}, {path: b.jsonl}]")
+    folder = prepare([mixture])
+    assert [targets for _, targets in texts(folder, tokenizer)] == ["Zürich<|im_end|>", "b<|im_end|>"]
+    assert [(x.get("encoding"), x.get("ignore")) for x in info(folder)["sources"]] == [
+        ("cp1252", ["images"]), (None, None)
+    ]  # fmt: skip
+
+
+def test_a_benchmark_may_be_of_any_shape(prepare, tmp_path):
+    secret = " ".join(f"s{i}" for i in range(13))
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": secret}, {"from": "human", "value": "Oh"}]
+    benchmark = write_rows(tmp_path / "test.jsonl", [{"conversations": turns, "id": 1}])
+    call = {"function": {"name": "f", "arguments": {"text": f"all of {secret}"}}}
+    rows = [
+        {"messages": [said("user", "a"), said("assistant", "b"), said("user", "c"),
+                      said("assistant", "", tool_calls=[call])]},
+        {"messages": [said("system", "z"), said("user", "d"), said("tool", secret), said("assistant", "e")]},
+        {"question": "f", "answer": "g", "thinking": secret},
+        {"text": f"once {secret}"},
+        {"question": "h", "answer": "i"},
+    ]  # fmt: skip
+    options = dict(benchmarks=[str(benchmark)], leak_cosine=0.0, prompt_style=None)
+    assert [x[:2] for x in dropped(prepare(rows, **options))] == [(i, "words of a benchmark") for i in (1, 2, 3, 4)]
 
 
 # ------------------------------------------------------------------------------------------------ cut and dropped
@@ -364,14 +480,20 @@ def test_what_the_folder_says_about_itself(prepare, tokenizer, tmp_path, capsys)
         "prompt_style": "alpaca",
         "prompts_cut": 0,
         "held_back": 5,
+        "contents": {
+            "rows": {"Alpaca": 20}, "messages": {"user": 20, "assistant": 20}, "answers": {"to train on": 20},
+        },
         "counts": {"read": 20, "kept": 20, "mixed": 15},
-    }
+    }  # fmt: skip
     assert notes == {
         "tokenizer_hash": tokenizer.file_hash(),
         "checkpoint_dir": str(tokenizer.folder),
         "prompt_style": "alpaca",
+        "template_args": {},
         "max_seq_length": 200,
+        "overlap": None,
         "mask_prompt": True,
+        "answers": "all",
         "cleaning": {
             "skip_bad": False, "min_words": 0, "max_repetition": 1.0, "leak_words": 13, "drop_duplicates": True,
             "near_duplicates": 0.0, "similar": 0.0, "leak_cosine": 0.8, "max_tokens": None,

@@ -1,10 +1,15 @@
 """Text to tokens and back, and how a conversation is rendered: the same for training and inference.
 
 tokenizer.py        a checkpoint's tokenizer (SentencePiece, tokenizers): encode, decode, stream
-prompts.py          prompt styles, and which tokens are targets. Start here; a new style is a function and a line in
-                    `STYLES` (and in `TEMPLATES`, for other programs)
-style_templates.py  the same styles as Jinja chat templates, written to merged models for other programs
-chat_template.py    a checkpoint's Jinja chat template, run in a sandbox and a process with limits
+messages.py         what a conversation is made of: one form for all the forms that people and programs write
+segments.py         stretches of a rendered conversation, what of them is a target, and their tokens
+prompts.py          prompt styles. Start here; a new style is a function and a line in `STYLES` (and in `TEMPLATES`, for
+                    other programs)
+template_style.py   the style `checkpoint`: a conversation rendered by the checkpoint's own chat template
+chat_template.py    such a Jinja template, run in a sandbox and a process with limits
+style_templates.py  our styles as Jinja chat templates, written to merged models for other programs
+tool_calls.py       calls of tools in the text that a model writes
 
-prompts.py imports chat_template.py and tokenizer.py; style_templates.py imports prompts.py and tokenizer.py.
+prompts.py imports template_style.py, which imports chat_template.py; both import segments.py and messages.py.
+style_templates.py imports prompts.py; segments.py and tool_calls.py import tokenizer.py.
 """

@@ -1,146 +1,139 @@
-"""Prompt styles: training and inference render a dialog through the same function.
+"""Prompt styles: training and inference render a conversation through the same function.
 
-A dialog is a list of messages {"role": "system", "user" or "assistant", "content": text}; a user's may also have an
-"input", the text that the instruction is about.
-
-To add a prompt style: a function `(tokenizer, messages) -> list[Segment]` and a line in `STYLES`; for other programs
-also a Jinja template in style_templates.py.
+messages.py says what a conversation is made of. To add a prompt style: a function
+`(tokenizer, dialog) -> list[Segment]` and a line in `STYLES`; a line in `FORMS` too if it shows more of a message than
+its text; and for other programs a Jinja template in style_templates.py.
 """
 
-import re
-from typing import NamedTuple
+import json
+from collections import Counter
 
 from shell.cli import UserError
-from text.chat_template import render
+from text.messages import Dialog, KeyRefused, check_last, joined
+from text.segments import BROKEN, Encoded, Segment, encode_segments, joins_cleanly
+from text.template_style import checkpoint_sequences
 from text.tokenizer import Tokenizer
 
 
-class Segment(NamedTuple):
-    """A stretch of a rendered dialog.
+def encode_dialog(
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    style: str,
+    tools: list[dict] = (),
+    template_args: dict | None = None,
+    notes: Counter | None = None,
+) -> list[Encoded]:
+    """A conversation for training: a sequence (ids, is_target), or several. UserError if the style cannot render it.
 
-    kind: "template" (special tokens in it count), "user" (they do not), "answer" (a target; they do not), or "end" (a
-    target; they do): what ends an answer.
+    messages, tools: in the form of messages.py. template_args: variables for the checkpoint's chat template. Several
+    sequences come of a chat template that changes earlier turns: each has answers in the context in which the template
+    would ask for them, the last one has the whole conversation. notes: counts what a reader of the data should know of.
+
+    Every answer with a weight, and the token that ends it, is a target. A sequence starts with one BOS if
+    `tokenizer.add_bos`; a style's own BOS is not doubled. It stops after the last target. Answers are encoded apart
+    from the prompt, so no token is part of both.
     """
+    notes = Counter() if notes is None else notes
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise UserError("there is no message of the assistant")
+    messages = messages[: last + 1]
+    sequences = _sequences(tokenizer, Dialog(messages, tools, template_args or {}), style, notes)
+    if style == "checkpoint":
+        different = not all(joins_cleanly(tokenizer, segments) for segments in sequences)
+        notes["conversations with a token across an answer's beginning in other programs"] += different
+    return [encode_segments(tokenizer, segments) for segments in sequences]
 
-    text: str
-    kind: str
 
+def encode_prompt(
+    tokenizer: Tokenizer, messages: list[dict], style: str, tools: list[dict] = (), template_args: dict | None = None
+) -> list[int]:
+    """A conversation for inference: the ids that `encode_dialog` puts before the answer.
 
-def encode_dialog(tokenizer: Tokenizer, messages: list[dict], style: str) -> tuple[list[int], list[bool]]:
-    """A dialog that ends with an answer, for training: (ids: list[int], is_target: list[bool]).
-
-    Every answer and the token that ends it are targets. The sequence starts with one BOS if `tokenizer.add_bos`; a
-    style's own BOS is not doubled. It stops after the last answer's end. Answers are encoded apart from the prompt, so
-    no token is part of both. UserError for messages that the style cannot render.
+    It ends with a message of the user or a tool; or with one of the assistant, which the model is to continue.
     """
-    check_dialog(messages, last="assistant")
-    ids, is_target, _ = _encode_segments(tokenizer, _segments(tokenizer, messages, style))
-    return ids, is_target
-
-
-def encode_prompt(tokenizer: Tokenizer, messages: list[dict], style: str) -> list[int]:
-    """A dialog that ends with a question, for inference: the ids that `encode_dialog` puts before the answer."""
-    check_dialog(messages, last="user")
-    messages = [*messages, {"role": "assistant", "content": ""}]
-    ids, _, prompt_length = _encode_segments(tokenizer, _segments(tokenizer, messages, style))
-    return ids[:prompt_length]
+    return encode_segments(tokenizer, _open_segments(tokenizer, messages, style, tools, template_args)).ids
 
 
 def prompt_text(tokenizer: Tokenizer, messages: list[dict], style: str) -> str:
-    """A dialog that ends with a question, or with the beginning of an answer, as one text without BOS.
+    """A conversation as for `encode_prompt`, as one text without BOS.
 
     For programs that take only text; there, a special token that a user writes out is a special token.
     """
-    begun = isinstance(messages, list) and messages and messages[-1].get("role") == "assistant"
-    check_dialog(messages, last="assistant" if begun else "user")
-    messages = messages if begun else [*messages, {"role": "assistant", "content": ""}]
-    segments = _segments(tokenizer, messages, style)
-    last = max(i for i, segment in enumerate(segments) if segment.kind == "answer")
-    return "".join(segment.text for segment in segments[: last + 1])
+    return "".join(segment.text for segment in _open_segments(tokenizer, messages, style)).replace(BROKEN, "")
 
 
 def stop_ids(tokenizer: Tokenizer, style: str) -> set[int]:
     """The ids that end an answer in this style: the checkpoint's EOS ids and the style's own end token."""
     dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ends = [segment.text for segment in _segments(tokenizer, dialog, style) if segment.kind == "end"]
-    return tokenizer.eos_ids | {part for part in tokenizer.split(ends[-1], special=True) if isinstance(part, int)}
+    [segments] = _sequences(tokenizer, Dialog(dialog), style, Counter())
+    last = [segment.text for segment in segments if segment.is_answer][-1]
+    return tokenizer.eos_ids | {part for part in tokenizer.split(last, special=True)[-1:] if isinstance(part, int)}
 
 
-def _segments(tokenizer, messages, style):
+def _open_segments(tokenizer, messages, style, tools=(), template_args=None):
+    """The segments of a conversation up to where the model goes on."""
+    check_last(messages, "user", "tool", "assistant")
+    if messages[-1]["role"] != "assistant":
+        messages = [*messages, {"role": "assistant", "content": ""}]
+    [segments] = _sequences(tokenizer, Dialog(messages, tools, template_args or {}, open=True), style, Counter())
+    in_thought = "thinking" in messages[-1] and not messages[-1]["content"]
+    written = [i for i, segment in enumerate(segments) if segment.kind in ("answer", "mark")]
+    if in_thought:  # which has not ended yet
+        written = [i for i in written if segments[i].kind == "answer" and segments[i].text]
+    return segments[: written[-1] + 1]
+
+
+def _sequences(tokenizer, dialog, style, notes):
+    """A list of segments for each sequence that a style makes of a conversation."""
     if style not in STYLES:
         raise UserError(f"unknown prompt style {style!r}: choose one of {', '.join(STYLES)}")
-    return STYLES[style](tokenizer, messages)
+    if style == "checkpoint":
+        if not tokenizer.chat_template:
+            others = ", ".join(style for style in STYLES if style != "checkpoint")
+            raise UserError(f"{tokenizer.folder}: no chat template in tokenizer_config.json; choose one of {others}")
+        return checkpoint_sequences(tokenizer, dialog, notes)
+    _check_forms(dialog, style)
+    return [STYLES[style](tokenizer, dialog)]
 
 
-def check_dialog(messages: list[dict], last: str) -> None:
-    """Raise UserError unless `messages` are a dialog whose last message is by `last`."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError("messages must be a list of objects with role and content")
-    for i, message in enumerate(messages, 1):
-        texts = (message.get("content"), message.get("input") or "")
-        if message.get("role") not in ("system", "user", "assistant") or not all(isinstance(t, str) for t in texts):
-            raise UserError(f"message {i}: needs a role (system, user or assistant) and text as content and input")
-    if not messages or messages[-1]["role"] != last:
-        raise UserError(f"the messages must end with one whose role is {last}")
-
-
-def _encode_segments(tokenizer, segments):
-    """(ids, is_target, number of ids before the last answer), cut after the last target."""
-    ids, is_target, parts, start, prompt_length = [], [], [], True, 0
-
-    def add(more, target):
-        ids.extend(more)
-        is_target.extend([target] * len(more))
-
-    for text, kind in segments:
-        if kind in ("template", "user"):
-            parts += tokenizer.split(text, special=kind == "template")
+def _check_forms(dialog, style):
+    """Raise UserError for what a conversation has and a style has no form for."""
+    if dialog.template_args:
+        raise UserError(f"prompt style {style} has no variables, such as {next(iter(dialog.template_args))!r}")
+    found = [("tools", "tools")] if dialog.tools else []
+    for number, message in enumerate(dialog.messages, 1):
+        if message["role"] == "tool":
+            found.append(("tools", f"a tool's result (message {number})"))
             continue
-        space = kind == "answer" and _drop_last_space(tokenizer, parts)
-        more, start = tokenizer.encode_parts(parts, start)
-        add(more, False)
-        parts = []
-        if kind == "answer":
-            if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
-                ids.insert(0, tokenizer.bos_id)
-                is_target.insert(0, False)
-            prompt_length = len(ids)
-            # An answer's own leading space needs a dummy prefix before it, or decoding would take it for one.
-            more, start = tokenizer.encode_parts(tokenizer.split(text), start or space or text[:1] == " ")
-        else:
-            more, start = tokenizer.encode_parts(tokenizer.split(text, special=True), start)
-        add(more, True)
-    return ids, is_target, prompt_length
+        found += [(form, f"{key} (message {number})") for key, form in FORM_OF_KEY.items() if key in message]
+    for form, what in found:
+        if form not in FORMS.get(style, ()):
+            able = [name for name, forms in FORMS.items() if form in forms]
+            key = what.partition(" (")[0]
+            raise KeyRefused(f"prompt style {style} has no form for {what}: choose {' or '.join(able)}", key)
 
 
-def _drop_last_space(tokenizer, parts):
-    """Whether the prompt ends in a space that the answer's dummy prefix replaces; if so, remove it."""
-    found = tokenizer.has_prefix and parts and isinstance(parts[-1], str) and parts[-1].endswith(" ")
-    if found:
-        parts[-1] = parts[-1][:-1]
-    return bool(found)
-
-
-def _plain(tokenizer, messages):
+def _plain(tokenizer, dialog):
     """The question, unchanged, and the answer directly after it."""
-    [(question, answer)] = _turns(messages, "plain", system=False, many=False)[1]
-    return [Segment(_joined(question), "user"), *_answer(tokenizer, answer)]
+    [(question, answer)] = _turns(dialog.messages, "plain", system=False, many=False)[1]
+    return [Segment(joined(question), "user"), *_answer(tokenizer, answer)]
 
 
-def _alpaca(tokenizer, messages):
+def _alpaca(tokenizer, dialog):
     """Stanford Alpaca; a system message takes the place of its first sentences."""
     return _instruction(
-        tokenizer, messages, "alpaca", "### Input:", ", paired with an input that provides further context"
+        tokenizer, dialog, "alpaca", "### Input:", ", paired with an input that provides further context"
     )
 
 
-def _dolly(tokenizer, messages):
+def _dolly(tokenizer, dialog):
     """Databricks' Dolly; a system message takes the place of its first sentences."""
-    return _instruction(tokenizer, messages, "dolly", "Input:", "", end="### End")
+    return _instruction(tokenizer, dialog, "dolly", "Input:", "", end="### End")
 
 
-def _instruction(tokenizer, messages, style, input_title, with_input, end=None):
-    system, [(question, answer)] = _turns(messages, style, many=False)
+def _instruction(tokenizer, dialog, style, input_title, with_input, end=None):
+    system, [(question, answer)] = _turns(dialog.messages, style, many=False)
     given = question.get("input")
     intro = f"Below is an instruction that describes a task{with_input if given else ''}. "
     intro += "Write a response that appropriately completes the request."
@@ -150,31 +143,31 @@ def _instruction(tokenizer, messages, style, input_title, with_input, end=None):
         Segment(question["content"], "user"),
         *([Segment(f"\n\n{input_title}\n", "template"), Segment(given, "user")] if given else []),
         Segment("\n\n### Response:\n", "template"),
-        *_answer(tokenizer, answer, end),
+        *_answer(tokenizer, answer, end=end),
     ]
 
 
-def _vicuna(tokenizer, messages):
+def _vicuna(tokenizer, dialog):
     """Vicuna v1.1."""
-    system, turns = _turns(messages, "vicuna")
+    system, turns = _turns(dialog.messages, "vicuna")
     intro = "A chat between a curious user and an artificial intelligence assistant. "
     intro += "The assistant gives helpful, detailed, and polite answers to the user's questions."
     segments = [Segment(system or intro, "user")]
     for i, (question, answer) in enumerate(turns):
-        segments += [Segment("USER: " if i else " USER: ", "template"), Segment(_joined(question), "user")]
+        segments += [Segment("USER: " if i else " USER: ", "template"), Segment(joined(question), "user")]
         segments += [Segment(" ASSISTANT: ", "template"), *_answer(tokenizer, answer)]
     return segments
 
 
-def _llama2_chat(tokenizer, messages):
+def _llama2_chat(tokenizer, dialog):
     """Llama-2-chat as in Meta's reference code: BOS before every turn, questions stripped.
 
     Meta's space between answer and EOS is left out: it would be a token that no answer text contains.
     """
-    system, turns = _turns(messages, "llama2-chat")
+    system, turns = _turns(dialog.messages, "llama2-chat")
     segments = []
     for i, (question, answer) in enumerate(turns):
-        text = _joined(question)
+        text = joined(question)
         if system is not None and i == 0:
             text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
         bos = tokenizer.bos_token if i and tokenizer.add_bos else ""
@@ -183,56 +176,92 @@ def _llama2_chat(tokenizer, messages):
     return segments
 
 
-def _mistral_instruct(tokenizer, messages):
-    """Mistral-7B-Instruct v0.1; a system message goes before the first question, as in Mistral's reference code."""
-    system, turns = _turns(messages, "mistral-instruct")
-    segments = []
-    for i, (question, answer) in enumerate(turns):
-        before = f"{system}\n\n" if system and i == 0 else ""
-        segments += [Segment("[INST] ", "template"), Segment(before + _joined(question), "user")]
-        segments += [Segment(" [/INST] ", "template"), *_answer(tokenizer, answer)]
-    return segments
+def _mistral_instruct(tokenizer, dialog):
+    """Mistral-7B-Instruct v0.1; a system message goes before the first question, as in Mistral's reference code.
 
-
-def _chatml(tokenizer, messages):
-    """ChatML; no system message unless one is given."""
-    segments = []
-    for message in messages:
-        segments += [Segment(f"<|im_start|>{message['role']}\n", "template")]
-        if message["role"] == "assistant":
-            segments += [*_answer(tokenizer, message["content"], end="<|im_end|>"), Segment("\n", "template")]
-        else:
-            segments += [Segment(_joined(message), "user"), Segment("<|im_end|>\n", "template")]
-    return segments
-
-
-def _checkpoint(tokenizer, messages):
-    """The checkpoint's own chat template, rendered with a mark in place of each content and cut at the marks.
-
-    So a content cannot write special tokens, and need not go through the template. A template that strips contents is
-    recognised by the blank that it strips from a mark. Where it ends an answer with no special token, EOS is added.
+    Tools, their calls and results are written as from v0.3 on, but all tools before the first question.
     """
-    marks = [{"role": m["role"], "content": f"{_BLANK}mark{i}mark{_BLANK}"} for i, m in enumerate(messages)]
-    rendered = _run_template(tokenizer, marks)
-    pieces = re.split(f"({_BLANK}?)mark([0-9]+)mark({_BLANK}?)", rendered)
-    if sorted(pieces[2::4], key=int) != [str(i) for i in range(len(messages))]:
-        raise UserError(
-            f"{tokenizer.folder}: its chat template drops, repeats or changes a message's content; choose another style"
-        )
-    segments = [Segment(pieces[0], "template")]
-    for left, i, right, template in zip(pieces[1::4], pieces[2::4], pieces[3::4], pieces[4::4], strict=True):
-        message = messages[int(i)]
-        text = _joined(message)
-        text = text if left else text.lstrip()
-        text = text if right else text.rstrip()
-        if message["role"] == "assistant":
-            end, template = _cut_end(tokenizer, template)
-            segments += [Segment(text, "answer"), Segment(end, "end")]
+    messages, segments = dialog.messages, []
+    system, messages = _cut_system(messages)
+    _check_turns(messages, "mistral-instruct")
+    if dialog.tools:
+        segments += [Segment("[AVAILABLE_TOOLS] ", "template"), Segment(_json(dialog.tools), "user")]
+        segments.append(Segment("[/AVAILABLE_TOOLS]", "template"))
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            before = f"{system}\n\n" if system and i == 0 else ""
+            segments += [Segment("[INST] ", "template"), Segment(before + joined(message), "user")]
+            segments.append(Segment(" [/INST] ", "template"))
+        elif message["role"] == "tool":
+            result = {"content": message["content"]}
+            result |= {"call_id": message["tool_call_id"]} if "tool_call_id" in message else {}
+            segments += [Segment("[TOOL_RESULTS] ", "template"), Segment(_json(result), "user")]
+            segments.append(Segment("[/TOOL_RESULTS] ", "template"))
         else:
-            segments.append(Segment(text, "user"))
-        segments.append(Segment(template, "template"))
+            calls = message.get("tool_calls")
+            marked = [("[TOOL_CALLS] ", "mark"), (_json(calls), "answer")] if calls else []
+            segments += _answer(tokenizer, message, *marked)
     return segments
 
+
+def _chatml(tokenizer, dialog):
+    """ChatML; no system message unless one is given, or tools. These are written as Nous's Hermes has them."""
+    segments = []
+    for message in _with_tools(dialog, *TOOL_LISTS["chatml"]):
+        name = f" name={message['name']}" if "name" in message else ""
+        segments += [Segment(f"<|im_start|>{message['role']}", "template"), Segment(name, "user")]
+        segments.append(Segment("\n", "template"))
+        if message["role"] != "assistant":
+            segments += [Segment(joined(message), "user"), Segment("<|im_end|>\n", "template")]
+            continue
+        calls = []
+        for call in message.get("tool_calls", ()):
+            text = _json({"name": call["name"], "arguments": call["arguments"]})
+            between = "\n" if calls or message["content"] else ""
+            calls += [(f"{between}<tool_call>\n", "mark"), (text, "answer"), ("\n</tool_call>", "mark")]
+        segments += [*_answer(tokenizer, message, *calls, end="<|im_end|>"), Segment("\n", "template")]
+    return segments
+
+
+def _llama3(tokenizer, dialog):
+    """Llama-3-Instruct: all but the answers stripped; calls of tools as from 3.1 on, one on a line."""
+    segments, roles = [], {"tool": "ipython"}
+    for message in _with_tools(dialog, *TOOL_LISTS["llama3"]):
+        role = roles.get(message["role"], message["role"])
+        segments.append(Segment(f"<|start_header_id|>{role}<|end_header_id|>\n\n", "template"))
+        if message["role"] != "assistant":
+            segments += [Segment(joined(message).strip(), "user"), Segment("<|eot_id|>", "template")]
+            continue
+        calls = message.get("tool_calls", ())
+        lines = [_json({"name": call["name"], "parameters": call["arguments"]}) for call in calls]
+        text = "\n".join([message["content"]] * bool(message["content"]) + lines)
+        segments += _answer(tokenizer, {**message, "content": text}, end="<|eot_id|>")
+    return segments
+
+
+TOOL_LISTS = {  # of a style: the list of tools in the system message, them in the place of TOOLS; what is between two
+    "chatml": (
+        """These functions can be called:
+<tools>
+TOOLS
+</tools>
+
+A call is JSON with the name of a function and its arguments:
+<tool_call>
+{"name": "...", "arguments": {...}}
+</tool_call>""",
+        "\n",
+    ),
+    "llama3": (
+        """These functions can be called:
+
+TOOLS
+
+A call is nothing but JSON with the name of a function and its parameters:
+{"name": "...", "parameters": {...}}""",
+        "\n\n",
+    ),
+}
 
 STYLES = {
     "plain": _plain,
@@ -240,55 +269,75 @@ STYLES = {
     "dolly": _dolly,
     "vicuna": _vicuna,
     "llama2-chat": _llama2_chat,
+    "llama3": _llama3,
     "mistral-instruct": _mistral_instruct,
     "chatml": _chatml,
-    "checkpoint": _checkpoint,
+    "checkpoint": checkpoint_sequences,  # a list of segments for each sequence; it has all forms
 }
+FORMS = {  # what a style shows beside the texts of system, user and assistant
+    "chatml": ("tools", "thinking", "name"),
+    "llama3": ("tools",),
+    "mistral-instruct": ("tools",),
+    "checkpoint": ("tools", "thinking", "name"),
+}
+FORM_OF_KEY = {"tool_calls": "tools", "thinking": "thinking", "name": "name"}  # the form that a message's key needs
 
-_BLANK = "\u2003"  # an em space: strip() takes it, and no template writes it
+
+def _cut_system(messages):
+    """(the text of a system message at the beginning, None without one; the other messages)."""
+    if messages[0]["role"] == "system":
+        return messages[0]["content"], messages[1:]
+    return None, messages
 
 
 def _turns(messages, style, system=True, many=True):
-    """(system text or None, [(user message, answer text), …]) for the styles that are made of such turns."""
-    first = messages[0]["content"] if messages[0]["role"] == "system" else None
-    rest = messages if first is None else messages[1:]
+    """(system text or None, [(user message, answer), …]) for the styles that are made of such turns."""
+    first, rest = _cut_system(messages)
     if first is not None and not system:
         raise UserError(f"prompt style {style} has no place for a system message: leave it out or choose another style")
-    roles = [message["role"] for message in rest]
-    if roles != ["user", "assistant"] * (len(rest) // 2) or not rest:
-        raise UserError(f"prompt style {style}: user and assistant must take turns, after at most one system message")
+    _check_turns(rest, style)
     if len(rest) > 2 and not many:
         raise UserError(f"prompt style {style} has one question and one answer: choose another for longer dialogs")
-    return first, [(rest[i], rest[i + 1]["content"]) for i in range(0, len(rest), 2)]
+    return first, list(zip(rest[::2], rest[1::2], strict=True))
 
 
-def _joined(message):
-    """A message's content with its input, if it has one, as a paragraph of its own."""
-    return message["content"] + ("\n\n" + message["input"] if message.get("input") else "")
+def _check_turns(messages, style):
+    """Raise UserError unless user and assistant take turns, with the results of tools after an answer that calls them.
+
+    messages: without a system message at the beginning.
+    """
+    follows = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("calls", "tool")}
+    before = "assistant"
+    for message in [*messages, {"role": "user"}]:
+        if before not in follows.get(message["role"], ()):
+            raise UserError(
+                f"prompt style {style}: user and assistant must take turns, after at most one system message"
+            )
+        before = "calls" if message.get("tool_calls") else message["role"]
 
 
-def _answer(tokenizer, text, end=None):
-    """An answer and its end: the token `end` if it is one of the vocabulary's added tokens, otherwise EOS."""
+def _with_tools(dialog, text, between):
+    """The messages of a dialog, its tools written into the system message: in a text, in the place of TOOLS."""
+    if not dialog.tools:
+        return dialog.messages
+    system, rest = _cut_system(dialog.messages)
+    listed = text.replace("TOOLS", between.join(map(_json, dialog.tools)))
+    return [{"role": "system", "content": f"{system}\n\n{listed}" if system else listed}, *rest]
+
+
+def _json(value):
+    """JSON as chat templates write it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _answer(tokenizer, message, *more, end=None):
+    """An answer and its end: the token `end` if it is one of the vocabulary's added tokens, otherwise EOS.
+
+    more: (text, kind) of what follows its content.
+    """
     known = end is not None and isinstance(tokenizer.split(end, special=True)[0], int)
-    return [Segment(text, "answer"), Segment(end if known else tokenizer.eos_token, "end")]
-
-
-def _cut_end(tokenizer, template):
-    """(what ends the answer, the rest) of the template text after an answer."""
-    blank = len(template) - len(template.lstrip())
-    found = tokenizer.template_pattern.match(template, blank)
-    if not found or found[0].strip() == tokenizer.bos_token:
-        return tokenizer.eos_token, template
-    return template[: found.end()], template[found.end() :]
-
-
-def _run_template(tokenizer, messages):
-    """The text of the checkpoint's chat template for `messages`."""
-    if not tokenizer.chat_template:
-        others = ", ".join(style for style in STYLES if style != "checkpoint")
-        raise UserError(f"{tokenizer.folder}: no chat template in tokenizer_config.json; choose one of {others}")
-    turns = tuple((message["role"], message["content"]) for message in messages)
-    text, problem = render(tokenizer.chat_template, turns, tuple(tokenizer.special_tokens.items()))
-    if problem:
-        raise UserError(f"{tokenizer.folder}: its chat template fails on these messages: {problem}")
-    return text
+    texts = [(message["content"], "answer"), *more, (end if known else tokenizer.eos_token, "end")]
+    if thinking := message.get("thinking"):
+        texts = [("<think>\n", "mark"), (thinking, "answer"), ("\n</think>\n\n", "mark"), *texts]
+    trained = message.get("weight") != 0
+    return [Segment(text, kind, trained) for text, kind in texts if text or kind == "answer"]

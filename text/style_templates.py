@@ -19,12 +19,13 @@ keeps it.
 from pathlib import Path
 
 from shell.files import read_json, write_json
-from text.prompts import STYLES
+from text.messages import Dialog
+from text.prompts import STYLES, TOOL_LISTS
 from text.tokenizer import Tokenizer
 
 # The templates use: `bos`, the text of BOS if this tokenizer's sequences have it; `start`, what the sequence starts
 # with; `end`, the token that ends an answer; `gap`, the space before an answer that is still to come, empty where the
-# tokenizer's dummy prefix takes its place.
+# tokenizer's dummy prefix takes its place; `listing`, what stands before, between and after listed tools.
 
 _TURNS = r"""
 {%- if messages[0]['role'] == 'system' %}
@@ -95,26 +96,104 @@ _LLAMA2_CHAT = r"""
 {%- endif %}"""
 
 _MISTRAL_INSTRUCT = r"""
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] %}
+    {%- set turns = messages[1:] %}
+{%- else %}
+    {%- set turns = messages %}
+{%- endif %}
+{%- set ns = namespace(before='assistant') %}
 {{- start }}
+{%- if tools %}
+    {{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+{%- endif %}
 {%- for message in turns %}
-    {%- if message['role'] == 'user' %}
-        {{- '[INST] ' + (system + '\n\n' if system and loop.index0 == 0 else '') + message['content'] + ' [/INST]' }}
+    {%- set role, text = message['role'], message['content'] or '' %}
+    {%- if role not in {'assistant': ['user'], 'user': ['assistant'], 'calls': ['tool'], 'tool': ['tool', 'assistant']}[ns.before] %}
+        {{- raise_exception('user and assistant must take turns, after at most one system message') }}
+    {%- endif %}
+    {%- set ns.before = 'calls' if message['tool_calls'] else role %}
+    {%- if role == 'user' %}
+        {{- '[INST] ' + (system + '\n\n' if system and loop.index0 == 0 else '') + text + ' [/INST]' }}
+    {%- elif role == 'tool' %}
+        {{- '[TOOL_RESULTS] {"content": ' + (text | tojson) }}
+        {{- (', "call_id": ' + (message['tool_call_id'] | tojson) if message['tool_call_id'] else '') + '}[/TOOL_RESULTS]' }}
     {%- else %}
-        {{- (' ' if message['content'] else gap) + message['content'] + end }}
+        {{- (' ' if text or message['tool_calls'] else gap) + text }}
+        {%- if message['tool_calls'] %}
+            {{- '[TOOL_CALLS] [' }}
+            {%- for call in message['tool_calls'] %}
+                {%- set function = call['function'] or call %}
+                {{- (', ' if loop.index0 else '') + '{"name": ' + (function['name'] | tojson) }}
+                {{- ', "arguments": ' + (function['arguments'] | tojson) }}
+                {{- (', "id": ' + (call['id'] | tojson) if call['id'] else '') + '}' }}
+            {%- endfor %}
+            {{- ']' }}
+        {%- endif %}
+        {{- end }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- gap }}
+{%- endif %}"""  # noqa: E501
+
+# The tools are listed at the end of the system message: `listing` is what stands before and after them.
+_WITH_TOOLS = r"""
+{{- start }}
+{%- if tools %}
+    {%- set ns = namespace(text=listing[0]) %}
+    {%- for tool in tools %}
+        {%- set ns.text = ns.text + (listing[1] if loop.index0 else '') + (tool | tojson) %}
+    {%- endfor %}
+    {%- set text = ns.text + listing[2] %}
+    {%- set has_system = messages[0]['role'] == 'system' %}
+    {%- if has_system and messages[0]['content'] %}
+        {%- set text = messages[0]['content'] + '\n\n' + text %}
+    {%- endif %}
+    {%- set messages = [{'role': 'system', 'content': text}] + messages[1 if has_system else 0:] %}
 {%- endif %}"""
 
 _CHATML = r"""
-{{- start }}
 {%- for message in messages %}
-    {{- ('\n' if loop.index0 else '') + '<|im_start|>' + message['role'] + '\n' + message['content'] }}
-    {{- end if message['role'] == 'assistant' else '<|im_end|>' }}
+    {%- set text = message['content'] or '' %}
+    {{- ('\n' if loop.index0 else '') + '<|im_start|>' + message['role'] }}
+    {{- (' name=' + message['name'] if message['name'] else '') + '\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- set thinking = message['thinking'] or message['reasoning_content'] %}
+        {{- ('<think>\n' + thinking + '\n</think>\n\n' if thinking else '') + text }}
+        {%- for call in message['tool_calls'] or [] %}
+            {%- set function = call['function'] or call %}
+            {{- ('\n' if text or loop.index0 else '') + '<tool_call>\n{"name": ' + (function['name'] | tojson) }}
+            {{- ', "arguments": ' + (function['arguments'] | tojson) + '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- end }}
+    {%- else %}
+        {{- text + '<|im_end|>' }}
+    {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '\n<|im_start|>assistant\n' }}
+{%- endif %}"""
+
+_LLAMA3 = r"""
+{%- for message in messages %}
+    {%- set role = 'ipython' if message['role'] == 'tool' else message['role'] %}
+    {%- set text = message['content'] or '' %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}
+    {%- if role == 'assistant' %}
+        {{- text }}
+        {%- for call in message['tool_calls'] or [] %}
+            {%- set function = call['function'] or call %}
+            {{- ('\n' if text or loop.index0 else '') + '{"name": ' + (function['name'] | tojson) }}
+            {{- ', "parameters": ' + (function['arguments'] | tojson) + '}' }}
+        {%- endfor %}
+        {{- end }}
+    {%- else %}
+        {{- (text | trim) + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}"""
 
 # A style that is not here is rendered by our own scripts alone; `checkpoint` is the base model's own template.
@@ -124,15 +203,16 @@ TEMPLATES = {
     "dolly": _TURNS + _ONE_QUESTION + _INSTRUCTION,
     "vicuna": _TURNS + _VICUNA,
     "llama2-chat": _TURNS + _LLAMA2_CHAT,
-    "mistral-instruct": _TURNS + _MISTRAL_INSTRUCT,
-    "chatml": _CHATML,
+    "llama3": _WITH_TOOLS + _LLAMA3,
+    "mistral-instruct": _MISTRAL_INSTRUCT,
+    "chatml": _WITH_TOOLS + _CHATML,
 }
 
 
 def chat_template(tokenizer: Tokenizer, style: str) -> str:
     """The Jinja source of a style of `TEMPLATES`, with this tokenizer's tokens written into it."""
     dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    segments = STYLES[style](tokenizer, dialog)
+    segments = STYLES[style](tokenizer, Dialog(dialog))
     bos = tokenizer.bos_token if tokenizer.add_bos else ""
     first = tokenizer.split(segments[0].text, special=segments[0].kind == "template")[0]
     start = "" if first == tokenizer.bos_id else bos  # a BOS that the style writes is not doubled
@@ -140,6 +220,10 @@ def chat_template(tokenizer: Tokenizer, style: str) -> str:
         start += " "  # the dummy prefix, which those programs leave out after a BOS that is written out
     end = next(segment.text for segment in segments if segment.kind == "end")
     values = {"bos": bos, "start": start, "end": end, "gap": "" if tokenizer.has_prefix else " "}
+    if style in TOOL_LISTS:
+        text, between = TOOL_LISTS[style]
+        before, _, after = text.partition("TOOLS")
+        values["listing"] = [before, between, after]
     # ascii() writes a text as both Python and Jinja read it.
     return "".join(f"{{%- set {name} = {text!a} %}}\n" for name, text in values.items()) + TEMPLATES[style].lstrip()
 

@@ -30,10 +30,13 @@ class Tokenizer:
 
     vocab_size: the largest id + 1. bos_id, bos_token: BOS and its text, or None. eos_id, eos_token: EOS and its text.
     eos_ids: all ids that end a text, by the tokenizer's files, config.json and generation_config.json.
-    add_bos: whether this checkpoint's sequences start with BOS. chat_template: the checkpoint's Jinja source, or None.
+    add_bos: whether this checkpoint's sequences start with BOS. chat_template: the checkpoint's Jinja source, or None;
+    tool_template: its other one, for conversations with tools.
     special_tokens: {name such as "bos_token": text}. prefix: which texts get a dummy prefix: "always" (those after a
     special token too), "first" (only a sequence's first text) or "never"; has_prefix: whether any does.
-    template_pattern: a compiled regex, the added tokens that template text is searched for.
+    template_pattern: a compiled regex, the added tokens that template text is searched for; special_pattern: those of
+    them that a user's text never becomes. end_texts: the texts of all added tokens but BOS, any of which may end an
+    answer.
     """
 
     def __init__(self, checkpoint_dir: Path):
@@ -63,12 +66,15 @@ class Tokenizer:
         tokens = self._added.values()
         self.template_pattern = _pattern(tokens)
         self._user_pattern = _pattern(token for token in tokens if token["id"] not in self._special_ids)
-        self._special_pattern = _pattern(token for token in tokens if token["id"] in self._special_ids)
+        self.special_pattern = _pattern(token for token in tokens if token["id"] in self._special_ids)
         self.vocab_size = max(self._model.size, *(id + 1 for id in self._by_id), 0)
         self.prefix = self._model.prefix
         self.has_prefix = self.prefix != "never"
         self._find_bos_and_eos(config)
-        self.chat_template = self._find_chat_template(config)
+        begins = self.bos_token if self.bos_id not in self.eos_ids else None  # some models have one token for both
+        self.end_texts = tuple(text for text in self._added if text and text != begins)
+        self.chat_template, self.tool_template = _find_chat_templates(folder)
+        self._find_tokens_without_row()
 
     def _collect_added_tokens(self, config):
         """{text: {"id", "content", how it is matched}}: the model's own, then what the other files add or change."""
@@ -110,16 +116,40 @@ class Tokenizer:
         says = config.get("add_bos_token")
         self.add_bos = self.bos_id is not None and (self._model.adds(self.bos_id) if says is None else bool(says))
 
-    def _find_chat_template(self, config):
-        path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not isinstance(template, str | None):
-            raise ValueError("chat_template is no text")
-        return template
+    def take_chat_template(self, folder: Path) -> bool:
+        """Take the chat template of another folder, if it has one that differs. Returns whether that is so."""
+        try:
+            templates = _find_chat_templates(Path(folder))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{folder}: its chat template is damaged ({error!r}): get it again") from None
+        if templates == (None, None) or templates == (self.chat_template, self.tool_template):
+            return False
+        self.chat_template, self.tool_template = templates
+        return True
+
+    def _find_tokens_without_row(self):
+        """Look for ids beyond the rows of the model's embedding, where the folder has its config.json.
+
+        Many folders have a few such tokens that nothing uses, such as a padding token at 32000 in models made from
+        Llama 2. They do no harm, so a token is only refused where a text has it (`encode_parts`), and here if each
+        sequence would: EOS, and BOS where there is one. (An embedding with more rows than tokens is merely padded.)
+        """
+        rows = _read_json(self.folder / "config.json").get("vocab_size")
+        self._rows = rows if type(rows) is int else self.vocab_size
+        self._without_row = frozenset(range(self._rows, self.vocab_size))
+        self._refuse_without_row([self.eos_id, *([self.bos_id] if self.add_bos else [])])
+
+    def _refuse_without_row(self, ids):
+        """Raise UserError if one of these ids is beyond the rows of the model's embedding."""
+        found = dict.fromkeys(id for id in ids if id in self._without_row)
+        if found:
+            names = ", ".join(f"{self.token_bytes(id).decode('utf-8', 'replace')!r} ({id})" for id in [*found][:3])
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise UserError(
+                f"{self.folder}: the model has {self._rows} rows (vocab_size in config.json), none for {names}{more}: "
+                "add them in transformers (model.resize_token_embeddings(len(tokenizer)), then save_pretrained), or "
+                "take these tokens out of the tokenizer's files"
+            )
 
     def encode(self, text: str, special: bool = False, start: bool = True) -> list[int]:
         """`text` as ids, without BOS or EOS.
@@ -127,6 +157,8 @@ class Tokenizer:
         special: the text is a template's: special tokens written out in it become their ids. Otherwise it is a user's,
         and they stay ordinary text. start: the text begins a sequence, so the dummy prefix goes before it; False: it
         continues one. (Byte-level vocabularies have no dummy prefix; there `start` changes nothing.)
+
+        Raises UserError for a token for which the model of the folder's config.json has no row.
         """
         return self.encode_parts(self.split(text, special), start)[0]
 
@@ -152,6 +184,8 @@ class Tokenizer:
             else:
                 ids += group
                 start = self._model.prefix == "always"
+        if self._without_row and not self._without_row.isdisjoint(ids):
+            self._refuse_without_row(ids)
         return ids, start
 
     def _encode_text(self, text, start):
@@ -159,7 +193,7 @@ class Tokenizer:
         if self._special_ids.isdisjoint(ids):
             return ids
         # The vocabulary itself spells a special token (a mere <unk> also leads here): cut it after its first letter.
-        cuts = [0, *(match.start() + 1 for match in self._special_pattern.finditer(text)), len(text)]
+        cuts = [0, *(match.start() + 1 for match in self.special_pattern.finditer(text)), len(text)]
         pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
         return [id for i, piece in enumerate(pieces) for id in self._model.encode(piece, start and i == 0)]
 
@@ -196,8 +230,9 @@ class Tokenizer:
         return digest.hexdigest()
 
     def template_hash(self) -> str | None:
-        """SHA-256 (hex) of the chat template, None if there is none."""
-        return self.chat_template and hashlib.sha256(self.chat_template.encode()).hexdigest()
+        """SHA-256 (hex) of the chat template (and of that for tools, if it is another), None if there is none."""
+        text = self.chat_template and self.chat_template + (self.tool_template or "")
+        return text and hashlib.sha256(text.encode()).hexdigest()
 
     def fits(self, info: dict) -> bool:
         """Whether a prepared folder was made with this tokenizer, and with this chat template if it was rendered in it.
@@ -413,6 +448,20 @@ def _pattern(tokens):
 
     found = [one(token) for token in sorted(tokens, key=lambda token: -len(token["content"])) if token["content"]]
     return re.compile("(" + "|".join(found) + ")" if found else "(?!)")
+
+
+def _find_chat_templates(folder):
+    """(the chat template, that for conversations with tools if it is another): as transformers names them."""
+    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    named = {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else {}
+    template, with_tools = named.get("default") if named else template, named.get("tool_use")
+    if (path := folder / "chat_template.jinja").is_file():
+        template = path.read_text(encoding="utf-8")
+    if (path := folder / "additional_chat_templates" / "tool_use.jinja").is_file():
+        with_tools = path.read_text(encoding="utf-8")
+    if not isinstance(template, str | None) or not isinstance(with_tools, str | None):
+        raise ValueError("chat_template is no text")
+    return template, with_tools
 
 
 def _content(token):

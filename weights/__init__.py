@@ -3,10 +3,11 @@
 checkpoint.py          Hugging Face's model folders, and the checkpoints of a run. Start here
 families.py            what a config.json means, family by family. A new model family goes here
 peft_format.py         adapter folders in PEFT's format
+replaced.py            what such a folder changes beside its adapters: whole parameters, rows of tokens
 safetensors_format.py  the safetensors header: what misleads is refused before memory is taken
 gguf_format.py         llama.cpp's GGUF files
 merge.py               adapter and base as one model
 
-checkpoint.py imports families.py and peft_format.py; it and peft_format.py import safetensors_format.py;
-gguf_format.py imports checkpoint.py; merge.py imports families.py and peft_format.py.
+checkpoint.py imports families.py and peft_format.py; it and peft_format.py import safetensors_format.py; peft_format.py
+imports replaced.py; gguf_format.py imports checkpoint.py; merge.py imports all but gguf_format.py.
 """

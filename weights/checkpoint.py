@@ -3,10 +3,13 @@
 A model folder is Hugging Face's own: `config.json`, one or more safetensors files, tokenizer files.
 """
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,12 +24,16 @@ from shell.cli import UserError
 from shell.files import check_listed, checked, damage_first, read_json
 from weights import peft_format
 from weights.families import config_from_json
+from weights.replaced import EMBEDDING, HEAD
 from weights.safetensors_format import encode_header, read_header, read_tensors
 
 INDEX = "model.safetensors.index.json"
 NOTES = "onetune.json"  # in the folder of an adapter or a model: what generating has to know to match the training
 OPTIMIZER = "optimizer.safetensors"  # in a checkpoint to resume from
 SHARD_BYTES = 5 * 10**9
+# Beside a model's weights and no part of them: Mistral's own copy of the weights, adapters, an optimiser's state.
+NOT_WEIGHTS = ("consolidated*", "adapter*", "optimizer*")
+PIECE = 2**24  # bytes of two tensors that are compared at a time
 
 # What a model folder holds besides its weights. Those that are there are copied with the weights.
 SIDE_FILES = (
@@ -52,28 +59,77 @@ STATES = {**DTYPES, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I6
 
 
 def read_config(checkpoint_dir: str | Path) -> Config:
-    """The `Config` of a model folder. Raises UserError if there is none or its model is not supported."""
+    """The `Config` of a model folder. Raises UserError if there is none or its model is not supported.
+
+    It is that of the model that `load_model` makes: where config.json ties a head that the weights hold for themselves,
+    it is not tied (`Weights.ties_head`).
+    """
     folder = Path(checkpoint_dir)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: --checkpoint_dir must be a model folder (convert_hf_checkpoint.py)")
     check_listed(folder, ["config.json"], CHECKPOINT_AGAIN)
     try:
-        return config_from_json(read_json(folder / "config.json"))
+        config = config_from_json(read_json(folder / "config.json"))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
+    if not config.tie_word_embeddings or not holds_safetensors(folder):
+        return config
+    with damage_first(folder):
+        return dataclasses.replace(config, tie_word_embeddings=Weights(folder).ties_head(True))
+
+
+def with_stored_head(values: dict, weights: "Weights") -> dict:
+    """config.json's values with `tie_word_embeddings` as the weights have it (`Weights.ties_head`)."""
+    if values.get("tie_word_embeddings") is not True or weights.ties_head(True):
+        return values
+    return values | {"tie_word_embeddings": False}
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """Print a line on standard error, once in a process: a run opens the same folder several times."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def holds_safetensors(folder: str | Path) -> bool:
+    """Whether a folder holds weights of a model in safetensors, and not only what lies beside them (`NOT_WEIGHTS`)."""
+    return bool(_weight_files(Path(folder), "*.safetensors"))
+
+
+def _weight_files(folder, pattern):
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths if not any(path.match(other) for other in NOT_WEIGHTS)]
 
 
 def shard_paths(folder: str | Path, index: str, pattern: str) -> list[Path]:
-    """The weight files of a folder: those that its index names, or without an index those that match `pattern`.
+    """The weight files of a folder, in transformers' order: the one file of a small model, else those that the index
+    names; without both, those that match `pattern`, of which those called model* come before all others.
 
-    Raises UserError for an index that names anything but files in its folder.
+    A line on standard error says what else matches and is left aside. Raises UserError for an index that names anything
+    but files in its folder.
     """
-    folder = Path(folder)
-    if not (folder / index).exists():
-        paths = sorted(path for path in folder.glob(pattern) if path.name != OPTIMIZER)
-        if not paths:
-            raise UserError(f"{folder} holds no {pattern} file: make it with convert_hf_checkpoint.py")
-        return paths
+    folder, whole = Path(folder), index.removesuffix(".index.json")
+    if (folder / whole).is_file():
+        paths = [folder / whole]
+    elif (folder / index).exists():
+        paths = _indexed(folder, index)
+    else:
+        found = _weight_files(folder, pattern)
+        paths = [path for path in found if path.name.startswith("model")] or found
+    others = [path.name for path in sorted(folder.glob(pattern)) if path not in paths and path.name != OPTIMIZER]
+    if not paths:
+        beside = f" (only {', '.join(others)}, which is not read as a model)" if others else ""
+        raise UserError(f"{folder} holds no {pattern} file{beside}: make it with convert_hf_checkpoint.py")
+    if paths == [folder / whole] and (folder / index).exists():
+        others.append(index)
+    if others:
+        taken = paths[0].name if len(paths) == 1 else f"{len(paths)} files, {paths[0].name} and so on"
+        note_once(f"{folder}: the weights are read from {taken}; left aside: {', '.join(others)}")
+    return paths
+
+
+def _indexed(folder, index):
+    """The files that an index names, checked."""
     weight_map = read_json(folder / index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
@@ -134,11 +190,47 @@ class Weights:
             raise UserError(f"{path}: tensor {name} holds NaN or infinity")
         return tensor
 
+    def ties_head(self, tied: bool) -> bool:
+        """Whether the head is the embedding's tensor, in a model whose config.json says that it is (`tied`) or not.
+
+        As in transformers 5. Weights that hold both, with different values, are of a model that is not tied: both are
+        kept, and a line on standard error says so. If only the head is there, it is the embedding too, from then on
+        also here.
+        """
+        if not tied or HEAD not in self.shapes:
+            return tied
+        if EMBEDDING not in self.shapes:
+            for table in (self.shapes, self.dtypes, self._places):
+                table[EMBEDDING] = table[HEAD]
+            return True
+        if self._same(HEAD, EMBEDDING):
+            return True
+        path = self._places[HEAD][0]
+        note_once(
+            f"{path.parent}: config.json ties the head to the embedding, but {path.name} holds a {HEAD} that differs: "
+            'it is kept, as with "tie_word_embeddings": false'
+        )
+        return False
+
+    def _same(self, one, other):
+        """Whether two tensors are equal. Read in pieces, so that the first difference ends it."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        dtype = self.dtypes[one]
+        if dtype is None or dtype != self.dtypes[other]:
+            return torch.equal(self.read(one).float(), self.read(other).float())
+        (path, start), (other_path, other_start) = self._places[one], self._places[other]
+        size = torch.Size(self.shapes[one]).numel() * dtype.itemsize
+        with open(path, "rb") as file, open(other_path, "rb") as other_file:
+            return all(
+                os.pread(file.fileno(), min(PIECE, size - place), start + place)
+                == os.pread(other_file.fileno(), min(PIECE, size - place), other_start + place)
+                for place in range(0, size, PIECE)
+            )
+
     def check(self, expected: dict[str, torch.Size | tuple]) -> None:
         """Compare with the shapes that a model needs. Raises UserError that names the first few that differ."""
-        ignored = (
-            ("rotary_emb.inv_freq",) if "lm_head.weight" in expected else ("rotary_emb.inv_freq", "lm_head.weight")
-        )
+        ignored = ("rotary_emb.inv_freq",) if HEAD in expected else ("rotary_emb.inv_freq", HEAD)
         surplus = [n for n in self.shapes if n not in expected and not n.endswith(ignored)]
         missing = [n for n in expected if n not in self.shapes]
         misshapen = [
@@ -178,7 +270,7 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config)
     quantization = read_quantization(quantize, model)
-    weights = _open_weights(checkpoint_dir, {name: parameter.shape for name, parameter in model.named_parameters()})
+    weights = _open_weights(checkpoint_dir, model)
     with checked(checkpoint_dir):
         fill_model(model, weights.read, dtype, device, quantization)
         if adapter_dir is not None:
@@ -186,12 +278,13 @@ def load_model(
     return model.eval()
 
 
-def _open_weights(checkpoint_dir, expected):
-    """The `Weights` of a model folder, which must have these shapes by name."""
+def _open_weights(checkpoint_dir, model):
+    """The `Weights` of a model folder, which must have the shapes of the model's parameters."""
     with damage_first(checkpoint_dir):
         weights = Weights(checkpoint_dir)
+        weights.ties_head(model.config.tie_word_embeddings)
         try:
-            weights.check(expected)
+            weights.check({name: parameter.shape for name, parameter in model.named_parameters()})
         except UserError as error:
             raise UserError(f"{checkpoint_dir}: {error}") from None
     return weights
@@ -304,6 +397,7 @@ def save_model(model: Transformer, folder: str | Path, source: str | Path) -> di
     hashes = write_weights(folder, layout, parameters.__getitem__)
     copy_side_files(source, folder)
     config = with_dtype(read_json(Path(source, "config.json")), next(model.parameters()).dtype)
+    config["tie_word_embeddings"] = model.config.tie_word_embeddings  # which may be otherwise in the source's file
     Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return hashes
 

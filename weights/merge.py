@@ -18,8 +18,9 @@ import lora
 from model import Linear, Transformer
 from quantize import quantizer_of, read_quantization
 from weights import peft_format
-from weights.checkpoint import Weights
+from weights.checkpoint import Weights, with_stored_head
 from weights.families import config_from_json
+from weights.replaced import EMBEDDING, HEAD, Replaced
 
 PROBE_LENGTH = 32  # positions on which a merged model is compared with base and adapter
 
@@ -34,26 +35,37 @@ class Tuned:
         self, config: dict, weights: Weights, quantize: str | dict | None = None, adapter_dir: str | Path | None = None
     ):
         self.weights, self.adapter, self.tensors = weights, None, {}
+        self.replaced = Replaced(lora.AdapterConfig())  # nothing
         with torch.device("meta"):
-            self.model = Transformer(config_from_json(config))
+            self.model = Transformer(config_from_json(with_stored_head(config, weights)))
         self.quantization = read_quantization(quantize, self.model)
         if adapter_dir is not None:
             peft_format.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
-            self.adapter, self.tensors = peft_format.read_adapter(adapter_dir)
+            self.adapter, _, self.tensors, self.replaced = peft_format.read_adapter(adapter_dir)
+        self.base_is_tied = self.model.config.tie_word_embeddings
+        if self.base_is_tied:
+            self.replaced = self.replaced.for_tied_base()
         self.linears = lora.linear_layers(self.model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
+    def _stored(self, name):
+        """The tensor `name` of the base, in fp32; a tied head has the embedding's."""
+        tied = name == HEAD and self.base_is_tied
+        return self.weights.read(EMBEDDING if tied else name).to(self.device, torch.float32)
+
     def read(self, name: str) -> Tensor:
-        """The tensor `name` in fp32; a tied head has the embedding's."""
-        tied = name == "lm_head.weight" and self.model.config.tie_word_embeddings
-        return self.weights.read("model.embed_tokens.weight" if tied else name).to(self.device, torch.float32)
+        """The tensor `name` in fp32, or what the adapter's folder puts in its place."""
+        if name == HEAD and self.base_is_tied and self.replaced.keeps_tie():
+            name = EMBEDDING
+        return self.replaced.value(name, self._stored(name)).float()
 
     def linear(self, name: str) -> nn.Module:
         """The linear layer `name`: quantised and adapted as in training."""
         weight, bias = self.read(f"{name}.weight"), None
         if self.linears[name].bias is not None:
             bias = nn.Parameter(self.read(f"{name}.bias"), requires_grad=False)
-        quantizer = None if name == "lm_head" else quantizer_of(self.quantization, name)
+        dense = name == "lm_head" or f"{name}.weight" in self.replaced.whole
+        quantizer = None if dense else quantizer_of(self.quantization, name)
         if quantizer:
             layer = quantizer(weight, bias)
         else:
@@ -70,17 +82,20 @@ class Tuned:
 
         The second is None where the adapter changes nothing.
         """
-        path = name.removesuffix(".weight")
+        path, before = name.removesuffix(".weight"), None
+        if name in self.replaced.names():
+            before = self._stored(name)
         if path not in self.linears or path == name:
-            return self.read(name), None
+            return self.read(name), before
         layer = self.linear(path)
         if path not in self.tensors:
-            return layer.dequantize(torch.float32), None
+            return layer.dequantize(torch.float32), before
         return layer.merged_weight(), layer.base.dequantize(torch.float32)
 
     def merged_config(self, config: dict) -> dict:
-        """config.json's values for the merged model: with an adapter on it the head is no longer the embedding."""
-        return config | {"tie_word_embeddings": False} if "lm_head" in self.tensors else config
+        """config.json's values for the merged model: its head may be no longer the embedding."""
+        tied = self.base_is_tied and self.replaced.keeps_tie() and "lm_head" not in self.tensors
+        return config if bool(config.get("tie_word_embeddings")) == tied else config | {"tie_word_embeddings": tied}
 
     def module(self, name: str) -> nn.Module:
         """The module `name`, a block or a norm, with all that is in it."""

@@ -2,9 +2,13 @@
 
 Standard LoRA and DoRA are in PEFT's format. Any other kind of adapter has the peft_type "ONETUNE_KIND", which PEFT does
 not load; its tensors are called MODULE:NAME, after the parameters and buffers of its class.
+
+PEFT's folders may hold more than adapters over linear layers: new values of the base's own parameters (replaced.py).
+They are read; only adapters are written.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -12,15 +16,17 @@ import re
 import signal
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora import ADAPTERS, Adapter, AdapterConfig, DoRALinear, LoRALinear, adapters, linear_layers, match_pattern, wrap
-from model import Linear
+from model import Linear, Transformer
 from shell.cli import UserError
 from shell.files import check_listed, read_json
+from weights.replaced import EMBEDDING, FLOATS, HEAD, Replaced, biases, parameters_of, replace
 from weights.safetensors_format import read_tensors
 
 PREFIX = "base_model.model."  # PEFT's, before every name in an adapter file
@@ -29,13 +35,12 @@ PATTERN_SECONDS = 2
 ADAPTER_AGAIN = "copy or train it again"  # what mends an adapter folder
 UNSAVED = "hash_of_unsaved_buffers"
 SAMPLED = 4096  # values of each go into that hash: of a random matrix they tell as much as all
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+EMBEDDING_MODULE, HEAD_MODULE = (name.removesuffix(".weight") for name in (EMBEDDING, HEAD))
 
 # Settings of PEFT's that change what an adapter computes, and that we do not have.
 UNSUPPORTED = (
-    "modules_to_save", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters",
-    "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
-    "monteclora_config",
+    "fan_in_fan_out", "lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 
 
@@ -106,26 +111,64 @@ def _peft_name(name, key):
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def load_adapter(model: nn.Module, folder: Path) -> AdapterConfig:
+class StoredAdapter(NamedTuple):
+    """An adapter folder's content.
+
+    config: of its adapters. values: all of adapter_config.json. tensors: of each adapter, by its layer and by their own
+    names. replaced: new values of the base's parameters.
+    """
+
+    config: AdapterConfig
+    values: dict
+    tensors: dict[str, dict[str, Tensor]]
+    replaced: Replaced
+
+
+def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
     """Freeze the model and put the adapter in `folder`, ours or PEFT's, over it. Returns its `AdapterConfig`.
 
     Raises UserError if a tensor is missing, surplus, misshapen or not finite.
     """
-    config, tensors = read_adapter(folder)
-    layers = linear_layers(model)
-    wanted = _match_names(config, layers, folder)
-    for name in tensors:
-        if name not in wanted:
+    stored = read_adapter(folder)
+    config, tensors, layers = stored.config, stored.tensors, linear_layers(model)
+    covered = _covered(stored, model, folder)
+    held = [*tensors, *([EMBEDDING_MODULE] if stored.replaced.low_rank else [])]
+    for name in held:
+        if name not in covered:
             raise UserError(f"{folder}: it adapts {name}, which the base model or adapter_config.json does not have")
-    for name in wanted:
-        if name not in tensors:
+    for name in covered:
+        if name not in held:
             raise UserError(f"{folder}: no tensors for {name}, which adapter_config.json says it adapts")
+    adapted = [name for name in covered if name != EMBEDDING_MODULE]
+    for name in adapted:
         where = f"{folder}: {name}"
         _check_shapes(_without_memory(config, layers[name], name, where), tensors[name], where)
-    wrap(model, config, wanted)
+    _check_replaced(stored, model, adapted, folder)
+    replace(model, stored.replaced, str(folder))
+    wrap(model, config, adapted)
     for name, adapter in adapters(model).items():
         fill_adapter(adapter, tensors[name], f"{folder}: {name}")
+    if set(adapted) != {name for name in layers if config.covers(name)}:  # `config` has no field for what narrows it
+        config = dataclasses.replace(config, targets=tuple(adapted))
     return config
+
+
+def _check_replaced(stored, model, adapted, folder):
+    """Raise UserError unless the folder holds those of the base's parameters that its adapter_config.json names."""
+    values, replaced = stored.values, stored.replaced
+    wanted = parameters_of(model, values.get("modules_to_save") or [])
+    if values.get("bias", "none") != "none":
+        wanted |= biases(model, None if values["bias"] == "all" else adapted)
+    resized = {EMBEDDING, HEAD}  # PEFT saves them when the vocabulary was resized, without naming them
+    for name in sorted(replaced.whole.keys() - wanted - resized):
+        raise UserError(f"{folder}: it brings {name}, which the base model or adapter_config.json does not have")
+    for name in sorted(wanted - replaced.whole.keys()):
+        raise UserError(f"{folder}: no tensor for {name}, which adapter_config.json says was trained")
+    twice = [name for name in (*replaced.whole, *replaced.rows) if name.removesuffix(".weight") in adapted]
+    twice += replaced.rows.keys() & replaced.whole.keys()
+    twice += [EMBEDDING] if replaced.low_rank and EMBEDDING in (*replaced.whole, *replaced.rows) else []
+    for name in twice:
+        raise UserError(f"{folder}: {name} is changed in two ways (modules_to_save, tokens, LoRA): not supported")
 
 
 def _without_memory(config, layer, name, where):
@@ -169,13 +212,48 @@ def _check_shapes(adapter, tensors, where):
             raise UserError(f"{where}.{key} is {shapes}: it belongs to another base model or rank")
 
 
-def _match_names(config, names, folder):
-    """Those of `names` that an adapter covers. Raises UserError if its patterns take more than `PATTERN_SECONDS`."""
+def _covered(stored, model, folder):
+    """The linear layers, and perhaps the embedding, that an adapter covers, by PEFT's rules.
+
+    Raises UserError if its patterns take more than `PATTERN_SECONDS`.
+    """
+    config, values, names = stored.config, stored.values, [*linear_layers(model)]
+    if stored.replaced.low_rank or not isinstance(config.targets, str):  # an expression of ours is for linear layers
+        names.append(EMBEDDING_MODULE)
     with _time_limit(f"{folder}: the patterns in adapter_config.json take too long to match: list the modules' names"):
         for name in names:
             for patterns in (config.rank_pattern, config.alpha_pattern):
                 match_pattern(patterns, name, None)
-        return [name for name in names if config.covers(name)]
+        covered = [name for name in names if config.covers(name) and not _left_out(values, name)]
+    ends = {EMBEDDING_MODULE, HEAD_MODULE}
+    if values.get("ensure_weight_tying") and model.config.tie_word_embeddings and ends & {*covered}:
+        covered += sorted(ends - {*covered})  # an adapter on one of them is then on both
+    return covered
+
+
+def _left_out(values, name):
+    """Whether a layer that `target_modules` names gets no adapter all the same."""
+    exclude, save = values.get("exclude_modules") or [], values.get("modules_to_save") or []
+    if re.fullmatch(exclude, name) if isinstance(exclude, str) else _ends(name, exclude):
+        return True
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in save):
+        return True
+    numbers = values.get("layers_to_transform")
+    if numbers in (None, []) or name in values["target_modules"]:
+        return False
+    found = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name) for pattern in _layer_patterns(values))
+    number = next((int(match[1]) for match in found if match), None)
+    return number not in (numbers if isinstance(numbers, list) else [numbers])
+
+
+def _layer_patterns(values):
+    """The names of what numbers the layers, regular expressions; by default any name."""
+    patterns = values.get("layers_pattern") or [r"[^.]*"]
+    return [patterns] if isinstance(patterns, str) else patterns
+
+
+def _ends(name, ends):
+    return any(name == end or name.endswith("." + end) for end in ends)
 
 
 @contextlib.contextmanager
@@ -201,36 +279,92 @@ def _time_limit(message):
         signal.signal(signal.SIGALRM, before)
 
 
-def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]]]:
-    """The adapter files in `folder`: an `AdapterConfig`, and for each module's name its tensors by their own names."""
+def read_adapter(folder: Path) -> StoredAdapter:
+    """The adapter files in `folder`. Raises UserError if they are missing, damaged or of a kind that is not supported.
+
+    Whether they fit a model is for `load_adapter` to say.
+    """
     config_path, tensors_path = Path(folder, "adapter_config.json"), Path(folder, "adapter_model.safetensors")
     for path in (config_path, tensors_path):
         if not path.is_file():
-            raise UserError(f"{path} does not exist: --adapter_dir must be a folder such as out/RUN/final")
+            raise UserError(f"{path} does not exist: {_how_to_have_it(path)}")
     check_listed(folder, [config_path.name, tensors_path.name], ADAPTER_AGAIN)
     values = read_json(config_path)
     try:
         config = _adapter_config(values)
     except ValueError as error:
         raise UserError(f"{config_path}: {error}") from None
-    split = _split_peft_name if values["peft_type"] == "LORA" else _split_name
-    stored, tensors = read_tensors(tensors_path, ADAPTER_AGAIN), {}
-    for full_name, tensor in stored.items():
-        if full_name == f"{PREFIX}lm_head.base_layer.weight":  # PEFT adds a copy of the frozen head, if it adapts it
+    tensors, replaced = {}, Replaced(config)
+    in_peft = values["peft_type"] == "LORA"
+    for full_name, tensor in read_tensors(tensors_path, ADAPTER_AGAIN).items():
+        if in_peft and _sort_replaced(full_name, tensor, values, replaced):
             continue
-        parts = split(full_name)
+        parts = (_split_peft_name if in_peft else _split_name)(full_name)
         if parts is None:
             raise UserError(f"{tensors_path}: tensor {full_name} is not one of a {config.kind} adapter")
         name, key = parts
-        if key in tensors.setdefault(name, {}):
+        own = replaced.low_rank if name == EMBEDDING_MODULE else tensors.setdefault(name, {})
+        if key in own:
             raise UserError(f"{tensors_path}: tensor {full_name} comes twice, with and without .weight")
-        tensors[name][key] = tensor
-    return config, tensors
+        own[key] = tensor
+    _check_rows(values, replaced, config_path)
+    return StoredAdapter(config, values, tensors, replaced)
+
+
+def _how_to_have_it(path):
+    """What to do where a file of an adapter folder is missing."""
+    old = path.with_suffix(".bin")
+    if path.suffix != ".safetensors" or not old.is_file():
+        return "--adapter_dir must be a folder such as out/RUN/final"
+    tensors = f"{{k: v.contiguous() for k, v in torch.load('{old}', 'cpu', weights_only=True).items()}}"
+    code = f"import torch; from safetensors.torch import save_file; save_file({tensors}, '{path}')"
+    return f'convert {old.name} with: python -c "{code}"'
+
+
+def _sort_replaced(full_name, tensor, values, replaced):
+    """Put a tensor of PEFT's file that is of no adapter over a linear layer where it belongs; False if it is of one."""
+    name = full_name.removeprefix(PREFIX)
+    if name == full_name or ".lora_" in name:
+        return False
+    if ".original_module." in name:  # the base's own, beside a module that was saved: nothing uses it
+        return True
+    if name.endswith(".token_adapter.trainable_tokens_delta"):
+        path = name.removesuffix(".token_adapter.trainable_tokens_delta")
+        replaced.rows[f"{path}.weight"] = (_token_ids(values).get(path, []), tensor)
+    elif name in (f"{EMBEDDING_MODULE}.base_layer.weight", f"{HEAD_MODULE}.base_layer.weight"):
+        replaced.base[name.replace(".base_layer", "")] = tensor
+    elif match := re.fullmatch(r"(.+?)(\.base_layer(?=\.bias)|\.modules_to_save)?\.(weight|bias)", name):
+        replaced.whole[f"{match[1]}.{match[3]}"] = tensor
+    else:
+        return False
+    return True
+
+
+def _token_ids(values):
+    """The tokens whose rows were trained, {module: ids}: of a plain list the module is the embedding."""
+    indices = values.get("trainable_token_indices") or {}
+    indices = indices if isinstance(indices, dict) else {EMBEDDING_MODULE: indices}
+    modules = (EMBEDDING_MODULE, HEAD_MODULE)
+    return {next((module for module in modules if _ends(module, [key])), key): ids for key, ids in indices.items()}
+
+
+def _check_rows(values, replaced, config_path):
+    """Raise UserError unless the rows of tokens that a file holds are those that adapter_config.json names."""
+    named = _token_ids(values)
+    for name, (ids, rows) in replaced.rows.items():
+        if len(rows) != len(ids) or name not in (EMBEDDING, HEAD):
+            what = f"names {len(ids)} tokens, the file has {len(rows)} rows of {name}"
+            raise UserError(f"{config_path}: trainable_token_indices {what}")
+    for path, ids in named.items():
+        follows = path == HEAD_MODULE and ids == named.get(EMBEDDING_MODULE)  # a tied head: PEFT saves its rows once
+        if f"{path}.weight" not in replaced.rows and not follows:
+            raise UserError(f"{config_path}: trainable_token_indices names {path}, of which the file has no rows")
 
 
 def _split_peft_name(full_name):
     """The module and the tensor's name in it, of a tensor in PEFT's file; None if it is not of LoRA or DoRA."""
-    match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", full_name)
+    keys = "lora_A|lora_B|lora_magnitude_vector|lora_embedding_A|lora_embedding_B"
+    match = re.fullmatch(re.escape(PREFIX) + rf"(.+)\.({keys})(\.weight)?", full_name)
     return match and (match[1], match[2])
 
 
@@ -289,10 +423,8 @@ def _check_supported(values):
             raise ValueError(f"{key} is not supported")
     if values.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
         raise ValueError(f"init_lora_weights {values['init_lora_weights']!r} alters the base model: not supported")
-    if values.get("bias", "none") != "none":
-        raise ValueError(f"bias {values['bias']!r} is not supported, only none is")
-    if values.get("layers_to_transform") or values.get("exclude_modules"):
-        raise ValueError("layers_to_transform and exclude_modules are not supported: list the modules' full names")
+    if values.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias {values['bias']!r} is not supported, only none, all and lora_only are")
     for key in ("use_dora", "use_rslora"):
         if type(values.get(key, False)) is not bool:
             raise ValueError(f"{key} {values[key]!r} is not true or false")
@@ -313,16 +445,37 @@ def _check_numbers(values):
 
 
 def _check_targets(values):
-    """Raise ValueError unless the target modules are names or a regular expression, and all expressions are good."""
-    targets = values["target_modules"]
-    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+    """Raise ValueError unless modules are named by lists or regular expressions, and all expressions are good."""
+    targets, layers = values["target_modules"], values.get("layers_to_transform")
+    if not isinstance(targets, str) and not _is_list_of(str, targets):
         raise ValueError("target_modules is neither a list of names nor a regular expression")
+    for key in ("exclude_modules", "layers_pattern"):
+        if not isinstance(values.get(key), str | None) and not _is_list_of(str, values[key]):
+            raise ValueError(f"{key} is neither a list of names nor a regular expression")
+    if layers is not None and type(layers) is not int and not _is_list_of(int, layers):
+        raise ValueError(f"layers_to_transform {layers!r} is neither a number nor a list of numbers")
+    if layers not in (None, []) and isinstance(targets, str):
+        raise ValueError("layers_to_transform needs a list of names in target_modules")
+    if not _is_list_of(str, values.get("modules_to_save") or []):
+        raise ValueError("modules_to_save is no list of names")
+    if not all(_is_list_of(int, ids) for ids in _token_ids(values).values()):
+        raise ValueError("trainable_token_indices is neither a list of numbers nor an object of such lists")
     patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in _pattern(values, name)]
-    for pattern in (*patterns, *([targets] if isinstance(targets, str) else [])):
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{pattern[:80]!r} is not a regular expression ({error})") from None
+    patterns += [values.get(key) for key in ("target_modules", "exclude_modules") if isinstance(values.get(key), str)]
+    patterns += [*(values.get("modules_to_save") or []), *_layer_patterns(values)]
+    for pattern in patterns:
+        _check_pattern(pattern)
+
+
+def _is_list_of(kind, value):
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _check_pattern(pattern):
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{pattern[:80]!r} is not a regular expression ({error})") from None
 
 
 def _pattern(values, key):

@@ -23,10 +23,14 @@ import torch
 import uvicorn
 from conftest import ROOT, write_tiny_tokenizer
 
-from eval import helm_server
-from text.prompts import encode_prompt
+from eval import helm_server, openai_api
+from generate import Settings as Sampled
+from inference.sampling import Batch, Reply, Row
+from inference.writer import Writer
+from text.prompts import STYLES, encode_prompt
 
 GREEDY = {"temperature": 0, "max_new_tokens": 6}
+USER = [{"role": "user", "content": "what"}]
 WORDS = ["the", "answer", "to", "question", "is", "42", "and", "this", "what", "it", "was", "all", "about", ".", ","]
 
 
@@ -300,6 +304,12 @@ def client(server):
 def test_models(client, server):
     (model,) = client.models.list().data
     assert model.id == server.service.name and model.object == "model"
+    assert "/" in model.id and client.models.retrieve(model.id) == model
+    assert ask(server, f"/v1/models/{model.id}")[1]["id"] == model.id
+    for other in ("gpt-4", "org/gpt-4", model.id + "/"):
+        with pytest.raises(openai.NotFoundError, match="not served here") as caught:
+            client.models.retrieve(other)
+        assert caught.value.type == "invalid_request_error"
 
 
 def test_completions(client, server):
@@ -431,10 +441,322 @@ def test_errors_are_those_that_the_client_knows(client, server):
     assert caught.value.param == "max_tokens" and caught.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="context is 256"):
         client.completions.create(model=name, prompt="the answer " * 300)
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        client.chat.completions.create(model=name, messages=[{"role": "user", "content": "a"}], tools=[])
+    with pytest.raises(openai.BadRequestError, match="forces a function") as caught:
+        client.chat.completions.create(model=name, messages=USER, tools=[], tool_choice="required")
+    assert caught.value.param == "tool_choice"
     with pytest.raises(openai.BadRequestError, match="role is user"):
-        client.chat.completions.create(model=name, messages=[{"role": "assistant", "content": "a"}])
+        client.chat.completions.create(model=name, messages=[*USER, {"role": "system", "content": "a"}])
+
+
+# ------------------------------------------------------------------------------------------ what clients send by habit
+
+FIXED = {"temperature": 1.0, "seed": 7, "n": 2, "max_tokens": 6}
+HARMLESS = [
+    {"response_format": {"type": "text"}}, {"logit_bias": {}}, {"user": "me"}, {"safety_identifier": "me"},
+    {"metadata": {"run": "5"}}, {"store": True}, {"service_tier": "auto"}, {"prompt_cache_key": "k"},
+    {"prompt_cache_retention": "24h"}, {"frequency_penalty": 0, "presence_penalty": 0, "min_p": 0, "top_k": 0},
+    {"stop": None, "logit_bias": None, "tools": None, "anything": None}, {"modalities": ["text"]},
+    {"prediction": {"type": "content", "content": "the"}}, {"repetition_penalty": 1.0, "top_p": 1},
+]  # fmt: skip
+HARMLESS_IN_CHATS = [
+    {"tools": []}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"parallel_tool_calls": False},
+    {"parallel_tool_calls": True, "tools": []}, {"functions": [], "function_call": "none"}, {"audio": None},
+    {"max_completion_tokens": 6, "max_tokens": None}, {"chat_template_kwargs": {}}, {"top_logprobs": None},
+    {"messages": [{"role": "user", "content": "what", "name": None, "tool_calls": []}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "wh"}, {"type": "text", "text": "at"}]}]},
+]  # fmt: skip
+
+
+def texts(place, path, body):
+    """The choices that a request is answered with, less their log-probabilities."""
+    code, answer, _ = ask(place, path, {**FIXED, **body})
+    assert code == 200, answer
+    return [choice.get("message") or choice["text"] for choice in answer["choices"]]
+
+
+@pytest.mark.parametrize("more", [*HARMLESS, *HARMLESS_IN_CHATS], ids=str)
+def test_what_does_not_change_an_answer_is_taken(server, more):
+    assert texts(server, H, {"messages": USER, **more}) == texts(server, H, {"messages": USER})
+    if more in HARMLESS:
+        assert texts(server, C, {"prompt": "the", **more}) == texts(server, C, {"prompt": "the"})
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("response_format", {"type": "json_object"}, "response_format json_object is not supported: only text is"),
+        ("response_format", {"type": "json_schema", "json_schema": {}}, "response_format json_schema is not supported"),
+        ("logit_bias", {"50256": -100}, "logit_bias is not supported"),
+        ("tool_choice", "required", "tool_choice that forces a function is not supported"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}, "tool_choice that forces a function"),
+        ("modalities", ["text", "audio"], "modalities ['text', 'audio'] is not supported"),
+        ("functions", [{"name": "f"}], "functions is not supported: name them under tools"),
+        ("function_call", {"name": "f"}, "function_call is not supported"),
+        ("reasoning_effort", "low", "reasoning_effort is not supported: a template's variables are in chat_template"),
+        ("verbosity", "low", "verbosity is not supported"),
+        ("audio", {"voice": "ash"}, "audio is not supported"),
+        ("web_search_options", {}, "web_search_options is not supported"),
+        ("guided_json", {}, "guided_json is not a field that this server knows"),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "image_url"),
+        ("messages", [{"role": "user", "content": "a", "mood": "b"}], "mood"),
+        ("messages", [{"role": "tool", "tool_call_id": "x", "content": "a", "tool_calls": [{"name": "f"}]}], "tool"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_words_of_its_own(server, field, value, words):
+    """Never in those of the validator."""
+    code, answer, _ = ask(server, H, {"messages": USER, field: value})
+    problem = answer["error"]
+    assert code == 400 and problem["param"] == field and words in problem["message"]
+    assert problem["type"] == "invalid_request_error" and "xtra" not in problem["message"]
+
+
+def test_every_field_in_the_tables_is_in_the_page():
+    page = (ROOT / "docs" / "serving.md").read_text()
+    fields = {*openai_api.IGNORED, *openai_api.ONE_VALUE}
+    for request in (openai_api.ChatRequest, openai_api.CompletionRequest):
+        fields |= {field.alias or name for name, field in request.model_fields.items()}
+    assert [name for name in sorted(fields) if f"`{name}`" not in page] == []
+
+
+def test_roles_and_contents_in_any_form_are_one_prompt(server, prompts):
+    """A developer is the system; content may be parts; names and thinking reach a prompt whose style has them."""
+    plain = [{"role": "system", "content": "be kind"}, *USER]
+    parts = [{"role": "developer", "content": [{"type": "text", "text": "be kind"}]}, *USER]
+    for messages in (plain, parts):
+        assert ask(server, H, {"messages": messages, "max_tokens": 1})[0] == 200
+    assert prompts[0] == prompts[1] and "system\nbe kind" in prompts[0]
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """The text of each prompt that a server in this process encodes for a chat."""
+    texts, encode = [], Writer.encode
+
+    def note(self, dialog):
+        ids = encode(self, dialog)
+        texts.append(self.tokenizer.decode(ids, skip_special=False))
+        return ids
+
+    monkeypatch.setattr(Writer, "encode", note)
+    return texts
+
+
+def test_what_a_template_has_no_place_for_is_refused(server):
+    """Never dropped: a call made before, the result of a tool, tools; the tiny model's template has none of them."""
+    called = [*USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "wet"}
+    for body in ({"messages": [*called, result]}, {"messages": [*called, *USER]}, {"messages": USER, "tools": TOOLS}):
+        code, answer, _ = ask(server, H, body)
+        assert code == 400 and "tool" in answer["error"]["message"], answer
+    code, answer, _ = ask(server, H, {"messages": [*called, {**result, "tool_call_id": "call_2"}]})
+    assert code == 400 and "call_2" in answer["error"]["message"] and answer["error"]["param"] == "messages"
+
+
+def test_the_last_message_of_the_assistant_is_continued(server, prompts):
+    begun = [*USER, {"role": "assistant", "content": "the answer"}]
+    code, answer, _ = ask(server, H, {"messages": begun, "temperature": 0, "max_tokens": 8})
+    assert code == 200 and prompts[0].endswith("<|im_start|>assistant\nthe answer")
+    ids = encode_prompt(server.tokenizer, begun, "checkpoint")
+    new = [id for id in plain(server, ids, 8)[0][len(ids) :] if id not in server.service.writer.stop_ids]
+    assert answer["choices"][0]["message"]["content"] == server.tokenizer.decode(new)
+
+
+def test_a_continued_answer_keeps_its_space(sentencepiece_server, monkeypatch):
+    """Where an answer begins, SentencePiece's first space is none of the text; where one is continued it is."""
+    says(monkeypatch, sentencepiece_server, "the answer is")
+    begun = [*USER, {"role": "assistant", "content": "so"}]
+    for messages, text in ((USER, "the answer is"), ([*USER, {"role": "assistant", "content": ""}], "the answer is"),
+                           (begun, " the answer is")):  # fmt: skip
+        answer = ask(sentencepiece_server, H, {"messages": messages})[1]
+        assert answer["choices"][0]["message"]["content"] == text
+
+
+def test_penalties_and_min_p_reach_the_sampling(server):
+    """Greedy: a presence penalty of 2 and min_p of 1 against what the settings of a row do by themselves."""
+    body = {"prompt": [300, 301], "max_tokens": 30, "temperature": 0}
+    for more in ({}, {"presence_penalty": 2}, {"frequency_penalty": 2}, {"frequency_penalty": -2}):
+        s = Sampled(checkpoint_dir="any", temperature=0, max_new_tokens=30, **more)
+        row = Row([300, 301], Reply(server.tokenizer, server.service.writer.stop_ids, start=False), s, 1)
+        batch = Batch(server.service.writer.decoder)
+        batch.add([row])
+        while batch.going:
+            batch.step()
+        code, answer, _ = ask(server, C, {**body, **more})
+        assert code == 200 and answer["choices"][0]["text"] == row.reply.text
+    greedy = texts(server, C, {"prompt": "the", "temperature": 0})
+    assert texts(server, C, {"prompt": "the", "temperature": 2, "min_p": 1}) == greedy
+
+
+# --------------------------------------------------------------------------------------------------------------- tools
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "of a city", "parameters": CITY, "strict": True},
+    },
+    {"type": "function", "function": {"name": "clock"}},
+]
+TEMPLATES = ROOT / "tests" / "text" / "chat_templates"
+OSLO = '"arguments": {"city": "Oslo"}'
+WRITTEN = {  # by style or template: how its models write a call
+    "chatml": f'<tool_call>\n{{"name": "weather", {OSLO}}}\n</tool_call>',
+    "qwen3": f'<tool_call>\n{{"name": "weather", {OSLO}}}\n</tool_call>',
+    "llama3": '{"name": "weather", "parameters": {"city": "Oslo"}}',
+    "llama-3.1": '<|python_tag|>{"name": "weather", "parameters": {"city": "Oslo"}}',
+    "mistral-instruct": f'[TOOL_CALLS] [{{"name": "weather", {OSLO}}}]',
+    "mistral-v3": f'[TOOL_CALLS] [{{"name": "weather", {OSLO}}}]',
+}
+MARKS = [
+    "<|python_tag|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "[TOOL_CALLS]",
+    "[INST]",
+    "[/INST]",
+]
+
+
+@pytest.fixture(scope="module")
+def serving(tiny_model_dir, tmp_path_factory):
+    """`serving("qwen3")`: a server that renders with this style, or checkpoint's template, in a context of 4096."""
+    with contextlib.ExitStack() as stack:
+        places = {}
+
+        def start(kind):
+            if kind not in places:
+                folder = tmp_path_factory.mktemp(kind) / "model"
+                shutil.copytree(tiny_model_dir, folder)
+                config = json.loads((folder / "config.json").read_text())
+                (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+                names = json.loads((folder / "tokenizer_config.json").read_text())
+                names["added_tokens_decoder"] = {
+                    str(500 + i): {"content": text, "special": True} for i, text in enumerate(MARKS)
+                }
+                if kind not in STYLES:
+                    names["chat_template"] = (TEMPLATES / f"{kind}.jinja").read_text()
+                (folder / "tokenizer_config.json").write_text(json.dumps(names))
+                style = kind if kind in STYLES else "checkpoint"
+                places[kind] = stack.enter_context(serve(folder, prompt_style=style))
+            return places[kind]
+
+        yield start
+
+
+def says(monkeypatch, place, *texts):
+    """Let the model write one text after the other, whatever it is asked; special tokens in them count."""
+    scripts = [[*place.tokenizer.encode(text, special=True), place.tokenizer.eos_id] for text in texts]
+    left = {}  # generator of a row: the ids that it is to write
+
+    def choose(logits, settings, generators):
+        for generator in generators:
+            if generator not in left:
+                left[generator] = list(scripts.pop(0) if len(scripts) > 1 else scripts[0])
+        return torch.tensor([left[generator].pop(0) if left[generator] else 0 for generator in generators])
+
+    monkeypatch.setattr("inference.sampling.choose", choose)
+
+
+def chat(place, **fields):
+    """The first choice of a chat's answer, by OpenAI's client."""
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{place.port}/v1", api_key="none", max_retries=0)
+    return client.chat.completions.create(model=place.service.name, **fields)
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_a_call_its_result_and_the_answer(serving, monkeypatch, prompts, kind):
+    """As an agent does it: what the client gets, it sends back; the model is shown call and result as in training."""
+    place = serving(kind)
+    says(monkeypatch, place, WRITTEN[kind], "It rains.")
+    messages = [{"role": "user", "content": "the weather in Oslo?"}]
+    (choice,) = chat(place, messages=messages, tools=TOOLS).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name, json.loads(call.function.arguments)) == (
+        "function",
+        "weather",
+        {"city": "Oslo"},
+    )
+    messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": "it is wet"}]
+    (choice,) = chat(place, messages=messages, tools=TOOLS).choices
+    assert (choice.finish_reason, choice.message.content) == ("stop", "It rains.") and not choice.message.tool_calls
+    first, second = prompts
+    assert "weather" in first and "of a city" in first and "clock" in first and "strict" not in first
+    assert "it is wet" in second and second.count("Oslo") == first.count("Oslo") + 1
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("before", ["", "Let me see.\n"])
+def test_a_stream_with_calls_is_the_whole(serving, monkeypatch, kind, before):
+    """Two answers, one calls and one does not. Nothing of a call is shown as text."""
+    place = serving(kind)
+    monkeypatch.setattr("uuid.uuid4", lambda: SimpleNamespace(hex="0123456789abcdef"))
+    fields = dict(messages=USER, tools=TOOLS, n=2, seed=1, logprobs=True)
+    written = (before + WRITTEN[kind], before + "No <tool or {name here. [TOOL")
+    says(monkeypatch, place, *written)
+    whole = chat(place, **fields)
+    says(monkeypatch, place, *written)
+    chunks = list(chat(place, **fields, stream=True))
+    for choice in whole.choices:
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == choice.index]
+        text = "".join(part.delta.content or "" for part in mine)
+        assert text == (choice.message.content or "") and mine[-1].finish_reason == choice.finish_reason
+        calls = [call for part in mine for call in part.delta.tool_calls or []]
+        assert [call.index for call in calls] == list(range(len(calls)))
+        expected = [call.model_dump() for call in choice.message.tool_calls or []]
+        assert [call.model_dump(exclude={"index"}) for call in calls] == expected
+        tokens = [token.token for part in mine if part.logprobs for token in part.logprobs.content]
+        assert "".join(tokens) == "".join(token.token for token in choice.logprobs.content)
+    assert {choice.finish_reason for choice in whole.choices} == {"tool_calls", "stop"}
+    assert {choice.message.content for choice in whole.choices} == {before.rstrip() or None, written[1]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_that_is_no_call_stays_text(serving, monkeypatch, stream):
+    place = serving("chatml")
+    for text in (
+        '<tool_call>\n{"name": "weather", "arguments": \n</tool_call>', "<tool_call>", '{"name": "weather"',
+        '{"name": "Bob", "parameters": {}}', "a < b", f"<think>\n{WRITTEN['chatml']}\n</think>\n\nNo.",
+    ):  # fmt: skip
+        says(monkeypatch, place, text)
+        answer = chat(place, messages=USER, tools=TOOLS, stream=stream)
+        choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+        messages = [choice.delta if stream else choice.message for choice in choices]
+        assert "".join(message.content or "" for message in messages) == text
+        assert choices[-1].finish_reason == "stop" and not any(message.tool_calls for message in messages)
+
+
+def test_calls_are_looked_for_only_where_tools_are_shown(serving, monkeypatch, prompts):
+    """Not without tools, nor with the tool_choice none, which shows the model none; one alone where it is asked so."""
+    place, written = serving("chatml"), WRITTEN["chatml"]
+    two = f"{written}\n{written}"
+    says(monkeypatch, place, two)
+    for fields in ({}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}):
+        (choice,) = chat(place, messages=USER, **fields).choices
+        assert choice.message.content == two and not choice.message.tool_calls and "weather" not in prompts[-1]
+    for fields, number in (({}, 2), ({"parallel_tool_calls": False}, 1)):
+        (choice,) = chat(place, messages=USER, tools=TOOLS, **fields).choices
+        assert len(choice.message.tool_calls) == number and choice.message.content is None
+
+
+def test_a_call_that_is_cut_off_is_text_and_its_end_the_length(serving, monkeypatch):
+    """Also after a call that is whole: so the client knows that there was more to come."""
+    place, written = serving("chatml"), WRITTEN["chatml"]
+    says(monkeypatch, place, f"{written}\n{written}")
+    first = len(place.tokenizer.encode(written))
+    for tokens, calls in ((first // 2, 0), (first + 9, 1)):
+        (choice,) = chat(place, messages=USER, tools=TOOLS, max_tokens=tokens).choices
+        assert choice.finish_reason == "length" and len(choice.message.tool_calls or []) == calls
+        assert written.startswith(choice.message.content.strip()) and choice.message.content
+
+
+def test_variables_of_the_template(serving, prompts):
+    place = serving("qwen3")
+    for body in ({}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        assert ask(place, H, {"messages": USER, "max_tokens": 1, **body})[0] == 200
+    assert prompts[1] == prompts[0] + "<think>\n\n</think>\n\n"
 
 
 # ------------------------------------------------------------------------------------------------------- bad requests
@@ -482,17 +804,31 @@ BAD = [
     (C, {"prompt": ["a"] * 300}, 400, "300 answers"),
     (C, {"prompt": "a", "logprobs": 21}, 400, "logprobs"),
     (C, {"prompt": "a", "stop": [1]}, 400, "stop"),
-    (C, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
-    (C, {"prompt": "a", "presence_penalty": 1.0}, 400, "presence_penalty"),
+    (C, {"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
+    (C, {"prompt": "a", "best_of": 2}, 400, "best_of is not supported"),
+    (C, {"prompt": "a", "presence_penalty": 2.1}, 400, "presence_penalty"),
+    (C, {"prompt": "a", "frequency_penalty": -2.1}, 400, "frequency_penalty"),
+    (C, {"prompt": "a", "min_p": 1.1}, 400, "min_p"),
+    (C, {"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+    (C, {"prompt": "a", "stream_options": {"include_all": True}}, 400, "stream_options.include_all"),
+    (P, {"prompt": "a", "frequency_penalty": 3}, 422, "frequency_penalty"),
     (C, b"nonsense", 400, "JSON"),
     (C, b'{"prompt": "a", "\\ud83d": 1}', 400, ""),
-    (C, {"prompt": "a", "x" * 9000: 1}, 400, "Extra"),
+    (C, {"prompt": "a", "x" * 9000: 1}, 400, "is not a field that this server knows"),
+    (C, {"prompt": "a", "max_new_tokens": 1}, 400, "max_new_tokens is not a field that this server knows"),
     (H, b'{"messages": [{"role": "user", "content": "\\udfff"}]}', 400, "surrogate"),
     (H, {"messages": []}, 400, "messages"),
     (H, {"messages": "hi"}, 400, "messages"),
     (H, {"messages": [{"role": "robot", "content": "a"}]}, 400, "role"),
     (H, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400, "content"),
     (H, {"messages": [{"role": "user"}]}, 400, "content"),
+    (H, {"messages": USER, "chat_template_kwargs": {"speed": 1}}, 400, "no variable 'speed'"),
+    (H, {"messages": USER, "chat_template_kwargs": {"messages": []}}, 400, "'messages' follows from"),
+    (H, {"messages": USER, "chat_template_kwargs": {"bos_token": "a"}}, 400, "'bos_token' follows from"),
+    (H, {"messages": USER, "chat_template_kwargs": {"message": "\ud83d"}}, 400, "surrogate"),
+    (H, {"messages": USER, "tools": [5]}, 400, "tool 1 is 5"),
+    (H, {"messages": USER, "tools": [{"type": "web_search"}]}, 400, "web_search"),
+    (H, {"messages": USER, "parallel_tool_calls": 1}, 400, "parallel_tool_calls"),
     ("/nowhere", {}, 404, "Not Found"),
     ("/v1/nowhere", {}, 404, "Not Found"),
     ("/health", {}, 405, "Method"),

@@ -67,7 +67,7 @@ def test_segments_are_the_decoded_ids_in_stretches_of_one_kind(tokenizer):
 
 def test_target_segments_are_answer_and_end(tokenizer):
     answer = "tree 🎉\n"
-    ids, is_target = encode_dialog(
+    [(ids, is_target)] = encode_dialog(
         tokenizer, [{"role": "user", "content": "to be"}, {"role": "assistant", "content": answer}], "chatml"
     )
     found = show.segments(tokenizer, ids, is_target)
@@ -93,7 +93,8 @@ def prepared(tokenizer, folder, dialogs):
     writer = SampleWriter()
     for number, (question, answer) in enumerate(dialogs):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        writer.add(*encode_dialog(tokenizer, messages, "chatml"), number % 2)
+        [(ids, is_target)] = encode_dialog(tokenizer, messages, "chatml")
+        writer.add(ids, is_target, number % 2)
     writer.save(folder / "train.safetensors")
     return Samples(folder / "train.safetensors"), {"sources": [{"name": "first"}, {"name": "sec\x1b[2Jond\n"}]}
 
@@ -151,7 +152,15 @@ def make_input(sources=3, pairs=2, name="source {}"):
         counts = {"read": kept + sum(counts.values()), **counts, "kept": kept, "mixed": kept // 2}
         asked = {"weight": None, "samples": None} | [{}, {"weight": 0.5}, {"samples": 5000}][i % 3]
         files = {"paths": [f"data/{i}.jsonl"], "sha256": [f"{i:064x}"]}
-        figures = {"counts": counts, "tokens": random.randint(100, 10**7), "targets": random.randint(1, 100)}
+        contents = {
+            "rows": {"question and answer": kept}, "messages": {"user": kept + i}, "columns not used": {f"id {i}": kept}
+        } | ({"rendering": {"documents cut into pieces": i}} if i else {})  # fmt: skip
+        figures = {
+            "counts": counts,
+            "contents": contents,
+            "tokens": random.randint(100, 10**7),
+            "targets": random.randint(1, 100),
+        }
         info["sources"].append({"name": name.format(i), **files, "prompt_style": "chatml", **asked, **figures})
         lengths.append([np.random.default_rng(SEED + i).integers(0, 400, 50) for _ in range(2)])
     padding = [
@@ -224,6 +233,7 @@ def test_hostile_data_is_only_text(tmp_path):
     info["cleaning"][HOSTILE] = HOSTILE
     for source in info["sources"]:
         source["counts"][HOSTILE] = 1
+        source["contents"][HOSTILE] = {HOSTILE: 1}
     text = write(tmp_path, info, details)
     page, clean = Page(text), Page(write(tmp_path, *make_input()))
     assert {tag for tag, _ in page.elements} == {tag for tag, _ in clean.elements}
@@ -274,10 +284,31 @@ def test_every_source_has_its_rows_and_its_histogram(tmp_path, sources):
     )
 
 
+def test_what_was_found_in_the_rows_has_a_table(tmp_path):
+    info, details = make_input(3)
+    kept = [source["counts"]["kept"] for source in info["sources"]]
+    rows = Page(write(tmp_path, info, details)).rows
+    first = rows.index(["", "", "source 0", "source 1", "source 2", "all sources"])
+
+    def row(group, name, times):
+        return [group, name, *(f"{count:,}" for count in [*times, sum(times)])]
+
+    assert rows[first + 1 : first + 7] == [
+        row("rows", "question and answer", kept),
+        row("columns not used", "id 0", [kept[0], 0, 0]),
+        row("", "id 1", [0, kept[1], 0]),
+        row("", "id 2", [0, 0, kept[2]]),
+        row("messages", "user", [count + i for i, count in enumerate(kept)]),
+        row("rendering", "documents cut into pieces", [0, 1, 2]),
+    ]
+    rows = Page(write(tmp_path, *make_input(1))).rows
+    assert ["", "", "source 0"] in rows
+
+
 def test_an_empty_mixture_is_a_page_too(tmp_path):
     info, details = make_input(2, pairs=0)
     for source in info["sources"]:
-        source["counts"] = {"read": 0, "kept": 0, "mixed": 0}
+        source["counts"], source["contents"] = {"read": 0, "kept": 0, "mixed": 0}, {}
         source["tokens"] = source["targets"] = 0
     info["train"] = info["val"] = {"samples": 0, "tokens": 0, "targets": 0}
     details |= {"lengths": [[np.zeros(0, np.int64)] * 2] * 2, "padding": [], "examples": []}

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -20,7 +21,8 @@ from preparation.records import to_record
 from shell.cli import UserError
 
 FORMATS = ["json", "jsonl", "csv", "tsv", "parquet"]
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
+NOT_A_CHARACTER = "\0" + "".join(map(chr, range(0xFDD0, 0xFDF0)))
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=NOT_A_CHARACTER), min_size=1, max_size=12)
 
 
 def content(rows, format):
@@ -88,7 +90,8 @@ def test_every_format_gives_the_rows_that_were_written(tmp_path_factory, format,
     if packed and format == "parquet":
         return
     path = tmp_path_factory.mktemp("any") / f"rows.{format}{'.gz' if packed else ''}"
-    assert pairs(write(path, content(rows, format))) == [(row["question"], row["answer"]) for row in rows]
+    expected = [tuple(re.sub("\r\n?", "\n", row[name]) for name in ("question", "answer")) for row in rows]
+    assert pairs(write(path, content(rows, format))) == expected
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv", "json.gz", "jsonl.gz", "csv.gz", "tsv.gz"])
@@ -233,8 +236,9 @@ BAD = [
     ("a.jsonl", b'{"question": "a\0", "answer": ""}', ["a.jsonl:1: not valid JSON: Invalid control character"]),
     ("a.jsonl", DEEP + b"\n" + GOOD, ["a.jsonl:1: nested too deeply"]),
     ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}", ["a.jsonl:1: a number has too many digits"]),
-    ("a.jsonl", b'{"question": NaN, "answer": "b"}\n', ["a.jsonl:1: not valid JSON: NaN is no number"]),
-    ("a.jsonl", b'{"question": "a", "answer": -Infinity}', ["a.jsonl:1: not valid JSON: -Infinity is no number"]),
+    ("a.jsonl", b'{"question": NaN, "answer": "b"}\n', ["a.jsonl:1: field 'question' must be text, it is NaN"]),
+    ("a.jsonl", b'{"question": "a", "answer": -Infinity}', ["a.jsonl:1: field 'answer' must be text, it is -Infinity"]),
+    ("a.jsonl", b'{"question": "a", "answer": "b", "score": [NaN, Infinity]}', []),
     # wrong types
     ("a.jsonl", b"5\n" + GOOD + b"\n[]\nnull\n", [
         "a.jsonl:1: expected an object with fields, found a number",
@@ -249,12 +253,13 @@ BAD = [
     ("a.jsonl", b'{"messages": ["a"]}', ["a.jsonl:1: field 'messages' must be a list of messages, each with a role"]),
     # nested JSON where text is expected
     ("a.jsonl", b'{"prompt": {"a": 1}, "completion": ""}', ["a.jsonl:1: field 'prompt' must be text, it is an object"]),
-    ("a.jsonl", b'{"instruction": "", "input": [], "output": ""}', ["a.jsonl:1: field 'input' must be text, it is a"]),
+    ("a.jsonl", b'{"instruction": "", "input": {}, "output": ""}', ["a.jsonl:1: field 'input' must be text, it is an"]),
+    ("a.jsonl", b'{"instruction": "", "input": null, "output": ""}', []),
     # bytes and characters
     ("a.jsonl", GOOD + b'\n{"question": "\xe9", "answer": ""}', ["a.jsonl:2: not UTF-8 text: byte 0xe9 at column 15"]),
     ("a.jsonl", b'{"question": "\xed\xa0\xbd", "answer": ""}', ["a.jsonl:1: not UTF-8 text: byte 0xed at column 15"]),
-    ("a.jsonl", b'{"question": "\\ud83d", "answer": ""}', ["a.jsonl:1: the text holds half a surrogate pair"]),
-    ("a.jsonl", b'{"messages": [{"content": "\\ude00"}]}', ["a.jsonl:1: the text holds half a surrogate pair"]),
+    ("a.jsonl", b'{"question": "\\ud83d", "answer": ""}', ["a.jsonl:1: message 1: its content holds '\\ud83d'"]),
+    ("a.jsonl", b'{"messages": [{"role": "user", "content": "\\ude00"}]}', ["a.jsonl:1: message 1: its content holds"]),
     ("a.jsonl", '{"question": "a", "answer": ""}'.encode("utf-16"), ["a.jsonl:1: not UTF-8 text: byte 0xff at column"]),
     # keys and columns
     ("a.jsonl", GOOD + b'\n{"a": 1, "b": {"c": 1, "c": 1}}', ["a.jsonl:2: key 'c' comes twice in one object"]),
@@ -267,7 +272,10 @@ BAD = [
     ("a.json", b" [\n ]\n", ["a.json is empty"]),
     # JSON lists
     ("a.json", b"", ["a.json, item 1 (line 1): not valid JSON: expected a list of objects"]),
-    ("a.json", GOOD + b"\n" + GOOD, ["a.json, item 1 (line 1): not valid JSON: expected a list of objects"]),
+    ("a.json", b'\n{\n"data": [' + GOOD + b"]\n}\n", ["a.json, item 1 (line 2): not valid JSON: expected a list of"]),
+    ("a.json", b"5\n", ["a.json, item 1 (line 1): not valid JSON: expected a list of objects, or an object on each"]),
+    ("a.json", GOOD + b"\n\n" + GOOD[:-1], ["a.json:3: not valid JSON: Expecting ',' delimiter"]),
+    ("a.jsonl", b"\n [" + GOOD + b",\n5]", ["a.jsonl, item 2: expected an object with fields, found a number"]),
     ("a.json", b"[" + GOOD + b",\n" + GOOD[:20], ["a.json, item 2 (line 2): not valid JSON: "]),
     ("a.json", b"[" + GOOD + b",\n" + GOOD, ["a.json, item 3 (line 2): not valid JSON: expected ',' or ']'"]),
     ("a.json", b"[" + GOOD + b",\n]", ["a.json, item 2 (line 2): not valid JSON: Expecting value"]),
@@ -283,7 +291,7 @@ BAD = [
         "a.json, item 1: expected an object with fields, found a number",
         "a.json, item 2: field 'question' must be text, it is a number",
         "a.json, item 3: key 'a' comes twice in one object",
-        "a.json, item 4: not valid JSON: NaN is no number",
+        "a.json, item 4: no known fields among ['question']",
     ]),
     ("a.json", b'[{"n": ' + b"1" * 50000 + b"}, " + GOOD + b"]", ["a.json, item 1: a number has too many digits"]),
     # CSV
@@ -347,6 +355,72 @@ def test_a_quote_that_is_never_closed_takes_no_more_than_its_share(tmp_path, mon
     found = complaints(write(tmp_path / "a.csv", b'question,answer\na,"b\n' + b"c,d\n" * 10**4))
     csv.field_size_limit(before)
     assert found[0].startswith("a.csv:2: not valid CSV: field larger than field limit")
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_json_and_json_lines_are_told_by_their_content(tmp_path, packed):
+    rows = [{"question": f"q{i}", "answer": "[{" * i} for i in range(1, 4)]
+    for ending, format, unit in (("json", "jsonl", "line"), ("jsonl", "json", "item")):
+        for blank in (b"", b"\xef\xbb\xbf", b" \n" * 20000):
+            path = write(tmp_path / f"rows.{ending}{packed}", blank + content(rows, format))
+            assert pairs(path) == [(row["question"], row["answer"]) for row in rows]
+            assert read(path)[0].unit == unit
+    long = [{"question": "a" * 10**5, "answer": "b"}] * 2
+    assert len(records(write(tmp_path / f"long.json{packed}", content(long, "jsonl")))) == 2
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-8", "utf-8-sig", "shift_jis"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv", "json.gz", "csv.gz"])
+def test_files_in_another_encoding(tmp_path, ending, encoding):
+    strange = {"cp1252": "Zürich – “é”", "shift_jis": "日本語"}.get(encoding, "é\u2028日本🎉")
+    rows = [{"question": f"{strange}\n{i}", "answer": random.choice("abc") * 40} for i in range(2000)]
+    text = content(rows, ending.removesuffix(".gz")).decode()
+    if ending.startswith("json"):
+        dumps = [json.dumps(row, ensure_ascii=False) for row in rows]
+        text = "[" + ",\n".join(dumps) + "]" if ending.startswith("json.") or ending == "json" else "\n".join(dumps)
+    path = write(tmp_path / f"rows.{ending}", text.encode(encoding))
+    (source,) = find_sources([str(path)], encoding=encoding)
+    got = [to_record(source, row, 1)["messages"][0]["content"] for row in read_rows(source, lambda share: None)]
+    assert got == [row["question"] for row in rows]
+
+
+# Each: the file's name, its bytes, the encoding, what is said.
+HINT = "; name the file's encoding with --encoding (or encoding in a mixture), such as "
+BAD_ENCODING = [
+    ("a.jsonl", b'{"a": 1}\n{"b": "\xe9"}', None, f"a.jsonl:2: not UTF-8 text: byte 0xe9 at column 8{HINT}cp1252"),
+    ("a.csv", b"question,answer\na,b\n\xe9,c\n", None, f"a.csv:3: line 3 is not UTF-8 text: byte 0xe9{HINT}cp1252"),
+    ("a.json", b'[\n"\xe9"]', None, f"a.json:2: not UTF-8 text: byte 0xe9{HINT}cp1252"),
+    ("a.json", '[{"a": 1}]'.encode("utf-16"), None, f"a.json:1: not UTF-8 text: byte 0xff{HINT}utf-16"),
+    ("a.csv", "q,a\nb,c".encode("utf-16-le"), None, "a.csv:1: a field holds a NUL character: is this UTF-16? Then"),
+    ("a.csv", b"question,answer\na,\x81\n", "cp1252", "a.csv:2: not cp1252 text: byte 0x81; see --encoding"),
+    ("a.jsonl", b"x\n\n\x80", "ascii", "a.jsonl:3: not ascii text: byte 0x80; see --encoding"),
+    ("a.json", "[{}]".encode("utf-16")[:-1], "utf-16", "a.json:1: not utf-16 text: byte 0x5d; see --encoding"),
+]
+
+
+@pytest.mark.parametrize("name, data, encoding, expected", BAD_ENCODING)
+def test_bytes_that_are_not_of_the_encoding(tmp_path, name, data, encoding, expected):
+    path = write(tmp_path / name, data)
+    (source,) = find_sources([str(path)], encoding=encoding)
+    found = []
+    try:
+        for row in read_rows(source, lambda share: None):
+            try:
+                to_record(source, row, 1)
+            except BadRow as error:
+                found.append(f"{row.place}: {error}")
+    except UserError as error:
+        found.append(str(error))
+    assert found[-1].replace(str(path), name).startswith(expected), found
+
+
+def test_an_encoding_that_cannot_be(tmp_path):
+    path = write(tmp_path / "a.parquet", content([{"question": "a", "answer": "b"}], "parquet"))
+    for name in ("latin-7x", "base64", "rot13", "", "x\0"):
+        with pytest.raises(UserError, match="--encoding .*no text encoding of that name"):
+            find_sources([str(path)], encoding=name)
+    with pytest.raises(UserError, match="--encoding cp1252: is for files of text, and --data names none"):
+        find_sources([str(path)], encoding="cp1252")
 
 
 # ------------------------------------------------------------------------------------------- progress and memory

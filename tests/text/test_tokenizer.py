@@ -3,6 +3,7 @@
 import json
 import shutil
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shell.cli import UserError
-from text.prompts import STYLES, Segment, encode_dialog, encode_prompt, stop_ids
+from text.messages import read_messages
+from text.prompts import STYLES, encode_dialog, encode_prompt, stop_ids
+from text.segments import Segment
 from text.tokenizer import StreamDecoder, Tokenizer, _Words
 
 mistral_common = pytest.importorskip("mistral_common")
@@ -474,26 +477,33 @@ def test_answer_is_the_target(kind, style, loaded):
             check_answer(tokenizer, style, question, prompt, answer)
 
 
+def as_decoded(tokenizer, style, answer):
+    """An answer as `decode` returns it. In a template's text its own first space is the dummy prefix, as elsewhere."""
+    return answer.removeprefix(" ") if style == "checkpoint" and tokenizer.has_prefix else answer
+
+
 def check_answer(tokenizer, style, question, prompt, answer):
-    ids, is_target = encode_dialog(tokenizer, [user(question), assistant(answer)], style)
+    [(ids, is_target)] = encode_dialog(tokenizer, [user(question), assistant(answer)], style)
     assert ids[: len(prompt)] == prompt and not any(is_target[: len(prompt)]) and all(is_target[len(prompt) :])
     found = targets(ids, is_target)
+    answer = as_decoded(tokenizer, style, answer)
     assert tokenizer.decode(found) == answer
     assert found[-1] in stop_ids(tokenizer, style)
     end = tokenizer.token_bytes(found[-1]).decode()
     assert end in ("</s>", "<|im_end|>")
     assert tokenizer.decode(found, skip_special=False) == answer + end
-    assert len(found) == 1 + len(tokenizer.encode(answer, start=tokenizer.decode(found[:1], start=False)[:1] == " "))
+    start = tokenizer.decode(found[:1], start=False)[:1] == " "
+    assert len(found) == 1 + len(tokenizer.encode(answer, start=start))
 
 
 @given(answer=st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=20), data=st.data())
 @settings(max_examples=80, deadline=None)
 def test_any_answer_is_the_target(loaded, answer, data):
     tokenizer, style = loaded[data.draw(st.sampled_from(KINDS))], data.draw(st.sampled_from(list(STYLES)))
-    ids, is_target = encode_dialog(tokenizer, [user("q"), assistant(answer)], style)
+    [(ids, is_target)] = encode_dialog(tokenizer, [user("q"), assistant(answer)], style)
     prompt = encode_prompt(tokenizer, [user("q")], style)
     assert ids[: len(prompt)] == prompt and is_target == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
-    assert tokenizer.decode(targets(ids, is_target)) == answer
+    assert tokenizer.decode(targets(ids, is_target)) == as_decoded(tokenizer, style, answer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -501,7 +511,7 @@ def test_any_answer_is_the_target(loaded, answer, data):
 def test_many_turns(kind, style, loaded):
     tokenizer = loaded[kind]
     dialog = [system("Be kind."), user("one"), assistant("first"), user("two"), assistant("second")]
-    ids, is_target = encode_dialog(tokenizer, dialog, style)
+    [(ids, is_target)] = encode_dialog(tokenizer, dialog, style)
     end = tokenizer.eos_token
     assert tokenizer.decode(targets(ids, is_target), skip_special=False).replace(" ", "") == f"first{end}second{end}"
     for n in (2, 4):
@@ -515,7 +525,7 @@ def test_many_turns(kind, style, loaded):
 @pytest.mark.parametrize("style", STYLES)
 def test_one_bos(kind, style, loaded):
     tokenizer = loaded[kind]
-    ids, _ = encode_dialog(tokenizer, [user("<s> hi <|endoftext|>"), assistant("ho")], style)
+    [(ids, _)] = encode_dialog(tokenizer, [user("<s> hi <|endoftext|>"), assistant("ho")], style)
     if tokenizer.add_bos:
         assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
     elif style not in ("chatml", "checkpoint"):  # where "<|im_start|>", BOS of this tokenizer, is written out
@@ -533,7 +543,7 @@ def test_llama2_chat_is_metas(kind, raw, loaded):
     dialog = [system("Be brief."), user(" one "), assistant("1"), user("two"), assistant("2")]
     expected = [1, *raw.encode("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n one [/INST] 1"), 2]
     expected += [1, *raw.encode("[INST] two [/INST] 2"), 2]
-    assert encode_dialog(loaded[kind], dialog, "llama2-chat")[0] == expected
+    assert encode_dialog(loaded[kind], dialog, "llama2-chat")[0].ids == expected
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "llama-json"])
@@ -601,19 +611,20 @@ def test_messages_that_a_style_cannot_render(loaded):
         encode_prompt(tokenizer, [user("a"), user("b")], "vicuna")
     with pytest.raises(UserError, match="choose one of plain, alpaca"):
         encode_prompt(tokenizer, [user("a")], "alpacca")
-    with pytest.raises(UserError, match="end with one whose role is assistant"):
+    with pytest.raises(UserError, match="no message of the assistant"):
         encode_dialog(tokenizer, [user("a")], "chatml")
     with pytest.raises(UserError, match="message 2"):
-        encode_dialog(tokenizer, [user("a"), {"role": "bot", "content": "b"}], "chatml")
+        read_messages([user("a"), {"role": "bot", "content": "b"}])
     with pytest.raises(UserError, match="message 1"):
-        encode_prompt(tokenizer, [{"role": "user", "content": None}], "chatml")
+        read_messages([{"role": "user", "content": None}])
     with pytest.raises(UserError, match="message 1"):
-        encode_prompt(tokenizer, [user("a", input=3)], "alpaca")
+        read_messages([user("a", input=3)])
 
 
 def test_a_style_is_a_function_and_a_line(loaded, monkeypatch):
-    def shout(tokenizer, messages):
-        return [Segment(messages[0]["content"].upper(), "user"), Segment("!", "answer"), Segment("<|im_end|>", "end")]
+    def shout(tokenizer, dialog):
+        question, answer = (message["content"].upper() for message in dialog.messages)
+        return [Segment(question, "user"), Segment(answer, "answer"), Segment("<|im_end|>", "end")]
 
     monkeypatch.setitem(STYLES, "shout", shout)
     assert loaded["byte-level"].decode(encode_prompt(loaded["byte-level"], [user("hey")], "shout")) == "HEY"
@@ -656,14 +667,14 @@ def test_template_equals_transformers(kind, template, dialog, use, peers):
         dialog = [message for message in dialog if message["role"] != "system"]
     prompt = encode_prompt(ours, dialog, "checkpoint")
     assert prompt == expected(dialog, True)
-    ids, _ = encode_dialog(ours, [*dialog, assistant("The end.")], "checkpoint")
+    [(ids, _)] = encode_dialog(ours, [*dialog, assistant("The end.")], "checkpoint")
     complete = expected([*dialog, assistant("The end.")], False)
     assert complete[: len(ids)] == ids and not theirs.decode(complete[len(ids) :]).strip()
 
 
 def test_template_that_strips(use):
     tokenizer = use("byte-level-bos", LLAMA3)
-    ids, is_target = encode_dialog(tokenizer, [user(" \n<|im_end|> "), assistant(" x ")], "checkpoint")
+    [(ids, is_target)] = encode_dialog(tokenizer, [user(" \n<|im_end|> "), assistant(" x ")], "checkpoint")
     assert tokenizer.decode(targets(ids, is_target), skip_special=False) == "x<|im_end|>"
     assert targets(ids, is_target).count(2) == 1 and ids.count(2) == 2
 
@@ -676,7 +687,7 @@ def test_template_that_drops_the_system_message(use):
 def test_white_space_before_the_end_is_learnt(use):
     """Llama-2's template writes a space after an answer: the model must write it too before it may stop."""
     tokenizer = use("llama-json", LLAMA2)
-    ids, is_target = encode_dialog(tokenizer, [user("q"), assistant("yes")], "checkpoint")
+    [(ids, is_target)] = encode_dialog(tokenizer, [user("q"), assistant("yes")], "checkpoint")
     assert tokenizer.decode(targets(ids, is_target), skip_special=False) == "yes </s>"
 
 
@@ -686,7 +697,7 @@ def test_end_token_that_swallows_blanks(tmp_path):
     tokens |= {"32001": {"content": "<|im_start|>", "special": True}}
     tokenizer = with_template(Tokenizer(make_llama(tmp_path / "phi", added_tokens_decoder=tokens)), CHATML)
     dialog = [user("q"), assistant("a"), user("q"), assistant("b")]
-    ids, is_target = encode_dialog(tokenizer, dialog, "checkpoint")
+    [(ids, is_target)] = encode_dialog(tokenizer, dialog, "checkpoint")
     whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in dialog)
     assert ids == [1, *tokenizer.encode(whole, special=True)]
     assert tokenizer.decode(targets(ids, is_target), skip_special=False) == "a<|im_end|>b<|im_end|>"
@@ -696,7 +707,7 @@ def test_template_without_an_end_gets_eos(use):
     template = "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}"
     tokenizer = use("sentencepiece", template)
     dialog = [user("q"), assistant("a"), user("q"), assistant("b")]
-    ids, is_target = encode_dialog(tokenizer, dialog, "checkpoint")
+    [(ids, is_target)] = encode_dialog(tokenizer, dialog, "checkpoint")
     assert tokenizer.decode(targets(ids, is_target), skip_special=False) == "a</s> b</s>"
 
 
@@ -715,18 +726,21 @@ def test_template_files(folders, tmp_path):
 def test_generation_tags_and_filters(use):
     marked = CHATML.replace("message['content'] +", "''}}{% generation %}{{ message['content'] }}{% endgeneration %}{{")
     template = (
-        marked
-        + "{{ {'a': '<é>'} | tojson }}{% for i in [1] %}{% break %}{% endfor %}{% if strftime_now('%Y') %}{% endif %}"
+        "{{ {'a': '<é>'} | tojson }}{% for i in [1] %}{% break %}{% endfor %}{% if strftime_now('%Y') %}{% endif %}"
+        + marked
     )
-    tokenizer = use("byte-level", template)
-    ids, _ = encode_dialog(tokenizer, [user("q"), assistant("a")], "checkpoint")
-    assert ids == encode_dialog(tokenizer, [user("q"), assistant("a")], "chatml")[0]
+    tokenizer, notes = use("byte-level", template), Counter()
+    [(ids, is_target)] = encode_dialog(tokenizer, [user("q"), assistant("a")], "checkpoint", notes=notes)
+    [(expected, _)] = encode_dialog(tokenizer, [user("q"), assistant("a")], "chatml")
+    start = tokenizer.encode('{"a": "<é>"}')
+    assert ids == start + expected[:-1] and tokenizer.decode(targets(ids, is_target)) == "a"
+    assert notes["answers whose end is not among the template's marks"] == 1  # it is within them in careful templates
 
 
 def test_a_template_has_one_day(use):
     """Else the same data would not be the same bytes tomorrow."""
     tokenizer = use("byte-level", "{{ strftime_now('%d %b %Y') }}" + CHATML)
-    ids, _ = encode_dialog(tokenizer, [user("q"), assistant("a")], "checkpoint")
+    [(ids, _)] = encode_dialog(tokenizer, [user("q"), assistant("a")], "checkpoint")
     assert tokenizer.decode(ids).startswith("26 Jul 2024")
 
 
@@ -742,11 +756,11 @@ def test_a_template_has_one_day(use):
         ("{{ messages.append(1) }}", "fails"),
         ("{{ raise_exception.__globals__['json'] }}{{ cycler.__init__.__globals__.os.popen('id').read() }}", "fails"),
         ("nothing of the messages", "drops"),
-        ("{{ messages[0].content + messages[0].content + messages[1].content }}", "drops"),
-        ("{{ messages[0].content[:9] + messages[1].content }}", "drops"),
+        ("{{ messages[0].content[:9] + messages[1].content }}", "changes the content of message 1"),
+        ("{{ messages[0].content[::-1] + messages[1].content }}", "changes the content of message 1"),
     ],
 )
 def test_template_that_fails(template, message, use):
     tokenizer = use("byte-level", template)
     with pytest.raises(UserError, match=message):
-        encode_prompt(tokenizer, [user("a")], "checkpoint")
+        encode_prompt(tokenizer, [user("a longer question")], "checkpoint")

@@ -16,8 +16,9 @@ from shell import files
 from shell.cli import UserError
 from shell.files import MANIFEST, check_manifest, new_folder
 from weights import checkpoint
-from weights.checkpoint import INDEX, load_model, save_model, write_weights
+from weights.checkpoint import INDEX, Weights, load_model, read_config, save_model, write_weights
 from weights.families import config_from_json
+from weights.merge import Tuned
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -96,12 +97,133 @@ def test_what_old_files_hold_besides_is_ignored(tiny_checkpoint, folder):
     load_model(folder, torch.float32)
 
 
-def test_a_stored_head_that_is_tied_is_ignored(tiny_checkpoint, tmp_path):
+# ------------------------------------------------------------------------------------------------ head and embedding
+
+
+@pytest.fixture
+def tied_folder(tiny_checkpoint, tmp_path):
+    """A copy of the tiny Llama whose config.json ties the head."""
     for file in tiny_checkpoint("llama-tied").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    model = load_model(tmp_path, torch.float32)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return tmp_path
+
+
+def logits_of_transformers(folder, tokens):
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()(tokens).logits
+
+
+def assert_as_in_transformers(folder):
+    """Loaded whole and block by block, and as `read_config` says. Returns the model."""
+    tokens, model = torch.randint(512, (1, 12)), load_model(folder, torch.float32)
+    expected = logits_of_transformers(folder, tokens)
+    values = json.loads((folder / "config.json").read_text())
+    for logits in (model(tokens), Tuned(values, Weights(folder)).logits(tokens)):
+        assert (logits - expected).norm() < 1e-5 * expected.norm()
+    assert read_config(folder) == model.config
+    assert model.config.tie_word_embeddings == (model.lm_head.weight is model.model.embed_tokens.weight)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_head_that_equals_a_tied_embedding_changes_nothing(tied_folder, dtype, capsys):
+    def store(tensors):
+        tensors["model.embed_tokens.weight"] = tensors[
+            "model.embed_tokens.weight"
+        ].bfloat16()  # so that both can hold it
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
+
+    change_tensors(tied_folder, store)
+    assert (
+        load_model(tied_folder, torch.float32).config.tie_word_embeddings
+        and read_config(tied_folder).tie_word_embeddings
+    )
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_stored_head_that_differs_is_kept(tied_folder, sharded, capsys, monkeypatch):
+    """As in transformers 5, whatever config.json says."""
+    monkeypatch.setattr(checkpoint, "PIECE", 1000)
+
+    def store(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][-1, -1] += 1  # the last bytes that are compared
+
+    change_tensors(tied_folder, store)
+    if sharded:
+        split(tied_folder)
+    model = assert_as_in_transformers(tied_folder)
+    assert not model.config.tie_word_embeddings
+    err = capsys.readouterr().err
+    notes = [line for line in err.splitlines() if line.startswith("note")]
+    assert len(notes) == 1 and str(tied_folder) in notes[0] and "lm_head.weight that differs" in notes[0]
+    with new_folder(tied_folder / "again", {}) as folder:
+        save_model(model, folder, tied_folder)
+    assert json.loads((tied_folder / "again" / "config.json").read_text())["tie_word_embeddings"] is False
+    again = assert_as_in_transformers(tied_folder / "again")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_tied_model_whose_file_has_only_the_head(tied_folder):
+    change_tensors(tied_folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    model = assert_as_in_transformers(tied_folder)
+    assert model.config.tie_word_embeddings
+    change_config(tied_folder, tie_word_embeddings=False)
+    with pytest.raises(UserError, match="missing model.embed_tokens.weight"):
+        load_model(tied_folder, torch.float32)
+
+
+def test_a_config_can_be_read_without_weights(tied_folder):
+    (tied_folder / WEIGHTS).unlink()
+    assert read_config(tied_folder).tie_word_embeddings
+
+
+# --------------------------------------------------------------------------------- files that lie beside the weights
+
+
+def noted(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if "left aside" in line]
+
+
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors"]
+)
+def test_the_one_file_of_a_small_model_comes_first(tiny_checkpoint, folder, name, capsys):
+    save_file({"a": torch.ones(1)}, folder / name)
+    change_index(folder, {"a": "is_gone.safetensors"})
+    state, expected = (
+        load_model(folder, torch.float32).state_dict(),
+        load_model(tiny_checkpoint("llama"), torch.float32),
+    )
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+    (line,) = noted(capsys)
+    assert f"read from {WEIGHTS}; left aside: {name}, {INDEX}" in line and str(folder) in line
+    load_model(folder, torch.float32)
+    assert noted(capsys) == []  # once in a process
+    tokens = torch.randint(512, (1, 9))
+    assert torch.allclose(logits_of_transformers(folder, tokens), expected(tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_files_of_another_kind_are_left_aside(folder, indexed, capsys):
+    split(folder)
+    for name in ("a", "b"):
+        (folder / f"{name}.safetensors").rename(folder / f"model-{name}.safetensors")
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    change_index(folder, {key: f"model-{name}" for key, name in weight_map.items()})
+    if not indexed:
+        (folder / INDEX).unlink()
+    for name in ("consolidated-1.safetensors", "adapter_model.safetensors", "optimizer.safetensors", "c.safetensors"):
+        save_file({"a": torch.ones(1)}, folder / name)
+    load_model(folder, torch.float32)
+    (line,) = noted(capsys)
+    assert (
+        "2 files, model-a.safetensors and so on; left aside: adapter_model.safetensors, c.safetensors, consol" in line
+    )
+    assert "optimizer" not in line  # ours, in a checkpoint to resume from
 
 
 def poison(value):
@@ -131,7 +253,20 @@ def lose_a_shard(folder):
 
 
 def shard_twice(folder):
-    (folder / "other.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    (folder / WEIGHTS).rename(folder / "model-a.safetensors")
+    (folder / "model-b.safetensors").write_bytes((folder / "model-a.safetensors").read_bytes())
+
+
+def only_an_index(text):
+    def damage(folder):
+        (folder / WEIGHTS).unlink()
+        (folder / INDEX).write_text(text)
+
+    return damage
+
+
+def only_beside(folder):
+    (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
 
 
 def remove_config(folder):
@@ -159,11 +294,12 @@ DAMAGES = {
     "index leaves the folder": (swap_index_name("../model.safetensors"), r"\.\./model.safetensors"),
     "index names a full path": (swap_index_name("/etc/hostname"), "/etc/hostname"),
     "index names no file": (swap_index_name(None), INDEX),
-    "index broken": (lambda f: (f / INDEX).write_text("{"), INDEX),
-    "index is a list": (lambda f: (f / INDEX).write_text("[]"), INDEX),
-    "index without map": (lambda f: (f / INDEX).write_text("{}"), INDEX),
-    "index with a list": (lambda f: (f / INDEX).write_text('{"weight_map": ["a.safetensors"]}'), INDEX),
+    "index broken": (only_an_index("{"), INDEX),
+    "index is a list": (only_an_index("[]"), INDEX),
+    "index without map": (only_an_index("{}"), INDEX),
+    "index with a list": (only_an_index('{"weight_map": ["a.safetensors"]}'), INDEX),
     "twice": (shard_twice, "lm_head.weight.*is in.*too"),
+    "only Mistral's own file": (only_beside, r"\(only consolidated.safetensors, which is not read as a model\)"),
     "no config": (remove_config, "config.json does not exist"),
     "config truncated": (truncate(40, "config.json"), "config.json"),
     "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),

@@ -209,6 +209,7 @@ REFUSED = [  # families, changes, what is named
     (ALL, {"rope_interleaved": True}, "rope_interleaved"),
     (ALL, {"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config"),
     (ALL, {"rms_norm_eps": None}, "rms_norm_eps is None"),
+    (ALL, {"max_position_embeddings": None}, "max_position_embeddings is None"),
     (ALL, {"tie_word_embeddings": None}, "tie_word_embeddings is None"),
 ]
 

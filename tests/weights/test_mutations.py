@@ -225,7 +225,7 @@ def test_code_beside_a_model_is_not_run(good, tmp_path):
 
 # -------------------------------------------------------------------------------------------------- chat templates
 
-TURNS, TOKENS = (("user", "a"), ("assistant", "b")), (("eos_token", "</s>"),)
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 ENDLESS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "long range": "{% for a in range(10**9) %}x{% endfor %}",
@@ -241,12 +241,16 @@ ENDLESS = {
 }
 
 
+def rendered(source):
+    return chat_template.render(source, TURNS, [chat_template.Render(2)], {"eos_token": "</s>"})
+
+
 @pytest.mark.parametrize("name", ENDLESS)
 def test_an_endless_template_ends(name):
     before = os.times()
-    text, problem = chat_template.render(ENDLESS[name], TURNS, TOKENS)
+    texts, problem = rendered(ENDLESS[name])
     after = os.times()
-    assert text is None and problem and "\n" not in problem and len(problem) <= 500
+    assert texts is None and problem and "\n" not in problem and len(problem) <= 500
     assert after.children_user + after.children_system - before.children_user - before.children_system < 3
 
 
@@ -257,23 +261,23 @@ def test_a_template_cannot_reach_python_or_files(tmp_path):
         "{{ cycler.__init__.__globals__ }}", "{{ '{0.__class__.__mro__}'.format(messages) }}",
         "{{ messages.append(1) }}",
     ):  # fmt: skip
-        text, problem = chat_template.render(source, TURNS, TOKENS)
-        assert not text, source  # an error, or what is not there
+        texts, problem = rendered(source)
+        assert problem or not texts[0].text, source  # an error, or what is not there
 
 
-def test_rendering_again_costs_nothing():
+def test_one_process_renders_again_and_again():
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-    assert chat_template.render(source, TURNS, TOKENS) == ("user: a</s>assistant: b</s>", None)
-    started = time.perf_counter()
-    for _ in range(1000):
-        chat_template.render(source, TURNS, TOKENS)
-    assert time.perf_counter() - started < 0.1  # 100 microseconds each, on a busy machine
+    processes = set()
+    for _ in range(3):
+        assert rendered(source) == ([("user: a</s>assistant: b</s>", [])], None)
+        processes.add(chat_template._process()._process.pid)
+    assert len(processes) == 1
 
 
 def test_the_limits_are_not_those_of_the_caller():
     """The process that runs a template takes its own limits; this one keeps what it has."""
     before = [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU)]
-    assert chat_template.render("a", (), ()) == ("a", None)
+    assert rendered("a") == ([("a", [])], None)
     assert [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU)] == before
 
 

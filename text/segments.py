@@ -1,0 +1,141 @@
+"""Stretches of a rendered conversation, and their tokens: which belong to a template, which a user or a model wrote."""
+
+import itertools
+import re
+from typing import NamedTuple
+
+from shell.cli import UserError
+from text.tokenizer import Tokenizer
+
+KINDS = {  # (whether special tokens written out in such a text count, whether it is a target)
+    "template": (True, False),  # what a style writes
+    "user": (False, False),  # what anyone but the model wrote
+    "answer": (False, True),  # what the model is to write
+    "mark": (True, True),  # of that, what a style writes, such as the token that begins a call of a tool
+    "end": (True, True),  # what ends an answer
+}
+BROKEN = "\ufdd2"  # stands in the middle of what only looks like a special token; no character of any text
+
+
+class Segment(NamedTuple):
+    """A stretch of a rendered conversation. kind: a key of `KINDS`. trained: False for an answer that is no target."""
+
+    text: str
+    kind: str
+    trained: bool = True
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether the model is to write it."""
+        return KINDS[self.kind][1]
+
+
+class Encoded(NamedTuple):
+    """A sequence for training: its ids, and for each of them whether it is a target."""
+
+    ids: list[int]
+    is_target: list[bool]
+
+
+def encode_segments(tokenizer: Tokenizer, segments: list[Segment]) -> Encoded:
+    """The tokens of a conversation up to the end of its last target.
+
+    The sequence starts with one BOS if `tokenizer.add_bos`; one that is in the segments is not doubled. Answers are
+    encoded apart from what is around them, so no token is part of both.
+    """
+    ids, is_target, start, prompt, end = [], [], True, [], 0
+    for group in _groups(segments):
+        parts = [part for segment in group for part in split(tokenizer, segment)]
+        if not group[0].is_answer:
+            prompt = parts
+            continue
+        space = _drop_last_space(tokenizer, prompt)
+        more, start = tokenizer.encode_parts(prompt, start)
+        ids += more
+        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
+            ids.insert(0, tokenizer.bos_id)
+        is_target += [False] * (len(ids) - len(is_target))
+        # An answer's own leading space needs a dummy prefix before it, or decoding would take it for one.
+        own_space = group[0].kind == "answer" and group[0].text[:1] == " "
+        more, start = tokenizer.encode_parts(parts, start or space or own_space)
+        ids += more
+        trained, prompt = group[0].trained, []
+        is_target += [trained] * len(more)
+        end = len(ids) if trained else end
+    return Encoded(ids[:end], is_target[:end])
+
+
+def _groups(segments):
+    """The segments in lists: each is one answer with its end, or all that stands between two answers."""
+    number, last = 0, None
+    numbers = []
+    for segment in segments:
+        number += last is not None and (last.kind == "end" or last.is_answer != segment.is_answer)
+        numbers.append(number)
+        last = segment
+    return [
+        [segment for _, segment in group]
+        for _, group in itertools.groupby(zip(numbers, segments, strict=True), key=lambda pair: pair[0])
+    ]
+
+
+def split(tokenizer: Tokenizer, segment: Segment) -> list[str | int]:
+    """A segment cut at the added tokens that count in it: texts and ids, as `Tokenizer.split` returns them."""
+    parts = tokenizer.split(segment.text, special=KINDS[segment.kind][0])
+    if BROKEN in segment.text:
+        return [part.replace(BROKEN, "") if isinstance(part, str) else part for part in parts]
+    return parts
+
+
+def break_special(tokenizer: Tokenizer, text: str) -> str:
+    """A text in which nothing is a special token any more, whoever reads it; `split` takes out what breaks it.
+
+    Raises UserError for a special token of one letter, which cannot be broken.
+    """
+
+    def broken(match):
+        first = len(match[0]) - len(match[0].lstrip()) + 1  # a token may swallow the blanks before it
+        return match[0][:first] + BROKEN + match[0][first:]
+
+    if not tokenizer.special_pattern.search(text):
+        return text
+    text = tokenizer.special_pattern.sub(broken, text)
+    if left := tokenizer.special_pattern.search(text):
+        raise UserError(f"the text holds {left[0]!r}, a special token of this tokenizer")
+    return text
+
+
+def joins_cleanly(tokenizer: Tokenizer, segments: list[Segment]) -> bool:
+    """Whether the segments have the same ids when they are encoded as one text, as other programs do.
+
+    Only where ordinary text stands on both sides of an answer's beginning can there be a difference. It is looked for
+    in the words there: what a space divides from them has tokens of its own.
+    """
+    for before, answer in itertools.pairwise(_groups(segments)):
+        if not answer[0].is_answer:
+            continue
+        left = "".join(_leading_texts(split(tokenizer, before[-1])[::-1])[::-1])
+        right = "".join(_leading_texts(split(tokenizer, answer[0])))
+        if not left or not right:
+            continue
+        left, right = _WORDS.split(left)[-1], _WORDS.split(right, maxsplit=1)[0]
+        apart = encode_segments(tokenizer, [Segment(left, "user"), Segment(right, "mark")]).ids
+        if apart[tokenizer.add_bos :] != tokenizer.encode(left + right):
+            return False
+    return True
+
+
+_WORDS = re.compile(r"(?<=\S)(?= \S)")
+
+
+def _leading_texts(parts):
+    """The parts of a list before its first id."""
+    return list(itertools.takewhile(lambda part: isinstance(part, str), parts))
+
+
+def _drop_last_space(tokenizer, parts):
+    """Whether the prompt ends in a space that the answer's dummy prefix replaces; if so, remove it."""
+    found = tokenizer.has_prefix and parts and isinstance(parts[-1], str) and parts[-1].endswith(" ")
+    if found:
+        parts[-1] = parts[-1][:-1]
+    return bool(found)
