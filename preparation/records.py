@@ -17,7 +17,7 @@ from preparation.columns import is_template, kind_of, text_of, value_of
 from preparation.dialects import listed_tools, to_messages, without_nulls
 from preparation.multiple_choice import choices_of, with_choices
 from preparation.reading import BadRow, Row, encoding_hint
-from preparation.shapes import Columns, how_to_ignore, recognise
+from preparation.shapes import Columns, how_to_ignore, ignore_hint, recognise
 from shell.cli import UserError
 from text.messages import change_texts, check_json, is_empty, read_messages, read_tools
 
@@ -38,7 +38,7 @@ def to_record(source: Any, row: Row, seed: int) -> dict:
     try:
         return _to_record(source, row, parse_row(row), seed)
     except UserError as error:  # text/messages.py's
-        raise BadRow(str(error)) from None
+        raise BadRow(f"{error}{ignore_hint(error)}") from None
 
 
 def _to_record(source, row, data, seed):

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from preparation.mixture import Source
+from preparation.shapes import ignore_hint
 from preparation.workers import Context
 from shell.cli import UserError
 from text.messages import is_empty
@@ -50,7 +51,7 @@ def render_record(context: Context, source: Source, record: bytes, examples: lis
                 break
     except UserError as error:
         if not s.skip_bad:
-            raise UserError(f"{record['id']}: {error}") from None
+            raise UserError(f"{record['id']}: {error}{ignore_hint(error)}") from None
         return Rendered(f"cannot be rendered: {error}")
     if not encoded:
         return Rendered(outcome)
@@ -63,7 +64,7 @@ def render_record(context: Context, source: Source, record: bytes, examples: lis
 
 
 def _longest(encoded):
-    return max(len(ids) for ids, _ in encoded)
+    return max((len(ids) for ids, _ in encoded), default=0)
 
 
 def limit_of(source: Source, settings: Any, name: str) -> float | None:

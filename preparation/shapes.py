@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from preparation.columns import columns_in
 from preparation.reading import BadRow
-from text.messages import THINKING
+from text.messages import THINKING, KeyRefused
 
 SHAPES = {  # names, and for each part of a sample its column; the first that fits counts
     "messages": {"messages": "messages"},
@@ -125,6 +125,11 @@ KNOWN = {
     *(column for parts in SHAPES.values() for column in parts.values()),
     *(name for names in BESIDE.values() for name in names), *REFUSED, "label",
 }  # fmt: skip
+
+
+def ignore_hint(error: Exception) -> str:
+    """What to do about an error, where it is about a key that can be left out; otherwise ""."""
+    return how_to_ignore(error.key) if isinstance(error, KeyRefused) else ""
 
 
 def _by_meaning(names):

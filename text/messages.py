@@ -39,7 +39,7 @@ NO_CHARACTER = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")  # surrogates, and wha
 
 
 class KeyRefused(UserError):
-    """A key of a message, or the tools, of which nothing can be made. key: its name, for callers that can leave it out."""
+    """A key of a message, or the tools, of which nothing can be made. key: its name, as a caller may leave it out."""
 
     def __init__(self, message: str, key: str = ""):
         super().__init__(message)

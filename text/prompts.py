@@ -42,7 +42,8 @@ def encode_dialog(
     if style == "checkpoint":
         different = not all(joins_cleanly(tokenizer, segments) for segments in sequences)
         notes["conversations with a token across an answer's beginning in other programs"] += different
-    return [encode_segments(tokenizer, segments) for segments in sequences]
+    encoded = [encode_segments(tokenizer, segments) for segments in sequences]
+    return [sequence for sequence in encoded if sequence.ids]  # none where nothing is a target
 
 
 def encode_prompt(
@@ -104,7 +105,7 @@ def _check_forms(dialog, style):
     found = [("tools", "tools")] if dialog.tools else []
     for number, message in enumerate(dialog.messages, 1):
         if message["role"] == "tool":
-            found.append(("tools", f"a tool's result (message {number})"))
+            found.append(("tools", f"results of tools (message {number})"))
             continue
         found += [(form, f"{key} (message {number})") for key, form in FORM_OF_KEY.items() if key in message]
     for form, what in found:

@@ -248,6 +248,7 @@ class _Template:
         answers = [self.answer(*one, notes) for one in zip(numbers, prompts, wholes, strict=True)]
         if notes is not None:
             self.check_shown(answers[-1].text, numbers[-1] + 1)
+            self.check_thinking(numbers[-1])
             notes["answers beside the targets that the template leaves out or changes"] += sum(
                 not all(_is_in(part, answers[-1].text) for part in _thought(message))
                 for number, message in enumerate(self.messages[: numbers[-1]])
@@ -351,6 +352,12 @@ class _Template:
         for call in message.get("tool_calls", ()):
             if call["function"]["name"] not in text:
                 raise self.drops("tool_calls", number)
+
+    def check_thinking(self, count):
+        """Raise UserError if there is thinking in the first `count` messages, and the template knows of none."""
+        for number, message in enumerate(self.messages[:count]):
+            if "thinking" in message and not any(name in self.source for name in ("</think>", *THINKING)):
+                raise self.drops("thinking", number)
 
     def drops(self, key, number):
         """The error where the template does not show a key of a message."""
