@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -839,7 +840,8 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, tiny_mo
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "prepare_data.py", "--data", path, "--checkpoint_dir", tiny_model_dir]
     process = subprocess.Popen([*command, "--out_dir", out / "x", "--workers", "2"], stderr=subprocess.PIPE, text=True)
-    while "reading rows: 0" not in process.stderr.readline(200) and process.poll() is None:
+    # Not before: what comes while a worker is forked is lost, as Python's own code for forks lets no exception out.
+    while not re.search("reading rows: +[1-9]", process.stderr.readline(200)) and process.poll() is None:
         pass
     process.send_signal(kind)
     rest = process.communicate(timeout=60)[1]  # the workers hold the pipe: they must end too

@@ -1,5 +1,6 @@
 """Stretches of a rendered conversation, and their tokens: which belong to a template, which a user or a model wrote."""
 
+import functools
 import itertools
 import re
 from typing import NamedTuple
@@ -114,17 +115,22 @@ def joins_cleanly(tokenizer: Tokenizer, segments: list[Segment]) -> bool:
     for before, answer in itertools.pairwise(_groups(segments)):
         if not answer[0].is_answer:
             continue
-        left = "".join(_leading_texts(split(tokenizer, before[-1])[::-1])[::-1])
-        right = "".join(_leading_texts(split(tokenizer, answer[0])))
-        if not left or not right:
-            continue
-        left, right = _WORDS.split(left)[-1], _WORDS.split(right, maxsplit=1)[0]
-        apart = encode_segments(tokenizer, [Segment(left, "user"), Segment(right, "mark")]).ids
-        if apart[tokenizer.add_bos :] != tokenizer.encode(left + right):
+        ends, begins = before[-1]._replace(text=before[-1].text[-NEAR:]), answer[0]._replace(text=answer[0].text[:NEAR])
+        left = "".join(_leading_texts(split(tokenizer, ends)[::-1])[::-1])
+        right = "".join(_leading_texts(split(tokenizer, begins)))
+        if left and right and not _joins(tokenizer, _WORDS.split(left)[-1], _WORDS.split(right, maxsplit=1)[0]):
             return False
     return True
 
 
+@functools.lru_cache(2**14)
+def _joins(tokenizer, left, right):
+    """Whether two texts have the same ids together as they have as a prompt and an answer."""
+    apart = encode_segments(tokenizer, [Segment(left, "user"), Segment(right, "mark")]).ids
+    return apart[tokenizer.add_bos :] == tokenizer.encode(left + right)
+
+
+NEAR = 200  # characters at each side of an answer's beginning
 _WORDS = re.compile(r"(?<=\S)(?= \S)")
 
 
