@@ -28,8 +28,8 @@ class Settings:
             names of Hugging Face datasets, or one mixture (.yaml, see README).
         checkpoint_dir: Model folder, for its tokenizer.
         out_dir: Folder to write; prepared/NAME for NAME.jsonl if not given.
-        prompt_style: plain, alpaca, dolly, vicuna, llama2-chat, mistral-instruct, chatml or checkpoint (the model's own
-            chat template); checkpoint where the model has a template, otherwise alpaca, if not given.
+        prompt_style: plain, alpaca, dolly, vicuna, llama2-chat, llama3, mistral-instruct, chatml or checkpoint (the
+            model's own chat template); checkpoint where the model has a template, otherwise alpaca, if not given.
         template_args: Variables for the model's own chat template, such as {enable_thinking: false}.
         max_seq_length: Tokens a sample may have. Of longer ones the start of the prompt is cut, never the answer.
         overlap: Tokens of a document too long for that which its next piece repeats, not as targets; an eighth of
@@ -133,6 +133,7 @@ from preparation.records import describe_row
 from preparation.rendering import Rendered, render_records
 from preparation.report import report_details, write_report
 from preparation.sampling import copies_of_samples, example_pools, resampled_sources, sample_examples, sample_validation
+from preparation.shapes import with_aliases
 from preparation.show import show_folder
 from preparation.workers import Context, chunks, worker_count, worker_pool
 from shell.files import new_folder
@@ -237,7 +238,7 @@ def never_seen(sources: list[Source], info: dict) -> list[str]:
     """The names to be ignored that no source has."""
     names = dict.fromkeys(name for source in sources for name in source.ignore)
     seen = {name for source in info["sources"] for name in source["contents"].get("left out by --ignore", ())}
-    return [name for name in names if name not in seen]
+    return [name for name in names if seen.isdisjoint(with_aliases((name,)))]
 
 
 def describe_first(source: Source, rows: Iterator[Row]) -> Iterator[Row]:

@@ -69,10 +69,20 @@ from text.messages import Dialog
 
 
 class Sample(NamedTuple):
-    """A dialog that ends with a question and its answer. place: where it was read, for error messages."""
+    """A dialog that ends with an answer, and what comes before it. place: where it was read, for error messages."""
 
     place: str
-    messages: list[dict]
+    dialog: Dialog
+
+    @property
+    def prompt(self) -> Dialog:
+        """The dialog without its last answer."""
+        return self.dialog._replace(messages=self.dialog.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        """The text of its last answer."""
+        return self.dialog.messages[-1]["content"]
 
 
 def main(s: Settings) -> None:
@@ -86,8 +96,8 @@ def main(s: Settings) -> None:
     if s.out_file:
         rows = []
         for sample, answer, ok in zip(samples, answers, right, strict=True):
-            question, expected = (message["content"] for message in sample.messages[-2:])
-            rows.append({"prompt": question, "answer": answer, "expected": expected, "right": ok})
+            question = sample.prompt.messages[-1]["content"]
+            rows.append({"prompt": question, "answer": answer, "expected": sample.answer, "right": ok})
         result = {"exact_match": sum(right) / len(right), "samples": len(right), "seconds": seconds, "answers": rows}
         s.out_file.parent.mkdir(parents=True, exist_ok=True)
         with files.whole_file(s.out_file) as temporary:
@@ -106,9 +116,9 @@ def match_answers(writer: Writer, samples: list[Sample], s: Settings) -> tuple[l
         batch_size=s.batch_size,
         temperature=0,
     )
-    prompts, places = [Dialog(sample.messages[:-1]) for sample in samples], [sample.place for sample in samples]
+    prompts, places = [sample.prompt for sample in samples], [sample.place for sample in samples]
     answers = writer.answer_all(prompts, greedy, places)
-    expected = [sample.messages[-1]["content"] for sample in samples]
+    expected = [sample.answer for sample in samples]
     return answers, [answer.strip() == text.strip() for answer, text in zip(answers, expected, strict=True)]
 
 
@@ -122,13 +132,14 @@ def read_samples(sources: list[Source]) -> Iterator[Sample]:
     for source in sources:
         for row in read_rows(source, progress=lambda share: None):
             try:
-                messages = to_record(source, row, seed=0)["messages"]
+                record = to_record(source, row, seed=0)
             except BadRow as error:
                 raise UserError(f"{row.place}: {error}") from None
-            roles = [message.get("role") if isinstance(message.get("content"), str) else None for message in messages]
-            if roles[-2:] != ["user", "assistant"]:
-                raise UserError(f"{row.place}: the messages must end with a question of the user and its answer")
-            yield Sample(row.place, messages)
+            *before, last = record["messages"]
+            if not before or before[-1]["role"] == "system" or "tool_calls" in last:
+                raise UserError(f"{row.place}: the messages must end with a question and an answer in words")
+            tools, args = record.get("tools", []), record.get("template_args", {})
+            yield Sample(row.place, Dialog(record["messages"], tools, args))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from model import Transformer
 from ops.core_sharing import share_cores
 from quantize import bitsandbytes, read_quantization
 from shell.files import checked, read_json
-from text.prompts import encode_prompt
 from training.metrics import peak_memory_since, start_measuring, weight_bytes
 from weights.checkpoint import Weights, fill_model, load_model
 from weights.families import config_from_json
@@ -83,10 +82,7 @@ def measure_variant(s: Any, variant: str, folder: str) -> dict:
     result = {"variant": variant, "weight_bytes": weight_bytes(model), "load_seconds": time.perf_counter() - started}
     texts, samples = quality_texts.read_texts(s)
     writer = Writer(s.checkpoint_dir, s.adapter_dir, None, None, s.prompt_style, model)
-    if samples:
-        prompt = encode_prompt(writer.tokenizer, samples[0].messages[:-1], writer.style)
-    else:
-        prompt = next(iter(texts.values()))[0][0].tolist()
+    prompt = writer.encode(samples[0].prompt) if samples else next(iter(texts.values()))[0][0].tolist()
     result["tokens_per_second"] = decoding_speed(writer.decoder, prompt, device)
     if samples:
         _, right = match_answers(writer, samples, s)

@@ -17,7 +17,7 @@ from preparation.columns import is_template, kind_of, text_of, value_of
 from preparation.dialects import listed_tools, to_messages, without_nulls
 from preparation.multiple_choice import choices_of, with_choices
 from preparation.reading import BadRow, Row, encoding_hint
-from preparation.shapes import Columns, how_to_ignore, ignore_hint, recognise
+from preparation.shapes import Columns, how_to_ignore, ignore_hint, recognise, with_aliases
 from shell.cli import UserError
 from text.messages import change_texts, check_json, is_empty, read_messages, read_tools
 
@@ -45,7 +45,8 @@ def _to_record(source, row, data, seed):
     columns = columns_of(source, data)
     facts = defaultdict(int, columns.facts)
     messages, original = _messages(source, row, data, columns, seed)
-    record = {"messages": _read_messages(messages, source.ignore, facts), **_tools(row, data, columns.fields, facts)}
+    record = {"messages": _read_messages(messages, with_aliases(source.ignore), facts)}
+    record |= _tools(row, data, columns.fields, facts)
     _drop_listed_tools(record, facts)
     _mend_line_ends(record, facts)
     end = _weigh_answers(record["messages"], facts)
@@ -85,7 +86,7 @@ def columns_of(source: Any, data: dict) -> Columns:
     fields = source.fields and tuple(
         (part, tuple(field) if isinstance(field, list) else field) for part, field in source.fields.items()
     )
-    return recognise(names, empty, fields or None, source.ignore)
+    return recognise(names, empty, fields or None, with_aliases(source.ignore))
 
 
 def describe_row(source: Any, row: Row) -> str:

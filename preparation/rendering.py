@@ -78,7 +78,7 @@ def _encode(context, source, record, examples, notes):
     s, style = context.settings, record.get("style", source.prompt_style)
     messages = with_examples(record, examples, style)
     if not s.mask_prompt and any(message.get("weight") == 0 and not is_empty(message) for message in messages):
-        raise UserError("a message that is not to be trained on needs --mask_prompt true; or --ignore '[weight]'")
+        raise UserError("an answer that is not to be trained on needs --mask_prompt true")
     if s.answers == "last":
         messages = with_last_answer(messages)
     more = {"tools": record.get("tools", ()), "template_args": template_args(s, record, style), "notes": notes}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from preparation.columns import columns_in
 from preparation.reading import BadRow
-from text.messages import THINKING, KeyRefused
+from text.messages import THINKING, WEIGHTS, KeyRefused
 
 SHAPES = {  # names, and for each part of a sample its column; the first that fits counts
     "messages": {"messages": "messages"},
@@ -114,6 +114,17 @@ def _check_unused(unused, parts):
         if part := meanings.get(name.lower()):
             others = reprlib.repr(sorted(_columns_of(parts))).strip("[]")
             raise BadRow(f"column {name!r}: {part} has no place beside the fields {others}{how_to_ignore(name)}")
+
+
+@functools.cache
+def with_aliases(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of columns and keys, with the other names of what each of them means."""
+    groups = (THINKING, WEIGHTS, BESIDE["tools"], BESIDE["system"], ("tool_calls", "function_call"))
+    return tuple(dict.fromkeys(alias for name in names for alias in _group_of(name, groups)))
+
+
+def _group_of(name, groups):
+    return next((group for group in groups if name in group), (name,))
 
 
 def how_to_ignore(name: str) -> str:

@@ -53,7 +53,8 @@ def worker_pool(context: Context, workers: int) -> Iterator[Callable]:
         waiting = deque()
         try:
             for task in tasks:
-                waiting.append(pool.submit(_call, function, task))
+                with _no_interrupt():  # as it may fork
+                    waiting.append(pool.submit(_call, function, task))
                 if len(waiting) > 3 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -65,6 +66,22 @@ def worker_pool(context: Context, workers: int) -> Iterator[Callable]:
         yield parallel_map
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _no_interrupt():
+    """Let Ctrl-C wait until the end of the block: Python's own functions around a fork would swallow it."""
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield
+        return
+    waiting = []
+    before = signal.signal(signal.SIGINT, lambda *_: waiting.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 def _start_worker(context):

@@ -174,7 +174,7 @@ def save_weights(run: Run, folder: Path) -> tuple[dict[str, str], str]:
     """
     s = run.settings
     style = run.info["prompt_style"]
-    notes = {"prompt_style": style, "template_args": run.info["template_args"]}
+    notes = {"prompt_style": style, "template_args": run.info.get("template_args", {})}
     notes |= {"checkpoint_dir": str(s.checkpoint_dir), "quantize": s.quantize}
     write_json(folder / NOTES, notes)
     if run.adapter:

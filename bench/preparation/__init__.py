@@ -1,4 +1,5 @@
 """Measurements of data preparation.
 
-speed.py  prepare_data.py as a whole: time, and peak memory as the data grow
+speed.py           prepare_data.py as a whole: time, and peak memory as the data grow
+chat_templates.py  conversations through a chat template: rendering and tokenising
 """
