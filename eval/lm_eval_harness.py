@@ -251,7 +251,7 @@ class OnetuneLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
         """A dialog as one text, up to where the answer begins."""
-        return prompt_text(self._tokenizer, chat_history, self.writer.style)
+        return prompt_text(self._tokenizer, chat_history, self.writer.style, self.writer.template_args)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]

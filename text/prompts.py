@@ -56,12 +56,13 @@ def encode_prompt(
     return encode_segments(tokenizer, _open_segments(tokenizer, messages, style, tools, template_args)).ids
 
 
-def prompt_text(tokenizer: Tokenizer, messages: list[dict], style: str) -> str:
+def prompt_text(tokenizer: Tokenizer, messages: list[dict], style: str, template_args: dict | None = None) -> str:
     """A conversation as for `encode_prompt`, as one text without BOS.
 
     For programs that take only text; there, a special token that a user writes out is a special token.
     """
-    return "".join(segment.text for segment in _open_segments(tokenizer, messages, style)).replace(BROKEN, "")
+    segments = _open_segments(tokenizer, messages, style, template_args=template_args)
+    return "".join(segment.text for segment in segments).replace(BROKEN, "")
 
 
 def stop_ids(tokenizer: Tokenizer, style: str) -> set[int]:
@@ -69,7 +70,8 @@ def stop_ids(tokenizer: Tokenizer, style: str) -> set[int]:
     dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     [segments] = _sequences(tokenizer, Dialog(dialog), style, Counter())
     last = [segment.text for segment in segments if segment.is_answer][-1]
-    return tokenizer.eos_ids | {part for part in tokenizer.split(last, special=True)[-1:] if isinstance(part, int)}
+    ids = [part for part in tokenizer.split(last, special=True) if isinstance(part, int)]
+    return tokenizer.eos_ids | set(ids[-1:])
 
 
 def _open_segments(tokenizer, messages, style, tools=(), template_args=None):

@@ -187,6 +187,9 @@ class _Template:
                 )
             if not name or not re.search(rf"\b{re.escape(name)}\b", self.source):
                 raise UserError(f"{self.where} has no variable {name!r}")
+        for number, message in enumerate(self.messages):
+            if "tool_calls" in message and "tool_calls" not in self.source:
+                raise self.drops("tool_calls", number)
 
     def render(self, wanted):
         """A `Rendered` for each of the wanted parts of the conversation."""

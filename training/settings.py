@@ -123,7 +123,7 @@ class Settings:
                 raise UserError(f"--memory_budget {self.memory_budget} needs --plan or --micro_batch_tokens auto")
         if self.plan_tflops is not None and not self.plan:
             raise UserError(f"--plan_tflops {self.plan_tflops:g} needs --plan")
-        if self.micro_batch_tokens == "auto" and self.devices > 1 and not self.memory_budget:
+        if self.micro_batch_tokens == "auto" and self.devices > 1 and not (self.memory_budget or self.plan):
             raise UserError(
                 "--micro_batch_tokens auto needs --memory_budget with several --devices: each would find another "
                 "amount of memory free, and all must cut a step in the same way"
