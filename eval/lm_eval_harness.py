@@ -123,6 +123,7 @@ from inference import sampling
 from inference.scoring import rolling, score
 from inference.writer import Writer
 from shell import files
+from text.messages import read_messages
 from text.prompts import prompt_text
 
 
@@ -251,7 +252,8 @@ class OnetuneLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
         """A dialog as one text, up to where the answer begins."""
-        return prompt_text(self._tokenizer, chat_history, self.writer.style, self.writer.template_args)
+        messages = read_messages(chat_history)
+        return prompt_text(self._tokenizer, messages, self.writer.style, self.writer.template_args)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]

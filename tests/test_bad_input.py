@@ -199,6 +199,7 @@ GOOD_FLAGS = {
     "bench/training/planners.py": model_and_data,
     "bench/training/saving.py": lambda p: {},
     "bench/preparation/speed.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
+    "bench/preparation/chat_templates.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
 }
 TABLE = yaml.safe_load((ROOT / "tests" / "bad_inputs.yaml").read_text(encoding="utf-8"))
 ROWS_BY_CASE = {row["case"]: (script, row) for script, rows in TABLE.items() for row in rows}

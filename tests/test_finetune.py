@@ -738,7 +738,7 @@ def test_what_a_run_leaves(settings, tiny_model_dir, capsys):
     for name in ("final", "step-000002", "step-000004"):
         check_manifest(out / name)
     assert json.loads((out / "final" / "onetune.json").read_text()) == {
-        "prompt_style": "plain", "checkpoint_dir": str(tiny_model_dir), "quantize": None,
+        "prompt_style": "plain", "template_args": {}, "checkpoint_dir": str(tiny_model_dir), "quantize": None,
     }  # fmt: skip
 
 

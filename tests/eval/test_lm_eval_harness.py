@@ -23,6 +23,7 @@ from eval import lm_eval_harness
 from eval.lm_eval_harness import OnetuneLM, Settings, find_tasks, only_local
 from inference.writer import Writer
 from shell.cli import UserError
+from text.messages import read_messages
 from text.prompts import STYLES, encode_prompt, prompt_text
 from text.tokenizer import Tokenizer
 from weights import peft_format
@@ -308,7 +309,7 @@ def test_an_answer_that_has_begun(folder_of):
     assert prompt_text(tokenizer, messages, "chatml") == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nSo: ")
     for wrong in ([], "text", [{"role": "system", "content": "a"}]):
         with pytest.raises(UserError):
-            prompt_text(tokenizer, wrong, "chatml")
+            prompt_text(tokenizer, read_messages(wrong), "chatml")
 
 
 def test_a_chat(ours_of, tasks):
