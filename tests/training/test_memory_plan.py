@@ -359,7 +359,7 @@ def test_a_run_takes_what_the_plan_says_and_no_more_with_every_step(flags, wide_
         (("--plan", "--plan_tflops", "0"), "--plan_tflops 0"),
         (("--plan_tflops", "3"), "--plan_tflops 3 needs --plan"),
         (("--devices", "2", "--micro_batch_tokens", "auto"), "auto needs --memory_budget with several --devices"),
-        (("--devices", "2", "--micro_batch_tokens", "auto", "--plan"), "y/data.json does not exist"),  # a plan is of one
+        (("--devices", "2", "--micro_batch_tokens", "auto", "--plan"), "y/data.json does not exist"),  # made by one
     ],
 )
 def test_bad_flags_are_one_line(flags, message, run_script):
