@@ -241,7 +241,12 @@ class AdapterConfig:
         """Whether the linear layer called `name` gets an adapter."""
         if isinstance(self.targets, str):
             return re.fullmatch(self.targets, name) is not None
-        return any(name == target or name.endswith("." + target) for target in self.targets)
+        return is_named(name, self.targets)
+
+
+def is_named(name: str, ends: Sequence[str]) -> bool:
+    """Whether a module's name, or the end of it, is one of these."""
+    return any(name == end or name.endswith("." + end) for end in ends)
 
 
 def match_pattern(pattern: dict, name: str, default: float | None) -> float | None:

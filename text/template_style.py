@@ -39,7 +39,7 @@ def checkpoint_sequences(tokenizer: Tokenizer, dialog: Dialog, notes: Counter) -
     if dialog.open:
         return [_Template(tokenizer, dialog).prompt()]
     sequences = foreseen_sequences(tokenizer, dialog, notes) or rendered_sequences(tokenizer, dialog, notes)
-    return [_segments(tokenizer, *sequence) for sequence in sequences]
+    return [_segments(tokenizer, text, answers) for text, answers, _ in sequences]
 
 
 class Answer(NamedTuple):
@@ -156,8 +156,8 @@ def _outline(tokenizer, chat_template, tool_template, values, shape):
     return outlines, notes
 
 
-def _segments(tokenizer, text, answers, last):
-    """The segments of a sequence."""
+def _segments(tokenizer, text, answers):
+    """The segments of a text up to the end of the last of these answers."""
     segments, place = [], 0
     for answer in answers:
         for start, stop, kind in answer.targets:
@@ -227,7 +227,7 @@ class _Template:
         # Earlier answers are segments of their own, as in training, for the sake of ends that are added to them.
         numbers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
         earlier = [answer for answer in self.answers(numbers) if text.startswith(answer.text)]
-        segments = _segments(self.tokenizer, text, earlier, count)
+        segments = _segments(self.tokenizer, text, earlier)
         rest = text[len(earlier[-1].text) if earlier else 0 :]
         return [*segments, Segment(rest, "template"), Segment(self.begun_text(text), "answer")]
 
@@ -239,8 +239,7 @@ class _Template:
         thinking, content = message.get("thinking"), message["content"]
         if not thinking:
             return content
-        begin = "" if prompt.rstrip().endswith("<think>") else "<think>\n"
-        return begin + thinking + (f"\n</think>\n\n{content}" if content else "")
+        return _opening(prompt) + thinking + (f"\n</think>\n\n{content}" if content else "")
 
     def answers(self, numbers, notes=None):
         """An `Answer` for each message with one of these numbers. notes: given where they are to be targets."""
@@ -314,8 +313,7 @@ class _Template:
         if dropped and prompt.rstrip().endswith("</think>"):  # its variables turn thinking off
             raise self.drops("thinking", number)
         if opened.strip() == "<think>" or (dropped and not opened.strip() and "</think>" in self.source):
-            begin = "" if prompt.rstrip().endswith("<think>") else "<think>\n"
-            text = prompt + begin + (thought if dropped else "") + "\n</think>\n\n" + own.lstrip()
+            text = prompt + _opening(prompt) + (thought if dropped else "") + "\n</think>\n\n" + own.lstrip()
             return text, "with a thought that the template leaves out"
         if not opened:
             return whole, ""
@@ -404,6 +402,11 @@ def _thought(message):
         return message["thinking"].strip(), content.strip()
     head, found, rest = content.rpartition("</think>")
     return (head.partition("<think>")[2] or head).strip() if found else "", rest.strip()
+
+
+def _opening(prompt):
+    """What opens a thought after a prompt: nothing, if the prompt has opened it."""
+    return "" if prompt.rstrip().endswith("<think>") else "<think>\n"
 
 
 def _common_start(one, other):

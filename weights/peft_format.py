@@ -22,7 +22,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora import ADAPTERS, Adapter, AdapterConfig, DoRALinear, LoRALinear, adapters, linear_layers, match_pattern, wrap
+from lora import (
+    ADAPTERS,
+    Adapter,
+    AdapterConfig,
+    DoRALinear,
+    LoRALinear,
+    adapters,
+    is_named,
+    linear_layers,
+    match_pattern,
+    wrap,
+)
 from model import Linear, Transformer
 from shell.cli import UserError
 from shell.files import check_listed, read_json
@@ -234,7 +245,7 @@ def _covered(stored, model, folder):
 def _left_out(values, name):
     """Whether a layer that `target_modules` names gets no adapter all the same."""
     exclude, save = values.get("exclude_modules") or [], values.get("modules_to_save") or []
-    if re.fullmatch(exclude, name) if isinstance(exclude, str) else _ends(name, exclude):
+    if re.fullmatch(exclude, name) if isinstance(exclude, str) else is_named(name, exclude):
         return True
     if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in save):
         return True
@@ -250,10 +261,6 @@ def _layer_patterns(values):
     """The names of what numbers the layers, regular expressions; by default any name."""
     patterns = values.get("layers_pattern") or [r"[^.]*"]
     return [patterns] if isinstance(patterns, str) else patterns
-
-
-def _ends(name, ends):
-    return any(name == end or name.endswith("." + end) for end in ends)
 
 
 @contextlib.contextmanager
@@ -345,7 +352,7 @@ def _token_ids(values):
     indices = values.get("trainable_token_indices") or {}
     indices = indices if isinstance(indices, dict) else {EMBEDDING_MODULE: indices}
     modules = (EMBEDDING_MODULE, HEAD_MODULE)
-    return {next((module for module in modules if _ends(module, [key])), key): ids for key, ids in indices.items()}
+    return {next((module for module in modules if is_named(module, [key])), key): ids for key, ids in indices.items()}
 
 
 def _check_rows(values, replaced, config_path):

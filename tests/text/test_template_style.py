@@ -58,7 +58,7 @@ def test_what_is_foreseen_is_what_is_rendered(path, use):
                 sequences = way(tokenizer, dialog, notes)
             except UserError:
                 sequences = None
-            results.append(sequences and ([_segments(tokenizer, *one) for one in sequences], +notes))
+            results.append(sequences and ([_segments(tokenizer, one.text, one.answers) for one in sequences], +notes))
         assert results[0] in (None, [], results[1]), dialog.messages
 
 
