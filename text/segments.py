@@ -68,16 +68,13 @@ def encode_segments(tokenizer: Tokenizer, segments: list[Segment]) -> Encoded:
 
 def _groups(segments):
     """The segments in lists: each is one answer with its end, or all that stands between two answers."""
-    number, last = 0, None
-    numbers = []
+    groups, last = [], None
     for segment in segments:
-        number += last is not None and (last.kind == "end" or last.is_answer != segment.is_answer)
-        numbers.append(number)
+        if last is None or last.kind == "end" or last.is_answer != segment.is_answer:
+            groups.append([])
+        groups[-1].append(segment)
         last = segment
-    return [
-        [segment for _, segment in group]
-        for _, group in itertools.groupby(zip(numbers, segments, strict=True), key=lambda pair: pair[0])
-    ]
+    return groups
 
 
 def split(tokenizer: Tokenizer, segment: Segment) -> list[str | int]:
@@ -115,10 +112,10 @@ def joins_cleanly(tokenizer: Tokenizer, segments: list[Segment]) -> bool:
     for before, answer in itertools.pairwise(_groups(segments)):
         if not answer[0].is_answer:
             continue
-        ends, begins = before[-1]._replace(text=before[-1].text[-NEAR:]), answer[0]._replace(text=answer[0].text[:NEAR])
+        ends, begins = Segment(before[-1].text[-NEAR:], before[-1].kind), Segment(answer[0].text[:NEAR], answer[0].kind)
         left = "".join(_leading_texts(split(tokenizer, ends)[::-1])[::-1])
-        right = "".join(_leading_texts(split(tokenizer, begins)))
-        if left and right and not _joins(tokenizer, _WORDS.split(left)[-1], _WORDS.split(right, maxsplit=1)[0]):
+        right = left and "".join(_leading_texts(split(tokenizer, begins)))
+        if right and not _joins(tokenizer, _last_word(left), _first_word(right)):
             return False
     return True
 
@@ -131,7 +128,19 @@ def _joins(tokenizer, left, right):
 
 
 NEAR = 200  # characters at each side of an answer's beginning
-_WORDS = re.compile(r"(?<=\S)(?= \S)")
+_SPACE_BETWEEN = re.compile(r" (?<=\S )(?=\S)")  # a pattern that begins with a letter is searched for faster
+
+
+def _last_word(text):
+    """What follows the last space between two words, with that space."""
+    places = [space.start() for space in _SPACE_BETWEEN.finditer(text)]
+    return text[places[-1] :] if places else text
+
+
+def _first_word(text):
+    """What stands before the first space between two words."""
+    space = _SPACE_BETWEEN.search(text)
+    return text[: space.start()] if space else text
 
 
 def _leading_texts(parts):
