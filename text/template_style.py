@@ -14,6 +14,7 @@ where the model would write it (`continue_prompt`).
 """
 
 import bisect
+import contextlib
 import functools
 import json
 import re
@@ -45,17 +46,18 @@ def checkpoint_sequences(tokenizer: Tokenizer, dialog: Dialog, notes: Counter) -
 class Answer(NamedTuple):
     """An answer as a template writes it. text: of the prompt and the answer, up to its end.
 
-    targets: (start, stop, kind) of the stretches of the text that are targets. adds_end: no token ends it, so EOS is
-    added.
+    spans: (start, stop, kind) of the stretches of the text that the model is to write. adds_end: no token ends it, so
+    EOS is added. trained: whether it is a target.
     """
 
     text: str
-    targets: list[tuple[int, int, str]]
+    spans: list[tuple[int, int, str]]
     adds_end: bool
+    trained: bool = False
 
 
 class Sequence(NamedTuple):
-    """A conversation's text up to one of its answers (number `last` of its messages), and the answers to train on."""
+    """A conversation's text up to one of its answers (number `last` of its messages), and the answers in it."""
 
     text: str
     answers: list[Answer]
@@ -64,21 +66,20 @@ class Sequence(NamedTuple):
 
 def rendered_sequences(tokenizer: Tokenizer, dialog: Dialog, notes: Counter) -> list[Sequence]:
     """The sequences of a conversation, found by rendering each prompt and each answer."""
-    wanted = _wanted(dialog.messages)
-    written, sequences = _Template(tokenizer, dialog).answers(wanted, notes), []
-    left = list(zip(wanted, written, strict=True))
+    template, sequences = _Template(tokenizer, dialog), []
+    left = [i for i, m in enumerate(dialog.messages) if m["role"] == "assistant" and m.get("weight") != 0]
+    before = dialog.messages[: max(left, default=0)]
+    others = [i for i, message in enumerate(before) if message["role"] == "assistant" and i not in left]
+    answers = dict(zip(left, template.answers(left, notes), strict=True))
+    answers = dict(sorted((answers | template.context(others)).items()))
     while left:
-        last, answer = left[-1]
-        members = [one for _, one in left if answer.text.startswith(one.text)]
-        left = [pair for pair in left if pair[1] not in members]
-        sequences.append(Sequence(answer.text, members, last))
+        last, text = left[-1], answers[left[-1]].text
+        inside = {number: answer for number, answer in answers.items() if text.startswith(answer.text)}
+        members = [answer._replace(trained=number in left) for number, answer in inside.items()]
+        sequences.append(Sequence(text, members, last))
+        left = [number for number in left if number not in inside]
     notes["conversations in parts, since the template changes earlier turns"] += len(sequences) > 1
     return sequences[::-1]
-
-
-def _wanted(messages):
-    """The numbers of the answers that are targets."""
-    return [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
 
 
 def foreseen_sequences(tokenizer: Tokenizer, dialog: Dialog, notes: Counter) -> list[Sequence] | None:
@@ -109,10 +110,8 @@ def foreseen_sequences(tokenizer: Tokenizer, dialog: Dialog, notes: Counter) -> 
             text += message["content"] + literal
         if not rendered.text.startswith(text):
             return None
-        answers = [
-            Answer("", [(ends[i] + a, ends[j] + b, kind) for (i, a), (j, b), kind in targets], adds_end)
-            for _, targets, adds_end in one.answers
-        ]
+        places = [[(ends[i] + a, ends[j] + b, kind) for (i, a), (j, b), kind in answer.spans] for answer in one.answers]
+        answers = [answer._replace(spans=spans) for answer, spans in zip(one.answers, places, strict=True)]
         sequences.append(Sequence(text, answers, one.last))
     notes.update(counted)
     return sequences
@@ -150,8 +149,8 @@ def _outline(tokenizer, chat_template, tool_template, values, shape):
             number = bisect.bisect_right(ends, position) - 1
             return number, position - ends[number]
 
-        targets = [[(place(a), place(b), kind) for a, b, kind in answer.targets] for answer in answers]
-        relative = [answer._replace(targets=one) for answer, one in zip(answers, targets, strict=True)]
+        spans = [[(place(a), place(b), kind) for a, b, kind in answer.spans] for answer in answers]
+        relative = [answer._replace(text="", spans=one) for answer, one in zip(answers, spans, strict=True)]
         outlines.append(Sequence(re.split("mark[0-9]+content", text), relative, last))
     return outlines, notes
 
@@ -160,11 +159,11 @@ def _segments(tokenizer, text, answers):
     """The segments of a text up to the end of the last of these answers."""
     segments, place = [], 0
     for answer in answers:
-        for start, stop, kind in answer.targets:
-            segments += [Segment(text[place:start], "template"), Segment(text[start:stop], kind)]
+        for start, stop, kind in answer.spans:
+            segments += [Segment(text[place:start], "template"), Segment(text[start:stop], kind, answer.trained)]
             place = stop
         if answer.adds_end:
-            segments.append(Segment(tokenizer.eos_token, "end"))
+            segments.append(Segment(tokenizer.eos_token, "end", answer.trained))
     return segments
 
 
@@ -224,9 +223,8 @@ class _Template:
         [rendered] = self.render([self.wanted_prompt(count)])
         text = self.cut_prompt(rendered, count).text
         self.check_shown(text, count)
-        # Earlier answers are segments of their own, as in training, for the sake of ends that are added to them.
         numbers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        earlier = [answer for answer in self.answers(numbers) if text.startswith(answer.text)]
+        earlier = [answer for answer in self.context(numbers).values() if text.startswith(answer.text)]
         segments = _segments(self.tokenizer, text, earlier)
         rest = text[len(earlier[-1].text) if earlier else 0 :]
         return [*segments, Segment(rest, "template"), Segment(self.begun_text(text), "answer")]
@@ -240,6 +238,18 @@ class _Template:
         if not thinking:
             return content
         return _opening(prompt) + thinking + (f"\n</think>\n\n{content}" if content else "")
+
+    def context(self, numbers):
+        """By its number each answer of these, none of them a target, that can be told from the text around it.
+
+        Like targets they are segments of their own, with an end where the template writes none: so a conversation has
+        the same tokens in training and generating. What a template drops of them is not refused.
+        """
+        found = {}
+        for number in numbers:
+            with contextlib.suppress(UserError):
+                [found[number]] = self.answers([number])
+        return found
 
     def answers(self, numbers, notes=None):
         """An `Answer` for each message with one of these numbers. notes: given where they are to be targets."""

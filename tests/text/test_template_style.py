@@ -62,6 +62,46 @@ def test_what_is_foreseen_is_what_is_rendered(path, use):
         assert results[0] in (None, [], results[1]), dialog.messages
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_the_last_answer_alone_is_trained_after_the_prompt_that_generating_gives(path, kind, use):
+    """Also where an end is added to the answers before it, which are no targets."""
+    tokenizer = use(path.read_text(), kind)
+    for thinking in ({}, {"thinking": "hm"}):
+        first = {**assistant(some_text()), **thinking}
+        messages = [user(some_text()), {**first, "weight": 0}, user(some_text()), assistant("Yes.")]
+        prompt_messages = [messages[0], first, messages[2]]
+        try:
+            [(ids, is_target)] = encode_dialog(tokenizer, messages, "checkpoint")
+        except UserError:  # this template has no place for some of it
+            continue
+        prompt = encode_prompt(tokenizer, prompt_messages, "checkpoint")
+        assert ids[: len(prompt)] == prompt
+        assert is_target.index(True) <= len(prompt)  # SmolLM3's marks have the answer's beginning too
+
+
+def test_an_answer_that_is_no_target_has_the_end_that_is_added(use):
+    tokenizer = use("{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}")
+    messages = [user("a"), assistant("b"), user("c"), assistant("d")]
+    [both], [last] = (
+        encode_dialog(tokenizer, [messages[0], {**messages[1], **weight}, *messages[2:]], "checkpoint")
+        for weight in ({}, {"weight": 0})
+    )
+    assert both.ids == last.ids and both.ids.count(tokenizer.eos_id) == 2
+    assert sum(both.is_target) == 2 * sum(last.is_target)
+
+
+def test_a_thought_that_a_template_leaves_out_of_the_history_does_not_hinder_generating(use):
+    tokenizer = use(THINKS.read_text())
+    messages = [user("a"), {**assistant("b"), "thinking": "hm"}, user("c")]
+    without = [user("a"), assistant("b"), user("c")]
+    prompts = [
+        encode_prompt(tokenizer, one, "checkpoint", template_args={"enable_thinking": False})
+        for one in (messages, without)
+    ]
+    assert prompts[0] == prompts[1]
+
+
 def test_most_templates_can_be_foreseen(use):
     """Else the test above would compare nothing."""
     able = 0
