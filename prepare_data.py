@@ -25,7 +25,7 @@ class Settings:
 
     Args:
         data: Files (.json, .jsonl, .csv, .tsv, .parquet, the first four also with .gz), patterns such as "*.jsonl",
-            names of Hugging Face datasets, or one mixture (.yaml, see README).
+            names of Hugging Face datasets, or one mixture (.yaml, see docs/data.md).
         checkpoint_dir: Model folder, for its tokenizer.
         out_dir: Folder to write; prepared/NAME for NAME.jsonl if not given.
         prompt_style: plain, alpaca, dolly, vicuna, llama2-chat, llama3, mistral-instruct, chatml or checkpoint (the
