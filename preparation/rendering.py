@@ -13,7 +13,7 @@ from preparation.mixture import Source
 from preparation.shapes import ignore_hint
 from preparation.workers import Context
 from shell.cli import UserError
-from text.messages import is_empty
+from text.messages import is_empty, target_numbers
 from text.prompts import encode_dialog
 from text.segments import Encoded
 from text.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def template_args(settings: Any, record: dict, style: str) -> dict:
 
 def with_last_answer(messages: list[dict]) -> list[dict]:
     """The messages of which only the last answer that was to be a target is one."""
-    wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
+    wanted = target_numbers(messages)
     return [{**m, "weight": 0} if i in wanted[:-1] else m for i, m in enumerate(messages)]
 
 

@@ -297,3 +297,8 @@ def change_texts(messages: list[dict], change: Callable[[str], str]) -> list[dic
         return change(value) if isinstance(value, str) and key not in ("role", "id", "tool_call_id") else value
 
     return [changed(message) for message in messages]
+
+
+def target_numbers(messages: list[dict]) -> list[int]:
+    """The numbers of the answers to train on."""
+    return [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]

@@ -2,11 +2,10 @@
 
 import functools
 import itertools
-import re
 from typing import NamedTuple
 
 from shell.cli import UserError
-from text.tokenizer import Tokenizer
+from text.tokenizer import BETWEEN_WORDS, Tokenizer
 
 KINDS = {  # (whether special tokens written out in such a text count, whether it is a target)
     "template": (True, False),  # what a style writes
@@ -115,7 +114,7 @@ def joins_cleanly(tokenizer: Tokenizer, segments: list[Segment]) -> bool:
         ends, begins = Segment(before[-1].text[-NEAR:], before[-1].kind), Segment(answer[0].text[:NEAR], answer[0].kind)
         left = "".join(_leading_texts(split(tokenizer, ends)[::-1])[::-1])
         right = left and "".join(_leading_texts(split(tokenizer, begins)))
-        if right and not _joins(tokenizer, _last_word(left), _first_word(right)):
+        if right and not _joins(tokenizer, _last_word(left), BETWEEN_WORDS.split(right, maxsplit=1)[0]):
             return False
     return True
 
@@ -128,19 +127,12 @@ def _joins(tokenizer, left, right):
 
 
 NEAR = 200  # characters at each side of an answer's beginning
-_SPACE_BETWEEN = re.compile(r" (?<=\S )(?=\S)")  # a pattern that begins with a letter is searched for faster
 
 
 def _last_word(text):
     """What follows the last space between two words, with that space."""
-    places = [space.start() for space in _SPACE_BETWEEN.finditer(text)]
+    places = [space.start() for space in BETWEEN_WORDS.finditer(text)]
     return text[places[-1] :] if places else text
-
-
-def _first_word(text):
-    """What stands before the first space between two words."""
-    space = _SPACE_BETWEEN.search(text)
-    return text[: space.start()] if space else text
 
 
 def _leading_texts(parts):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from shell.cli import UserError
 from text.chat_template import Render, Rendered, render
-from text.messages import NO_CHARACTER, THINKING, Dialog, KeyRefused, change_texts, check_json, joined
+from text.messages import NO_CHARACTER, THINKING, Dialog, KeyRefused, change_texts, check_json, joined, target_numbers
 from text.segments import Segment, break_special
 from text.tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ class Sequence(NamedTuple):
 def rendered_sequences(tokenizer: Tokenizer, dialog: Dialog, notes: Counter) -> list[Sequence]:
     """The sequences of a conversation, found by rendering each prompt and each answer."""
     template, sequences = _Template(tokenizer, dialog), []
-    left = [i for i, m in enumerate(dialog.messages) if m["role"] == "assistant" and m.get("weight") != 0]
+    left = target_numbers(dialog.messages)
     before = dialog.messages[: max(left, default=0)]
     others = [i for i, message in enumerate(before) if message["role"] == "assistant" and i not in left]
     answers = dict(zip(left, template.answers(left, notes), strict=True))

@@ -380,7 +380,7 @@ class _Words:
         if not self._apart:
             return self._encode[start](text)
         odd = _ODD_SPACE.search(text) or " " in (text[:1], text[-1:])
-        first, *later = _BETWEEN_WORDS.split(text) if odd else text.split(" ")
+        first, *later = BETWEEN_WORDS.split(text) if odd else text.split(" ")
         first = (self._at_start if start else self._inside)[first]
         return [*first, *itertools.chain.from_iterable(map(self._later.__getitem__, later))]
 
@@ -405,7 +405,7 @@ class _WordCache(dict):
         return ids
 
 
-_BETWEEN_WORDS = re.compile(r" (?<=\S )(?=\S)")  # a pattern that begins with a letter is searched for faster
+BETWEEN_WORDS = re.compile(r" (?<=\S )(?=\S)")  # a pattern that begins with a letter is searched for faster
 _ODD_SPACE = re.compile(r" (?:\s|(?<=\s ))")
 _MARK = r"[,.?!;:)\"]"
 _BEFORE_MARK = re.compile(f"[A-Za-z0-9](?={_MARK})")
