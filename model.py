@@ -1,17 +1,19 @@
-"""The decoder of Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2 and models of the same structure, from top to bottom.
+"""The decoder: Llama, Mistral, Qwen and, by the fields of `Config`, the other families that people fine-tune.
 
 `Config` says what a model is made of; weights/families.py reads it from a checkpoint's config.json. Parameter names are
-Hugging Face's, so their safetensors files load with no tensor renamed, fused or permuted. What ops/ computes begins
-there with its plain form, a line or two of torch; the plain form of attention is here.
+Hugging Face's for Llama, so its safetensors files, and those of families that share its names, load with no tensor
+renamed, fused or permuted; weights/names.py has the names of the others. What ops/ computes begins there with its plain
+form, a line or two of torch.
+
+To read how Llama works, pass over every line that asks for a field that has a default below.
 
 Shapes: B batch, T tokens in this call, S keys (cached ones and these), D hidden size, H query heads, K key/value heads,
 d head size, V vocabulary.
 """
 
-import math
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,32 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ops.activation import swiglu
-from ops.attention import choose_attention
+from ops.activation import activate, gated
+from ops.attention import Scores, choose_attention
 from ops.dtypes import compute_dtype
 from ops.linear import linear
-from ops.loss import LOSS_CHUNK, head_loss
-from ops.norm import rms_norm
-from ops.rotation import rotate
+from ops.loss import LOSS_CHUNK, head_loss, plain_softcap
+from ops.norm import layer_norm, rms_norm
+from ops.rope import RoPE, angles, query_gain
+from ops.rotation import pairs_apart, rotate
 
 IGNORE = -100  # a target that does not count, as in torch's cross_entropy
 
 
 @dataclass(frozen=True)
-class RoPE:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and how it is stretched to longer contexts."""
-
-    theta: float
-    scaling: str = "default"  # or "linear" (Chen et al. 2023, arXiv 2306.15595), or "llama3" (Llama 3.1)
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192  # tokens in a sample of the pre-training
-
-
-@dataclass(frozen=True)
 class Config:
-    """What a model is made of. Sizes have Hugging Face's names."""
+    """What a model is made of. Sizes have Hugging Face's names; a tuple has a value for each layer.
+
+    What has a default is not in Llama.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -53,15 +47,56 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
-    rope: RoPE
+    norm_eps: float
+    ropes: tuple[RoPE | None, ...]  # None: no rotation in this layer
+    windows: tuple[int | None, ...]  # how many tokens a query sees, itself included; None for all
+    scales: tuple[float, ...]  # of the scores of attention
     max_position_embeddings: int  # the longest sample that the model is made for
-    windows: tuple[int | None, ...]  # of each layer: how many tokens a query sees, itself included; None for all
+    family: str = "llama"  # whose names its files have
     tie_word_embeddings: bool = False  # the head has the embedding's weight
+    # Biases
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # an RMSNorm over each query and key head, before RoPE
+    head_bias: bool = False
+    # Norms
+    norm: str = "rms"  # or "layer"
+    norm_bias: bool = False  # LayerNorm's
+    norm_gain: str | None = "weight"  # what is normed is multiplied by a weight, by "1 + weight", or by nothing
+    norm_places: str = "before"  # "after", "both" or "sum": see `Block`
+    final_norm: bool = True
+    qk_norm: str | None = None  # a norm over each query and key head before RoPE: a key of `HEAD_NORMS`
+    # Block
+    parallel_residual: bool = False  # attention and MLP read the same hidden states (Wang and Komatsuzaki 2021, GPT-J)
+    shared_norm: bool = False  # and through the same norm
+    residual_scale: float = 1.0  # of what attention and MLP add
+    gated: bool = True  # the MLP's activation is of a product of two projections, not of one
+    activation: str = "silu"  # a key of ops.activation.ACTIVATIONS
+    # Attention
+    slopes: tuple[float, ...] | None = None  # ALiBi's, of each head (ops.attention.Scores)
+    softcap: float | None = None  # of the scores
+    sinks: bool = False
+    clip_qkv: float | None = None  # the largest absolute value of queries, keys and values
+    # Embedding and head
+    learned_positions: int = 0  # how many positions have an embedding that is added to the token's
+    position_offset: int = 0  # the row of position 0
+    embedding_size: int | None = None  # of the token embedding, if it is not hidden_size (OPT-350M)
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def scores(self, layer: int) -> Scores:
+        """What this layer makes of the products of queries and keys."""
+        return Scores(self.scales[layer], self.windows[layer], self.softcap, self.slopes, self.sinks)
+
+    def of_layers(self, numbers: Sequence[int]) -> "Config":
+        """The config of a model that has only the layers with these numbers."""
+        each = {name: tuple(getattr(self, name)[number] for number in numbers) for name in PER_LAYER}
+        return dataclasses.replace(self, num_hidden_layers=len(numbers), **each)
+
+
+PER_LAYER = ("ropes", "windows", "scales")
 
 
 # ---------------------------------------------------------------------------------------------- norm, linear layers
@@ -70,14 +105,64 @@ class Config:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, plus_one: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) in x's dtype."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.plus_one)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / standard deviation * weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450)."""
+
+    def __init__(self, size: int, eps: float, gain: str | None = "weight", bias: bool = True):
+        super().__init__()
+        self.weight = None if gain is None else nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+        self.eps, self.plus_one = eps, gain == "1 + weight"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) in x's dtype."""
+        return layer_norm(x, self.weight, self.bias, self.eps, self.plus_one)
+
+
+class JointNorm(RMSNorm):
+    """One RMSNorm over all heads together (OLMo 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, heads, d) in x's dtype."""
+        return super().forward(x.flatten(2)).view_as(x)
+
+
+class EachHeadNorm(nn.Module):
+    """A LayerNorm over each head, which has its own weight (StableLM 2, Command R)."""
+
+    def __init__(self, heads: int, d: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, d))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, heads, d) in x's dtype."""
+        return layer_norm(x, None, None, self.eps) * self.weight.to(x.dtype)
+
+
+def make_norm(config: Config, size: int) -> nn.Module:
+    """A norm over `size` numbers of the kind that the model has."""
+    if config.norm == "rms":
+        return RMSNorm(size, config.norm_eps, plus_one=config.norm_gain == "1 + weight")
+    return LayerNorm(size, config.norm_eps, config.norm_gain, config.norm_bias)
+
+
+HEAD_NORMS = {
+    None: lambda config, heads: nn.Identity(),
+    "head": lambda config, heads: make_norm(config, config.head_dim),
+    "each head": lambda config, heads: EachHeadNorm(heads, config.head_dim, config.norm_eps),
+    "joint": lambda config, heads: JointNorm(heads * config.head_dim, config.norm_eps),
+}
 
 
 class Linear(nn.Linear):
@@ -117,26 +202,38 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 # --------------------------------------------------------------------------------------------------------------- RoPE
 
 
-@lru_cache
-def inverse_frequencies(rope: RoPE, head_dim: int, device: torch.device) -> Tensor:
-    """Radians by which each of the d/2 pairs of dimensions turns from one position to the next: (d/2,) fp32."""
-    frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    if rope.scaling == "linear":
-        return frequencies / rope.factor
-    if rope.scaling == "llama3":  # long waves are stretched, short ones kept, those between blended
-        turns = rope.original_context * frequencies / (2 * math.pi)  # within the context of pre-training
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = keep.clamp(0, 1)
-        return keep * frequencies + (1 - keep) * frequencies / rope.factor
-    return frequencies
+class Angles(NamedTuple):
+    """How far queries and keys are turned in this call. cos, sin: (T, dims/2) or (B, 1, T, dims/2).
+
+    query_gain: (T, 1) or (B, 1, T, 1), what queries are multiplied by, or None.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
+    query_gain: Tensor | None = None
+
+    def turn(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, H, T, d) and k (B, K, T, d), turned."""
+        if self.interleaved:
+            q, k = (pairs_apart(x, 2 * self.cos.size(-1)) for x in (q, k))
+        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        return q if self.query_gain is None else q * self.query_gain, k
 
 
-def rope_angles(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for `positions` (T,) or (B, T): two tensors (T, d/2) or (B, 1, T, d/2) of `dtype`."""
-    angles = positions[..., None].float() * inverse_frequencies(config.rope, config.head_dim, positions.device)
+def rope_angles(rope: RoPE | None, positions: Tensor, lengths: Callable, dtype: torch.dtype) -> Angles | None:
+    """The `Angles`, in `dtype`, of tokens at `positions` (T,) or (B, T) of their texts.
+
+    lengths: a function that returns how long these texts are, in that shape, for the few kinds that depend on it.
+    """
+    if rope is None:
+        return None
+    turned = angles(rope, positions, lengths)
+    gain = query_gain(rope, positions)[..., None].to(dtype) if rope.query_growth else None
     if positions.dim() == 2:
-        angles = angles[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+        turned, gain = turned[:, None], None if gain is None else gain[:, None]
+    cos, sin = (f(turned) if rope.gain == 1 else f(turned) * rope.gain for f in (torch.cos, torch.sin))
+    return Angles(cos.to(dtype), sin.to(dtype), rope.interleaved, gain)
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
@@ -181,27 +278,30 @@ class Layout:
         positions = index - self.cache.padding[:, None]
         return Places(positions.clamp(min=0), -(positions < 0).long())
 
+    def lengths(self) -> Tensor:
+        """How long the text of each token is, as far as it is known: (B or 1, T)."""
+        positions, branches = (x[:, -self.tokens.size(1) :] for x in self.places())
+        if self.tree is not None:  # as long as the whole row's longest text: its beginning cannot be turned in two ways
+            return (self.tree.positions.amax(dim=1, keepdim=True) + 1).expand_as(positions)
+        if self.offsets is None:
+            return positions[:, -1:].expand_as(positions) + 1
+        ends = torch.tensor(self.offsets, device=positions.device)
+        return (ends[1:] - ends[:-1])[branches - 1]
+
+    def back(self) -> Tensor:
+        """From each token to each key, how many positions the key lies back: (B or 1, 1, T, S)."""
+        positions = self.places().positions
+        return (positions[:, -self.tokens.size(1) :, None] - positions[:, None])[:, None]
+
     def mask(self, window: int | None) -> Tensor:
         """Which keys each token sees: bool (B or 1, 1, T, S).
 
         Itself and what comes before it in its own branch and in the beginning, as far back as the window goes.
         """
-        positions, branches = self.places()
-        T = self.tokens.size(1)
-        back = positions[:, -T:, None] - positions[:, None]  # from each token to each key
-        own, branch = branches[:, -T:, None], branches[:, None]
+        back, branches = self.back(), self.places().branches[:, None]
+        own, branch = branches[:, :, -self.tokens.size(1) :, None], branches[:, :, None]
         mask = (back >= 0) & ((branch == own) | (branch == 0))
-        if window is not None:
-            mask = mask & (back < window)
-        return mask[:, None]
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Scaled dot-product attention of q (B, H, T, d) to k, v (B, K, S, d), where `mask` is true: (B, H, T, d)."""
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # H / K query heads share keys
-    scores = q @ k.transpose(-2, -1) * q.size(-1) ** -0.5  # (B, H, T, S)
-    weights = scores.float().masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    return weights.to(v.dtype) @ v
+        return mask if window is None else mask & (back < window)
 
 
 class Attention(nn.Module):
@@ -211,24 +311,27 @@ class Attention(nn.Module):
         super().__init__()
         D, d = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.head_dim = layer, d
+        self.layer, self.head_dim, self.clip = layer, d, config.clip_qkv
         self.q_proj = Linear(D, H * d, bias=config.qkv_bias)
         self.k_proj = Linear(D, K * d, bias=config.qkv_bias)
         self.v_proj = Linear(D, K * d, bias=config.qkv_bias)
         self.o_proj = Linear(H * d, D, bias=config.o_bias)
-        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = HEAD_NORMS[config.qk_norm](config, H), HEAD_NORMS[config.qk_norm](config, K)
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.sinks else None
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attention: Callable, cache: Any) -> Tensor:
-        """x (B, T, D) to (B, T, D). angles: as `rope_angles` gives them. attention: a function of q, k and v."""
+    def forward(self, x: Tensor, angles: Angles | None, attention: Callable, cache: Any) -> Tensor:
+        """x (B, T, D) to (B, T, D). attention: a function of q, k, v and the sinks."""
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
-        q = self.q_norm(q).transpose(1, 2)  # (B, H, T, d)
-        k, v = self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, K, T, d)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, d) and (B, K, T, d)
+        if angles is not None:
+            q, k = angles.turn(q, k)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, d)
-        y = attention(q, k, v)
+        y = attention(q, k, v, self.sinks)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -236,37 +339,64 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """down(act(gate(x)) * up(x)), SwiGLU and its kin (Shazeer 2020, arXiv 2002.05202), or down(act(up(x)))."""
 
     def __init__(self, config: Config):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(D, inner, bias=bias)
+        self.activation = config.activation
+        self.gate_proj = Linear(D, inner, bias=bias) if config.gated else None
         self.up_proj = Linear(D, inner, bias=bias)
         self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) to (B, T, D)."""
-        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
+        if self.gate_proj is None:
+            return self.down_proj(activate(self.activation, self.up_proj(x)))
+        return self.down_proj(gated(self.activation, *project(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normed copy of the hidden states, to which it adds."""
+    """Attention and MLP, each of which adds to the hidden states.
+
+    With f for either of them, a family has its norms (`Config.norm_places`)
+        before: x + f(norm(x)), as Llama          after: x + norm(f(x)), as OLMo 2
+        both:   x + norm(f(norm(x))), as Gemma 2  sum:   norm(x + f(x)), as OPT-350M
+    """
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attention: Callable, cache: Any = None) -> Tensor:
+        def norm(*places):
+            return make_norm(config, config.hidden_size) if config.norm_places in places else nn.Identity()
+
+        self.parallel, self.shared_norm, self.scale = (
+            config.parallel_residual, config.shared_norm, config.residual_scale,
+        )  # fmt: skip
+        self.input_layernorm = norm("before", "both")
+        self.self_attn = Attention(config, layer)
+        self.attention_output_norm, self.attention_sum_norm = norm("after", "both"), norm("sum")
+        self.post_attention_layernorm = nn.Identity() if config.shared_norm else norm("before", "both")
+        self.mlp = MLP(config)
+        self.mlp_output_norm, self.mlp_sum_norm = norm("after", "both"), norm("sum")
+
+    def forward(self, x: Tensor, angles: Angles | None, attention: Callable, cache: Any = None) -> Tensor:
         """x (B, T, D) to (B, T, D). The arguments are those of `Attention`."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, attention, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.input_layernorm(x)
+        attended = self.attention_output_norm(self.self_attn(normed, angles, attention, cache))
+        if self.parallel:
+            return x + attended + self.mlp(normed if self.shared_norm else self.post_attention_layernorm(x))
+        x = self.attention_sum_norm(x.add(attended, alpha=self.scale))
+        added = self.mlp_output_norm(self.mlp(self.post_attention_layernorm(x)))
+        return self.mlp_sum_norm(x.add(added, alpha=self.scale))
 
 
 # -------------------------------------------------------------------------------------------- the whole, and its loss
+
+
+def embedding(rows: int, size: int) -> nn.Embedding:
+    """An embedding that is not filled with random numbers, which takes time and is overwritten."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
 
 
 class Transformer(nn.Module):
@@ -275,15 +405,17 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        embedding = torch.empty(config.vocab_size, config.hidden_size)  # given, it is not filled with random numbers
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding.from_pretrained(embedding, freeze=False),
-                "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        D, E = config.hidden_size, config.embedding_size or config.hidden_size
+        self.model = nn.ModuleDict({"embed_tokens": embedding(config.vocab_size, E)})
+        if E != D:
+            self.model["project_in"], self.model["project_out"] = Linear(E, D, bias=False), Linear(D, E, bias=False)
+        if config.learned_positions:
+            self.model["embed_positions"] = embedding(config.learned_positions + config.position_offset, D)
+        if config.embedding_norm:
+            self.model["embed_norm"] = make_norm(config, D)
+        self.model["layers"] = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.model["norm"] = make_norm(config, D) if config.final_norm else nn.Identity()
+        self.lm_head = Linear(E, config.vocab_size, bias=config.head_bias)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -312,7 +444,7 @@ class Transformer(nn.Module):
         """
         x = self.hidden_states(tokens, cache, recompute, offsets)
         if targets is None:
-            return self.lm_head(x)
+            return self.logits(x)
         loss, losses = self.target_losses(x, targets)
         return (loss, losses) if each else loss
 
@@ -328,22 +460,48 @@ class Transformer(nn.Module):
 
         tree: where the tokens stand in rows with one beginning and several ends. The rest as in `forward`.
         """
-        embedding, layers = self.model.embed_tokens, self.model.layers
-        x = embedding(tokens).to(compute_dtype(embedding.weight.dtype, tokens.device.type))
-        layout, windows = Layout(tokens, cache, offsets, tree), self.config.windows
+        c, layers = self.config, self.model.layers
+        layout = Layout(tokens, cache, offsets, tree)
         positions = layout.places().positions[:, -tokens.size(1) :]
-        angles = rope_angles(self.config, positions, x.dtype)
-        # The fastest way to compute partial(plain_attention, mask=layout.mask(w)): to change attention, put that here.
-        attention = {w: choose_attention(layout, self.config.head_dim, x.dtype, w) for w in set(windows)}
+        x = self.embed(tokens, positions)
+        angles = {rope: rope_angles(rope, positions, layout.lengths, x.dtype) for rope in set(c.ropes)}
+        scores = [c.scores(layer) for layer in range(len(layers))]
+        # The fastest way to compute `plain_attention`: to change attention, put yours here.
+        attention = {s: choose_attention(layout, c.head_dim, x.dtype, s) for s in set(scores)}
         recomputed = round(recompute * len(layers))
-        for number, (block, window) in enumerate(zip(layers, windows, strict=True)):
+        for number, block in enumerate(layers):
+            arguments = x, angles[c.ropes[number]], attention[scores[number]]
             if number < recomputed:
-                x = checkpoint(block, x, angles, attention[window], use_reentrant=False, preserve_rng_state=True)
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=True)
             else:
-                x = block(x, angles, attention[window], cache)
+                x = block(*arguments, cache)
         if cache is not None:
             cache.length += tokens.size(1)
-        return self.model.norm(x)
+        return self.finish(x)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The hidden states (B, T, D) before the first block, of tokens (B, T) at positions (B or 1, T)."""
+        c, parts = self.config, self.model
+        weight = parts.embed_tokens.weight
+        x = parts.embed_tokens(tokens).to(compute_dtype(weight.dtype, tokens.device.type))
+        if c.embedding_scale != 1:
+            x = x * weight.new_full((), c.embedding_scale)  # rounded as the weights are
+        if "project_in" in parts:
+            x = parts.project_in(x)
+        if c.learned_positions:
+            x = x + parts.embed_positions(positions + c.position_offset).to(x.dtype)
+        return parts.embed_norm(x) if c.embedding_norm else x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What the head gets, (B, T, E), of the hidden states (B, T, D) after the last block."""
+        x = self.model.norm(x)
+        if "project_out" in self.model:
+            x = self.model.project_out(x)
+        return x if self.config.logit_scale == 1 else x * self.config.logit_scale
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., E) that `finish` has made."""
+        return plain_softcap(self.lm_head(x), self.config.logit_softcap)
 
     def target_losses(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """-log p(target) at the target positions, for x (B, T, D): the sum, and each (n,) without gradient, both fp32.
@@ -353,10 +511,10 @@ class Transformer(nn.Module):
         rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
         x, targets = x.flatten(0, 1)[rows], targets.flatten()[rows]
         if type(self.lm_head) is Linear:  # exactly: another kind, such as an adapter, may compute otherwise
-            return head_loss(x, self.lm_head.weight, targets)
+            return head_loss(x, self.lm_head.weight, targets, self.lm_head.bias, self.config.logit_softcap)
         chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)  # the same, by autograd
         losses = torch.cat([checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
         return losses.sum(), losses.detach()
 
     def _cross_entropy(self, x, targets):
-        return F.cross_entropy(self.lm_head(x).float(), targets, reduction="none")
+        return F.cross_entropy(self.logits(x).float(), targets, reduction="none")

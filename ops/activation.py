@@ -1,4 +1,7 @@
-"""SwiGLU: the plain form, and one that saves only its two inputs for the backward pass."""
+"""The MLP's activations, gated (SwiGLU and its kin) and not: the plain forms, and ones that save only their inputs."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -7,10 +10,24 @@ from torch import Tensor
 from ops.cpp import call_cpp, in_cpp, operator
 from ops.dtypes import alike
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
+}
 
-def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The reference: silu(gate) * up, of one shape."""
-    return F.silu(gate) * up
+
+def plain_gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
+    """The reference: activation(gate) * up, of one shape."""
+    return ACTIVATIONS[name](gate) * up
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """GPT-OSS's: (up + 1) * gate * sigmoid(1.702 gate), gate at most and up within `limit`."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 @operator("swiglu(Tensor gate, Tensor up) -> Tensor")
@@ -43,6 +60,13 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202), of one shape, in the wider of their dtypes."""
-    return plain_swiglu(gate, up) if torch.compiler.is_compiling() else _SwiGLU.apply(*alike(gate, up))
+def gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
+    """activation(gate) * up (Shazeer 2020, arXiv 2002.05202), of one shape, in the wider of their dtypes."""
+    if torch.compiler.is_compiling() or name != "silu":
+        return plain_gated(name, *alike(gate, up))
+    return _SwiGLU.apply(*alike(gate, up))
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """activation(x)."""
+    return ACTIVATIONS[name](x)

@@ -1,4 +1,4 @@
-"""Attention by the fastest way of each device. What it computes is written out in model.py, in `plain_attention`.
+"""Attention: the plain form, and the fastest way of each device.
 
 On CUDA the kernels are torch's, on a CPU they are kernels_cpu.cpp's. tests/ops/test_attention.py holds each way to the
 plain one.
@@ -9,7 +9,7 @@ Shapes: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K h
 import ctypes
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,34 +22,76 @@ from ops.cpp import call_cpp, in_cpp, operator
 GROUPS_ANNOUNCED = torch.__version__ >= (2, 12)
 
 
-def choose_attention(layout: Any, head_dim: int, dtype: torch.dtype, window: int | None) -> "Attend":
-    """The fastest way to attend for the tokens of a `model.Layout`: a function of q, k and v of `dtype`.
+class Scores(NamedTuple):
+    """What a layer makes of the product of a query and a key, before the softmax.
 
-    It computes what `plain_attention` does with `layout.mask(window)`.
+    scale: its factor. window: how many positions back a query sees, itself included; None for all. softcap: c, if
+    scores are kept within c by c tanh(score / c) (Gemma 2). slopes: of each query head, how much a score falls for each
+    position that the key lies back: ALiBi (Press et al. 2021, arXiv 2108.12409). sinks: whether each query head has one
+    more key without a value, whose score is learned and which takes a share of the attention (GPT-OSS).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    slopes: tuple[float, ...] | None = None
+    sinks: bool = False
+
+    @property
+    def are_products(self) -> bool:
+        """Whether they are scaled products of queries and keys and nothing more, as every kernel has them."""
+        return self.softcap is None and self.slopes is None and not self.sinks
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, mask: Tensor, back: Tensor
+) -> Tensor:
+    """The reference: q (B, H, T, d) attends to k, v (B, K, S, d) where `mask` is true: (B, H, T, d).
+
+    mask (B or 1, 1, T, S) bool; back (B or 1, 1, T, S): positions from each query back to each key. sinks (H,) or None:
+    their scores.
+    """
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # H / K query heads share keys
+    s = (q @ k.transpose(-2, -1)).float() * scores.scale  # (B, H, T, S)
+    if scores.softcap is not None:
+        s = scores.softcap * torch.tanh(s / scores.softcap)
+    if scores.slopes is not None:
+        s = s - torch.tensor(scores.slopes, device=s.device)[:, None, None] * back
+    s = s.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        s = torch.cat((s, sinks.float()[:, None, None].expand(*s.shape[:3], 1)), dim=-1)
+    return s.softmax(dim=-1)[..., : k.size(2)].to(v.dtype) @ v
+
+
+def choose_attention(layout: Any, head_dim: int, dtype: torch.dtype, scores: Scores) -> "Attend":
+    """The fastest way to attend for the tokens of a `model.Layout`: a function of q, k, v of `dtype` and sinks.
+
+    It computes what `plain_attention` does with `layout.mask(scores.window)` and `layout.back()`.
     """
     (B, T), cache, offsets, tree = layout.tokens.shape, layout.cache, layout.offsets, layout.tree
     if cache is None and tree is None:
-        if in_cpp(layout.tokens, dtype):
-            return Attend(cpp_attention, offsets=offsets or list(range(0, (B + 1) * T, T)), window=window)
+        if in_cpp(layout.tokens, dtype) and scores.are_products:
+            return Attend(cpp_attention, scores=scores, offsets=offsets or list(range(0, (B + 1) * T, T)))
         if offsets is not None:
-            return _varlen(layout, head_dim, dtype, window)
+            return _varlen(layout, head_dim, dtype, scores)
     S = T if cache is None else cache.length + T
     padded = cache is not None and cache.padding is not None
-    if tree is None and not padded and (window is None or window >= S) and T in (1, S):
-        return Attend(sdpa_attention, mask=None)  # causality alone says it: the kernel can leave out half of the work
-    return Attend(sdpa_attention, mask=layout.mask(window))
+    causal = tree is None and not padded and (scores.window is None or scores.window >= S) and T in (1, S)
+    if causal and scores.are_products:
+        return Attend(causal_attention, scores=scores)  # the kernel can leave out half of the work
+    return Attend(masked_attention, scores=scores, mask=layout.mask(scores.window), back=layout.back())
 
 
-def _varlen(layout, head_dim, dtype, window):
+def _varlen(layout, head_dim, dtype, scores):
     """The way for samples end to end in one row, where kernels_cpu.cpp is not used."""
     offsets, device = layout.offsets, layout.tokens.device.type
     # "meta" is a CUDA device that is not there, in training/memory/plan.py.
     half = dtype != torch.float32 or (device == "cuda" and torch.is_autocast_enabled(device))
-    if device not in ("cuda", "meta") or not half or head_dim % 8:
-        return Attend(sdpa_varlen_attention, offsets=offsets, window=window)
+    if device not in ("cuda", "meta") or not half or head_dim % 8 or not scores.are_products:
+        return Attend(each_sample_attention, scores=scores, offsets=offsets)
     longest = max(end - start for start, end in pairwise(offsets))
     on_device = torch.tensor(offsets, dtype=torch.int32, device=device)
-    return Attend(flash_varlen_attention, offsets=on_device, max_length=longest, window=window)
+    return Attend(flash_varlen_attention, scores=scores, offsets=on_device, max_length=longest)
 
 
 class Attend:
@@ -61,31 +103,52 @@ class Attend:
     def __init__(self, function: Callable, **known):
         self.function, self.known = function, known
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of q (B, H, T, d) to k, v (B, K, S, d): (B, H, T, d)."""
-        return self.function(q, k, v, **self.known)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """Attention of q (B, H, T, d) to k, v (B, K, S, d), sinks (H,) or None: (B, H, T, d)."""
+        return self.function(q, k, v, sinks, **self.known)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`plain_attention` in torch's fused kernels; causal where `mask` is None."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> Tensor:
+    """Each query sees all keys up to its own, which is the last or, if there are as many as queries, the same."""
+    return sdpa_attention(q, k, v, None, scores.scale)
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, mask: Tensor, back: Tensor
+) -> Tensor:
+    """`plain_attention`, in torch's fused kernels where these can compute it."""
+    if scores.softcap is not None or sinks is not None:
+        return plain_attention(q, k, v, sinks, scores, mask, back)
+    if scores.slopes is not None:
+        slopes = torch.tensor(scores.slopes, device=q.device)[:, None, None]
+        mask = (-slopes * back).masked_fill(~mask, -torch.inf).to(q.dtype)
+    return sdpa_attention(q, k, v, mask, scores.scale)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Scaled dot-product attention in torch's fused kernels; causal where `mask` is None."""
     B, H, T, d = q.shape
     K = k.size(1)
     if T == 1:  # the heads that share keys are the rows of one product: no key is copied
-        return F.scaled_dot_product_attention(q.view(B, K, H // K, d), k, v, attn_mask=mask).view(B, H, T, d)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=K != H)
+        q = q.view(B, K, H // K, d)
+        if mask is not None and mask.size(1) == H:
+            mask = mask.view(len(mask), K, H // K, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(B, H, T, d)
+    causal, grouped = mask is None, K != H
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 # ---------------------------------------------------------------------------------- samples end to end in one row
 
 
 def flash_varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, offsets: Tensor, max_length: int
 ) -> Tensor:
     """Causal attention of q (1, H, T, d) to k, v (1, K, T, d) inside each sample of a packed row: (1, H, T, d).
 
     In one kernel: FlashAttention (Dao 2023, arXiv 2307.08691), which takes bf16 and fp16 on CUDA alone.
     offsets: (n + 1,) int32 on q's device; sample i takes the positions offsets[i] to before offsets[i + 1], T in all.
-    max_length: the length of the longest sample. window: how many positions back a query sees, itself included.
+    max_length: the length of the longest sample.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -93,19 +156,21 @@ def flash_varlen_attention(
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     groups = {"enable_gqa": True} if k.size(1) != q.size(1) and GROUPS_ANNOUNCED else {}
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, d)
-    left = -1 if window is None else window - 1  # the kernel does not count the query itself
-    y = varlen_attn(q, k, v, offsets, offsets, max_length, max_length, window_size=(left, 0), **groups)
-    return y.transpose(0, 1)[None]
+    left = -1 if scores.window is None else scores.window - 1  # the kernel does not count the query itself
+    how = {"scale": scores.scale, "window_size": (left, 0), **groups}
+    return varlen_attn(q, k, v, offsets, offsets, max_length, max_length, **how).transpose(0, 1)[None]
 
 
-def sdpa_varlen_attention(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], window: int | None = None) -> Tensor:
+def each_sample_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, offsets: list[int]
+) -> Tensor:
     """The same, sample by sample, where that kernel cannot go: in fp32, or on a CPU without kernels_cpu.cpp."""
     parts = []
     for start, end in pairwise(offsets):
-        T, mask = end - start, None
-        if window is not None and window < T:
-            mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        parts.append(sdpa_attention(*(x[:, :, start:end] for x in (q, k, v)), mask))
+        part, index = [x[:, :, start:end] for x in (q, k, v)], torch.arange(end - start, device=q.device)
+        back = (index[:, None] - index)[None, None]
+        mask = (back >= 0) if scores.window is None else (back >= 0) & (back < scores.window)
+        parts.append(masked_attention(*part, sinks, scores, mask, back))
     return torch.cat(parts, dim=2)
 
 
@@ -119,29 +184,29 @@ class Heads(ctypes.Structure):
     _fields_ += [("offsets", ctypes.c_void_p), ("scale", ctypes.c_float)]
 
 
-def _call_cpp(function, q, k, v, offsets, window, arguments):
+def _call_cpp(function, q, k, v, offsets, window, scale, arguments):
     """Attend in kernels_cpu.cpp. q, k, v (B, T, heads, d); arguments: the tensors that its function takes."""
     starts, d = torch.tensor(offsets, device=q.device), q.size(-1)
     where = None if q.is_meta else starts.data_ptr()
-    heads = Heads(q.size(2), k.size(2), d, window, len(offsets) - 1, where, d**-0.5)
+    heads = Heads(q.size(2), k.size(2), d, window, len(offsets) - 1, where, scale)
     call_cpp(function, *arguments, ctypes.byref(heads))
 
 
-@operator("attend(Tensor q, Tensor k, Tensor v, int[] offsets, int window) -> (Tensor, Tensor)")
-def _attend(q, k, v, offsets, window):
+@operator("attend(Tensor q, Tensor k, Tensor v, int[] offsets, int window, float scale) -> (Tensor, Tensor)")
+def _attend(q, k, v, offsets, window, scale):
     """Attention of q (B, T, H, d) to k, v (B, T, K, d) as q, and the log-sums of its softmax (B, T, H) fp32."""
     y, log_sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    _call_cpp("attend", q, k, v, offsets, window, (q, k, v, y, log_sums))
+    _call_cpp("attend", q, k, v, offsets, window, scale, (q, k, v, y, log_sums))
     return y, log_sums
 
 
 @operator(
-    "attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor log_sums, int[] offsets, int window)"
-    " -> (Tensor, Tensor, Tensor)"
+    "attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor log_sums, int[] offsets, int window, float scale"
+    ") -> (Tensor, Tensor, Tensor)"
 )
-def _attend_backward(grad, q, k, v, log_sums, offsets, window):
+def _attend_backward(grad, q, k, v, log_sums, offsets, window, scale):
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
-    _call_cpp("attend_backward", q, k, v, offsets, window, (grad, q, k, v, log_sums, *grads))
+    _call_cpp("attend_backward", q, k, v, offsets, window, scale, (grad, q, k, v, log_sums, *grads))
     return grads
 
 
@@ -157,24 +222,24 @@ def _attend_backward_flops(grad, q, k, v, log_sums, offsets, *_, out_shape=None)
 
 class _CppAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, offsets, window):
+    def forward(ctx, q, k, v, *known):
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        y, log_sums = _attend(q, k, v, offsets, window)
+        y, log_sums = _attend(q, k, v, *known)
         ctx.save_for_backward(q, k, v, log_sums)
-        ctx.known = offsets, window
+        ctx.known = known
         return y.transpose(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
         grads = _attend_backward(grad.transpose(1, 2).contiguous(), *ctx.saved_tensors, *ctx.known)
-        return *(x.transpose(1, 2) for x in grads), None, None
+        return *(x.transpose(1, 2) for x in grads), None, None, None
 
 
-def cpp_attention(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], window: int | None = None) -> Tensor:
-    """As `sdpa_varlen_attention`, in kernels_cpu.cpp: softmax in fp32, no tensor of weights, backward by hand.
+def cpp_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, offsets: list[int]) -> Tensor:
+    """As `each_sample_attention`, in kernels_cpu.cpp: softmax in fp32, no tensor of weights, backward by hand.
 
     q (B, H, T, d), k, v (B, K, T, d) on a CPU: in bf16 if all three are, else in fp32 (autocast may mix them).
     offsets: of all rows, end to end: B * T positions.
     """
     dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
-    return _CppAttention.apply(*(x.to(dtype) for x in (q, k, v)), offsets, window or 0)
+    return _CppAttention.apply(*(x.to(dtype) for x in (q, k, v)), offsets, scores.window or 0, scores.scale)

@@ -13,9 +13,17 @@ from ops.dtypes import as_multiplied
 LOSS_CHUNK = 256  # target positions whose logits exist at one time; 256 x 32,000 fp32 logits are 33 MB
 
 
-def plain_head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def plain_softcap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits, kept within `softcap` if there is one: softcap * tanh(logits / softcap) (Gemma 2)."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def plain_head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The reference, with the logits of all positions at one time. Shapes as in `head_loss`."""
-    losses = F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets, reduction="none")
+    logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).float()
+    losses = F.cross_entropy(plain_softcap(logits, softcap), targets, reduction="none")
     return losses.sum(), losses.detach()
 
 
@@ -39,37 +47,52 @@ def _losses_and_gradient(logits, targets, backward):
     return losses, grad.scatter_add_(1, targets[:, None], grad.new_full((len(grad), 1), -1.0)).to(dtype)
 
 
+def _capped(logits, targets, backward, softcap):
+    """As `_losses_and_gradient`, of logits that are kept within `softcap` first."""
+    if softcap is None:
+        return _losses_and_gradient(logits, targets, backward)
+    dtype, share = logits.dtype, logits.float().div_(softcap).tanh_()
+    losses, grad = _losses_and_gradient(share * softcap, targets, backward)
+    return losses, grad.mul_(1 - share.square_()).to(dtype) if backward else None
+
+
 class _HeadLoss(torch.autograd.Function):
     """Logits and their gradient chunk by chunk, both in the forward pass: no chunk is saved or computed twice."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
-        cast = weight.to(x.dtype)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(cast) if ctx.needs_input_grad[1] else None
+    def forward(ctx, x, weight, targets, bias, softcap):
+        cast, shift = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        needed = ctx.needs_input_grad
+        grad_x = torch.empty_like(x) if needed[0] else None
+        grad_weight = torch.zeros_like(cast) if needed[1] else None
+        grad_bias = torch.zeros_like(shift) if needed[3] else None
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         for start in range(0, len(x), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
-            logits = F.linear(x[chunk], cast)
-            losses[chunk], grad = _losses_and_gradient(logits, targets[chunk], any(ctx.needs_input_grad[:2]))
+            logits = F.linear(x[chunk], cast, shift)
+            losses[chunk], grad = _capped(logits, targets[chunk], any(needed), softcap)
             if grad_x is not None:
                 torch.mm(grad, cast, out=grad_x[chunk])
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, x[chunk])
-        ctx.grads = grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        ctx.grads = grad_x, *(None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
     @staticmethod
     def backward(ctx, grad, _):
-        grad_x, grad_weight = ctx.grads
+        grad_x, grad_weight, grad_bias = (None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.grads)
         ctx.grads = None
-        return *(None if g is None else g.mul_(grad.to(g.dtype)) for g in (grad_x, grad_weight)), None
+        return grad_x, grad_weight, None, grad_bias, None
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """-log p(target) for x (N, D) and targets (N,), by a head `weight` (V, D): the sum, and each (N,), both fp32.
 
-    Only the sum has a gradient.
+    bias: (V,), of the head. softcap: as in `plain_softcap`. Only the sum has a gradient.
     """
-    return _HeadLoss.apply(as_multiplied(x), weight, targets)
+    return _HeadLoss.apply(as_multiplied(x), weight, targets, bias, softcap)

@@ -1,4 +1,7 @@
-"""RMSNorm: the plain form, and on a CPU kernels_cpu.cpp's, forward and backward."""
+"""RMSNorm and LayerNorm: the plain forms, and on a CPU kernels_cpu.cpp's, forward and backward.
+
+What is normed is multiplied by a gain: `weight`, `weight` + 1 where that is how a family stores it, or nothing.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,9 +10,21 @@ from torch import Tensor
 from ops.cpp import call_cpp, in_cpp, operator
 
 
-def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def plain_rms_norm(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
     """The reference: x (..., D) and weight (D,), in x's dtype."""
-    return F.rms_norm(x, (x.size(-1),), weight.to(x.dtype), eps)
+    if plus_one:  # in bf16, 1 + w would lose most of w
+        return F.rms_norm(x.float(), (x.size(-1),), weight.float() + 1, eps).to(x.dtype)
+    return F.rms_norm(x, (x.size(-1),), None if weight is None else weight.to(x.dtype), eps)
+
+
+def plain_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, plus_one: bool = False
+) -> Tensor:
+    """The reference: x (..., D), weight and bias (D,), in x's dtype."""
+    if plus_one:
+        return F.layer_norm(x.float(), (x.size(-1),), weight.float() + 1, bias.float(), eps).to(x.dtype)
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    return F.layer_norm(x, (x.size(-1),), weight, bias, eps)
 
 
 @operator("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
@@ -45,9 +60,16 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype) if trains else None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), in x's dtype.
 
     torch has a fused kernel for CUDA only; on a CPU its backward pass costs seven times LayerNorm's.
     """
-    return _RMSNorm.apply(x, weight, eps) if in_cpp(x) else plain_rms_norm(x, weight, eps)
+    if not in_cpp(x) or weight is None or plus_one:
+        return plain_rms_norm(x, weight, eps, plus_one)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
+    """(x - mean) / standard deviation * weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450)."""
+    return plain_layer_norm(x, weight, bias, eps, plus_one)

@@ -8,8 +8,18 @@ from ops.cpp import call_cpp, in_cpp, operator
 
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The reference. Shapes as in `rotate`."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    half = cos.size(-1)
+    first, second, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def pairs_apart(x: Tensor, dims: int) -> Tensor:
+    """Of x (..., d) the first `dims` dimensions in another order: pairs (2i, 2i + 1) become (i, i + dims/2).
+
+    That turns a family's interleaved layout into the one of `rotate`. Both queries and keys in it have the same scores.
+    """
+    turned, rest = x[..., :dims], x[..., dims:]
+    return torch.cat((turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), rest), dim=-1)
 
 
 @operator("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor")
@@ -44,8 +54,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, heads, T, d) turned by angles whose cosines and sines are (T, d/2) or (B or 1, 1, T, d/2).
+    """x (B, heads, T, d) turned by angles whose cosines and sines are (T, r/2) or (B or 1, 1, T, r/2), r at most d.
 
-    Dimension i pairs with i + d/2: Hugging Face's layout, not Meta's.
+    Of the first r dimensions i pairs with i + r/2: Hugging Face's layout, not Meta's. The others stay as they are.
     """
-    return plain_rotate(x, cos, sin) if torch.compiler.is_compiling() else _Rotate.apply(x, cos, sin)
+    if torch.compiler.is_compiling() or 2 * cos.size(-1) < x.size(-1):
+        return plain_rotate(x, cos, sin)
+    return _Rotate.apply(x, cos, sin)

@@ -1,0 +1,259 @@
+"""What families whose tensors are not called and laid out like Llama's call them: one table a family, for both ways.
+
+A row says what one of their modules is in our model: another name, or several modules whose rows lie in it together.
+Tensors are turned one at a time, while they are read or written (`Renamed`, `Names.join`); nothing is kept twice.
+
+To add a family: a table in `TABLES`. A name holds {} for the number of a layer (and another for that of an expert).
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import Config
+
+
+class Rows(NamedTuple):
+    """How the rows of several modules lie in one: in `groups` equal groups, in each so many rows of the first, and so on."""
+
+    groups: int
+    sizes: tuple[int, ...]
+
+
+def in_turn(c: Config) -> Rows:
+    """All rows of q, then all of k, then all of v."""
+    d = c.head_dim
+    return Rows(1, (c.num_attention_heads * d, c.num_key_value_heads * d, c.num_key_value_heads * d))
+
+
+def by_key_head(c: Config) -> Rows:
+    """For each key head the query heads that share it, the key head, and its value head."""
+    heads, d = c.num_key_value_heads, c.head_dim
+    return Rows(heads, (c.num_attention_heads // heads * d, d, d))
+
+
+def halves(c: Config) -> Rows:
+    """Gate, then up."""
+    return Rows(1, (c.intermediate_size, c.intermediate_size))
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    theirs: a module's name, or a parameter's whole name. ours: the modules that it holds. rows: how, where there are
+    several. turned: whether its weight is (in, out), as GPT-2 has it. each_head: whether theirs has a module for each
+    row of ours.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    rows: Callable[[Config], Rows] | None = None
+    turned: bool = False
+    each_head: bool = False
+
+
+LAYER = "model.layers.{}."
+QKV = tuple(f"{LAYER}self_attn.{letter}_proj" for letter in "qkv")
+GATE_UP = (f"{LAYER}mlp.gate_proj", f"{LAYER}mlp.up_proj")
+OUT, UP, DOWN = f"{LAYER}self_attn.o_proj", f"{LAYER}mlp.up_proj", f"{LAYER}mlp.down_proj"
+FIRST_NORM, SECOND_NORM = f"{LAYER}input_layernorm", f"{LAYER}post_attention_layernorm"
+AFTER_ATTENTION, AFTER_MLP = f"{LAYER}attention_output_norm", f"{LAYER}mlp_output_norm"
+EMBEDDING, POSITIONS, NORM, HEAD = "model.embed_tokens", "model.embed_positions", "model.norm", "lm_head"
+
+
+def table(prefix: str, layers: dict, others: dict) -> tuple[Row, ...]:
+    """A table from their names to ours, or to the fields of a `Row` after the first; `prefix` is before those in a layer."""
+    pairs = [(prefix + name, ours) for name, ours in layers.items()] + list(others.items())
+    return tuple(Row(theirs, *((ours,),) if isinstance(ours, str) else ours) for theirs, ours in pairs)
+
+
+def _bloom_like(rows):
+    """BLOOM's names, which Falcon took over."""
+    layers = {
+        "input_layernorm": FIRST_NORM, "post_attention_layernorm": SECOND_NORM, "ln_attn": FIRST_NORM,
+        "ln_mlp": SECOND_NORM, "self_attention.query_key_value": (QKV, rows), "self_attention.dense": OUT,
+        "mlp.dense_h_to_4h": UP, "mlp.dense_4h_to_h": DOWN,
+    }  # fmt: skip
+    others = {
+        "transformer.word_embeddings": EMBEDDING, "transformer.word_embeddings_layernorm": "model.embed_norm",
+        "transformer.ln_f": NORM, "lm_head": HEAD,
+    }  # fmt: skip
+    return layers, others
+
+
+def _gpt2_like(rows, turned):
+    layers = {
+        "ln_1": FIRST_NORM, "ln_2": SECOND_NORM, "attn.c_attn": (QKV, rows, turned), "attn.c_proj": ((OUT,), None, turned),
+        "mlp.c_fc": ((UP,), None, turned), "mlp.c_proj": ((DOWN,), None, turned),
+    }  # fmt: skip
+    others = {
+        "transformer.wte": EMBEDDING, "transformer.wpe": POSITIONS, "transformer.ln_f": NORM, "lm_head": HEAD,
+    }  # fmt: skip
+    return table("transformer.h.{}.", layers, others)
+
+
+def _falcon(c: Config):
+    two_norms = c.parallel_residual and not c.shared_norm
+    layers, others = _bloom_like(by_key_head)
+    for name in ("input_layernorm", "post_attention_layernorm") if two_norms else ("ln_attn", "ln_mlp"):
+        del layers[name]
+    return table("transformer.h.{}.", layers, others)
+
+
+def _bloom(c: Config):
+    layers, others = _bloom_like(by_key_head)
+    return table("transformer.h.{}.", {k: v for k, v in layers.items() if not k.startswith("ln_")}, others)
+
+
+def _gpt_neox(c: Config):
+    layers = {
+        "input_layernorm": FIRST_NORM, "post_attention_layernorm": SECOND_NORM, "mlp.dense_h_to_4h": UP,
+        "mlp.dense_4h_to_h": DOWN, "attention.query_key_value": (QKV, by_key_head), "attention.dense": OUT,
+    }  # fmt: skip
+    others = {"gpt_neox.embed_in": EMBEDDING, "gpt_neox.final_layer_norm": NORM, "embed_out": HEAD}
+    return table("gpt_neox.layers.{}.", layers, others)
+
+
+def _opt(c: Config):
+    before = c.norm_places == "before"
+    layers = {
+        "self_attn_layer_norm": FIRST_NORM if before else f"{LAYER}attention_sum_norm",
+        "final_layer_norm": SECOND_NORM if before else f"{LAYER}mlp_sum_norm", "self_attn.out_proj": OUT, "fc1": UP,
+        "fc2": DOWN, **{f"self_attn.{letter}_proj": name for letter, name in zip("qkv", QKV, strict=True)},
+    }  # fmt: skip
+    others = {
+        "model.decoder.embed_tokens": EMBEDDING, "model.decoder.embed_positions": POSITIONS,
+        "model.decoder.final_layer_norm": NORM, "model.decoder.project_in": "model.project_in",
+        "model.decoder.project_out": "model.project_out", "lm_head": HEAD,
+    }  # fmt: skip
+    return table("model.decoder.layers.{}.", layers, others)
+
+
+def _mpt(c: Config):
+    layers = {
+        "norm_1": FIRST_NORM, "norm_2": SECOND_NORM, "attn.Wqkv": (QKV, in_turn), "attn.out_proj": OUT,
+        "ffn.up_proj": UP, "ffn.down_proj": DOWN,
+    }  # fmt: skip
+    return table("transformer.blocks.{}.", layers, {"transformer.wte": EMBEDDING, "transformer.norm_f": NORM})
+
+
+# What differs from Llama's names, in families that have most of them.
+HEAD_NORMS = {
+    "self_attn.q_layernorm": f"{LAYER}self_attn.q_norm", "self_attn.k_layernorm": f"{LAYER}self_attn.k_norm",
+}  # fmt: skip
+FUSED_MLP = {"mlp.gate_up_proj": (GATE_UP, halves)}
+STARCODER = {"mlp.c_fc": UP, "mlp.c_proj": DOWN}
+GEMMA = {
+    "post_attention_layernorm": AFTER_ATTENTION, "pre_feedforward_layernorm": SECOND_NORM,
+    "post_feedforward_layernorm": AFTER_MLP,
+}  # fmt: skip
+OLMO = {"post_attention_layernorm": AFTER_ATTENTION, "post_feedforward_layernorm": AFTER_MLP}
+GLM4 = {**FUSED_MLP, "post_self_attn_layernorm": AFTER_ATTENTION, "post_mlp_layernorm": AFTER_MLP}
+PHI = {"self_attn.dense": OUT, "mlp.fc1": UP, "mlp.fc2": DOWN, **HEAD_NORMS}
+PHI3 = {**FUSED_MLP, "self_attn.qkv_proj": (QKV, in_turn)}
+STABLELM = {
+    f"self_attn.{letter}_layernorm.norms.{{}}": ((f"{LAYER}self_attn.{letter}_norm",), None, False, True)
+    for letter in "qk"
+}  # fmt: skip
+
+TABLES: dict[str, Callable[[Config], tuple[Row, ...]]] = {
+    "bloom": _bloom,
+    "falcon": _falcon,
+    "gemma2": lambda c: table(LAYER, GEMMA, {}),
+    "gemma3_text": lambda c: table(LAYER, GEMMA, {}),
+    "glm": lambda c: table(LAYER, FUSED_MLP, {}),
+    "glm4": lambda c: table(LAYER, GLM4, {}),
+    "gpt2": lambda c: _gpt2_like(in_turn, turned=True),
+    "gpt_bigcode": lambda c: _gpt2_like(in_turn if c.num_key_value_heads == 1 else by_key_head, turned=False),
+    "gpt_neox": _gpt_neox,
+    "mpt": _mpt,
+    "olmo2": lambda c: table(LAYER, OLMO, {}),
+    "olmo3": lambda c: table(LAYER, OLMO, {}),
+    "opt": _opt,
+    "phi": lambda c: table(LAYER, PHI, {"model.final_layernorm": NORM}),
+    "phi3": lambda c: table(LAYER, PHI3, {}),
+    "stablelm": lambda c: table(LAYER, STABLELM, {}),
+    "starcoder2": lambda c: table(LAYER, STARCODER, {}),
+}
+
+# Buffers that old files hold beside the parameters, and prefixes that some leave out.
+BUFFERS = ("rotary_emb.inv_freq", "attention.masked_bias", "attention.bias", "attn.masked_bias", "attn.bias")
+
+
+class Piece(NamedTuple):
+    """Where a tensor of ours is in their files: in the tensors called `theirs` (several: one for each of its rows).
+
+    index: which of the modules it is that `row` puts together.
+    """
+
+    theirs: tuple[str, ...]
+    row: Row
+    index: int
+
+
+class Names:
+    """The names and layout of a model's tensors in its family's files."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.rows = TABLES[config.family](config) if config.family in TABLES else ()
+        self._patterns = [
+            (re.compile(re.escape(name).replace(r"\{\}", r"(\d+)")), row, index)
+            for row in self.rows
+            for index, name in enumerate(row.ours)
+        ]
+
+    def piece(self, name: str) -> Piece:
+        """Where our tensor `name` is."""
+        module, dot, leaf = name.rpartition(".")
+        for pattern, row, index in self._patterns:
+            match = pattern.fullmatch(module)
+            if match and row.each_head:
+                heads = self.config.num_attention_heads if ".q_" in name else self.config.num_key_value_heads
+                return Piece(tuple(f"{row.theirs.format(*match.groups(), h)}.{leaf}" for h in range(heads)), row, 0)
+            if match:
+                return Piece((row.theirs.format(*match.groups()) + dot + leaf,), row, index)
+        return Piece((name,), Row(name, (name,)), 0)
+
+    def module(self, name: str) -> tuple[str, Row, int]:
+        """Their module that holds our linear layer `name`, its row of the table, and which part of it this is."""
+        piece = self.piece(f"{name}.weight")
+        return piece.theirs[0].removesuffix(".weight"), piece.row, piece.index
+
+    def take(self, piece: Piece, tensors: list[Tensor]) -> Tensor:
+        """Ours, a view if that can be, of their tensors that `piece` names."""
+        if piece.row.each_head:
+            return torch.stack(tensors)
+        tensor = tensors[0].T if piece.row.turned and tensors[0].dim() == 2 else tensors[0]
+        if piece.row.rows is None:
+            return tensor
+        groups, sizes = piece.row.rows(self.config)
+        if tensor.dim() == 0 or tensor.size(0) != groups * sum(sizes):
+            raise ValueError(
+                f"{piece.theirs[0]} is {tuple(tensor.shape)}: expected {groups * sum(sizes)} rows or columns"
+            )
+        start = sum(sizes[: piece.index])
+        part = tensor.unflatten(0, (groups, sum(sizes)))[:, start : start + sizes[piece.index]]
+        return part.flatten(0, 1)
+
+    def theirs(self, ours: list[str]) -> dict[str, list[str]]:
+        """The names of their tensors, in our order, and which of the tensors `ours` each holds."""
+        held = {}
+        for name in ours:
+            for theirs in self.piece(name).theirs:
+                held.setdefault(theirs, []).append(name)
+        return held
+
+    def join(self, theirs: str, ours: list[str], tensors: list[Tensor]) -> Tensor:
+        """Their tensor, of ours that it holds (as `theirs` gives them)."""
+        piece = self.piece(ours[0])
+        if piece.row.each_head:
+            return tensors[0][piece.theirs.index(theirs)]
+        tensor = tensors[0]
+        if piece.row.rows is not None:
+            groups, _ = piece.row.rows(self.config)
+            tensor = torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+        return tensor.T.contiguous() if piece.row.turned and tensor.dim() == 2 else tensor
