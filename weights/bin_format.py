@@ -44,7 +44,7 @@ def unpickle(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is damaged or holds other things than tensors: {advice}") from None
     except Exception as error:  # the library's reader raises anything for a damaged file
         raise UserError(f"{path} is damaged ({str(error).partition('. ')[0]}): download it again") from None
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+    if not isinstance(tensors, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in tensors.items()):
         raise UserError(f"{path} does not hold a model's tensors by name")
     for name, tensor in tensors.items():
         # With strides of 0 a few bytes would be a tensor of any size.

@@ -34,10 +34,10 @@ FOLDERS = ("", "original")  # of a repository or folder: where such files are, t
 
 def find_folder(source: Path) -> Path | None:
     """The folder with weights in this format: `source`, or original/ in it, as in Meta's repositories; or None."""
-    folders = [source / name for name in FOLDERS]
-    return next(
-        (f for f in folders if any(f.glob("consolidated*.pth")) or any(f.glob("consolidated*.safetensors"))), None
-    )
+    for folder in (source / name for name in FOLDERS):
+        if any(folder.glob("consolidated*.pth")) or any(folder.glob("consolidated*.safetensors")):
+            return folder
+    return None
 
 
 def files_to_fetch(names: set[str]) -> list[str]:

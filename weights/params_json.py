@@ -9,7 +9,7 @@ from typing import Any
 from shell.cli import UserError
 from shell.files import read_json
 from weights.checkpoint import Weights
-from weights.families import LARGEST
+from weights.families import LARGEST, LARGEST_NUMBER
 from weights.replaced import EMBEDDING, HEAD
 
 
@@ -18,7 +18,7 @@ def _size(value):
 
 
 def _number(value):
-    return type(value) in (int, float) and value > 0
+    return type(value) in (int, float) and 0 < value < LARGEST_NUMBER
 
 
 BOTH = {  # keys by what their value must be; those without a default below are needed
@@ -62,6 +62,8 @@ def read_params(path: Path) -> dict[str, Any]:
     missing = [key for key in needed if key not in values]
     if missing:
         raise UserError(f"{path}: key {missing[0]!r} is missing")
+    if "head_dim" not in values and values["dim"] % (2 * values["n_heads"]):
+        raise UserError(f"{path}: dim {values['dim']} is not n_heads {values['n_heads']} times an even number")
     return values
 
 
@@ -97,17 +99,13 @@ def _llama(path, params, weights, common):
         raise UserError(f"{path.parent}: the weights have no tensor {name}")
     if "multiple_of" in params and size != (expected := _feed_forward_size(params)):
         raise UserError(f"{path}: multiple_of and ffn_dim_multiplier say that w1 has {expected} rows, it has {size}")
-    scaling = {
-        "rope_type": "llama3", "factor": 32.0 if common["tie_word_embeddings"] else 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    }  # fmt: skip
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": rows if params.get("vocab_size", -1) == -1 else params["vocab_size"],
         "intermediate_size": size,
         "max_position_embeddings": params.get("max_seq_len") or _llama_context(path, params, common),
-        "rope_scaling": scaling if params.get("use_scaled_rope") else None,
+        "rope_scaling": _llama3_scaling(path, common) if params.get("use_scaled_rope") else None,
         "attention_bias": False,
         "mlp_bias": False,
     }
@@ -124,10 +122,7 @@ def _llama_context(path, params, common):
     theta = common["rope_theta"]
     is_65b = params["n_layers"] == 80 and "n_kv_heads" not in params  # whose norm_eps is that of Llama 2
     if params.get("use_scaled_rope"):
-        # Meta's file has no factor. The small models of 3.2 have tied heads and 32, as the hub's; the others have 8.
-        tied = common["tie_word_embeddings"]
-        name = f"Llama {'3.2 (RoPE factor 32, as its head is tied)' if tied else '3.1 (RoPE factor 8)'}"
-        length = 131072
+        name, length = "Llama 3.2" if common["tie_word_embeddings"] else "Llama 3.1", 131072
     elif theta == 500000:
         name, length = "Llama 3", 8192
     elif theta > 10000:
@@ -138,6 +133,19 @@ def _llama_context(path, params, common):
         name, length = "Llama 1", 2048
     print(f"note: {path} names no context length: {length} is written, that of {name}")
     return length
+
+
+def _llama3_scaling(path, common):
+    """RoPE's scaling. The file has no factor, in Meta's code it is 8; on the hub it is 32 for Llama 3.2 1B and 3B.
+
+    Meta confirms 32 (github.com/meta-llama/llama-models/issues/166). These two are the only ones whose head is tied.
+    """
+    factor, why = (32.0, "tied, as Llama 3.2's") if common["tie_word_embeddings"] else (8.0, "not tied, as Llama 3.1's")
+    print(f"note: {path} names no factor for RoPE: {factor:g} is written, as the head is {why}")
+    return {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
 
 
 def _mistral(path, params):

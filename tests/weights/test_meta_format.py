@@ -193,6 +193,9 @@ def test_logits(tmp_path, version, shards, capsys):
     text = capsys.readouterr().out
     assert f"{model.config.max_position_embeddings} is written, that of Llama {version}" in text
     assert "no tokenizer.model" in text
+    factor = {"3.1": "8", "3.2": "32"}.get(version)
+    assert ("factor for RoPE" in text) == bool(factor)
+    assert not factor or f"factor for RoPE: {factor} is written" in text
 
 
 @pytest.mark.parametrize("version", ["1-65b", "code"])
@@ -570,10 +573,13 @@ META_MISTAKES = {
     "a slice is of another shape": (change_shard(1, lambda t: t.update({WQ: t[WQ][:-1]})), [WQ, "another shape"]),
     "a slice is of another dtype": (change_shard(1, lambda t: t.update({WQ: t[WQ].half()})), [WQ, "dtype in some"]),
     "a slice is NaN": (change_shard(1, put(WQ, float("nan"))), ["consolidated.01.pth", WQ, "NaN"]),
+    "a name is a number": (change_shard(0, lambda t: t.update({5: t[WQ]})), ["00.pth", "tensors by name"]),
     "norms differ": (change_shard(1, put("norm.weight", 9.0)), ["01.pth", "norm.weight", "two models"]),
     "a key is not known": (change_params(vision_chunk_size=448), ["params.json", "vision_chunk_size = 448"]),
     "a size is a text": (change_params(n_heads="8"), ["params.json", "n_heads = 8"]),
     "a size is none": (change_params(n_layers=0), ["params.json", "n_layers = 0"]),
+    "a number is too large": (change_params(rope_theta=10**400), ["params.json", "rope_theta = 1000"]),
+    "there are more heads than numbers": (change_params(n_heads=128), ["params.json", "dim 64", "128"]),
     "a key is missing": (change_params(n_layers="remove"), ["params.json", "'n_layers' is missing"]),
     "a layer is missing": (change_params(n_layers=3), ["missing model.layers.2."]),
     "a layer is surplus": (change_params(n_layers=1), ["surplus model.layers.1."]),
