@@ -5,15 +5,13 @@
     python convert_hf_checkpoint.py --adapter_dir out/RUN/final
 
 A Hugging Face folder with safetensors is a model folder as it stands: it is only checked. pytorch_model*.bin (unpickled
-as weights only) and GGUF are written as safetensors. Everything goes one tensor at a time, so a model need not fit into
-memory, and a folder appears when it is complete or not at all.
+as weights only), GGUF, and Meta's and Mistral's consolidated* are written as safetensors. Everything goes one tensor at
+a time, so a model need not fit into memory, and a folder appears when it is complete or not at all.
 """
 
 import contextlib
-import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +29,8 @@ class Settings:
         repo_id: To download: a model on Hugging Face's hub, such as mistralai/Mistral-7B-v0.1. A gated one needs a
             token in the environment variable HF_TOKEN.
         revision: Branch, tag or commit of repo_id, if not the newest.
-        source: To convert: a folder with safetensors or pytorch_model*.bin, or a .gguf file. With adapter_dir: the base
-            model, if not the one that the adapter names.
+        source: To convert: a folder with safetensors, pytorch_model*.bin, or consolidated* and params.json, or a .gguf
+            file. With adapter_dir: the base model, if not the one that the adapter names.
         adapter_dir: To merge: a LoRA adapter, onetune's or PEFT's.
         quantize: How the base was quantised when the adapter was trained, if not as the adapter's onetune.json says.
         out_dir: Folder to write; by default checkpoints/REPO_ID, checkpoints/NAME or ADAPTER_DIR-merged.
@@ -70,8 +68,9 @@ from quantize import describe_quantization
 from shell.files import checked, flush, new_folder, read_json, write_json
 from text.style_templates import save_chat_template
 from text.tokenizer import Tokenizer
+from weights import meta_format
+from weights.bin_format import BinWeights
 from weights.checkpoint import (
-    DTYPES,
     NOTES,
     SIDE_FILES,
     Weights,
@@ -79,7 +78,6 @@ from weights.checkpoint import (
     find_base,
     holds_safetensors,
     read_notes,
-    shard_paths,
     trained_quantization,
     with_dtype,
     with_stored_head,
@@ -118,7 +116,7 @@ def download(s: Settings) -> Path:
         info = huggingface_hub.model_info(s.repo_id, revision=s.revision, files_metadata=True)
     names = files_to_fetch(s.repo_id, {file.rfilename for file in info.siblings})
     size = sum(file.size or 0 for file in info.siblings if file.rfilename in names)
-    as_it_stands = s.dtype == "auto" and any(name.endswith(".safetensors") for name in names)
+    as_it_stands = s.dtype == "auto" and names[0].startswith("model")
     folder = out_dir.with_name(f".{out_dir.name}.download")
     print(f"downloading {s.repo_id} to {out_dir}: {len(names)} files, {size / 1e9:.2f} GB")
     with explained_hub_errors(s.repo_id):
@@ -138,14 +136,16 @@ def download(s: Settings) -> Path:
 
 
 def files_to_fetch(repo_id: str, names: set[str]) -> list[str]:
-    """Which files of a repository make up a model folder: of the weights safetensors, and .bin only without them."""
+    """Which files of a repository make up a model, weights first: safetensors, else .bin, else consolidated*."""
     for pattern in (r"model[^/]*\.safetensors(\.index\.json)?", r"pytorch_model[^/]*\.bin(\.index\.json)?"):
         weights = sorted(name for name in names if re.fullmatch(pattern, name))
         if weights:
             return weights + [name for name in SIDE_FILES if name in names]
+    if consolidated := meta_format.files_to_fetch(names):
+        return consolidated
     other = next((name for name in sorted(names) if name.endswith(".gguf")), None)
     hint = f"download one of its files, such as {other}, and give it to --source" if other else "choose another"
-    raise UserError(f"{repo_id} has neither model*.safetensors nor pytorch_model*.bin: {hint}")
+    raise UserError(f"{repo_id} has no model*.safetensors, pytorch_model*.bin or consolidated*: {hint}")
 
 
 @contextlib.contextmanager
@@ -202,6 +202,8 @@ def open_source(source: Path) -> tuple[Weights, dict, Callable[[Path], None]]:
     """The weights in `source`, its config.json as a dict, and a function that writes its other files to a folder."""
     if source.is_dir():
         if not holds_safetensors(source) and not any(source.glob("pytorch_model*.bin")):
+            if meta_format.find_folder(source) is not None:
+                return meta_format.open_folder(source)
             beside = ", ".join(sorted(path.name for path in source.glob("*.safetensors")))
             beside = f"; {beside} is no model in this format" if beside else " (a .gguf is given as a file)"
             raise UserError(f"{source} holds neither *.safetensors nor pytorch_model*.bin{beside}")
@@ -217,48 +219,6 @@ def open_source(source: Path) -> tuple[Weights, dict, Callable[[Path], None]]:
 
     weights = gguf_format.GGUFWeights(source)
     return weights, gguf_format.config_json(weights), lambda folder: gguf_format.write_tokenizer(weights, folder)
-
-
-class BinWeights(Weights):
-    """The tensors of pytorch_model*.bin files, memory-mapped; otherwise as `Weights`."""
-
-    def __init__(self, folder: Path):
-        self._places = {}
-        for path in shard_paths(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin"):
-            for name, tensor in self._unpickle(path).items():
-                if name in self._places:
-                    raise UserError(f"{path}: tensor {name} is in {self._places[name][0].name} too")
-                self._places[name] = path, tensor
-        self.shapes = {name: tuple(tensor.shape) for name, (_, tensor) in self._places.items()}
-        known = DTYPES.values()
-        self.dtypes = {name: t.dtype if t.dtype in known else None for name, (_, t) in self._places.items()}
-
-    @staticmethod
-    def _unpickle(path):
-        try:
-            tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except pickle.UnpicklingError:
-            advice = "it was not unpickled, as that could run code; take the model's safetensors"
-            raise UserError(f"{path} is damaged or holds other things than tensors: {advice}") from None
-        except Exception as error:  # the library's reader raises anything for a damaged file
-            raise UserError(f"{path} is damaged ({str(error).partition('. ')[0]}): download it again") from None
-        if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-            raise UserError(f"{path} does not hold a model's tensors by name")
-        for name, tensor in tensors.items():
-            # With strides of 0 a few bytes would be a tensor of any size.
-            if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-                raise UserError(f"{path}: tensor {name} is not stored whole")
-        return tensors
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, as stored. Raises UserError if it holds NaN or infinity."""
-        path, tensor = self._places[name]
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: tensor {name} holds NaN or infinity")
-        return tensor
-
-    def _same(self, one, other):
-        return torch.equal(self.read(one), self.read(other))
 
 
 def check(weights: Weights, config: dict, where: Path) -> dict[str, tuple]:

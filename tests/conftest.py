@@ -209,7 +209,12 @@ def smollm2_dir(smollm2_gguf, run_script):
     """The same as a model folder, made once for each state of the code that converts it. Read only."""
     code = b"".join(
         (ROOT / name).read_bytes()
-        for name in ("convert_hf_checkpoint.py", "weights/gguf_format.py", "weights/checkpoint.py")
+        for name in (
+            "convert_hf_checkpoint.py",
+            "weights/gguf_format.py",
+            "weights/byte_level_bpe.py",
+            "weights/checkpoint.py",
+        )
     )
     folder = CACHE / f"smollm2-{hashlib.sha256(code).hexdigest()[:8]}"
     CACHE.mkdir(exist_ok=True)

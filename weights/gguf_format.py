@@ -20,7 +20,9 @@ import torch
 from model import RoPE, inverse_frequencies
 from shell.cli import UserError
 from shell.files import write_json
+from weights.byte_level_bpe import GPT2, LLAMA3, QWEN2, TEKKEN, make_tokenizer
 from weights.checkpoint import Weights
+from weights.meta_format import half_split
 
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
@@ -93,7 +95,7 @@ class GGUFWeights(Weights):
             raise UserError(f"{self.path}: tensor {tensor.name} holds NaN or infinity")
         if re.search(r"\.[qk]_proj\.", name) and self.get("general.architecture") == "llama":
             heads = self.number("attention.head_count")
-            values = _half_split(values, self.number("attention.head_count_kv", heads) if ".k_proj" in name else heads)
+            values = half_split(values, self.number("attention.head_count_kv", heads) if ".k_proj" in name else heads)
         return values
 
     def _values(self, tensor):
@@ -116,11 +118,6 @@ def _hugging_face_name(name):
     if layer and layer[2] in LAYER_NAMES:
         return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{leaf}"
     return f"{NAMES.get(base, base)}.{leaf}"
-
-
-def _half_split(rows, heads):
-    """The rows of q or k from Meta's RoPE layout (pairs 2i, 2i + 1 of a head) to Hugging Face's (i, i + d/2)."""
-    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 # --------------------------------------------------------------------------------------------- what is in the file
@@ -321,19 +318,7 @@ def _special_ids(weights):
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
 
-# How byte-level BPE cuts a text into words before it merges, by the name that the file gives it; each pattern cuts
-# what the one before it has left. From the models' own tokenizer.json files.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT4 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2, LLAMA3 = GPT4.replace("DIGITS", ""), GPT4.replace("DIGITS", "{1,3}")
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# How byte-level BPE cuts a text into words before it merges, by the name that the file gives it.
 PRE_TOKENIZERS = {
     "gpt-2": [GPT2],
     "smollm": [r"\p{N}", GPT2],
@@ -377,32 +362,18 @@ def write_tokenizer(weights: GGUFWeights, folder: Path) -> None:
 
 def _write_bpe(weights, tokens, types, folder):
     """tokenizer.json of a byte-level BPE vocabulary; returns its part of tokenizer_config.json."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
     pre = _pre_tokenizer_name(weights)
     merges = [tuple(merge.split(" ", 1)) for merge in weights.get("tokenizer.ggml.merges")]
     vocabulary = {token: id for id, token in enumerate(tokens) if types[id] != UNUSED}  # no fillers such as [PAD151700]
-    try:
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS_FIRST))
-    except Exception as error:  # the library raises no more specific class
-        raise UserError(f"{weights.path}: its vocabulary and merges do not fit ({error})") from None
-    if PRE_TOKENIZERS[pre] == [QWEN2]:
-        tokenizer.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
-    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_letters])
-    tokenizer.decoder = decoders.ByteLevel()
-    for token, type in zip(tokens, types, strict=True):
-        if type in (CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=type == CONTROL, normalized=False)])
+    added = {
+        token: type == CONTROL for token, type in zip(tokens, types, strict=True) if type in (CONTROL, USER_DEFINED)
+    }
     add_bos = weights.get("tokenizer.ggml.add_bos_token", pre in WHOLE_WORDS_FIRST)
-    if add_bos:
-        bos = weights.get("tokenizer.ggml.bos_token_id")
-        template = processors.TemplateProcessing(
-            single=f"{tokens[bos]}:0 $A:0", pair=f"{tokens[bos]}:0 $A:0 {tokens[bos]}:1 $B:1",
-            special_tokens=[(tokens[bos], bos)],
-        )  # fmt: skip
-        tokenizer.post_processor = template
+    bos = tokens[weights.get("tokenizer.ggml.bos_token_id")] if add_bos else None
+    try:
+        tokenizer = make_tokenizer(vocabulary, merges, PRE_TOKENIZERS[pre], added, bos, pre in WHOLE_WORDS_FIRST)
+    except ValueError as error:
+        raise UserError(f"{weights.path}: its vocabulary and merges do not fit ({error})") from None
     tokenizer.save(str(folder / "tokenizer.json"))
     return {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos}
 
