@@ -63,7 +63,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from model import Transformer
+from model import Config, Transformer
 from quantize import describe_quantization
 from shell.files import checked, flush, new_folder, read_json, write_json
 from text.style_templates import save_chat_template
@@ -73,18 +73,16 @@ from weights.bin_format import BinWeights
 from weights.checkpoint import (
     NOTES,
     SIDE_FILES,
-    Weights,
     copy_side_files,
     find_base,
-    holds_safetensors,
+    model_of,
     read_notes,
     trained_quantization,
     with_dtype,
-    with_stored_head,
-    write_weights,
+    write_model_weights,
 )
-from weights.families import config_from_json
 from weights.merge import Tuned, compare
+from weights.stored import Weights, holds_safetensors
 
 
 def main(s: Settings) -> None:
@@ -177,7 +175,8 @@ def convert(source: Path, out_dir: Path | None, dtype: str) -> Path:
     if not in_place:
         refuse_existing(out_dir)
     weights, config, write_side_files = open_source(source)
-    shapes = check(weights, config, source)
+    weights, config, model = check(weights, config, source)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     print(f"reading {source}: {config['model_type']}, {count / 1e6:,.1f} million parameters in {len(shapes)} tensors")
     if in_place:
@@ -191,7 +190,7 @@ def convert(source: Path, out_dir: Path | None, dtype: str) -> Path:
     layout = {name: (target_dtype(weights, name, dtype), shape) for name, shape in shapes.items()}
     hashes = {}
     with new_folder(out_dir, hashes) as folder:
-        hashes |= write(folder, layout, lambda name: weights.read(name).to(layout[name][0]))
+        hashes |= write(folder, model.config, layout, lambda name: weights.read(name).to(layout[name][0]))
         write_side_files(folder)
         write_json(folder / "config.json", config)
     print(f"wrote {out_dir}: {describe(layout)}")
@@ -209,8 +208,7 @@ def open_source(source: Path) -> tuple[Weights, dict, Callable[[Path], None]]:
             raise UserError(f"{source} holds neither *.safetensors nor pytorch_model*.bin{beside}")
         weights = Weights(source) if holds_safetensors(source) else BinWeights(source)
         check_tokenizer(source)
-        config = with_stored_head(read_json(source / "config.json"), weights)
-        return weights, config, lambda folder: copy_side_files(source, folder)
+        return weights, read_json(source / "config.json"), lambda folder: copy_side_files(source, folder)
     if not source.is_file():
         raise UserError(f"--source {source} does not exist")
     if source.suffix != ".gguf":
@@ -221,19 +219,18 @@ def open_source(source: Path) -> tuple[Weights, dict, Callable[[Path], None]]:
     return weights, gguf_format.config_json(weights), lambda folder: gguf_format.write_tokenizer(weights, folder)
 
 
-def check(weights: Weights, config: dict, where: Path) -> dict[str, tuple]:
-    """The shapes by name that a config.json asks for. Raises UserError if it is not supported or `weights` differ."""
+def check(weights: Weights, config: dict, where: Path) -> tuple[Weights, dict, Transformer]:
+    """The weights under the decoder's names, the config.json to write, and the model without memory.
+
+    Raises UserError if the config.json is not supported or the weights differ from what it asks for.
+    """
     try:
-        with torch.device("meta"):
-            model = Transformer(config_from_json(config))
+        config, model, weights = model_of(config, weights)
     except ValueError as error:
         raise UserError(f"{where}: config.json: {error}") from None
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    try:
-        weights.check(shapes)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return shapes
+    return weights, config, model
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -255,10 +252,10 @@ def target_dtype(weights: Weights, name: str, dtype: str) -> torch.dtype:
     return weights.dtypes[name] or torch.float32 if dtype == "auto" else getattr(torch, dtype)
 
 
-def write(folder: Path, layout: dict, read: Callable[[str], torch.Tensor]) -> dict[str, str]:
-    """`write_weights` with a progress bar."""
+def write(folder: Path, config: Config, layout: dict, read: Callable[[str], torch.Tensor]) -> dict[str, str]:
+    """`write_model_weights` with a progress bar."""
     with tqdm(total=len(layout), desc="writing", disable=None) as bar:
-        return write_weights(folder, layout, lambda name: bar.update() or read(name))
+        return write_model_weights(folder, config, layout, lambda name: bar.update() or read(name))
 
 
 def describe(layout: dict[str, tuple[torch.dtype, tuple]]) -> str:
@@ -278,7 +275,8 @@ def merge(s: Settings) -> Path:
     out_dir = s.out_dir or Path(f"{s.adapter_dir}-merged")
     refuse_existing(out_dir)
     weights, config, write_side_files = open_source(base)
-    shapes = check(weights, config, base)
+    _, config, model = check(weights, config, base)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tuned = Tuned(config, weights, quantize, s.adapter_dir)
     stored = f" in {describe_quantization(tuned.quantization)}" if tuned.quantization else ""
     print(f"reading {base}{stored} and {len(tuned.tensors)} adapters in {s.adapter_dir}")
@@ -341,7 +339,7 @@ def write_merged(tuned: Tuned, layout: dict, folder: Path) -> tuple[float, dict[
             rounded += (weight - weight.to(dtype).float()).square().sum().item()
         return weight.to(dtype)
 
-    hashes = write(folder, layout, read)
+    hashes = write(folder, tuned.model.config, layout, read)
     return (rounded / changed) ** 0.5 if changed else 0.0, hashes
 
 

@@ -90,6 +90,10 @@ class Config:
         """What this layer makes of the products of queries and keys."""
         return Scores(self.scales[layer], self.windows[layer], self.softcap, self.slopes, self.sinks)
 
+    def kinds_of_layers(self) -> list[tuple]:
+        """What is equal for layers that compute the same, of each layer."""
+        return list(zip(*(getattr(self, name) for name in PER_LAYER), strict=True))
+
     def of_layers(self, numbers: Sequence[int]) -> "Config":
         """The config of a model that has only the layers with these numbers."""
         each = {name: tuple(getattr(self, name)[number] for number in numbers) for name in PER_LAYER}
@@ -460,24 +464,27 @@ class Transformer(nn.Module):
 
         tree: where the tokens stand in rows with one beginning and several ends. The rest as in `forward`.
         """
-        c, layers = self.config, self.model.layers
-        layout = Layout(tokens, cache, offsets, tree)
-        positions = layout.places().positions[:, -tokens.size(1) :]
-        x = self.embed(tokens, positions)
-        angles = {rope: rope_angles(rope, positions, layout.lengths, x.dtype) for rope in set(c.ropes)}
-        scores = [c.scores(layer) for layer in range(len(layers))]
-        # The fastest way to compute `plain_attention`: to change attention, put yours here.
-        attention = {s: choose_attention(layout, c.head_dim, x.dtype, s) for s in set(scores)}
+        layers, layout = self.model.layers, Layout(tokens, cache, offsets, tree)
+        x = self.embed(tokens, layout.places().positions[:, -tokens.size(1) :])
+        arguments = self.block_arguments(layout, x.dtype)
         recomputed = round(recompute * len(layers))
         for number, block in enumerate(layers):
-            arguments = x, angles[c.ropes[number]], attention[scores[number]]
             if number < recomputed:
-                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=True)
+                x = checkpoint(block, x, *arguments[number], use_reentrant=False, preserve_rng_state=True)
             else:
-                x = block(*arguments, cache)
+                x = block(x, *arguments[number], cache)
         if cache is not None:
             cache.length += tokens.size(1)
         return self.finish(x)
+
+    def block_arguments(self, layout: Layout, dtype: torch.dtype) -> list[tuple]:
+        """What each block takes beside its hidden states of `dtype`: the `Angles`, and how to attend."""
+        c, positions = self.config, layout.places().positions[:, -layout.tokens.size(1) :]
+        angles = {rope: rope_angles(rope, positions, layout.lengths, dtype) for rope in set(c.ropes)}
+        scores = [c.scores(layer) for layer in range(c.num_hidden_layers)]
+        # The fastest way to compute `plain_attention`: to change attention, put yours here.
+        attention = {s: choose_attention(layout, c.head_dim, dtype, s) for s in set(scores)}
+        return [(angles[rope], attention[s]) for rope, s in zip(c.ropes, scores, strict=True)]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The hidden states (B, T, D) before the first block, of tokens (B, T) at positions (B or 1, T)."""

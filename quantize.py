@@ -31,6 +31,7 @@ from shell.cli import UserError
 from shell.files import read_json, whole_file, write_json
 
 BLOCK = 64  # weights that share one scale in the 4-bit formats
+BLOCKS = "model.layers."  # before the path of every layer that may be quantised
 
 
 def bitsandbytes() -> ModuleType:
@@ -182,7 +183,7 @@ def quantizers_in_block(quantization: str | dict | None, number: int) -> str | t
     """The quantisers of the layers of block `number`, in a form that is equal for blocks that have the same ones."""
     if not isinstance(quantization, dict):
         return quantization
-    start = f"model.layers.{number}."
+    start = f"{BLOCKS}{number}."
     return tuple(sorted((path.removeprefix(start), q) for path, q in quantization.items() if path.startswith(start)))
 
 
@@ -199,7 +200,7 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Path and module of every linear layer in the blocks of a model that is not quantised yet."""
     return {
         path: module
-        for path, module in model.model.layers.named_modules(prefix="model.layers")
+        for path, module in model.model.layers.named_modules(prefix=BLOCKS.removesuffix("."))
         if isinstance(module, nn.Linear)
     }
 

@@ -20,23 +20,41 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import IGNORE, Transformer
-from ops.loss import LOSS_CHUNK
+from ops.loss import LOSS_CHUNK, plain_softcap
 
 Text = list[tuple[Tensor, Tensor]]
 
 
-class Reference(NamedTuple):
-    """What is kept of a model on a text.
+class Head(NamedTuple):
+    """A model's head in fp32, with an adapter's part of it. weight: (V, D). bias: (V,) or None. softcap: () or None."""
 
-    hidden: (N, D) fp32, its final hidden states at the targets, in order. head: (V, D) fp32.
-    """
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: Tensor | None = None
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """(n, V) fp32 of final hidden states (n, D) fp32."""
+        return plain_softcap(F.linear(hidden, self.weight, self.bias), self.softcap).log_softmax(dim=-1)
+
+    def to(self, device: torch.device | str) -> "Head":
+        """The same on another device."""
+        return Head(*(None if tensor is None else tensor.to(device) for tensor in self))
+
+    def equals(self, other: "Head") -> bool:
+        """Whether both are the same."""
+        pairs = zip(self, other, strict=True)
+        return all(a is b is None or a is not None is not b and torch.equal(a, b) for a, b in pairs)
+
+
+class Reference(NamedTuple):
+    """What is kept of a model on a text. hidden: (N, D) fp32, its final hidden states at the targets, in order."""
 
     hidden: Tensor
-    head: Tensor
+    head: Head
 
     def log_probabilities(self, rows: slice, device: torch.device) -> Tensor:
         """The log-probabilities (n, V) fp32 at the targets `rows`."""
-        return F.linear(self.hidden[rows].to(device), self.head).log_softmax(dim=-1)
+        return self.head.log_probabilities(self.hidden[rows].to(device))
 
 
 def micro_batches(text: Text, positions: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
@@ -74,31 +92,40 @@ def target_states(model: Transformer, text: Text, positions: int) -> Iterator[tu
 def make_reference(model: Transformer, text: Text, positions: int) -> Reference:
     """The `Reference` of a model on a text, in the CPU's memory. positions: of a micro-batch."""
     hidden = [states.float().cpu() for states, _ in target_states(model, text, positions)]
-    return Reference(torch.cat(hidden), head_weight(model).cpu())
+    return Reference(torch.cat(hidden), head_of(model).to("cpu"))
 
 
-def head_weight(model: Transformer) -> Tensor:
-    """The head's weight (V, D) fp32, with an adapter's part of it."""
-    head = model.lm_head
-    weight = head.merged_weight() if hasattr(head, "merged_weight") else head.dequantize(torch.float32)
-    return weight.detach()
+def head_of(model: Transformer) -> Head:
+    """The head of a model."""
+    layer, softcap = model.lm_head, model.config.logit_softcap
+    weight = layer.merged_weight() if hasattr(layer, "merged_weight") else layer.dequantize(torch.float32)
+    bias = getattr(layer, "base", layer).bias
+    softcap = None if softcap is None else torch.tensor(softcap, device=weight.device)
+    return Head(weight.detach(), None if bias is None else bias.detach().float(), softcap)
 
 
 def save_references(path: Path, references: dict[str, Reference]) -> None:
     """Write `Reference`s, by name, to a file. A head that several of them have is written once."""
     tensors, heads = {}, []
     for name, reference in references.items():
-        number = next((n for n, head in enumerate(heads) if torch.equal(head, reference.head)), len(heads))
+        number = next((n for n, head in enumerate(heads) if head.equals(reference.head)), len(heads))
         heads[number:] = heads[number:] or [reference.head]
         tensors[f"hidden/{number}/{name}"] = reference.hidden
-        tensors[f"head/{number}"] = reference.head
+    for number, head in enumerate(heads):
+        parts = head._asdict().items()
+        tensors |= {f"head/{number}/{part}": tensor for part, tensor in parts if tensor is not None}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def load_references(path: Path, device: torch.device) -> dict[str, Reference]:
     """Read what `save_references` wrote: the hidden states memory-mapped, the heads on the device."""
     tensors = load_file(path)
-    heads = {name.split("/")[1]: t.to(device) for name, t in tensors.items() if name.startswith("head/")}
+    heads = {}
+    for name, tensor in tensors.items():
+        if name.startswith("head/"):
+            _, number, part = name.split("/")
+            heads.setdefault(number, {})[part] = tensor
+    heads = {number: Head(**parts).to(device) for number, parts in heads.items()}
     hidden = {name: t for name, t in tensors.items() if name.startswith("hidden/")}
     return {name.split("/", 2)[2]: Reference(t, heads[name.split("/")[1]]) for name, t in hidden.items()}
 
@@ -115,7 +142,7 @@ def compare(model: Transformer, text: Text, positions: int, references: dict[str
     kl, agreed = dict.fromkeys(references, 0.0), dict.fromkeys(references, 0)
     for states, targets in target_states(model, text, positions):
         for part, wanted in zip(states.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            log_q = model.lm_head(part).float().log_softmax(dim=-1)
+            log_q = model.logits(part).float().log_softmax(dim=-1)
             loss -= log_q.gather(1, wanted[:, None]).double().sum().item()
             for name, reference in references.items():
                 log_p = reference.log_probabilities(slice(count, count + len(part)), part.device)

@@ -19,9 +19,10 @@ from ops.core_sharing import share_cores
 from quantize import bitsandbytes, read_quantization
 from shell.files import checked, read_json
 from training.metrics import peak_memory_since, start_measuring, weight_bytes
-from weights.checkpoint import Weights, fill_model, load_model
+from weights.checkpoint import fill_model, load_model
 from weights.families import config_from_json
 from weights.merge import Tuned
+from weights.stored import Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REFERENCES = "references.safetensors"

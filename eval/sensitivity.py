@@ -10,14 +10,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from eval.divergence import Text, divergence, head_weight, micro_batches
+from eval.divergence import Head, Text, divergence, head_of, micro_batches
 from lora import Adapter, adapters, linear_layers
-from model import IGNORE, Layout, Transformer, rope_angles
-from ops.attention import choose_attention
-from ops.dtypes import compute_dtype
+from model import IGNORE, Layout, Transformer
 from ops.loss import LOSS_CHUNK
 from quantize import QUANTIZERS
 from shell.cli import UserError
@@ -29,14 +26,13 @@ Plan = dict[str, str]  # {path of a linear layer in the blocks: key of QUANTIZER
 
 @dataclasses.dataclass
 class Batch:
-    """A micro-batch between two blocks: its hidden states x (1, T, D), and what all blocks need.
+    """A micro-batch between two blocks: its hidden states x (1, T, D), and what each block needs (`Transformer`).
 
     rows: (T,) bool, where a target is. hidden: the final states (n, D) fp32 there of the model as it was.
     """
 
     x: Tensor
-    angles: tuple[Tensor, Tensor]
-    attention: dict
+    arguments: list[tuple]
     rows: Tensor
     hidden: Tensor | None = None
 
@@ -55,7 +51,7 @@ def measure_layers(
     kl: nats a target. bytes: of the quantised weight with its scales. The dict also has the number of "weights".
     progress: given the paths of all layers, yields them (a progress bar).
     """
-    batches, head = start(model, text, positions), head_weight(model)
+    batches, head = start(model, text, positions), head_of(model)
     block, rows = 0, []
     for path in progress(block_layers(model)):
         while block < int(path.split(".")[2]):
@@ -74,7 +70,7 @@ def measure_layers(
 @torch.inference_mode()
 def measure_plan(model: Transformer, text: Text, positions: int, plan: Plan) -> float:
     """KL(model || model quantised as `plan` says) in nats a target."""
-    batches, head = start(model, text, positions), head_weight(model)
+    batches, head = start(model, text, positions), head_of(model)
     with quantized(model, {path: name for path, name in plan.items() if name != "none"}):
         return mean_divergence(model, batches, 0, head)
 
@@ -111,16 +107,13 @@ def quantized(model: Transformer, quantizers: Plan) -> Iterator[int]:
 
 def start(model: Transformer, text: Text, positions: int) -> list[Batch]:
     """The micro-batches of a text before the first block."""
-    weight, config = model.model.embed_tokens.weight, model.config
-    batches = []
+    device, batches = model.model.embed_tokens.weight.device, []
     for tokens, targets, offsets in micro_batches(text, positions):
-        tokens = tokens.to(weight.device)
-        x = model.model.embed_tokens(tokens).to(compute_dtype(weight.dtype, weight.device.type))
+        tokens = tokens.to(device)
         layout = Layout(tokens, offsets=offsets)
-        angles = rope_angles(config, layout.places().positions, x.dtype)
-        attention = {w: choose_attention(layout, config.head_dim, x.dtype, w) for w in set(config.windows)}
-        rows = (targets.flatten() != IGNORE).to(weight.device)
-        batches.append(Batch(x, angles, attention, rows))
+        x = model.embed(tokens, layout.places().positions)
+        rows = (targets.flatten() != IGNORE).to(device)
+        batches.append(Batch(x, model.block_arguments(layout, x.dtype), rows))
         batches[-1].hidden = final_states(model, batches[-1], 0)
         if len(batches) == 1:
             _check_blocks(batches[0], model.hidden_states(tokens, offsets=offsets))
@@ -141,17 +134,17 @@ def through_blocks(model: Transformer, batch: Batch, first: int, end: int) -> Te
     """The hidden states (1, T, D) after the blocks from `first` to before `end`."""
     x = batch.x
     for number in range(first, end):
-        x = model.model.layers[number](x, batch.angles, batch.attention[model.config.windows[number]])
+        x = model.model.layers[number](x, *batch.arguments[number])
     return x
 
 
 def final_states(model: Transformer, batch: Batch, block: int) -> Tensor:
     """The final, normed hidden states (n, D) fp32 at the targets; the batch is before `block`."""
     x = through_blocks(model, batch, block, model.config.num_hidden_layers)
-    return model.model.norm(x.flatten(0, 1)[batch.rows]).float()
+    return model.finish(x.flatten(0, 1)[batch.rows]).float()
 
 
-def mean_divergence(model: Transformer, batches: list[Batch], block: int, head: Tensor) -> float:
+def mean_divergence(model: Transformer, batches: list[Batch], block: int, head: Head) -> float:
     """KL(model as it was || model as it is now), nats a target; the batches are before `block`.
 
     The logits are computed in fp32 whatever the model's dtype: rounded to bf16 they would hide the effect of one layer.
@@ -160,7 +153,7 @@ def mean_divergence(model: Transformer, batches: list[Batch], block: int, head: 
     for batch in batches:
         pairs = zip(batch.hidden.split(LOSS_CHUNK), final_states(model, batch, block).split(LOSS_CHUNK), strict=True)
         for was, now in pairs:
-            log_p, log_q = (F.linear(states, head).log_softmax(dim=-1) for states in (was, now))
+            log_p, log_q = (head.log_probabilities(states) for states in (was, now))
             total += divergence(log_p, log_q).double().sum().item()
     return total / sum(len(batch.hidden) for batch in batches)
 

@@ -15,6 +15,7 @@ after more than PROBE_LENGTH positions, or by less than PROBE_TOLERANCE (10% in 
 """
 
 import ctypes
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,8 +28,8 @@ from torch import Tensor, nn
 
 from inference.kv_cache import KVCache
 from lora import Adapter, DoRALinear
-from model import Linear, Transformer, rope_angles
-from ops.attention import Attend, sdpa_attention
+from model import Config, Linear, Transformer, rope_angles
+from ops.attention import Attend, masked_attention
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
 from ops.loss import LOSS_CHUNK
@@ -50,7 +51,7 @@ def fastest_decoder(model: Transformer) -> "Decoder":
     kinds = [Decoder]
     if weight.is_cuda:
         kinds = [StaticDecoder, Decoder]
-    elif weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and cpp() is not None:
+    elif weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and in_decode_cpp(model.config):
         kinds = [CompiledDecoder, Decoder]
     length = min(PROBE_LENGTH, model.config.max_position_embeddings)
     tokens = torch.linspace(0, model.config.vocab_size - 1, length, device=weight.device).long()[None]
@@ -145,8 +146,8 @@ class Decoder:
             first = 0 if cache.padding is None else int(cache.padding[row])
             for position in range(first, tokens.size(1), LOSS_CHUNK):
                 chunk = hidden[row, position : position + LOSS_CHUNK]
-                score(row, position - first, self.model.lm_head(chunk))
-        return self.model.lm_head(hidden[:, -1])
+                score(row, position - first, self.model.logits(chunk))
+        return self.model.logits(hidden[:, -1])
 
 
 class PlainDecoder(Decoder):
@@ -179,6 +180,10 @@ class StaticCache(KVCache):
         self.k[layer].index_copy_(2, self.position, k)
         self.v[layer].index_copy_(2, self.position, v)
         return self.k[layer], self.v[layer]
+
+    def back(self) -> Tensor:
+        """How many positions each key lies back: (1, 1, 1, room)."""
+        return (self.position - torch.arange(self.k.size(3), device=self.k.device))[None, None, None]
 
     def mask(self, window: int | None) -> Tensor:
         """The keys that the new position may see: bool (B, 1, 1, room)."""
@@ -215,13 +220,15 @@ class StaticDecoder(Decoder):
         return self.logits
 
     def _static_step(self):
-        model, cache = self.model, self.static
-        x = model.model.embed_tokens(self.ids[:, None]).to(cache.k.dtype)
-        angles = rope_angles(model.config, (cache.position - cache.padding)[:, None], x.dtype)
-        masks = {window: cache.mask(window) for window in set(model.config.windows)}
-        for block, window in zip(model.model.layers, model.config.windows, strict=True):
-            x = block(x, angles, Attend(sdpa_attention, mask=masks[window]), cache)
-        return model.lm_head(model.model.norm(x)[:, -1])
+        model, c, cache = self.model, self.model.config, self.static
+        positions = (cache.position - cache.padding)[:, None]  # (B, 1)
+        x = model.embed(self.ids[:, None], positions)
+        angles = {rope: rope_angles(rope, positions, lambda: positions + 1, x.dtype) for rope in set(c.ropes)}
+        masks = {window: cache.mask(window) for window in set(c.windows)}
+        for number, block in enumerate(model.model.layers):
+            how = {"scores": c.scores(number), "mask": masks[c.windows[number]], "back": cache.back()}
+            x = block(x, angles[c.ropes[number]], Attend(masked_attention, **how), cache)
+        return model.logits(model.finish(x)[:, -1])
 
     def _record(self):
         side = torch.cuda.Stream()  # libraries allocate on their first calls, which must not be recorded
@@ -253,6 +260,11 @@ class Attention(ctypes.Structure):
     _fields_ += [("eps", ctypes.c_double), ("threads", ctypes.c_int64)]
 
 
+# The fields of `Config` that may have any value in decode_cpu.cpp, the others have their default.
+LLAMA_FIELDS = (
+    *(field.name for field in dataclasses.fields(Config) if field.default is dataclasses.MISSING),
+    "family", "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",
+)  # fmt: skip
 DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, FOURBIT = 2, 3
 
@@ -363,6 +375,17 @@ def dense(weight: nn.Parameter) -> Linear:
     return layer
 
 
+def in_decode_cpp(config: Config) -> bool:
+    """Whether decode_cpu.cpp has what a model is made of: Llama's parts, and it is compiled."""
+    rope = config.ropes[0]
+    llama = Config(**{name: getattr(config, name) for name in LLAMA_FIELDS})
+    if config.qk_norm not in (None, "head"):
+        return False
+    plain = rope is not None and rope.dims == config.head_dim and not (rope.interleaved or rope.query_growth)
+    usual = set(config.ropes) == {rope} and set(config.scales) == {config.head_dim**-0.5}
+    return llama == config and plain and usual and not rope.depends_on_length and cpp() is not None
+
+
 def base_of(layer: nn.Module) -> nn.Module:
     """The linear layer under an adapter, or the layer itself where there is none."""
     return layer.base if isinstance(layer, Adapter) else layer
@@ -418,12 +441,12 @@ class CompiledDecoder(Decoder):
         self.qkv = torch.empty(B, heads + 2 * c.num_key_value_heads * c.head_dim)
         self.attended, self.gate_up = torch.empty(B, heads), torch.empty(B, 2 * c.intermediate_size)
         self.inner, self.logits = torch.empty(B, c.intermediate_size), torch.empty(B, c.vocab_size)
-        self.cos, self.sin = rope_angles(c, torch.arange(cache.k.size(3)), torch.float32)
+        self.cos, self.sin = rope_angles(c.ropes[0], torch.arange(cache.k.size(3)), None, torch.float32)[:2]
         self.padding = torch.zeros(B, dtype=torch.int64) if cache.padding is None else cache.padding
         pointers = (t.data_ptr() for t in (self.qkv, self.cos, self.sin, self.padding, self.attended))
         self.attention = Attention(
             cache.k.dtype == torch.bfloat16, B, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
-            cache.k.size(3), cache.length, *pointers, c.rms_norm_eps, torch.get_num_threads(),
+            cache.k.size(3), cache.length, *pointers, c.norm_eps, torch.get_num_threads(),
         )  # fmt: skip
         self.calls = [call for i, layer in enumerate(self.layers) for call in self._block(i, layer)]
         self.calls += [self._rms_norm(self.norm), *self.head.calls(self.normed, self.logits, self.in_bf16)]
@@ -448,7 +471,7 @@ class CompiledDecoder(Decoder):
         ]
 
     def _rms_norm(self, weight):
-        x, y, eps = self.x, self.normed, self.model.config.rms_norm_eps
+        x, y, eps = self.x, self.normed, self.model.config.norm_eps
         place = (x.data_ptr(), x.stride(0), weight.data_ptr(), eps, y.data_ptr(), y.stride(0), *x.shape)
         return partial(cpp().rms_norm, *place)
 

@@ -198,7 +198,7 @@ def _of_targets(model, x, places, targets):
     places, targets = (torch.tensor(numbers, device=x.device) for numbers in (places, targets))
     logprobs, greedy = [], []
     for place, target in zip(places.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-        logits = model.lm_head(x[place]).float()
+        logits = model.logits(x[place]).float()
         logprobs.append(-F.cross_entropy(logits, target, reduction="none"))
         greedy.append(logits.argmax(dim=-1) == target)
     logprobs, greedy = torch.cat(logprobs).double().cpu(), torch.cat(greedy).cpu()

@@ -15,7 +15,8 @@ from text.messages import Dialog
 from text.prompts import STYLES, encode_prompt, stop_ids
 from text.tokenizer import Tokenizer
 from text.tool_calls import mark_tokens
-from weights.checkpoint import find_base, load_model, note_once, read_notes, trained_quantization
+from weights.checkpoint import find_base, load_model, read_notes, trained_quantization
+from weights.stored import note_once
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}  # by --precision
 

@@ -17,6 +17,7 @@ from inference.kv_cache import KVCache
 from model import IGNORE, Layout, Places, Transformer, plain_attention
 from ops import dtypes
 from ops.attention import sdpa_attention
+from ops.rope import inverse_frequencies
 from weights.families import config_from_json
 
 family = pytest.mark.parametrize("family", FAMILIES)
@@ -300,7 +301,7 @@ def test_recompute_keeps_less(tiny_checkpoint):
 
 def test_logits_of_a_call_in_inference_mode_do_not_spoil_training(tiny_checkpoint):
     model = build(tiny_checkpoint("llama-linear"))
-    model_module.inverse_frequencies.cache_clear()
+    inverse_frequencies.cache_clear()
     tokens, targets = random_tokens(2, 6), random_targets(2, 6)
     with torch.inference_mode():
         model(tokens)

@@ -36,7 +36,8 @@ from text.style_templates import save_chat_template
 from training.from_settings import DTYPES
 from training.optimizer import OPTIMIZERS
 from weights import peft_format
-from weights.checkpoint import INDEX, NOTES, read_config, save_model, save_optimizer, shard_paths
+from weights.checkpoint import NOTES, read_config, save_model, save_optimizer
+from weights.stored import INDEX, shard_paths
 
 if TYPE_CHECKING:
     from model import Transformer

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from shell.cli import UserError
-from weights.checkpoint import DTYPES, Weights, shard_paths
+from weights.stored import DTYPES, Weights, shard_paths
 
 
 class BinWeights(Weights):
     """The tensors of pytorch_model*.bin files, memory-mapped; otherwise as `Weights`."""
 
     def __init__(self, folder: Path):
-        self._places = {}
+        self.where, self._places = folder, {}
         for path in shard_paths(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin"):
             for name, tensor in unpickle(path).items():
                 if name in self._places:
@@ -31,8 +31,9 @@ class BinWeights(Weights):
             raise UserError(f"{path}: tensor {name} holds NaN or infinity")
         return tensor
 
-    def _same(self, one, other):
-        return torch.equal(self.read(one), self.read(other))
+    def view(self, name: str) -> torch.Tensor:
+        """As in `Weights`."""
+        return self._places[name][1]
 
 
 def unpickle(path: Path) -> dict[str, torch.Tensor]:

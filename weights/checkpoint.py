@@ -4,12 +4,10 @@ A model folder is Hugging Face's own: `config.json`, one or more safetensors fil
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,21 +17,20 @@ from torch import Tensor, nn
 
 import lora
 from model import Config, Transformer
-from quantize import quantizer_of, read_quantization
+from quantize import BLOCKS, quantizer_of, read_quantization
 from shell.cli import UserError
 from shell.files import check_listed, checked, damage_first, read_json
 from weights import peft_format
-from weights.families import config_from_json
+from weights.families import config_from_json, current_values
+from weights.names import Names
 from weights.replaced import EMBEDDING, HEAD
-from weights.safetensors_format import encode_header, read_header, read_tensors
+from weights.safetensors_format import encode_header, read_tensors
+from weights.stored import CHECKPOINT_AGAIN, DTYPES, INDEX, OPTIMIZER, Weights, holds_safetensors, under_our_names
 
-INDEX = "model.safetensors.index.json"
 NOTES = "onetune.json"  # in the folder of an adapter or a model: what generating has to know to match the training
-OPTIMIZER = "optimizer.safetensors"  # in a checkpoint to resume from
 SHARD_BYTES = 5 * 10**9
-# Beside a model's weights and no part of them: Mistral's own copy of the weights, adapters, an optimiser's state.
-NOT_WEIGHTS = ("consolidated*", "adapter*", "optimizer*")
-PIECE = 2**24  # bytes of two tensors that are compared at a time
+# The types of an optimiser's state, by safetensors' names.
+STATES = {**DTYPES, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 
 # What a model folder holds besides its weights. Those that are there are copied with the weights.
 SIDE_FILES = (
@@ -48,11 +45,6 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-
-CHECKPOINT_AGAIN = "download or convert it again"  # how to repair a model folder
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names: those of weights
-# And those of an optimiser's state.
-STATES = {**DTYPES, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -75,177 +67,28 @@ def read_config(checkpoint_dir: str | Path) -> Config:
     if not config.tie_word_embeddings or not holds_safetensors(folder):
         return config
     with damage_first(folder):
-        return dataclasses.replace(config, tie_word_embeddings=Weights(folder).ties_head(True))
+        weights = under_our_names(Weights(folder), config, (EMBEDDING, HEAD))
+        return dataclasses.replace(config, tie_word_embeddings=weights.ties_head(True))
 
 
-def with_stored_head(values: dict, weights: "Weights") -> dict:
-    """config.json's values with `tie_word_embeddings` as the weights have it (`Weights.ties_head`)."""
-    if values.get("tie_word_embeddings") is not True or weights.ties_head(True):
-        return values
-    return values | {"tie_word_embeddings": False}
+def model_of(values: dict, weights: Weights) -> tuple[dict, Transformer, Weights]:
+    """The model, without memory, that a config.json's values and weights make.
 
-
-@functools.cache
-def note_once(text: str) -> None:
-    """Print a line on standard error, once in a process: a run opens the same folder several times."""
-    print(f"note: {text}", file=sys.stderr)
-
-
-def holds_safetensors(folder: str | Path) -> bool:
-    """Whether a folder holds weights of a model in safetensors, and not only what lies beside them (`NOT_WEIGHTS`)."""
-    return bool(_weight_files(Path(folder), "*.safetensors"))
-
-
-def _weight_files(folder, pattern):
-    paths = sorted(folder.glob(pattern))
-    return [path for path in paths if not any(path.match(other) for other in NOT_WEIGHTS)]
-
-
-def shard_paths(folder: str | Path, index: str, pattern: str) -> list[Path]:
-    """The weight files of a folder, in transformers' order: the one file of a small model, else those that the index
-    names; without both, those that match `pattern`, of which those called model* come before all others.
-
-    A line on standard error says what else matches and is left aside. Raises UserError for an index that names anything
-    but files in its folder.
+    Returns the values to write for it, with `tie_word_embeddings` as the weights have it (`Weights.ties_head`), the
+    model, and its weights under its own names. Raises ValueError for values that are not supported, UserError for
+    weights that do not fit.
     """
-    folder, whole = Path(folder), index.removesuffix(".index.json")
-    if (folder / whole).is_file():
-        paths = [folder / whole]
-    elif (folder / index).exists():
-        paths = _indexed(folder, index)
-    else:
-        found = _weight_files(folder, pattern)
-        paths = [path for path in found if path.name.startswith("model")] or found
-    others = [path.name for path in sorted(folder.glob(pattern)) if path not in paths and path.name != OPTIMIZER]
-    if not paths:
-        beside = f" (only {', '.join(others)}, which is not read as a model)" if others else ""
-        raise UserError(f"{folder} holds no {pattern} file{beside}: make it with convert_hf_checkpoint.py")
-    if paths == [folder / whole] and (folder / index).exists():
-        others.append(index)
-    if others:
-        taken = paths[0].name if len(paths) == 1 else f"{len(paths)} files, {paths[0].name} and so on"
-        note_once(f"{folder}: the weights are read from {taken}; left aside: {', '.join(others)}")
-    return paths
-
-
-def _indexed(folder, index):
-    """The files that an index names, checked."""
-    weight_map = read_json(folder / index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{folder / index} names no files: {CHECKPOINT_AGAIN}")
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    for name in sorted(set(names)):
-        if name not in present:
-            raise UserError(f"{folder / index} names {name[:100]!r}, which is not a file in that folder")
-        if not _is_inside(folder, name):
-            raise UserError(f"{folder / index} names {name}, a link that leads out of the folder: copy the file there")
-    return [folder / name for name in sorted(set(names))]
-
-
-def _is_inside(folder, name):
-    """Whether a file of a folder lies in it, or in the store of the hub's cache to whose snapshots the folder belongs.
-
-    There REPO/snapshots/COMMIT holds links to REPO/blobs (huggingface_hub.constants.HF_HUB_CACHE).
-    """
-    folder = folder.resolve()
-    homes = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
-    return (folder / name).resolve().parent in homes
-
-
-class Weights:
-    """The tensors of a model folder: `shapes` and `dtypes` by name (None: not in `DTYPES`), and `read(name)`.
-
-    They are read, not memory-mapped: that is a copy less, and pages of a map would count as used memory.
-
-    In a folder that onetune wrote, `files.checked` finds a changed byte by the manifest. A folder from elsewhere has no
-    manifest: there a flipped bit is only found in a header, or where it makes NaN or infinity.
-
-    Raises UserError for a folder without weights, for a damaged file, and for a tensor that is there twice.
-    """
-
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        self.shapes, self.dtypes, self._places = {}, {}, {}
-        for path in shard_paths(folder, INDEX, "*.safetensors"):
-            start, header = read_header(path, CHECKPOINT_AGAIN)
-            for name, entry in header.items():
-                if name in self._places:
-                    raise UserError(f"{path}: tensor {name} is in {self._places[name][0].name} too")
-                self._places[name] = path, start + entry["data_offsets"][0]
-                self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
-
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, as stored. Raises UserError if it holds NaN or infinity, or is of another type."""
-        path, start = self._places[name]
-        if self.dtypes[name] is None:
-            raise UserError(f"{path}: tensor {name} is not in {', '.join(DTYPES)}")
-        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            while rest:  # the system reads 2 GB at a time, at most
-                rest = rest[file.readinto(rest) or _ended_early(path) :]
-        if not all(extreme.isfinite() for extreme in tensor.aminmax()):
-            raise UserError(f"{path}: tensor {name} holds NaN or infinity")
-        return tensor
-
-    def ties_head(self, tied: bool) -> bool:
-        """Whether the head is the embedding's tensor, in a model whose config.json says that it is (`tied`) or not.
-
-        As in transformers 5. Weights that hold both, with different values, are of a model that is not tied: both are
-        kept, and a line on standard error says so. If only the head is there, it is the embedding too, from then on
-        also here.
-        """
-        if not tied or HEAD not in self.shapes:
-            return tied
-        if EMBEDDING not in self.shapes:
-            for table in (self.shapes, self.dtypes, self._places):
-                table[EMBEDDING] = table[HEAD]
-            return True
-        if self._same(HEAD, EMBEDDING):
-            return True
-        path = self._places[HEAD][0]
-        note_once(
-            f"{path.parent}: config.json ties the head to the embedding, but {path.name} holds a {HEAD} that differs: "
-            'it is kept, as with "tie_word_embeddings": false'
-        )
-        return False
-
-    def _same(self, one, other):
-        """Whether two tensors are equal. Read in pieces, so that the first difference ends it."""
-        if self.shapes[one] != self.shapes[other]:
-            return False
-        dtype = self.dtypes[one]
-        if dtype is None or dtype != self.dtypes[other]:
-            return torch.equal(self.read(one).float(), self.read(other).float())
-        (path, start), (other_path, other_start) = self._places[one], self._places[other]
-        size = torch.Size(self.shapes[one]).numel() * dtype.itemsize
-        with open(path, "rb") as file, open(other_path, "rb") as other_file:
-            return all(
-                os.pread(file.fileno(), min(PIECE, size - place), start + place)
-                == os.pread(other_file.fileno(), min(PIECE, size - place), other_start + place)
-                for place in range(0, size, PIECE)
-            )
-
-    def check(self, expected: dict[str, torch.Size | tuple]) -> None:
-        """Compare with the shapes that a model needs. Raises UserError that names the first few that differ."""
-        ignored = ("rotary_emb.inv_freq",) if HEAD in expected else ("rotary_emb.inv_freq", HEAD)
-        surplus = [n for n in self.shapes if n not in expected and not n.endswith(ignored)]
-        missing = [n for n in expected if n not in self.shapes]
-        misshapen = [
-            f"{n} {self.shapes[n]} instead of {tuple(expected[n])}"
-            for n in expected
-            if n in self.shapes and self.shapes[n] != tuple(expected[n])
-        ]
-        for what, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise UserError(f"the weights do not fit config.json: {what} {', '.join(names[:3])}{more}")
-
-
-def _ended_early(path):
-    raise UserError(f"{path} is damaged (it ends early): {CHECKPOINT_AGAIN}")
+    values = current_values(values)
+    config = config_from_json(values)
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights = under_our_names(weights, config, dict.fromkeys([*dict(model.named_parameters()), HEAD]))
+    if not weights.ties_head(config.tie_word_embeddings) and config.tie_word_embeddings:
+        values = values | {"tie_word_embeddings": False}
+        with torch.device("meta"):
+            model = Transformer(config_from_json(values))
+    weights.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    return values, model, weights
 
 
 def load_model(
@@ -266,28 +109,18 @@ def load_model(
     the next is read, so peak memory is the finished model and one tensor. Raises UserError for tensors that are
     missing, surplus, of another shape or not finite, and for a file that is not as its folder's manifest says.
     """
-    config = read_config(checkpoint_dir)
-    with torch.device("meta"):
-        model = Transformer(config)
+    read_config(checkpoint_dir)  # for its checks
+    with damage_first(checkpoint_dir):
+        try:
+            _, model, weights = model_of(read_json(Path(checkpoint_dir, "config.json")), Weights(checkpoint_dir))
+        except UserError as error:
+            raise UserError(f"{checkpoint_dir}: {error}") from None
     quantization = read_quantization(quantize, model)
-    weights = _open_weights(checkpoint_dir, model)
     with checked(checkpoint_dir):
         fill_model(model, weights.read, dtype, device, quantization)
         if adapter_dir is not None:
             peft_format.load_adapter(model, adapter_dir)
     return model.eval()
-
-
-def _open_weights(checkpoint_dir, model):
-    """The `Weights` of a model folder, which must have the shapes of the model's parameters."""
-    with damage_first(checkpoint_dir):
-        weights = Weights(checkpoint_dir)
-        weights.ties_head(model.config.tie_word_embeddings)
-        try:
-            weights.check({name: parameter.shape for name, parameter in model.named_parameters()})
-        except UserError as error:
-            raise UserError(f"{checkpoint_dir}: {error}") from None
-    return weights
 
 
 def fill_model(
@@ -312,7 +145,7 @@ def _put(model, name, tensor, dtype, quantization):
     """Put one tensor in its place in the model; a block's linear layer becomes a quantised one on the way."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    linear = leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head
+    linear = leaf == "weight" and isinstance(module, nn.Linear) and path.startswith(BLOCKS)
     if linear and (quantizer := quantizer_of(quantization, path)):
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias))
@@ -357,6 +190,22 @@ def write_weights(
     return hashes
 
 
+def write_model_weights(
+    folder: str | Path,
+    config: Config,
+    layout: dict[str, tuple[torch.dtype, tuple]],
+    read: Callable[[str], Tensor],
+) -> dict[str, str]:
+    """As `write_weights`, for a model's tensors under the decoder's names; in the files they have their family's."""
+    names = Names(config)
+    held = names.theirs(list(layout))
+    theirs = {}
+    for name, ours in held.items():
+        shape = names.join(name, ours, [torch.empty(layout[own][1], device="meta") for own in ours]).shape
+        theirs[name] = layout[ours[0]][0], tuple(shape)
+    return write_weights(folder, theirs, lambda name: names.join(name, held[name], [read(own) for own in held[name]]))
+
+
 def _write_shard(path, layout, read):
     """One safetensors file. Returns its hash.
 
@@ -394,9 +243,9 @@ def save_model(model: Transformer, folder: str | Path, source: str | Path) -> di
     """
     parameters = dict(model.named_parameters())
     layout = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in parameters.items()}
-    hashes = write_weights(folder, layout, parameters.__getitem__)
+    hashes = write_model_weights(folder, model.config, layout, parameters.__getitem__)
     copy_side_files(source, folder)
-    config = with_dtype(read_json(Path(source, "config.json")), next(model.parameters()).dtype)
+    config = with_dtype(current_values(read_json(Path(source, "config.json"))), next(model.parameters()).dtype)
     config["tie_word_embeddings"] = model.config.tie_word_embeddings  # which may be otherwise in the source's file
     Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return hashes

@@ -33,7 +33,10 @@ NUMBERS = (
 COMMON = {
     "hidden_act": "silu", "norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None,
 }  # fmt: skip
-MAY_BE_NULL = ("num_key_value_heads", "sliding_window", "layer_types")  # and every key whose default is None
+# These may be null, and every key whose default is None.
+MAY_BE_NULL = (
+    "num_key_value_heads", "sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping",
+)  # fmt: skip
 
 # config.json's names of activations, and the decoder's.
 ACTIVATIONS = {
@@ -150,6 +153,7 @@ def _gemma2(keys):
 
 
 def _gemma3(keys):
+    _only(keys, {"attn_logit_softcapping": None})  # transformers' Gemma 3 passes over it
     kinds = _kinds(keys, every=keys["sliding_window_pattern"])
     ropes = read_ropes_by_kind(keys, _head_dim(keys), kinds, keys["rope_local_base_freq"])
     return {**_gemma2(keys), "ropes": ropes, "qk_norm": "head"}

@@ -17,12 +17,12 @@ import gguf
 import numpy as np
 import torch
 
-from model import RoPE, inverse_frequencies
+from ops.rope import RoPE, inverse_frequencies
 from shell.cli import UserError
 from shell.files import write_json
 from weights.byte_level_bpe import GPT2, LLAMA3, QWEN2, TEKKEN, make_tokenizer
-from weights.checkpoint import Weights
 from weights.meta_format import half_split
+from weights.stored import Weights
 
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
@@ -52,8 +52,10 @@ class GGUFWeights(Weights):
     None: what RoPE's frequencies are divided by. Raises UserError for a file that is damaged or not supported.
     """
 
+    has_our_names = True
+
     def __init__(self, path: Path):
-        self.path = path
+        self.path = self.where = path
         try:
             self.metadata, tensors = read_structure(path)
         except (OSError, ValueError) as error:
@@ -300,9 +302,9 @@ def _llama3_scaling(weights, theta, head_dim):
     Scaled together, the original context and the two frequency factors give the same; the usual 1 and 4 are tried.
     """
     factors, factor = weights.rope_factors, weights.rope_factors.max().item()
-    plain = inverse_frequencies(RoPE(theta), head_dim, factors.device)
+    plain = inverse_frequencies(RoPE(theta, head_dim), factors.device)
     for context in (2**power for power in range(5, 21)):
-        found = inverse_frequencies(RoPE(theta, "llama3", factor, 1.0, 4.0, context), head_dim, factors.device)
+        found = inverse_frequencies(RoPE(theta, head_dim, "llama3", factor, context), factors.device)
         if factors.shape == plain.shape and torch.allclose(plain / found, factors, rtol=1e-4):
             names = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": context}
             return {"rope_type": "llama3", "factor": factor, **names}

@@ -18,9 +18,9 @@ import lora
 from model import Linear, Transformer
 from quantize import quantizer_of, read_quantization
 from weights import peft_format
-from weights.checkpoint import Weights, with_stored_head
-from weights.families import config_from_json
+from weights.checkpoint import model_of
 from weights.replaced import EMBEDDING, HEAD, Replaced
+from weights.stored import Weights
 
 PROBE_LENGTH = 32  # positions on which a merged model is compared with base and adapter
 
@@ -34,10 +34,9 @@ class Tuned:
     def __init__(
         self, config: dict, weights: Weights, quantize: str | dict | None = None, adapter_dir: str | Path | None = None
     ):
-        self.weights, self.adapter, self.tensors = weights, None, {}
+        self.adapter, self.tensors = None, {}
         self.replaced = Replaced(lora.AdapterConfig())  # nothing
-        with torch.device("meta"):
-            self.model = Transformer(config_from_json(with_stored_head(config, weights)))
+        _, self.model, self.weights = model_of(config, weights)
         self.quantization = read_quantization(quantize, self.model)
         if adapter_dir is not None:
             peft_format.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
@@ -95,7 +94,7 @@ class Tuned:
     def merged_config(self, config: dict) -> dict:
         """config.json's values for the merged model: its head may be no longer the embedding."""
         tied = self.base_is_tied and self.replaced.keeps_tie() and "lm_head" not in self.tensors
-        return config if bool(config.get("tie_word_embeddings")) == tied else config | {"tie_word_embeddings": tied}
+        return config | {"tie_word_embeddings": tied}
 
     def module(self, name: str) -> nn.Module:
         """The module `name`, a block or a norm, with all that is in it."""
@@ -121,9 +120,9 @@ class Tuned:
             bar.update()
             return self.module(f"model.layers.{number}")
 
-        model.model["embed_tokens"] = self.module("model.embed_tokens")
+        for name in [name for name in model.model if name != "layers"]:
+            model.model[name] = self.module(f"model.{name}")
         model.model["layers"] = nn.ModuleList(ReadWhenRun(partial(block, n)) for n in range(number_of_blocks))
-        model.model["norm"] = self.module("model.norm")
         model.lm_head = ReadWhenRun(partial(self.linear, "lm_head"))
         with bar:
             return model(tokens.to(self.device))

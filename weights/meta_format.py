@@ -16,10 +16,10 @@ from shell.cli import UserError
 from shell.files import write_json
 from weights.bin_format import unpickle
 from weights.byte_level_bpe import RankedVocabulary, is_tiktoken, read_tekken, read_tiktoken
-from weights.checkpoint import CHECKPOINT_AGAIN, DTYPES, Weights, note_once, shard_paths
 from weights.params_json import config_json, read_params
 from weights.replaced import EMBEDDING, HEAD
 from weights.safetensors_format import read_tensors
+from weights.stored import CHECKPOINT_AGAIN, DTYPES, Weights, note_once, shard_paths
 
 NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {

@@ -17,7 +17,7 @@ from model import Config
 
 
 class Rows(NamedTuple):
-    """How the rows of several modules lie in one: in `groups` equal groups, in each so many rows of the first, and so on."""
+    """How the rows of several modules lie in one: in `groups` equal groups, each with so many of every module."""
 
     groups: int
     sizes: tuple[int, ...]
@@ -54,6 +54,11 @@ class Row(NamedTuple):
     turned: bool = False
     each_head: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether theirs and ours are equal."""
+        return self.rows is None and not self.turned and not self.each_head
+
 
 LAYER = "model.layers.{}."
 QKV = tuple(f"{LAYER}self_attn.{letter}_proj" for letter in "qkv")
@@ -65,7 +70,7 @@ EMBEDDING, POSITIONS, NORM, HEAD = "model.embed_tokens", "model.embed_positions"
 
 
 def table(prefix: str, layers: dict, others: dict) -> tuple[Row, ...]:
-    """A table from their names to ours, or to the fields of a `Row` after the first; `prefix` is before those in a layer."""
+    """A table from their names (`prefix` before those in a layer) to ours, or to all fields of a `Row` but the first."""
     pairs = [(prefix + name, ours) for name, ours in layers.items()] + list(others.items())
     return tuple(Row(theirs, *((ours,),) if isinstance(ours, str) else ours) for theirs, ours in pairs)
 
@@ -86,8 +91,8 @@ def _bloom_like(rows):
 
 def _gpt2_like(rows, turned):
     layers = {
-        "ln_1": FIRST_NORM, "ln_2": SECOND_NORM, "attn.c_attn": (QKV, rows, turned), "attn.c_proj": ((OUT,), None, turned),
-        "mlp.c_fc": ((UP,), None, turned), "mlp.c_proj": ((DOWN,), None, turned),
+        "ln_1": FIRST_NORM, "ln_2": SECOND_NORM, "attn.c_attn": (QKV, rows, turned),
+        "attn.c_proj": ((OUT,), None, turned), "mlp.c_fc": ((UP,), None, turned), "mlp.c_proj": ((DOWN,), None, turned),
     }  # fmt: skip
     others = {
         "transformer.wte": EMBEDDING, "transformer.wpe": POSITIONS, "transformer.ln_f": NORM, "lm_head": HEAD,

@@ -8,9 +8,9 @@ from typing import Any
 
 from shell.cli import UserError
 from shell.files import read_json
-from weights.checkpoint import Weights
 from weights.families import LARGEST, LARGEST_NUMBER
 from weights.replaced import EMBEDDING, HEAD
+from weights.stored import Weights
 
 
 def _size(value):

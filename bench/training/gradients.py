@@ -133,13 +133,13 @@ def peft_loss(model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tenso
 def exact_loss(model: Transformer, weights: dict, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The summed loss in fp64, from a Llama's `weights` by name (no biases), of which those of LoRA get gradients."""
     c, (B, T) = model.config, tokens.shape
-    cos, sin = (x.double() for x in rope_angles(c, torch.arange(T), torch.float32))
+    cos, sin = (x.double() for x in rope_angles(c.ropes[0], torch.arange(T), None, torch.float32)[:2])
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     for name, tensor in weights.items():
         tensor.requires_grad_("lora_" in name)
 
     def norm(x, name):
-        return x * (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).rsqrt() * weights[f"{name}.weight"]
+        return x * (x.square().mean(-1, keepdim=True) + c.norm_eps).rsqrt() * weights[f"{name}.weight"]
 
     def linear(x, name):
         if f"{name}.weight" in weights:

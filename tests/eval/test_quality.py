@@ -35,8 +35,9 @@ from text.tokenizer import Tokenizer
 from training.memory import plan as memory_plan
 from training.metrics import weight_bytes
 from weights import peft_format
-from weights.checkpoint import Weights, load_model, read_config, read_notes
+from weights.checkpoint import load_model, read_config, read_notes
 from weights.merge import Tuned
+from weights.stored import Weights
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 

@@ -39,7 +39,7 @@ from preparation.record_store import SampleWriter
 from shell.cli import UserError
 from shell.files import MANIFEST, check_manifest, new_folder, read_json, write_json
 from text.tokenizer import Tokenizer
-from weights import checkpoint, gguf_format, peft_format
+from weights import checkpoint, gguf_format, peft_format, stored
 from weights.families import config_from_json
 
 SECONDS = 30
@@ -417,7 +417,7 @@ def try_one(good, originals, place, seed, share_signed):
 
 def _lists(copy):
     """Files whose damage shows as that of another: an index names shards that are not there."""
-    return {checkpoint.INDEX} if (copy / checkpoint.INDEX).exists() else set()
+    return {stored.INDEX} if (copy / stored.INDEX).exists() else set()
 
 
 def run(seeds, report=print, share_signed=0.5):

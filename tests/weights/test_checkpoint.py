@@ -16,9 +16,10 @@ from shell import files
 from shell.cli import UserError
 from shell.files import MANIFEST, check_manifest, new_folder
 from weights import checkpoint
-from weights.checkpoint import INDEX, Weights, load_model, read_config, save_model, write_weights
+from weights.checkpoint import load_model, read_config, save_model, write_weights
 from weights.families import config_from_json
 from weights.merge import Tuned
+from weights.stored import INDEX, Weights
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"

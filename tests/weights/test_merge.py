@@ -6,8 +6,9 @@ from conftest import FAMILIES
 
 from model import Transformer
 from shell.files import read_json
-from weights.checkpoint import Weights, load_model
+from weights.checkpoint import load_model
 from weights.merge import Tuned
+from weights.stored import Weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)

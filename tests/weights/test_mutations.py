@@ -16,7 +16,7 @@ import batching
 from shell.cli import UserError
 from shell.files import MANIFEST, new_folder
 from text import chat_template, tokenizer
-from weights import checkpoint, peft_format
+from weights import checkpoint, peft_format, stored
 from weights.safetensors_format import read_header, read_tensors
 
 MUTATIONS = 100
@@ -157,15 +157,15 @@ def test_links_out_of_a_folder(good, tmp_path):
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.rename(folder / "inside")
     shard.symlink_to("inside")
-    checkpoint.Weights(folder)  # a link to a file of the same folder
+    stored.Weights(folder)  # a link to a file of the same folder
     (folder / "inside").rename(tmp_path / "outside")
     shard.unlink()
     shard.symlink_to(tmp_path / "outside")
     with pytest.raises(UserError, match=f"{shard.name}, a link that leads out of the folder"):
-        checkpoint.Weights(folder)
+        stored.Weights(folder)
     linked = tmp_path / "linked"
     linked.symlink_to(sharded_without_manifest(good, tmp_path / "b"), target_is_directory=True)
-    checkpoint.Weights(linked)  # the folder itself may be anywhere
+    stored.Weights(linked)  # the folder itself may be anywhere
 
 
 def test_links_of_the_hubs_cache(good, tmp_path):
@@ -177,7 +177,7 @@ def test_links_of_the_hubs_cache(good, tmp_path):
     for number, path in enumerate(folder.iterdir()):
         path.rename(blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    assert checkpoint.Weights(snapshot).shapes
+    assert stored.Weights(snapshot).shapes
 
 
 class Evil:

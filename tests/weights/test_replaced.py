@@ -11,8 +11,9 @@ import convert_hf_checkpoint
 from quantize import QuantizedLinear
 from shell.cli import UserError
 from weights import peft_format
-from weights.checkpoint import Weights, load_model
+from weights.checkpoint import load_model
 from weights.merge import Tuned
+from weights.stored import Weights
 
 IDS = [3, 7, 500]
 KINDS = {  # of folders, by the arguments of PEFT's LoraConfig

@@ -123,15 +123,13 @@ def fake_tensors(mode: FakeTensorMode, device: str) -> Iterator[None]:
 
 def build(job: Job, numbers: list[int]) -> model_file.Transformer:
     """The model of `job` with only those of its blocks that have these numbers; to be called in `fake_tensors`."""
-    windows = tuple(job.config.windows[number] for number in numbers)
-    config = dataclasses.replace(job.config, num_hidden_layers=len(windows), windows=windows)
     with torch.device("meta"):
-        model = model_file.Transformer(config)
+        model = model_file.Transformer(job.config.of_layers(numbers))
     for name, parameter in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         tensor = torch.empty(parameter.shape, dtype=job.dtype, device=job.device)
-        linear = leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head
+        linear = leaf == "weight" and isinstance(module, nn.Linear) and path.startswith(quantize.BLOCKS)
         in_whole_model = re.sub(r"(?<=^model\.layers\.)\d+", lambda place: str(numbers[int(place[0])]), path)
         if linear and (quantizer := quantize.quantizer_of(job.quantize, in_whole_model)):
             parent, _, leaf = path.rpartition(".")
@@ -175,7 +173,7 @@ class Predictor:
         L = job.config.num_hidden_layers
         recomputed = [number < round(job.recompute * L) for number in range(L)]
         quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
-        kinds = list(zip(job.config.windows, recomputed, quantizers, strict=True))
+        kinds = list(zip(job.config.kinds_of_layers(), recomputed, quantizers, strict=True))
         runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of equal blocks
         traced = [number for run in runs for number in run[:TRACED_BLOCKS]]
         last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1
