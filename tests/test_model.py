@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import lora
 import model as model_module
 from inference.kv_cache import KVCache
-from model import IGNORE, Layout, Places, Transformer, plain_attention
+from model import IGNORE, Layout, Places, Transformer
 from ops import dtypes
-from ops.attention import sdpa_attention
+from ops.attention import plain_attention, sdpa_attention
 from ops.rope import inverse_frequencies
 from weights.families import config_from_json
 
@@ -176,8 +176,8 @@ def test_the_blocks_of_bf16_attend_alike(tiny_checkpoint, family, monkeypatch):
     one_by_one = model(tokens, offsets=offsets)
     choose = model_module.choose_attention
 
-    def as_in_bf16(layout, head_dim, dtype, window):
-        return choose(layout, head_dim, torch.bfloat16, window)
+    def as_in_bf16(layout, head_dim, dtype, scores):
+        return choose(layout, head_dim, torch.bfloat16, scores)
 
     monkeypatch.setattr(model_module, "choose_attention", as_in_bf16)
     assert distance(model(tokens, offsets=offsets), one_by_one) < 1e-5
@@ -192,7 +192,9 @@ def with_plain_attention(monkeypatch):
     monkeypatch.setattr(
         model_module,
         "choose_attention",
-        lambda layout, head_dim, dtype, window: partial(plain_attention, mask=layout.mask(window)),
+        lambda layout, head_dim, dtype, scores: partial(
+            plain_attention, scores=scores, mask=layout.mask(scores.window), back=layout.back()
+        ),
     )
 
 
@@ -381,7 +383,7 @@ def test_grouped_decoding_copies_no_key():
         return F.scaled_dot_product_attention(q, *repeated)
 
     expected, much = allocated(copying)
-    y, little = allocated(lambda: sdpa_attention(q, k, v, None))
+    y, little = allocated(lambda: sdpa_attention(q, k, v, None, 64**-0.5))
     assert distance(y, expected) < 1e-5
     assert much > 2 * k.nbytes  # the meter does see a copy
     assert little < k.nbytes / 2

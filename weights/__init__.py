@@ -2,6 +2,10 @@
 
 checkpoint.py          Hugging Face's model folders, and the checkpoints of a run. Start here
 families.py            what a config.json means, family by family. A new model family goes here
+names.py               what families whose tensors are not Llama's call them, and how they lay them out
+stored.py              the tensors of a model folder, under the names in the files or the decoder's
+rope_config.py         RoPE in a config.json
+config_keys.py         checks of single values of a config.json
 peft_format.py         adapter folders in PEFT's format
 replaced.py            what such a folder changes beside its adapters: whole parameters, rows of tokens
 safetensors_format.py  the safetensors header: what misleads is refused before memory is taken
@@ -12,8 +16,8 @@ params_json.py         what a params.json beside those means
 byte_level_bpe.py      byte-level BPE as a tokenizer.json, also from tiktoken's and Mistral's files
 merge.py               adapter and base as one model
 
-checkpoint.py imports families.py and peft_format.py; it and peft_format.py import safetensors_format.py; peft_format.py
-imports replaced.py; the formats that are converted import checkpoint.py; meta_format.py imports bin_format.py and
-params_json.py; it and gguf_format.py import byte_level_bpe.py, and gguf_format.py imports meta_format.py, whose order
+checkpoint.py imports families.py, peft_format.py and stored.py; they import safetensors_format.py; peft_format.py and
+stored.py import replaced.py, stored.py and checkpoint.py names.py; families.py imports rope_config.py and both
+config_keys.py; the formats that are converted import stored.py; meta_format.py imports bin_format.py and params_json.py; it and gguf_format.py import byte_level_bpe.py, and gguf_format.py imports meta_format.py, whose order
 of rows it has; merge.py imports no format that is converted.
 """

@@ -456,7 +456,7 @@ FAMILIES = {
     "nemotron": Family(
         _nemotron,
         {
-            "num_key_value_heads": None, "head_dim": 128, "max_position_embeddings": 4096, "hidden_act": "relu2",
+            "num_key_value_heads": None, "max_position_embeddings": 4096, "hidden_act": "relu2",
             "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "attention_bias": False, "mlp_bias": False,
         },
     ),

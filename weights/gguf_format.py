@@ -89,6 +89,10 @@ class GGUFWeights(Weights):
             value = value[0]
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
+    def view(self, name: str) -> torch.Tensor:
+        """As in `Weights`, but dequantised in memory."""
+        return self.read(name)
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in fp32. Raises UserError if it is not finite."""
         tensor = self._tensors[name]

@@ -86,8 +86,11 @@ class ConsolidatedWeights(Weights):
     takes memory for the one tensor that it joins. Raises UserError for shards that do not fit each other.
     """
 
+    has_our_names = True
+
     def __init__(self, folder: Path, params: dict[str, Any]):
-        self.folder, self._params = folder, params
+        self.folder = self.where = folder
+        self._params = params
         self._paths, shards = _read_shards(folder)
         self._slices = {
             self._hugging_face_name(name): (name, [tensors[name] for tensors in shards])
@@ -101,6 +104,10 @@ class ConsolidatedWeights(Weights):
         self._check_number_of_shards()
         if params.get("tied_embeddings") is not False and self._head_is_embedding():
             del self.shapes[HEAD], self.dtypes[HEAD]
+
+    def view(self, name: str) -> Tensor:
+        """As in `Weights`, but joined in memory."""
+        return self.read(name)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, as stored. Raises UserError if it holds NaN or infinity, or is of another type."""

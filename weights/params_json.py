@@ -8,7 +8,7 @@ from typing import Any
 
 from shell.cli import UserError
 from shell.files import read_json
-from weights.families import LARGEST, LARGEST_NUMBER
+from weights.config_keys import LARGEST, LARGEST_NUMBER
 from weights.replaced import EMBEDDING, HEAD
 from weights.stored import Weights
 

@@ -36,6 +36,7 @@ def read_rope(keys: dict, head_dim: int, interleaved: bool = False) -> RoPE:
     scaling, parameters = (_checked(keys, name, keys.get(name)) for name in ("rope_scaling", "rope_parameters"))
     values = scaling or parameters
     theta = values.get("rope_theta", keys["rope_theta"])
+    check_number("rope_theta", theta)
     if parameters.get("rope_theta", theta) != theta:
         raise ValueError(
             f"rope_scaling and rope_parameters are both set, with rope_theta {theta} and {parameters['rope_theta']}: "

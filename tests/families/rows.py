@@ -41,15 +41,18 @@ ROWS = {
               dict(GROUPED, head_dim=12, use_sliding_window=True, sliding_window=6, max_window_layers=0)],
     "seed_oss": [dict(GROUPED, head_dim=10), dict(GROUPED, head_dim=8, attention_bias=False, attention_out_bias=True),
                  dict(GROUPED, head_dim=12, mlp_bias=True, tie_word_embeddings=True)],
-    "smollm3": [dict(GROUPED, no_rope_layer_interval=2), dict(GROUPED, no_rope_layers=[0, 1, 1], tie_word_embeddings=False),
-                dict(GROUPED, use_sliding_window=True, sliding_window=5, no_rope_layer_interval=3, attention_bias=True)],
+    "smollm3": [dict(GROUPED, no_rope_layer_interval=2),
+                dict(GROUPED, no_rope_layers=[0, 1, 1], tie_word_embeddings=False),
+                dict(GROUPED, use_sliding_window=True, sliding_window=5, no_rope_layer_interval=3,
+                     attention_bias=True)],
     "granite": [dict(GROUPED, embedding_multiplier=3.0, logits_scaling=5.0, residual_multiplier=0.3,
                      attention_multiplier=0.2), dict(GROUPED, attention_bias=True, mlp_bias=True),
                 dict(GROUPED, tie_word_embeddings=True, attention_multiplier=0.1, residual_multiplier=1.7)],
     "gemma": [dict(GROUPED, head_dim=10), dict(GROUPED, head_dim=8, hidden_act="gelu"),
               dict(GROUPED, head_dim=12, tie_word_embeddings=False)],
     "gemma2": [dict(GROUPED, head_dim=10, sliding_window=6, query_pre_attn_scalar=20, attn_logit_softcapping=1.5,
-                    final_logit_softcapping=2.0), dict(GROUPED, head_dim=8, sliding_window=4, attn_logit_softcapping=None),
+                    final_logit_softcapping=2.0),
+               dict(GROUPED, head_dim=8, sliding_window=4, attn_logit_softcapping=None),
                dict(GROUPED, head_dim=8, sliding_window=5, layer_types=[FULL, SLIDING, FULL], attention_bias=True,
                     final_logit_softcapping=None, tie_word_embeddings=False)],
     "gemma3_text": [dict(GROUPED, head_dim=10, sliding_window=6, sliding_window_pattern=2),
@@ -76,7 +79,8 @@ ROWS = {
              dict(GROUPED, head_dim=8, partial_rotary_factor=1.0, tie_word_embeddings=True)],
     "nemotron": [dict(GROUPED, head_dim=8), dict(GROUPED, head_dim=12, attention_bias=True, mlp_bias=True),
                  dict(GROUPED, head_dim=8, partial_rotary_factor=1.0, hidden_act="gelu", tie_word_embeddings=True)],
-    "starcoder2": [dict(GROUPED), dict(GROUPED, use_bias=False, tie_word_embeddings=False), dict(GROUPED, sliding_window=5)],
+    "starcoder2": [dict(GROUPED), dict(GROUPED, use_bias=False, tie_word_embeddings=False),
+                   dict(GROUPED, sliding_window=5)],
     "stablelm": [dict(GROUPED), dict(GROUPED, use_qkv_bias=True, qk_layernorm=True),
                  dict(GROUPED, use_parallel_residual=True, partial_rotary_factor=0.5, tie_word_embeddings=True)],
     "gpt_neox": [dict(SIZES), dict(SIZES, use_parallel_residual=False, attention_bias=False),
@@ -94,3 +98,8 @@ ROWS = {
              dict(GPT2, scale_attn_by_inverse_layer_idx=True, activation_function="relu", tie_word_embeddings=False)],
     "gpt_bigcode": [dict(GPT2), dict(GPT2, multi_query=False, n_inner=40), dict(GPT2, tie_word_embeddings=False)],
 }  # fmt: skip
+
+
+def each_row():
+    """(family, number of the row) of every row, as parameters of a test."""
+    return [(family, number) for family, rows in ROWS.items() for number in range(len(rows))]

@@ -4,8 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Layout, plain_attention
-from ops.attention import cpp_attention, flash_varlen_attention, sdpa_attention, sdpa_varlen_attention
+from model import Layout
+from ops.attention import (
+    Scores,
+    cpp_attention,
+    each_sample_attention,
+    flash_varlen_attention,
+    plain_attention,
+    sdpa_attention,
+)
 from ops.cpp import compiled_library
 
 LENGTHS = (5, 1, 40, 17, 2)
@@ -23,8 +30,33 @@ def packed(lengths, H, K, d, **options):
 
 def plain(q, k, v, offsets=None, window=None):
     """`plain_attention` of whole rows, or of samples end to end in one."""
-    tokens = torch.zeros(len(q), q.size(2), dtype=torch.int64, device=q.device)
-    return plain_attention(q, k, v, Layout(tokens, offsets=offsets).mask(window))
+    layout = Layout(torch.zeros(len(q), q.size(2), dtype=torch.int64, device=q.device), offsets=offsets)
+    return plain_attention(q, k, v, None, scaled(q, window), layout.mask(window), layout.back())
+
+
+def scaled(q, window=None):
+    """The usual scores of queries (B, H, T, d)."""
+    return Scores(q.size(-1) ** -0.5, window)
+
+
+def fast(q, k, v, offsets, window=None):
+    """`cpp_attention` with the usual scores."""
+    return cpp_attention(q, k, v, None, scaled(q, window), offsets)
+
+
+def by_samples(q, k, v, offsets, window=None):
+    """`each_sample_attention` with the usual scores."""
+    return each_sample_attention(q, k, v, None, scaled(q, window), offsets)
+
+
+def flash(q, k, v, offsets, longest, window=None):
+    """`flash_varlen_attention` with the usual scores."""
+    return flash_varlen_attention(q, k, v, None, scaled(q, window), offsets, longest)
+
+
+def fused(q, k, v, mask):
+    """`sdpa_attention` with the usual scale."""
+    return sdpa_attention(q, k, v, mask, q.size(-1) ** -0.5)
 
 
 def one_by_one(q, k, v, window):
@@ -53,7 +85,7 @@ def test_plain_attention_is_what_the_formula_says(H, K, window):
 @pytest.mark.parametrize("H, K", [(6, 6), (6, 2)])
 def test_each_sample_gets_what_it_gets_alone(H, K, window):
     inputs, offsets = packed(LENGTHS, H, K, 8)
-    y = sdpa_varlen_attention(*inputs, offsets.tolist(), window)
+    y = by_samples(*inputs, offsets.tolist(), window)
     assert_alike(y, plain(*inputs, offsets.tolist(), window), inputs)
     samples = zip(*(x.split(LENGTHS, dim=2) for x in inputs), strict=True)
     alone = torch.cat([plain(*sample, window=window) for sample in samples], dim=2)
@@ -63,10 +95,10 @@ def test_each_sample_gets_what_it_gets_alone(H, K, window):
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_later_sample_does_not_change_an_earlier_one(window):
     (q, k, v), offsets = packed(LENGTHS, 4, 2, 8)
-    before = sdpa_varlen_attention(q, k, v, offsets.tolist(), window)[:, :, :46]
+    before = by_samples(q, k, v, offsets.tolist(), window)[:, :, :46]
     with torch.no_grad():
         k[:, :, 46:], v[:, :, 46:] = 100, torch.nan
-    assert torch.equal(sdpa_varlen_attention(q, k, v, offsets.tolist(), window)[:, :, :46], before)
+    assert torch.equal(by_samples(q, k, v, offsets.tolist(), window)[:, :, :46], before)
 
 
 @pytest.mark.parametrize("window", [None, 3, 64])
@@ -78,7 +110,7 @@ def test_the_fast_kernel_agrees_with_the_plain_path(H, K, window, dtype, toleran
     inputs, offsets = packed(lengths, H, K, 64, dtype=dtype, device=device)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     y, expected = (
-        flash_varlen_attention(*inputs, offsets, max(lengths), window),
+        flash(*inputs, offsets, max(lengths), window),
         plain(*exact, offsets.tolist(), window),
     )
     grad = torch.randn_like(y)
@@ -91,10 +123,10 @@ def test_the_fast_kernel_agrees_with_the_plain_path(H, K, window, dtype, toleran
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
 def test_the_fast_kernel_compiles_without_a_break(device):
-    compiled = torch.compile(flash_varlen_attention, fullgraph=True, dynamic=True)
+    compiled = torch.compile(flash, fullgraph=True, dynamic=True)
     for lengths in (LENGTHS, (70, 30), (8, 9, 10, 11)):
         (q, k, v), offsets = packed(lengths, 4, 2, 64, dtype=torch.bfloat16, device=device)
-        y, expected = (f(q, k, v, offsets, max(lengths)) for f in (compiled, flash_varlen_attention))
+        y, expected = (f(q, k, v, offsets, max(lengths)) for f in (compiled, flash))
         torch.testing.assert_close(y, expected, atol=1e-2, rtol=1e-2)
         got, wanted = (torch.autograd.grad(out.float().square().sum(), q)[0] for out in (y, expected))
         assert (got.float() - wanted.float()).norm() < 2e-2 * wanted.float().norm()
@@ -116,7 +148,7 @@ def test_torch_traces_the_fast_kernel_forward_and_backward():
 
     (q, k, v), offsets = packed(LENGTHS, 4, 2, 64, dtype=torch.bfloat16)
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    y = torch.compile(flash_varlen_attention, backend=backend, fullgraph=True)(q, k, v, offsets, 40, 7)
+    y = torch.compile(flash, backend=backend, fullgraph=True)(q, k, v, offsets, 40, 7)
     assert y.shape == q.shape
     y.sum().backward()
     assert called == ["torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"]
@@ -129,9 +161,9 @@ def test_torch_traces_the_fast_kernel_forward_and_backward():
 def test_plain_attention_is_the_fused_one(H, K, T):
     q = torch.randn(3, H, T, 16, requires_grad=True)
     k, v = (torch.randn(3, K, T, 16, requires_grad=True) for _ in range(2))
-    assert_alike(plain(q, k, v), sdpa_attention(q, k, v, None), (q, k, v))
+    assert_alike(plain(q, k, v), fused(q, k, v, None), (q, k, v))
     mask = Layout(torch.zeros(3, T, dtype=torch.int64)).mask(7)
-    assert_alike(plain(q, k, v, window=7), sdpa_attention(q, k, v, mask), (q, k, v))
+    assert_alike(plain(q, k, v, window=7), fused(q, k, v, mask), (q, k, v))
 
 
 def assert_alike(y, expected, inputs):
@@ -148,7 +180,7 @@ def assert_alike(y, expected, inputs):
 @pytest.mark.parametrize("H, K", [(6, 6), (9, 3), (4, 1)])
 def test_cpp_attention_is_the_plain_one(H, K, window, d):
     inputs, offsets = packed((*LENGTHS, 200, 64, 129), H, K, d)
-    y = cpp_attention(*inputs, offsets.tolist(), window)
+    y = fast(*inputs, offsets.tolist(), window)
     assert_alike(y, plain(*inputs, offsets.tolist(), window), inputs)
 
 
@@ -156,14 +188,14 @@ def test_cpp_attention_is_the_plain_one(H, K, window, d):
 @pytest.mark.parametrize("window", [None, 5])
 def test_cpp_attention_of_several_rows(window):
     q, k, v = (torch.randn(3, 40, heads, 8).transpose(1, 2).requires_grad_() for heads in (6, 2, 2))
-    y = cpp_attention(q, k, v, [0, 40, 80, 120], window)
+    y = fast(q, k, v, [0, 40, 80, 120], window)
     assert_alike(y, plain(q, k, v, window=window), (q, k, v))
 
 
 @needs_compiler
 def test_cpp_attention_takes_any_layout():
     q, k, v = (torch.randn(1, heads, 40, 8, requires_grad=True) for heads in (6, 2, 2))  # not as the model has it
-    assert_alike(cpp_attention(q, k, v, [0, 40]), plain(q, k, v), (q, k, v))
+    assert_alike(fast(q, k, v, [0, 40]), plain(q, k, v), (q, k, v))
 
 
 @needs_compiler
@@ -171,7 +203,7 @@ def test_cpp_attention_takes_any_layout():
 def test_cpp_attention_of_what_autocast_hands_over(dtypes):
     inputs, offsets = packed((20, 30), 4, 2, 8)
     q, k, v = (x.to(dtype) for x, dtype in zip(inputs, (dtypes[0], *[dtypes[1]] * 2), strict=True))
-    y = cpp_attention(q, k, v, offsets.tolist())
+    y = fast(q, k, v, offsets.tolist())
     expected = plain(q.float(), k.float(), v.float(), offsets.tolist())
     torch.testing.assert_close(y, expected)
     grads = [torch.autograd.grad(result.square().sum(), inputs, retain_graph=True) for result in (y, expected)]
@@ -187,7 +219,7 @@ def test_cpp_attention_gives_the_same_bits_again(threads):
     results = []
     for count in (1, threads, threads):
         torch.set_num_threads(count)
-        y = cpp_attention(*inputs, offsets.tolist())
+        y = fast(*inputs, offsets.tolist())
         results.append((y, *torch.autograd.grad(y.float().square().sum(), inputs)))
     torch.set_num_threads(before)
     assert all(torch.equal(x, z) for result in results[1:] for x, z in zip(results[0], result, strict=True))
@@ -201,9 +233,9 @@ def test_cpp_attention_in_bf16_is_about_as_close_as_torchs(window):
     results = [
         attention(*inputs, offsets.tolist(), window)
         for attention, inputs in (
-            (sdpa_varlen_attention, exact),
-            (cpp_attention, rounded),
-            (sdpa_varlen_attention, rounded),
+            (by_samples, exact),
+            (fast, rounded),
+            (by_samples, rounded),
         )
     ]
     assert results[1].dtype == torch.bfloat16
@@ -221,6 +253,6 @@ def test_a_nan_does_not_vanish_in_cpp_attention():
     inputs, offsets = packed((20, 30), 4, 2, 8)
     with torch.no_grad():
         inputs[1][0, 0, 5, 0] = torch.nan
-    y = cpp_attention(*inputs, offsets.tolist())
+    y = fast(*inputs, offsets.tolist())
     seen = y.isnan().any(dim=-1)[0]  # (H, T): the heads that share the key head, from its position on
     assert seen[:2, 5:20].all() and seen.sum() == 2 * 15

@@ -1,17 +1,21 @@
 """Each function written by hand against its plain reference: results and gradients, in fp32 to 1e-5."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ops import cpp
-from ops.activation import plain_swiglu, swiglu
+from ops.activation import gated, plain_gated
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
 from ops.linear import linear, low_rank_linears, stored_linear
 from ops.loss import head_loss, plain_head_loss
 from ops.norm import plain_rms_norm, rms_norm
 from ops.rotation import plain_rotate, rotate
+
+swiglu, plain_swiglu = partial(gated, "silu"), partial(plain_gated, "silu")
 
 
 def random(*shape, dtype=torch.float32):

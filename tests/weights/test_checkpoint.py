@@ -15,7 +15,7 @@ from model import Transformer
 from shell import files
 from shell.cli import UserError
 from shell.files import MANIFEST, check_manifest, new_folder
-from weights import checkpoint
+from weights import checkpoint, stored
 from weights.checkpoint import load_model, read_config, save_model, write_weights
 from weights.families import config_from_json
 from weights.merge import Tuned
@@ -147,7 +147,7 @@ def test_a_stored_head_that_equals_a_tied_embedding_changes_nothing(tied_folder,
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_stored_head_that_differs_is_kept(tied_folder, sharded, capsys, monkeypatch):
     """As in transformers 5, whatever config.json says."""
-    monkeypatch.setattr(checkpoint, "PIECE", 1000)
+    monkeypatch.setattr(stored, "PIECE", 1000)
 
     def store(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -1,0 +1,147 @@
+"""Every family against transformers, and each way of computing the same against the others, for every row."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families.conftest import VOCABULARY, distance, random_tokens
+from families.rows import ROWS
+
+from inference.kv_cache import KVCache
+from model import IGNORE
+from quantize import QUANTIZERS, quantized_layers
+from weights.checkpoint import model_of, save_model
+from weights.families import FAMILIES
+from weights.names import TABLES, Names
+from weights.stored import Weights
+
+T = 24  # beyond every window and every context of pre-training in the table
+
+
+def test_every_family_has_three_rows():
+    assert ROWS.keys() == FAMILIES.keys() and all(len(rows) >= 3 for rows in ROWS.values())
+
+
+@torch.no_grad()
+def test_logits(tiny):
+    tokens = random_tokens(2, T)
+    assert distance(tiny.load()(tokens), tiny.reference(tokens, use_cache=False).logits) < 1e-5
+
+
+def test_loss_and_gradients(tiny):
+    """Of every parameter, under the names that the family's files have."""
+    tokens, targets = random_tokens(2, T), random_tokens(2, T)
+    targets[0, :5] = targets[1, -2:] = IGNORE
+    model = tiny.load().requires_grad_(True)
+    loss = model(tokens, targets)
+    loss.backward()
+    logits = tiny.reference(tokens, use_cache=False).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORE)
+    assert abs(loss.item() - expected.item()) < 1e-5 * expected.item()
+    tiny.reference.zero_grad()
+    expected.backward()
+    theirs = gradients_by_stored_name(tiny)
+    names, ours = Names(model.config), {name: p.grad for name, p in model.named_parameters()}
+    held = names.theirs(list(ours))
+    assert held.keys() == theirs.keys()
+    for name, own in held.items():
+        joined = names.join(name, own, [ours[part] for part in own])
+        assert (joined - theirs[name]).norm() <= 1e-5 * theirs[name].norm() + 1e-5, name
+    assert sum(gradient.norm() > 0 for gradient in theirs.values()) > len(theirs) / 2
+
+
+def gradients_by_stored_name(tiny):
+    """transformers' gradients under the names of the tensors in its files."""
+    stored = Weights(tiny.folder)
+    parameters = dict(tiny.reference.named_parameters())
+    gradients = {}
+    for name in stored.shapes:
+        value = stored.read(name)
+        match = [p for p in parameters.values() if p.shape == value.shape and torch.equal(p.detach(), value)]
+        assert len(match) == 1, name
+        gradients[name] = match[0].grad
+    return gradients
+
+
+def test_the_table_of_names_turns_forth_and_back(tiny):
+    if tiny.family not in TABLES:
+        pytest.skip("has Llama's names")
+    stored = Weights(tiny.folder)
+    _, model, ours = model_of(json.loads((tiny.folder / "config.json").read_text()), stored)
+    names, expected = Names(model.config), [name for name, _ in model.named_parameters()]
+    held = names.theirs(expected)
+    assert held.keys() == stored.shapes.keys() - ({"lm_head.weight", "embed_out.weight"} - held.keys())
+    for name, own in held.items():
+        assert torch.equal(names.join(name, own, [ours.read(part) for part in own]), stored.read(name))
+
+
+@torch.no_grad()
+def test_packed_rows_are_single_samples(tiny):
+    model, lengths = tiny.load(), (7, 1, T, 12)
+    samples = [random_tokens(1, length) for length in lengths]
+    offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    packed = model(torch.cat(samples, dim=1), offsets=offsets)
+    alone = torch.cat([model(sample) for sample in samples], dim=1)
+    assert distance(packed, alone) < 1e-5
+
+
+@torch.no_grad()
+def test_a_cache_and_padding_at_the_left(tiny):
+    """Rows of unequal lengths, in pieces, past every window: as each row alone and whole."""
+    model, lengths = tiny.load(), (T, T - 9)
+    if any(rope is not None and rope.depends_on_length for rope in model.config.ropes):
+        lengths = (12, 5)  # beyond the context of pre-training, what was read before is turned in another way
+    rows, longest = [random_tokens(1, length) for length in lengths], max(lengths)
+    tokens = torch.cat([F.pad(row, (longest - row.size(1), 0)) for row in rows])
+    padding = torch.tensor([longest - length for length in lengths])
+    cache = KVCache(model.config, 2, longest, torch.float32, "cpu", padding)
+    pieces = torch.cat([model(piece, cache=cache) for piece in tokens.split([longest - 3, 1, 2], dim=1)], dim=1)
+    for row, got, skipped in zip(rows, pieces, padding.tolist(), strict=True):
+        assert distance(got[skipped:], model(row)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("quantizer", ["bnb.nf4", "bnb.int8"])
+@torch.no_grad()
+def test_quantised(tiny, quantizer):
+    """What a quantised model computes is what a dense one does whose weights are the dequantised ones."""
+    tokens, model = random_tokens(1, T), tiny.load(quantize=quantizer)
+    dense = tiny.load()
+    for name, layer in model.named_modules():
+        if isinstance(layer, type(quantized_layers(model)[0])):
+            dense.get_submodule(name).weight.copy_(layer.dequantize(torch.float32))
+    assert QUANTIZERS and len(quantized_layers(model)) >= 5 * model.config.num_hidden_layers
+    assert distance(model(tokens), dense(tokens)) < 1e-5
+
+
+def test_recomputation_changes_nothing(tiny):
+    tokens, targets, gradients = random_tokens(1, T), random_tokens(1, T), []
+    for recompute in (0.0, 0.5, 1.0):
+        model = tiny.load().requires_grad_(True)
+        model(tokens, targets, recompute=recompute).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other, strict=True))
+
+
+@torch.no_grad()
+def test_a_saved_model_is_transformers(tiny, tmp_path):
+    """A fully tuned model: a folder of the family that transformers loads, with equal logits."""
+    model = tiny.load()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    save_model(model, tmp_path, tiny.folder)
+    tokens = random_tokens(2, T)
+    theirs = tiny.loaded_by_transformers(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == tiny.family
+    assert distance(theirs(tokens, use_cache=False).logits, model(tokens)) < 1e-5
+
+
+@torch.no_grad()
+def test_bf16(tiny):
+    """No further from the exact logits than transformers in bf16 is, but for chance."""
+    tokens = random_tokens(4, T)
+    exact = tiny.reference(tokens, use_cache=False).logits
+    theirs = tiny.loaded_by_transformers(tiny.folder).bfloat16()(tokens, use_cache=False).logits
+    ours = tiny.load(torch.bfloat16)(tokens)
+    assert ours.shape == (4, T, VOCABULARY)
+    assert distance(ours.float(), exact) < 1.5 * distance(theirs.float(), exact) + 0.01
