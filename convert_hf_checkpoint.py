@@ -1,17 +1,19 @@
-"""Make a model folder: download one, convert a foreign format, or merge an adapter into its base.
+"""Make a model folder: download one, convert a foreign format, or merge an adapter into its base. Or make a GGUF file.
 
     python convert_hf_checkpoint.py --repo_id mistralai/Mistral-7B-v0.1
     python convert_hf_checkpoint.py --source model.Q4_K_M.gguf
     python convert_hf_checkpoint.py --adapter_dir out/RUN/final
+    python convert_hf_checkpoint.py --adapter_dir out/RUN/final --out_file model.gguf --dtype q8_0
 
 A Hugging Face folder with safetensors is a model folder as it stands: it is only checked. pytorch_model*.bin (unpickled
 as weights only), GGUF, and Meta's and Mistral's consolidated* are written as safetensors. Everything goes one tensor at
-a time, so a model need not fit into memory, and a folder appears when it is complete or not at all.
+a time, so a model need not fit into memory, and a folder or file appears when it is complete or not at all.
 """
 
 import contextlib
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +36,10 @@ class Settings:
         adapter_dir: To merge: a LoRA adapter, onetune's or PEFT's.
         quantize: How the base was quantised when the adapter was trained, if not as the adapter's onetune.json says.
         out_dir: Folder to write; by default checkpoints/REPO_ID, checkpoints/NAME or ADAPTER_DIR-merged.
+        out_file: To write a .gguf file, which llama.cpp loads, instead of a folder: its name.
         dtype: Dtype of the weights written. "auto" is that of the source (float16 if it is quantised), and float32 for
             a merged model: rounding to 16 bits loses a part of what the adapter learnt (it is measured and printed).
+            q8_0 and q4_0 (8.5 and 4.5 bits a weight) go with out_file.
     """
 
     repo_id: str | None = None
@@ -44,7 +48,8 @@ class Settings:
     adapter_dir: Path | None = None
     quantize: Literal[*cli.table_keys("quantize.py", "QUANTIZERS"), "none"] | cli.JsonFile | None = None
     out_dir: Path | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    out_file: Path | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0", "q4_0"] = "auto"
 
     def __post_init__(self):
         if (self.repo_id is None) == (self.source is None and self.adapter_dir is None):
@@ -55,6 +60,17 @@ class Settings:
             raise UserError("--revision goes with --repo_id")
         if self.quantize is not None and self.adapter_dir is None:
             raise UserError("--quantize goes with --adapter_dir: it says how the adapter's base was quantised")
+        if self.out_file is None:
+            if self.dtype in ("q8_0", "q4_0"):
+                raise UserError(f"--dtype {self.dtype} goes with --out_file NAME.gguf")
+            return
+        if self.repo_id is not None or self.out_dir is not None:
+            raise UserError("--out_file goes with --source or --adapter_dir, and without --out_dir (download first)")
+        if self.out_file.suffix != ".gguf":
+            raise UserError(f"--out_file {self.out_file}: the name must end in .gguf")
+        cli.check_out_file(self, "out_file")
+        if self.out_file.exists():
+            raise UserError(f"{self.out_file} exists: remove it, or choose another --out_file")
 
 
 if __name__ == "__main__":
@@ -65,7 +81,7 @@ from tqdm import tqdm
 
 from model import Config, Transformer
 from quantize import describe_quantization
-from shell.files import checked, flush, new_folder, read_json, write_json
+from shell.files import checked, flush, new_folder, read_json, whole_file, write_json
 from text.style_templates import save_chat_template
 from text.tokenizer import Tokenizer
 from weights import meta_format
@@ -84,9 +100,14 @@ from weights.checkpoint import (
 from weights.merge import Tuned, compare
 from weights.stored import Weights, holds_safetensors
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # a model folder has one of them
+
 
 def main(s: Settings) -> None:
-    """Make the folder that the settings ask for, and print the next command."""
+    """Make the folder or file that the settings ask for, and print the next command."""
+    if s.out_file is not None:
+        write_gguf(s)
+        return
     if s.adapter_dir is not None:
         folder = merge(s)
     elif s.repo_id is not None:
@@ -174,11 +195,8 @@ def convert(source: Path, out_dir: Path | None, dtype: str) -> Path:
     out_dir = source if in_place else out_dir or Path("checkpoints", source.resolve().name.removesuffix(".gguf"))
     if not in_place:
         refuse_existing(out_dir)
-    weights, config, write_side_files = open_source(source)
-    weights, config, model = check(weights, config, source)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    count = sum(torch.Size(shape).numel() for shape in shapes.values())
-    print(f"reading {source}: {config['model_type']}, {count / 1e6:,.1f} million parameters in {len(shapes)} tensors")
+    weights, config, model, write_side_files = open_checked(source)
+    shapes = shapes_of(model)
     if in_place:
         with checked(source):
             for name in tqdm(shapes, "checking", disable=None):
@@ -195,6 +213,21 @@ def convert(source: Path, out_dir: Path | None, dtype: str) -> Path:
         write_json(folder / "config.json", config)
     print(f"wrote {out_dir}: {describe(layout)}")
     return out_dir
+
+
+def open_checked(source: Path) -> tuple[Weights, dict, Transformer, Callable[[Path], None]]:
+    """What `open_source` returns, checked, with the model of `check` as third. Prints what is read."""
+    weights, config, write_side_files = open_source(source)
+    weights, config, model = check(weights, config, source)
+    sizes = [torch.Size(shape).numel() for shape in shapes_of(model).values()]
+    count = f"{sum(sizes) / 1e6:,.1f} million parameters in {len(sizes)} tensors"
+    print(f"reading {source}: {config['model_type']}, {count}")
+    return weights, config, model, write_side_files
+
+
+def shapes_of(model: Transformer) -> dict[str, tuple]:
+    """The shapes of a model's parameters, by name."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def open_source(source: Path) -> tuple[Weights, dict, Callable[[Path], None]]:
@@ -235,7 +268,7 @@ def check(weights: Weights, config: dict, where: Path) -> tuple[Weights, dict, T
 
 def check_tokenizer(folder: Path) -> None:
     """Raise UserError if the tokenizer in a folder cannot be read; a folder may have none."""
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if any((folder / name).is_file() for name in TOKENIZERS):
         Tokenizer(folder)
     else:
         print(f"note: {folder} has no tokenizer.json or tokenizer.model: copy the model's there before you use it")
@@ -270,20 +303,11 @@ def describe(layout: dict[str, tuple[torch.dtype, tuple]]) -> str:
 
 def merge(s: Settings) -> Path:
     """Write base and adapter as one model. Returns its folder."""
-    base = s.source or find_base(s.adapter_dir)
-    notes, quantize = read_notes(s.adapter_dir), trained_quantization(s.adapter_dir, s.quantize)
-    out_dir = s.out_dir or Path(f"{s.adapter_dir}-merged")
+    notes, out_dir = read_notes(s.adapter_dir), s.out_dir or Path(f"{s.adapter_dir}-merged")
     refuse_existing(out_dir)
-    weights, config, write_side_files = open_source(base)
-    _, config, model = check(weights, config, base)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tuned = Tuned(config, weights, quantize, s.adapter_dir)
-    stored = f" in {describe_quantization(tuned.quantization)}" if tuned.quantization else ""
-    print(f"reading {base}{stored} and {len(tuned.tensors)} adapters in {s.adapter_dir}")
+    base, tuned, config, shapes, write_side_files = open_tuned(s)
     dtype = torch.float32 if s.dtype == "auto" else getattr(torch, s.dtype)
-    config = tuned.merged_config(with_dtype(config, dtype))
-    if not config.get("tie_word_embeddings"):
-        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    config = with_dtype(config, dtype)
     layout = {name: (dtype, shape) for name, shape in shapes.items()}
     hashes = {}
     with new_folder(out_dir, hashes) as folder, checked(base):
@@ -301,13 +325,32 @@ def merge(s: Settings) -> Path:
     return out_dir
 
 
+def open_tuned(s: Settings) -> tuple[Path, Tuned, dict, dict[str, tuple], Callable[[Path], None]]:
+    """The base's path, base and adapter, and of the merged model: config.json, shapes, how its side files are written.
+
+    Those are the base's, without the chat template that goes with the adapter.
+    """
+    base = s.source or find_base(s.adapter_dir)
+    quantize = trained_quantization(s.adapter_dir, s.quantize)
+    weights, config, write_side_files = open_source(base)
+    _, config, model = check(weights, config, base)
+    shapes = shapes_of(model)
+    tuned = Tuned(config, weights, quantize, s.adapter_dir)
+    stored = f" in {describe_quantization(tuned.quantization)}" if tuned.quantization else ""
+    print(f"reading {base}{stored} and {len(tuned.tensors)} adapters in {s.adapter_dir}")
+    config = tuned.merged_config(config)
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    return base, tuned, config, shapes, write_side_files
+
+
 def write_chat_template(folder: Path, adapter_dir: Path, style: str | None) -> str:
     """Give the merged model the chat template that goes with the adapter. Returns a line for the user.
 
     That is the template of the style it was trained in; of an adapter that does not say its style, its own if it has
     one. It goes to chat_template.jinja, which all programs prefer to the key in tokenizer_config.json.
     """
-    has_tokenizer = any(Path(folder, name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    has_tokenizer = any(Path(folder, name).is_file() for name in TOKENIZERS)
     if style is not None or not has_tokenizer or not (tokenizer := Tokenizer(folder)).take_chat_template(adapter_dir):
         return save_chat_template(folder, style)
     config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
@@ -341,6 +384,44 @@ def write_merged(tuned: Tuned, layout: dict, folder: Path) -> tuple[float, dict[
 
     hashes = write(folder, tuned.model.config, layout, read)
     return (rounded / changed) ** 0.5 if changed else 0.0, hashes
+
+
+# ---------------------------------------------------------------------------------------------------------- GGUF
+
+
+def write_gguf(s: Settings) -> None:
+    """Write a model, with the adapter merged into it if there is one, as a .gguf file."""
+    from weights import gguf_format, gguf_writing
+
+    if s.adapter_dir is None:
+        base, tuned = s.source, None
+        weights, config, model, write_side_files = open_checked(base)
+        shapes = shapes_of(model)
+        dtypes, read = {name: target_dtype(weights, name, "auto") for name in shapes}, weights.read
+    else:
+        base, tuned, config, shapes, write_side_files = open_tuned(s)
+        dtypes, read = dict.fromkeys(shapes, torch.float32), lambda name: tuned.merged(name)[0]
+    layout = gguf_writing.plan(shapes, dtypes, s.dtype, tied=bool(config.get("tie_word_embeddings")))
+    s.out_file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(s.out_file) as file, checked(base), tempfile.TemporaryDirectory() as folder:
+        write_side_files(Path(folder))
+        write_json(Path(folder, "config.json"), config)
+        if tuned:
+            print(write_chat_template(Path(folder), s.adapter_dir, read_notes(s.adapter_dir).get("prompt_style")))
+        tokenizer = open_tokenizer(Path(folder), base)
+        with tqdm(total=len(layout), desc="writing", disable=None) as bar:
+            gguf_writing.write_gguf(file, config, layout, lambda name: bar.update() or read(name), tokenizer)
+        if tuned:
+            written = gguf_format.GGUFWeights(file)
+            compare(tuned, Tuned(gguf_format.config_json(written), written))
+    print(f"wrote {s.out_file}: {gguf_writing.describe(layout)}")
+
+
+def open_tokenizer(folder: Path, base: Path) -> Tokenizer:
+    """The tokenizer in a folder of a model's side files. Raises UserError, which names `base`, if there is none."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise UserError(f"{base} has no {' or '.join(TOKENIZERS)}: copy the model's there, a .gguf file needs it")
+    return Tokenizer(folder)
 
 
 if __name__ == "__main__":

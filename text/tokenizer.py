@@ -34,6 +34,7 @@ class Tokenizer:
     tool_template: its other one, for conversations with tools.
     special_tokens: {name such as "bos_token": text}. prefix: which texts get a dummy prefix: "always" (those after a
     special token too), "first" (only a sequence's first text) or "never"; has_prefix: whether any does.
+    added_tokens: {text: {"id", "content", "special" and how it is matched}}, as in tokenizer.json.
     template_pattern: a compiled regex, the added tokens that template text is searched for; special_pattern: those of
     them that a user's text never becomes. end_texts: the texts of all added tokens but BOS, any of which may end an
     answer.
@@ -60,10 +61,10 @@ class Tokenizer:
             )
         names = self._model.names | {key: config[key] for key in config if key.endswith("_token")}
         self.special_tokens = {key: _content(token) for key, token in names.items() if isinstance(token, str | dict)}
-        self._added = self._collect_added_tokens(config)
-        self._by_id = {token["id"]: token for token in self._added.values()}
+        self.added_tokens = self._collect_added_tokens(config)
+        self._by_id = {token["id"]: token for token in self.added_tokens.values()}
         self._special_ids = {id for id, token in self._by_id.items() if token.get("special")}
-        tokens = self._added.values()
+        tokens = self.added_tokens.values()
         self.template_pattern = _pattern(tokens)
         self._user_pattern = _pattern(token for token in tokens if token["id"] not in self._special_ids)
         self.special_pattern = _pattern(token for token in tokens if token["id"] in self._special_ids)
@@ -72,7 +73,7 @@ class Tokenizer:
         self.has_prefix = self.prefix != "never"
         self._find_bos_and_eos(config)
         begins = self.bos_token if self.bos_id not in self.eos_ids else None  # some models have one token for both
-        self.end_texts = tuple(text for text in self._added if text and text != begins)
+        self.end_texts = tuple(text for text in self.added_tokens if text and text != begins)
         self.chat_template, self.tool_template = _find_chat_templates(folder)
         self._find_tokens_without_row()
 
@@ -98,7 +99,7 @@ class Tokenizer:
 
     def _find_bos_and_eos(self, config):
         def id_of(text):
-            return self._added[text]["id"] if text in self._added else None
+            return self.added_tokens[text]["id"] if text in self.added_tokens else None
 
         self.bos_token, self.eos_token = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
         self.bos_id = id_of(self.bos_token)
@@ -169,7 +170,8 @@ class Tokenizer:
         pattern = self.template_pattern if special else self._user_pattern
         pieces = pattern.split(text) if pattern.groups else [text]  # no group: there are no such tokens to look for
         # Every second piece is an added token, perhaps with blanks that it swallows.
-        return [self._added.get(p, self._added.get(p.strip()))["id"] if i % 2 else p for i, p in enumerate(pieces) if p]
+        added = self.added_tokens
+        return [added.get(p, added.get(p.strip()))["id"] if i % 2 else p for i, p in enumerate(pieces) if p]
 
     def encode_parts(self, parts: list[str | int], start: bool = True) -> tuple[list[int], bool]:
         """The ids of what `split` returned, and whether a text that follows them would get a dummy prefix.

@@ -10,7 +10,9 @@ peft_format.py         adapter folders in PEFT's format
 replaced.py            what such a folder changes beside its adapters: whole parameters, rows of tokens
 safetensors_format.py  the safetensors header: what misleads is refused before memory is taken
 bin_format.py          PyTorch's pickled files, unpickled without running code
-gguf_format.py         llama.cpp's GGUF files
+gguf_format.py         llama.cpp's GGUF files: reading them, and the tables for both directions
+gguf_writing.py        writing them: tensors, and what config.json says
+gguf_vocabulary.py     writing them: the tokenizer
 meta_format.py         Meta's consolidated.*.pth, sharded, and Mistral's consolidated*.safetensors
 params_json.py         what a params.json beside those means
 byte_level_bpe.py      byte-level BPE as a tokenizer.json, also from tiktoken's and Mistral's files
@@ -18,6 +20,8 @@ merge.py               adapter and base as one model
 
 checkpoint.py imports families.py, peft_format.py and stored.py; they import safetensors_format.py; peft_format.py and
 stored.py import replaced.py, stored.py and checkpoint.py names.py; families.py imports rope_config.py and both
-config_keys.py; the formats that are converted import stored.py; meta_format.py imports bin_format.py and params_json.py; it and gguf_format.py import byte_level_bpe.py, and gguf_format.py imports meta_format.py, whose order
-of rows it has; merge.py imports no format that is converted.
+config_keys.py; the formats that are converted import stored.py; meta_format.py imports bin_format.py and
+params_json.py; it and gguf_format.py import byte_level_bpe.py, and gguf_format.py imports meta_format.py, whose order
+of rows it has; gguf_writing.py imports gguf_format.py, gguf_vocabulary.py, which does too, and families.py; merge.py
+imports no format that is converted.
 """

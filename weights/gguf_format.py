@@ -1,5 +1,7 @@
 """GGUF, llama.cpp's file format: its tensors, configuration and tokenizer as those of a Hugging Face model folder.
 
+The tables here are those of both directions: gguf_writing.py goes the other way.
+
 Architectures llama (Llama, Mistral, SmolLM2 and kin), qwen2 and qwen3; every tensor type that the gguf package can
 dequantise; byte-level BPE and SentencePiece vocabularies. What the file leaves open is refused by name, but for the
 sliding window of Mistral v0.1, which no file has, and which only matters beyond 4,096 tokens.
@@ -10,6 +12,7 @@ import math
 import mmap
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +35,8 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # llama.cpp's, by family
+ROPE_FACTORS = "rope_freqs.weight"  # the tensor with what Llama 3's scaling divides each frequency by
 
 # Settings that other models of the same architecture name have, and that would change what is computed.
 UNSUPPORTED = (
@@ -39,6 +44,7 @@ UNSUPPORTED = (
     "final_logit_softcapping", "logit_scale", "residual_scale", "embedding_scale",
 )  # fmt: skip
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ENDS = ("eos", "eot", "eom")  # the keys of tokens that end a text: tokenizer.ggml.{…}_token_id
 
 
 # ------------------------------------------------------------------------------------------------------- tensors
@@ -62,14 +68,14 @@ class GGUFWeights(Weights):
             raise UserError(f"{path} is damaged or no GGUF file ({error}): download it again") from None
         if self.metadata.get("split.count", 0) not in (0, 1):
             raise UserError(f"{path} is one part of several: join them with llama.cpp's gguf-split --merge")
-        self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in tensors}
+        self._tensors = {hugging_face_name(tensor.name): tensor for tensor in tensors}
         if len(self._tensors) < len(tensors):
             raise UserError(f"{path} is damaged (two tensors have one name): download it again")
-        factors = self._tensors.pop("rope_freqs.weight", None)
+        factors = self._tensors.pop(ROPE_FACTORS, None)
         self.rope_factors = None if factors is None else torch.from_numpy(self._values(factors))
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.dtypes = {name: STORED.get(tensor.type.name, torch.float16) for name, tensor in self._tensors.items()}
-        if self.get("general.architecture") not in ("llama", "qwen2", "qwen3"):
+        if self.get("general.architecture") not in ARCHITECTURES.values():
             raise UserError(f"{path}: architecture {self.get('general.architecture')!r} is not supported")
 
     def get(self, key: str, *default: Any) -> Any:
@@ -99,9 +105,9 @@ class GGUFWeights(Weights):
         values = torch.from_numpy(self._values(tensor)).view(tensor.shape)
         if not values.isfinite().all():
             raise UserError(f"{self.path}: tensor {tensor.name} holds NaN or infinity")
-        if re.search(r"\.[qk]_proj\.", name) and self.get("general.architecture") == "llama":
+        if rotated := interleaved_part(self.get("general.architecture"), name):
             heads = self.number("attention.head_count")
-            values = half_split(values, self.number("attention.head_count_kv", heads) if ".k_proj" in name else heads)
+            values = half_split(values, heads if rotated == "q" else self.number("attention.head_count_kv", heads))
         return values
 
     def _values(self, tensor):
@@ -118,12 +124,32 @@ class GGUFWeights(Weights):
         return np.array(values, np.float32)
 
 
-def _hugging_face_name(name):
+def hugging_face_name(name: str) -> str:
+    """Hugging Face's name of a tensor in a GGUF file; one that is not in the tables keeps its own."""
     base, _, leaf = name.rpartition(".")
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", base)
     if layer and layer[2] in LAYER_NAMES:
         return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{leaf}"
     return f"{NAMES.get(base, base)}.{leaf}"
+
+
+def gguf_name(name: str) -> str:
+    """The name in a GGUF file of a tensor with one of Hugging Face's. Raises KeyError if the tables have none."""
+    base, _, leaf = name.rpartition(".")
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", base)
+    if layer:
+        return f"blk.{layer[1]}.{_inverse(LAYER_NAMES)[layer[2]]}.{leaf}"
+    return f"{_inverse(NAMES)[base]}.{leaf}"
+
+
+def _inverse(table):
+    return {value: key for key, value in table.items()}
+
+
+def interleaved_part(architecture: str, name: str) -> str | None:
+    """ "q" or "k" for the tensors, by Hugging Face's name, whose rows a GGUF file has in Meta's RoPE layout."""
+    part = re.search(r"\.([qk])_proj\.", name)
+    return part[1] if part and architecture == "llama" else None
 
 
 # --------------------------------------------------------------------------------------------- what is in the file
@@ -305,7 +331,8 @@ def _llama3_scaling(weights, theta, head_dim):
 
     Scaled together, the original context and the two frequency factors give the same; the usual 1 and 4 are tried.
     """
-    factors, factor = weights.rope_factors, weights.rope_factors.max().item()
+    factors = weights.rope_factors
+    factor = float(f"{factors.max().item():.6g}")  # fp32's noise is not the model's
     plain = inverse_frequencies(RoPE(theta, head_dim), factors.device)
     for context in (2**power for power in range(5, 21)):
         found = inverse_frequencies(RoPE(theta, head_dim, "llama3", factor, context), factors.device)
@@ -357,13 +384,23 @@ def write_tokenizer(weights: GGUFWeights, folder: Path) -> None:
         raise UserError(f"{weights.path}: its metadata has no tokenizer.ggml.eos_token_id")
     write = _write_bpe if model == "gpt2" else _write_sentencepiece
     settings |= write(weights, tokens, types, folder)
-    if weights.get("tokenizer.chat_template", None):
-        settings["chat_template"] = weights.get("tokenizer.chat_template")
+    if template := _chat_template(weights):
+        settings["chat_template"] = template
     write_json(Path(folder, "tokenizer_config.json"), settings)
-    ends = [ids["eos_token_id"], weights.get("tokenizer.ggml.eot_token_id", None)]
+    ends = [ids["eos_token_id"], *(weights.get(f"tokenizer.ggml.{end}_token_id", None) for end in ENDS)]
     write_json(
         Path(folder, "generation_config.json"), ids | {"eos_token_id": sorted({end for end in ends if end is not None})}
     )
+
+
+def _chat_template(weights):
+    """`chat_template` of tokenizer_config.json: one template, or a list of them by their names; None without any."""
+    template = weights.get("tokenizer.chat_template", None)
+    with_tools = weights.get("tokenizer.chat_template.tool_use", None)
+    named = {"default": template, "tool_use": with_tools}
+    if not with_tools:
+        return template
+    return [{"name": name, "template": text} for name, text in named.items() if text]
 
 
 def _write_bpe(weights, tokens, types, folder):
@@ -418,8 +455,12 @@ def _write_sentencepiece(weights, tokens, types, folder):
     except RuntimeError as error:
         raise UserError(f"{weights.path}: its vocabulary is no SentencePiece model ({error})") from None
     (folder / "tokenizer.model").write_bytes(model)
+    # As in llama.cpp these cut a text before all else. (The blanks in a piece are ▁, and mean nothing in a text.)
+    added = {id: token for id, token in enumerate(tokens) if types[id] == USER_DEFINED and "▁" not in token}
+    how = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word", "special"), False)
     return {
         "tokenizer_class": "LlamaTokenizer",
+        "added_tokens_decoder": {str(id): {"content": token, **how} for id, token in added.items()},
         "add_bos_token": weights.get("tokenizer.ggml.add_bos_token", True),
         "add_eos_token": weights.get("tokenizer.ggml.add_eos_token", False),
         "legacy": False,
@@ -433,6 +474,30 @@ def _field(number, value):
     if isinstance(value, float):
         return _varint(number << 3 | 5) + struct.pack("<f", value)
     return _varint(number << 3) + _varint(int(value) & 2**64 - 1)
+
+
+def read_fields(message: bytes) -> Iterator[tuple[int, int | float | bytes]]:
+    """(number, value) of each field of a protobuf message, as `_field` writes it; a float is one of 32 bits."""
+    place = 0
+
+    def varint():
+        nonlocal place
+        value = shift = 0
+        while True:
+            value |= (message[place] & 127) << shift
+            place, shift = place + 1, shift + 7
+            if message[place - 1] < 128:
+                return value
+
+    while place < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 2: None, 5: 4}[kind] or varint()
+        value = message[place : place + size]
+        place += size
+        yield number, struct.unpack("<f", value)[0] if kind == 5 else value
 
 
 def _varint(value):
