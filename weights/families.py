@@ -571,6 +571,7 @@ def config_from_json(values: dict) -> Config:
     keys = {**COMMON, **family.defaults, **_under_common_names(values, family)}
     _check_supported(values, family)
     _check_kinds(keys, family)
+    _check_activation(keys, family)
     heads = keys["num_attention_heads"]
     common = {
         **{key: keys[key] for key in SIZES},
@@ -726,6 +727,11 @@ def _check_kinds(keys, family):
             check_size(name, value, least=OTHER_SIZES[key])
         if key in NUMBERS:
             check_number(name, value)
+    if _head_dim(keys) < 1:
+        raise ValueError(f"hidden_size is {keys['hidden_size']}, less than one for each of the heads")
+
+
+def _check_activation(keys, family):
     activation = keys["hidden_act"]
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         name = family.spelled.get("hidden_act", "hidden_act")

@@ -23,8 +23,9 @@ from model import Config
 from ops.rope import RoPE, inverse_frequencies
 from shell.cli import UserError
 from weights.families import config_from_json
-from weights.gguf_format import ARCHITECTURES, ROPE_FACTORS, STORED, gguf_name, interleaved, interleaved_part
+from weights.gguf_format import ARCHITECTURES, ROPE_FACTORS, STORED, gguf_name, interleaved_part
 from weights.gguf_vocabulary import add_tokenizer
+from weights.meta_format import interleaved
 from weights.replaced import EMBEDDING, HEAD
 
 Type = gguf.GGMLQuantizationType

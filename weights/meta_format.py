@@ -198,6 +198,11 @@ def half_split(rows: Tensor, heads: int) -> Tensor:
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of `half_split`."""
+    return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
 def _read_shards(folder):
     """(paths, what each holds: {Meta's name: tensor})."""
     pickled = {path.name for path in folder.glob("consolidated*.pth")}

@@ -106,7 +106,9 @@ def write_values(family, changes):
 def written_by_transformers(family):
     """The config.json of the family's first tiny model, without what has no meaning here."""
     values = transformers.AutoConfig.for_model(family, **ROWS[family][0]).to_dict()
-    return {"model_type": family, **{k: v for k, v in values.items() if k not in WITHOUT_MEANING_HERE and k[0] != "_"}}
+    tokens = ("pad_token_id", "bos_token_id", "eos_token_id")  # their defaults may be beyond a small vocabulary
+    kept = {k: v for k, v in values.items() if k in tokens or k not in WITHOUT_MEANING_HERE and k[0] != "_"}
+    return {"model_type": family, **kept}
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from test_tokenizer import make_byte_level, make_llama, make_llama_json
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 import convert_hf_checkpoint as script
-from model import RoPE, inverse_frequencies
+from ops.rope import RoPE, inverse_frequencies
 from shell.cli import UserError
 from text.tokenizer import Tokenizer
 from weights import gguf_format, gguf_writing
@@ -65,8 +65,11 @@ def read_back(path):
 
 def same_computation(one, other):
     """Whether two configurations mean the same; a context of RoPE's is one of several with the same frequencies."""
-    frequencies = [inverse_frequencies(config.rope, config.head_dim, CPU) for config in (one, other)]
-    plain = [dataclasses.replace(config, rope=RoPE(config.rope.theta)) for config in (one, other)]
+    frequencies = [inverse_frequencies(config.ropes[0], CPU) for config in (one, other)]
+    plain = [
+        dataclasses.replace(config, ropes=(RoPE(config.ropes[0].theta, config.head_dim),) * len(config.ropes))
+        for config in (one, other)
+    ]
     return plain[0] == plain[1] and torch.allclose(*frequencies, rtol=1e-6)
 
 
