@@ -21,6 +21,7 @@ from shell.cli import UserError
 from text.tokenizer import Tokenizer
 from weights import gguf_format, gguf_writing
 from weights.families import config_from_json
+from weights.meta_format import half_split, interleaved
 
 Type = gguf.GGMLQuantizationType
 WRITABLE = [family for family in FAMILIES if family != "qwen2"] + ["qwen2-full"]  # qwen2 has windows in some layers
@@ -143,8 +144,8 @@ def test_quantised_types(tmp_path, dtype, tied):
 
 def test_rows_for_ropes_layout_and_back():
     rows = torch.randn(6 * 8, 5)
-    there = gguf_format.interleaved(rows, 6)
-    assert torch.equal(gguf_format.half_split(there, 6), rows)
+    there = interleaved(rows, 6)
+    assert torch.equal(half_split(there, 6), rows)
     assert torch.equal(there[:4], rows[[0, 4, 1, 5]])  # the first head's pairs i, i + 4
 
 
