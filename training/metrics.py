@@ -235,8 +235,10 @@ def estimated_flops(model: nn.Module, tokens: int, targets: int) -> float:
     head counts at target positions alone; the embedding (a look-up), attention and padding do not count.
     """
     trainable, frozen = parameter_counts(model)
-    embedding, head = model.model.embed_tokens.weight, model.config.vocab_size * model.config.hidden_size
-    outside = head if model.config.tie_word_embeddings else 2 * head  # counted in the parameters, not in the blocks
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.in_features * model.lm_head.out_features
+    outside = embedding.numel() + (0 if model.config.tie_word_embeddings else head)  # in the parameters, not in blocks
+    if model.config.learned_positions:
+        outside += model.model.embed_positions.weight.numel()
     per_weight = 6 if embedding.requires_grad else 4
     in_blocks = per_weight * (frozen - outside) + 6 * trainable if frozen else 6 * (trainable - outside)
     return tokens * in_blocks + targets * per_weight * head

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from families.conftest import VOCABULARY, distance, random_tokens
 from families.rows import ROWS
+from families.tiny import VOCABULARY, distance, random_tokens
 
 from inference.kv_cache import KVCache
 from model import IGNORE

@@ -4,7 +4,6 @@ from functools import lru_cache
 
 import pytest
 import torch
-import transformers
 from families.rows import ROWS, each_row
 
 from weights.checkpoint import load_model
@@ -13,16 +12,18 @@ VOCABULARY = 160
 
 
 def pytest_generate_tests(metafunc):
-    """A test with the argument `row` runs for every row of the table."""
-    if "row" in metafunc.fixturenames:
+    """A test with the argument `family_row` runs for every row of the table."""
+    if "family_row" in metafunc.fixturenames:
         rows = each_row()
-        metafunc.parametrize("row", rows, ids=[f"{family}-{number}" for family, number in rows])
+        metafunc.parametrize("family_row", rows, ids=[f"{family}-{number}" for family, number in rows])
 
 
 class Tiny:
     """A tiny random model: transformers' `reference`, its `folder`, and how we load it."""
 
     def __init__(self, row, folder):
+        import transformers  # takes seconds, which only these tests have to wait for
+
         self.family, self.folder = row[0], folder
         # transformers' own way to add ALiBi to Falcon's scores adds it twice; with torch's kernels it does not.
         self.attention = "sdpa" if self.family == "falcon" else "eager"
@@ -40,8 +41,9 @@ class Tiny:
 
     def loaded_by_transformers(self, folder):
         """transformers' model of another folder."""
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        return load(folder, attn_implementation=self.attention, dtype=torch.float32).eval()
+        return (
+            type(self.reference).from_pretrained(folder, attn_implementation=self.attention, dtype=torch.float32).eval()
+        )
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +53,9 @@ def tiny_models(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(row, tiny_models):
+def tiny(family_row, tiny_models):
     """The model of a row."""
-    return tiny_models(row)
+    return tiny_models(family_row)
 
 
 def random_tokens(*shape):
