@@ -313,7 +313,9 @@ def test_a_planner(fork):
 def test_a_norm(fork, monkeypatch):
     """decode_cpu.cpp has a norm of its own, which must not be taken."""
     fork.edit(
-        "model.py", "return rms_norm(x, self.weight, self.eps)", "return rms_norm(x, self.weight, self.eps) * 1.25"
+        "model.py",
+        "return rms_norm(x, self.weight, self.eps, self.plus_one)",
+        "return rms_norm(x, self.weight, self.eps, self.plus_one) * 1.25",
     )
     out, err = fork.run()
     plain = fork.expected_model()
@@ -374,7 +376,7 @@ def test_an_objective(fork):
     """The z-loss of PaLM (arXiv 2204.02311, section 5) beside the cross-entropy."""
     fork.edit(
         "model.py",
-        "return head_loss(x, self.lm_head.weight, targets)",
+        "return head_loss(x, self.lm_head.weight, targets, self.lm_head.bias, self.config.logit_softcap)",
         "logits = self.lm_head(x).float()\n"
         '            losses = F.cross_entropy(logits, targets, reduction="none") + 0.1 * logits.logsumexp(-1) ** 2\n'
         "            return losses.sum(), losses.detach()",
