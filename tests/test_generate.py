@@ -441,7 +441,7 @@ def louder_norm(monkeypatch):
 
 
 def other_activation(monkeypatch):
-    monkeypatch.setattr(model_file, "swiglu", lambda gate, up: torch.nn.functional.gelu(gate) * up)
+    monkeypatch.setattr(model_file, "gated", lambda name, gate, up: torch.nn.functional.gelu(gate) * up)
 
 
 def other_residual(monkeypatch):

@@ -1,6 +1,7 @@
 """What quantising and merging cost: divergence against a slow reference, plans of quantisers, and the script itself."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -144,12 +145,19 @@ def test_references_go_through_a_file(tiny_checkpoint, tmp_path):
         "a/c": make_reference(one, text, 50),
         "d": make_reference(other, text, 9),
     }
+    one.config = dataclasses.replace(one.config, logit_softcap=3.0)
+    one.lm_head.bias = torch.nn.Parameter(torch.randn(one.config.vocab_size))
+    references["e"] = make_reference(one, text, 9)
     divergence.save_references(tmp_path / "file", references)
     found = divergence.load_references(tmp_path / "file", "cpu")
     assert found.keys() == references.keys()
     for name in references:
-        assert all(map(torch.equal, found[name], references[name]))
-    assert found["a/b"].head.data_ptr() == found["a/c"].head.data_ptr() != found["d"].head.data_ptr()
+        assert torch.equal(found[name].hidden, references[name].hidden)
+        assert found[name].head.equals(references[name].head)
+    places = [found[name].head.weight.data_ptr() for name in ("a/b", "a/c", "d")]
+    assert places[0] == places[1] != places[2]
+    expected = one.logits(references["e"].hidden).log_softmax(dim=-1)
+    torch.testing.assert_close(found["e"].log_probabilities(slice(None), "cpu"), expected)
 
 
 def test_the_head_of_a_reference_has_its_adapter(tiny_checkpoint, make_adapter):
