@@ -1,6 +1,7 @@
 """What quantising and merging cost: divergence against a slow reference, plans of quantisers, and the script itself."""
 
 import copy
+import copy
 import dataclasses
 import json
 import os
@@ -145,6 +146,7 @@ def test_references_go_through_a_file(tiny_checkpoint, tmp_path):
         "a/c": make_reference(one, text, 50),
         "d": make_reference(other, text, 9),
     }
+    one = copy.deepcopy(one)
     one.config = dataclasses.replace(one.config, logit_softcap=3.0)
     one.lm_head.bias = torch.nn.Parameter(torch.randn(one.config.vocab_size))
     references["e"] = make_reference(one, text, 9)
