@@ -1,7 +1,6 @@
 """What quantising and merging cost: divergence against a slow reference, plans of quantisers, and the script itself."""
 
 import copy
-import copy
 import dataclasses
 import json
 import os
