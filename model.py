@@ -12,6 +12,7 @@ d head size, V vocabulary.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ops.activation import activate, gated
+from ops.activation import activate, gated, plain_softcap
 from ops.attention import Scores, choose_attention
 from ops.dtypes import compute_dtype
 from ops.linear import linear
-from ops.loss import LOSS_CHUNK, head_loss, plain_softcap
+from ops.loss import LOSS_CHUNK, head_loss
 from ops.norm import layer_norm, rms_norm
 from ops.rope import RoPE, angles, query_gain
 from ops.rotation import pairs_apart, rotate
@@ -267,6 +268,7 @@ class Layout:
     offsets: list[int] | None = None
     tree: Places | None = None
 
+    @functools.cached_property
     def places(self) -> Places:
         """Where all S keys stand; the last T of them are the tokens."""
         if self.tree is not None:
@@ -284,7 +286,7 @@ class Layout:
 
     def lengths(self) -> Tensor:
         """How long the text of each token is, as far as it is known: (B or 1, T)."""
-        positions, branches = (x[:, -self.tokens.size(1) :] for x in self.places())
+        positions, branches = (x[:, -self.tokens.size(1) :] for x in self.places)
         if self.tree is not None:  # as long as the whole row's longest text: its beginning cannot be turned in two ways
             return (self.tree.positions.amax(dim=1, keepdim=True) + 1).expand_as(positions)
         if self.offsets is None:
@@ -294,7 +296,7 @@ class Layout:
 
     def back(self) -> Tensor:
         """From each token to each key, how many positions the key lies back: (B or 1, 1, T, S)."""
-        positions = self.places().positions
+        positions = self.places.positions
         return (positions[:, -self.tokens.size(1) :, None] - positions[:, None])[:, None]
 
     def mask(self, window: int | None) -> Tensor:
@@ -302,7 +304,7 @@ class Layout:
 
         Itself and what comes before it in its own branch and in the beginning, as far back as the window goes.
         """
-        back, branches = self.back(), self.places().branches[:, None]
+        back, branches = self.back(), self.places.branches[:, None]
         own, branch = branches[:, :, -self.tokens.size(1) :, None], branches[:, :, None]
         mask = (back >= 0) & ((branch == own) | (branch == 0))
         return mask if window is None else mask & (back < window)
@@ -465,7 +467,7 @@ class Transformer(nn.Module):
         tree: where the tokens stand in rows with one beginning and several ends. The rest as in `forward`.
         """
         layers, layout = self.model.layers, Layout(tokens, cache, offsets, tree)
-        x = self.embed(tokens, layout.places().positions[:, -tokens.size(1) :])
+        x = self.embed(tokens, layout.places.positions[:, -tokens.size(1) :])
         arguments = self.block_arguments(layout, x.dtype)
         recomputed = round(recompute * len(layers))
         for number, block in enumerate(layers):
@@ -479,7 +481,7 @@ class Transformer(nn.Module):
 
     def block_arguments(self, layout: Layout, dtype: torch.dtype) -> list[tuple]:
         """What each block takes beside its hidden states of `dtype`: the `Angles`, and how to attend."""
-        c, positions = self.config, layout.places().positions[:, -layout.tokens.size(1) :]
+        c, positions = self.config, layout.places.positions[:, -layout.tokens.size(1) :]
         angles = {rope: rope_angles(rope, positions, layout.lengths, dtype) for rope in set(c.ropes)}
         scores = [c.scores(layer) for layer in range(c.num_hidden_layers)]
         # The fastest way to compute `plain_attention`: to change attention, put yours here.

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import IGNORE, Transformer
-from ops.loss import LOSS_CHUNK, plain_softcap
+from ops.activation import plain_softcap
+from ops.loss import LOSS_CHUNK
 
 Text = list[tuple[Tensor, Tensor]]
 

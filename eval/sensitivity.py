@@ -111,7 +111,7 @@ def start(model: Transformer, text: Text, positions: int) -> list[Batch]:
     for tokens, targets, offsets in micro_batches(text, positions):
         tokens = tokens.to(device)
         layout = Layout(tokens, offsets=offsets)
-        x = model.embed(tokens, layout.places().positions)
+        x = model.embed(tokens, layout.places.positions)
         rows = (targets.flatten() != IGNORE).to(device)
         batches.append(Batch(x, model.block_arguments(layout, x.dtype), rows))
         batches[-1].hidden = final_states(model, batches[-1], 0)

@@ -30,6 +30,11 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
+def plain_softcap(x: Tensor, softcap: float | None) -> Tensor:
+    """Scores or logits, kept within `softcap` if there is one: softcap * tanh(x / softcap) (Gemma 2)."""
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
 @operator("swiglu(Tensor gate, Tensor up) -> Tensor")
 def _swiglu(gate, up):
     y = torch.empty_like(gate)

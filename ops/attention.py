@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ops.activation import plain_softcap
 from ops.cpp import call_cpp, in_cpp, operator
 
 # From torch 2.12 on varlen_attn has to be told that query heads share keys. Before, it took them without a word.
@@ -52,9 +53,7 @@ def plain_attention(
     their scores.
     """
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # H / K query heads share keys
-    s = (q @ k.transpose(-2, -1)).float() * scores.scale  # (B, H, T, S)
-    if scores.softcap is not None:
-        s = scores.softcap * torch.tanh(s / scores.softcap)
+    s = plain_softcap((q @ k.transpose(-2, -1)).float() * scores.scale, scores.softcap)  # (B, H, T, S)
     if scores.slopes is not None:
         s = s - torch.tensor(scores.slopes, device=s.device)[:, None, None] * back
     s = s.masked_fill(~mask, -torch.inf)
@@ -79,7 +78,8 @@ def choose_attention(layout: Any, head_dim: int, dtype: torch.dtype, scores: Sco
     causal = tree is None and not padded and (scores.window is None or scores.window >= S) and T in (1, S)
     if causal and scores.are_products:
         return Attend(causal_attention, scores=scores)  # the kernel can leave out half of the work
-    return Attend(masked_attention, scores=scores, mask=layout.mask(scores.window), back=layout.back())
+    back = None if scores.are_products else layout.back()
+    return Attend(masked_attention, scores=scores, mask=layout.mask(scores.window), back=back)
 
 
 def _varlen(layout, head_dim, dtype, scores):
@@ -114,9 +114,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scor
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, mask: Tensor, back: Tensor
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, mask: Tensor, back: Tensor | None
 ) -> Tensor:
-    """`plain_attention`, in torch's fused kernels where these can compute it."""
+    """`plain_attention`, in torch's fused kernels where these can compute it. back: None if scores are products."""
     if scores.softcap is not None or sinks is not None:
         return plain_attention(q, k, v, sinks, scores, mask, back)
     if scores.slopes is not None:

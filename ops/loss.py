@@ -7,15 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.activation import plain_softcap
 from ops.cpp import call_cpp, in_cpp, operator
 from ops.dtypes import as_multiplied
 
 LOSS_CHUNK = 256  # target positions whose logits exist at one time; 256 x 32,000 fp32 logits are 33 MB
-
-
-def plain_softcap(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits, kept within `softcap` if there is one: softcap * tanh(logits / softcap) (Gemma 2)."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def plain_head_loss(

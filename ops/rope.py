@@ -44,9 +44,9 @@ class RoPE:
         return self.scaling in ("dynamic", "longrope")
 
 
-def plain_frequencies(rope: RoPE, device: torch.device) -> Tensor:
-    """1 / theta^(2i / dims): (dims/2,) fp32."""
-    return 1.0 / rope.theta ** (torch.arange(0, rope.dims, 2, dtype=torch.float32, device=device) / rope.dims)
+def plain_frequencies(theta: float | Tensor, dims: int, device: torch.device) -> Tensor:
+    """1 / theta^(2i / dims): (dims/2,) fp32, or (..., dims/2) for thetas (..., 1)."""
+    return 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims)
 
 
 def linear(rope: RoPE, frequencies: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ SCALINGS = {"default": lambda rope, frequencies: frequencies, "linear": linear, 
 @lru_cache
 def inverse_frequencies(rope: RoPE, device: torch.device) -> Tensor:
     """Radians by which each pair of dimensions turns from one position to the next: (dims/2,) fp32."""
-    return SCALINGS[rope.scaling](rope, plain_frequencies(rope, device))
+    return SCALINGS[rope.scaling](rope, plain_frequencies(rope.theta, rope.dims, device))
 
 
 def frequencies_by_length(rope: RoPE, lengths: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ def frequencies_by_length(rope: RoPE, lengths: Tensor) -> Tensor:
     lengths, device = lengths[..., None], lengths.device
     if rope.scaling == "longrope":
         short, long = (torch.tensor(f, device=device) for f in (rope.short_factors, rope.long_factors))
-        return plain_frequencies(rope, device) / torch.where(lengths > rope.original_context, long, short)
+        factors = torch.where(lengths > rope.original_context, long, short)
+        return plain_frequencies(rope.theta, rope.dims, device) / factors
     beyond = (lengths / rope.original_context).clamp(min=1)
     growth = (rope.factor * beyond - (rope.factor - 1)) ** (rope.dims / (rope.dims - 2))
-    powers = torch.arange(0, rope.dims, 2, dtype=torch.float32, device=device) / rope.dims
-    return 1.0 / (rope.theta * growth) ** powers
+    return plain_frequencies(rope.theta * growth, rope.dims, device)
 
 
 def angles(rope: RoPE, positions: Tensor, lengths: Callable[[], Tensor]) -> Tensor:
@@ -113,12 +113,9 @@ def angles(rope: RoPE, positions: Tensor, lengths: Callable[[], Tensor]) -> Tens
 
     positions (...) int64: in the token's own text. lengths: returns (...) int64, of that text as far as it is known.
     """
-    frequencies = (
-        frequencies_by_length(rope, lengths())
-        if rope.depends_on_length
-        else inverse_frequencies(rope, positions.device)
-    )
-    return positions[..., None].float() * frequencies
+    if rope.depends_on_length:
+        return positions[..., None].float() * frequencies_by_length(rope, lengths())
+    return positions[..., None].float() * inverse_frequencies(rope, positions.device)
 
 
 def query_gain(rope: RoPE, positions: Tensor) -> Tensor:

@@ -236,13 +236,13 @@ def test_plain_attention_gives_the_same_gradients(tiny_checkpoint, family, monke
 
 def test_positions_of_packed_samples_and_of_padded_rows():
     tokens = torch.zeros(1, 10, dtype=torch.int64)
-    places = Layout(tokens, offsets=[0, 4, 5, 10]).places()
+    places = Layout(tokens, offsets=[0, 4, 5, 10]).places
     assert places.positions.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3, 4]]
     assert places.branches.tolist() == [[1, 1, 1, 1, 2, 3, 3, 3, 3, 3]]
     config = config_from_json({**LLAMA_2_7B, "num_hidden_layers": 1, "hidden_size": 64})
     cache = KVCache(config, 2, 8, torch.float32, "cpu", torch.tensor([0, 3]))
     cache.length = 4
-    places = Layout(torch.zeros(2, 2, dtype=torch.int64), cache).places()
+    places = Layout(torch.zeros(2, 2, dtype=torch.int64), cache).places
     assert places.positions.tolist() == [[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2]]
     assert places.branches.tolist() == [[0] * 6, [-1] * 3 + [0] * 3]
 

@@ -57,18 +57,24 @@ def read_config(checkpoint_dir: str | Path) -> Config:
     it is not tied (`Weights.ties_head`).
     """
     folder = Path(checkpoint_dir)
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist: --checkpoint_dir must be a model folder (convert_hf_checkpoint.py)")
-    check_listed(folder, ["config.json"], CHECKPOINT_AGAIN)
-    try:
-        config = config_from_json(read_json(folder / "config.json"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    _, config = _read_config_json(folder)
     if not config.tie_word_embeddings or not holds_safetensors(folder):
         return config
     with damage_first(folder):
         weights = under_our_names(Weights(folder), config, (EMBEDDING, HEAD))
         return dataclasses.replace(config, tie_word_embeddings=weights.ties_head(True))
+
+
+def _read_config_json(folder):
+    """The values of a folder's config.json, and the `Config` that they say alone."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: --checkpoint_dir must be a model folder (convert_hf_checkpoint.py)")
+    check_listed(folder, ["config.json"], CHECKPOINT_AGAIN)
+    values = read_json(folder / "config.json")
+    try:
+        return values, config_from_json(values)
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
 def model_of(values: dict, weights: Weights) -> tuple[dict, Transformer, Weights]:
@@ -86,7 +92,7 @@ def model_of(values: dict, weights: Weights) -> tuple[dict, Transformer, Weights
     if not weights.ties_head(config.tie_word_embeddings) and config.tie_word_embeddings:
         values = values | {"tie_word_embeddings": False}
         with torch.device("meta"):
-            model = Transformer(config_from_json(values))
+            model = Transformer(dataclasses.replace(config, tie_word_embeddings=False))
     weights.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     return values, model, weights
 
@@ -109,10 +115,10 @@ def load_model(
     the next is read, so peak memory is the finished model and one tensor. Raises UserError for tensors that are
     missing, surplus, of another shape or not finite, and for a file that is not as its folder's manifest says.
     """
-    read_config(checkpoint_dir)  # for its checks
+    values, _ = _read_config_json(Path(checkpoint_dir))
     with damage_first(checkpoint_dir):
         try:
-            _, model, weights = model_of(read_json(Path(checkpoint_dir, "config.json")), Weights(checkpoint_dir))
+            _, model, weights = model_of(values, Weights(checkpoint_dir))
         except UserError as error:
             raise UserError(f"{checkpoint_dir}: {error}") from None
     quantization = read_quantization(quantize, model)

@@ -85,15 +85,14 @@ PLAIN_MLP = {"gated": False}
 
 
 def _llama(keys):
-    bias = keys["attention_bias"]
-    return {"windows": _no_windows(keys), "qkv_bias": bias, "o_bias": bias, "mlp_bias": keys["mlp_bias"]}
+    return {"windows": _no_windows(keys), **_attention_biases(keys), "mlp_bias": keys["mlp_bias"]}
 
 
 def _mistral(keys):
     return {"windows": _windows(keys, keys["sliding_window"])}  # `layer_types` make it a Ministral in transformers
 
 
-def _ministral3(keys):
+def _one_window(keys):
     return {"windows": (keys["sliding_window"],) * keys["num_hidden_layers"]}
 
 
@@ -103,8 +102,7 @@ def _qwen2(keys):
 
 
 def _qwen3(keys):
-    bias = keys["attention_bias"]
-    return {**_qwen2(keys), "qkv_bias": bias, "o_bias": bias, "qk_norm": "head"}
+    return {**_qwen2(keys), **_attention_biases(keys), "qk_norm": "head"}
 
 
 def _seed_oss(keys):
@@ -112,8 +110,7 @@ def _seed_oss(keys):
 
 
 def _smollm3(keys):
-    layers, bias = keys["num_hidden_layers"], keys["attention_bias"]
-    turns = keys["no_rope_layers"]
+    layers, turns = keys["num_hidden_layers"], keys["no_rope_layers"]
     if turns is None:
         turns = [int((layer + 1) % keys["no_rope_layer_interval"] != 0) for layer in range(layers)]
     if not isinstance(turns, list) or len(turns) != layers or any(turn not in (0, 1) for turn in turns):
@@ -124,23 +121,19 @@ def _smollm3(keys):
     else:
         windows = _windows(keys, window)
     ropes = tuple(_rope(keys) if turn else None for turn in turns)
-    return {"windows": windows, "ropes": ropes, "qkv_bias": bias, "o_bias": bias, "mlp_bias": keys["mlp_bias"]}
+    return {"windows": windows, "ropes": ropes, **_attention_biases(keys), "mlp_bias": keys["mlp_bias"]}
 
 
 def _granite(keys):
-    bias = keys["attention_bias"]
     return {
         "scales": (float(keys["attention_multiplier"]),) * keys["num_hidden_layers"],
         "embedding_scale": keys["embedding_multiplier"], "residual_scale": keys["residual_multiplier"],
-        "logit_scale": 1 / keys["logits_scaling"], "qkv_bias": bias, "o_bias": bias, "mlp_bias": keys["mlp_bias"],
+        "logit_scale": 1 / keys["logits_scaling"], **_attention_biases(keys), "mlp_bias": keys["mlp_bias"],
     }  # fmt: skip
 
 
 def _gemma(keys):
-    bias = keys["attention_bias"]
-    return {
-        "norm_gain": "1 + weight", "embedding_scale": keys["hidden_size"] ** 0.5, "qkv_bias": bias, "o_bias": bias,
-    }  # fmt: skip
+    return {"norm_gain": "1 + weight", "embedding_scale": keys["hidden_size"] ** 0.5, **_attention_biases(keys)}
 
 
 def _gemma2(keys):
@@ -166,18 +159,12 @@ def _phi(keys):
     }  # fmt: skip
 
 
-def _phi3(keys):
-    return {"windows": (keys["sliding_window"],) * keys["num_hidden_layers"]}
-
-
 def _olmo(keys):
-    bias = keys["attention_bias"]
-    return {"norm": "layer", "norm_gain": None, "clip_qkv": keys["clip_qkv"], "qkv_bias": bias, "o_bias": bias}
+    return {"norm": "layer", "norm_gain": None, "clip_qkv": keys["clip_qkv"], **_attention_biases(keys)}
 
 
 def _olmo2(keys):
-    bias = keys["attention_bias"]
-    return {"norm_places": "after", "qk_norm": "joint", "qkv_bias": bias, "o_bias": bias}
+    return {"norm_places": "after", "qk_norm": "joint", **_attention_biases(keys)}
 
 
 def _olmo3(keys):
@@ -186,10 +173,9 @@ def _olmo3(keys):
 
 
 def _cohere(keys):
-    bias = keys["attention_bias"]
     return {
         "norm": "layer", "parallel_residual": True, "shared_norm": True, "logit_scale": keys["logit_scale"],
-        "ropes": (_rope(keys, interleaved=True),) * keys["num_hidden_layers"], "qkv_bias": bias, "o_bias": bias,
+        "ropes": (_rope(keys, interleaved=True),) * keys["num_hidden_layers"], **_attention_biases(keys),
         "qk_norm": "each head" if keys.get("use_qk_norm") else None,
     }  # fmt: skip
 
@@ -211,16 +197,12 @@ def _glm4(keys):
 
 
 def _nemotron(keys):
-    bias = keys["attention_bias"]
-    return {
-        **LAYER_NORM, **PLAIN_MLP, "norm_gain": "1 + weight", "qkv_bias": bias, "o_bias": bias,
-        "mlp_bias": keys["mlp_bias"],
-    }  # fmt: skip
+    biases = {**_attention_biases(keys), "mlp_bias": keys["mlp_bias"]}
+    return {**LAYER_NORM, **PLAIN_MLP, "norm_gain": "1 + weight", **biases}
 
 
 def _starcoder2(keys):
-    windows = (keys["sliding_window"],) * keys["num_hidden_layers"]
-    return {**LAYER_NORM, **PLAIN_MLP, **_all_biases(keys["use_bias"]), "windows": windows}
+    return {**LAYER_NORM, **PLAIN_MLP, **_all_biases(keys["use_bias"]), **_one_window(keys)}
 
 
 def _stablelm(keys):
@@ -233,8 +215,8 @@ def _stablelm(keys):
 
 def _gpt_neox(keys):
     return {
-        **LAYER_NORM, **PLAIN_MLP, **_all_biases(True), "qkv_bias": keys["attention_bias"],
-        "o_bias": keys["attention_bias"], "parallel_residual": keys["use_parallel_residual"],
+        **LAYER_NORM, **PLAIN_MLP, **_all_biases(True), **_attention_biases(keys),
+        "parallel_residual": keys["use_parallel_residual"],
     }  # fmt: skip
 
 
@@ -330,6 +312,9 @@ class Family(NamedTuple):
     older: dict[str, str] = {}
 
 
+MISTRAL = {
+    "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, "layer_types": None,
+}  # fmt: skip
 QWEN = {
     "num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
     "max_window_layers": 28, "layer_types": None,
@@ -368,18 +353,10 @@ FAMILIES = {
         {"num_key_value_heads": None, "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
         RMS,
     ),
-    "mistral": Family(
-        _mistral,
-        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, "layer_types": None},
-        RMS,
-    ),
-    "ministral": Family(
-        _mistral,
-        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, "layer_types": None},
-        RMS,
-    ),
+    "mistral": Family(_mistral, MISTRAL, RMS),
+    "ministral": Family(_mistral, MISTRAL, RMS),
     "ministral3": Family(
-        _ministral3,
+        _one_window,
         {
             "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144, "sliding_window": None,
             "norm_eps": 1e-5, "rope_keys": ("llama_4_scaling_beta",), "rope_parameters": {
@@ -435,7 +412,7 @@ FAMILIES = {
         LN,
     ),
     "phi3": Family(
-        _phi3,
+        _one_window,
         {
             "num_key_value_heads": None, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
             "norm_eps": 1e-5, "partial_rotary_factor": 1.0, "sliding_window": None,
@@ -619,6 +596,10 @@ def _rope(keys, interleaved=False):
 
 def _head_dim(keys):
     return keys["hidden_size"] // keys["num_attention_heads"] if keys["head_dim"] is None else keys["head_dim"]
+
+
+def _attention_biases(keys):
+    return {"qkv_bias": keys["attention_bias"], "o_bias": keys["attention_bias"]}
 
 
 def _all_biases(there):

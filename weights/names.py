@@ -3,7 +3,7 @@
 A row says what one of their modules is in our model: another name, or several modules whose rows lie in it together.
 Tensors are turned one at a time, while they are read or written (`Renamed`, `Names.join`); nothing is kept twice.
 
-To add a family: a table in `TABLES`. A name holds {} for the number of a layer (and another for that of an expert).
+To add a family: a table in `TABLES`. A name holds {} for the number of a layer.
 """
 
 import re
@@ -184,8 +184,8 @@ TABLES: dict[str, Callable[[Config], tuple[Row, ...]]] = {
     "starcoder2": lambda c: table(LAYER, STARCODER, {}),
 }
 
-# Buffers that old files hold beside the parameters, and prefixes that some leave out.
-BUFFERS = ("rotary_emb.inv_freq", "attention.masked_bias", "attention.bias", "attn.masked_bias", "attn.bias")
+# Ends of the names of buffers that old files hold beside the parameters.
+BUFFERS = ("rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
 
 
 class Piece(NamedTuple):

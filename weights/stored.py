@@ -124,9 +124,7 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, as stored. Raises UserError if it holds NaN or infinity, or is of another type."""
-        path, start = self._places[name]
-        if self.dtypes[name] is None:
-            raise UserError(f"{path}: tensor {name} is not in {', '.join(DTYPES)}")
+        path, start = self._place(name)
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
         rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         with open(path, "rb", buffering=0) as file:
@@ -137,11 +135,16 @@ class Weights:
             raise UserError(f"{path}: tensor {name} holds NaN or infinity")
         return tensor
 
-    def view(self, name: str) -> Tensor:
-        """The tensor `name` without its values in memory: what is used of it is read from the file then."""
+    def _place(self, name):
+        """The file of a tensor of a type that weights have, and its first byte there."""
         path, start = self._places[name]
         if self.dtypes[name] is None:
             raise UserError(f"{path}: tensor {name} is not in {', '.join(DTYPES)}")
+        return path, start
+
+    def view(self, name: str) -> Tensor:
+        """The tensor `name` without its values in memory: what is used of it is read from the file then."""
+        path, start = self._place(name)
         size = torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize
         if start + size > path.stat().st_size:
             _ended_early(path)
@@ -187,7 +190,6 @@ class Weights:
     def check(self, expected: dict[str, torch.Size | tuple]) -> None:
         """Compare with the shapes that a model needs. Raises UserError that names the first few that differ."""
         surplus = [n for n in self.shapes if n not in expected and not n.endswith(BUFFERS) and n != HEAD]
-        surplus += [HEAD] if HEAD in self.shapes and HEAD not in expected and EMBEDDING not in expected else []
         missing = [*dict.fromkeys(self.called(n) for n in expected if n not in self.shapes)]
         misshapen = [
             f"{self.called(n)} {self.shapes[n]} instead of {tuple(expected[n])}"
@@ -235,9 +237,7 @@ class Renamed(Weights):
         piece: Piece = self._pieces[name]
         if piece.row.is_whole:
             return self.weights.read(piece.theirs[0])
-        tensor = self.names.take(piece, [self.weights.view(theirs) for theirs in piece.theirs]).clone(
-            memory_format=torch.contiguous_format
-        )
+        tensor = self.view(name).clone(memory_format=torch.contiguous_format)
         if not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise UserError(f"{self.where}: tensor {piece.theirs[0]} holds NaN or infinity")
         return tensor
@@ -257,6 +257,5 @@ class Renamed(Weights):
 
 
 def under_our_names(weights: Weights, config: Config, ours: Iterable[str]) -> Weights:
-    """Weights under the decoder's names `ours`: as they are where the family has the same, or where they were turned
-    into ours when they were read."""
+    """Weights under the decoder's names `ours`: as they are, if the family or the way they are read has the same."""
     return weights if weights.has_our_names or config.family not in TABLES else Renamed(weights, config, ours)

@@ -41,9 +41,8 @@ class Tiny:
 
     def loaded_by_transformers(self, folder):
         """transformers' model of another folder."""
-        return (
-            type(self.reference).from_pretrained(folder, attn_implementation=self.attention, dtype=torch.float32).eval()
-        )
+        how = {"attn_implementation": self.attention, "dtype": torch.float32}
+        return type(self.reference).from_pretrained(folder, **how).eval()
 
 
 @pytest.fixture(scope="session")
