@@ -546,6 +546,8 @@ def config_from_json(values: dict) -> Config:
         raise ValueError(f"model_type {name!r} is not supported, only {', '.join(FAMILIES)} are")
     family = FAMILIES[name]
     keys = {**COMMON, **family.defaults, **_under_common_names(values, family)}
+    if keys.get("rope_parameters") is None:  # null is the family's own, as if the key were absent
+        keys["rope_parameters"] = family.defaults.get("rope_parameters")
     _check_supported(values, family)
     _check_kinds(keys, family)
     _check_activation(keys, family)

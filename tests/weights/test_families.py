@@ -135,7 +135,7 @@ def logits_of_transformers(values, folder):
 
 
 @torch.no_grad()
-def verdict(values, folder):
+def verdict(values, folder, tolerance=1e-5):
     """ "equal" or "different" logits, "refused" by us, or "neither": transformers fails, we do not."""
     try:
         config_from_json(values)
@@ -149,8 +149,8 @@ def verdict(values, folder):
         model = load_model(folder, torch.float32)
     except UserError as error:
         return "different", str(error)
-    difference = ((model(tokens()) - expected).norm() / expected.norm()).item()
-    return ("equal" if difference < 1e-5 else "different"), f"{difference:.1e}"
+    difference = ((model(tokens()) - expected).norm() / expected.norm().clamp(min=1e-9)).item()
+    return ("equal" if difference < tolerance else "different"), f"{difference:.1e}"
 
 
 LINEAR, UNKNOWN = {"type": "linear", "factor": 4.0}, {"rope_type": "spiral", "factor": 4.0}
@@ -196,6 +196,7 @@ EQUAL = [  # families, changes to a config.json
     (ALL, {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     (ALL, {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
     (ALL, {"rope_scaling": {**LINEAR, "rope_theta": 9.0}, "rope_parameters": {"rope_theta": 9.0}}),
+    ((*ALL, "ministral3", "gemma3_text", "olmo3"), {"rope_parameters": None}),
     # Windows.
     (ALL, {"sliding_window": ...}),
     (("mistral",), {"sliding_window": None}),
@@ -322,7 +323,9 @@ def test_odd_values(family, tmp_path):
         changes = {key: random.choice(odd) for key in random.sample(keys, random.choice([1, 1, 2]))}
         if changes.get("model_type", family) != family:
             continue
-        outcome = verdict({**values, **changes}, tmp_path)
+        if family == "mpt" and changes.get("max_seq_len") == 1:
+            continue  # transformers broadcasts its single ALiBi distance, 0, over all keys
+        outcome = verdict({**values, **changes}, tmp_path, tolerance=1e-4)  # a soft cap of 0.001 enlarges rounding
         assert outcome[0] != "different", (changes, outcome)
 
 
