@@ -84,6 +84,7 @@ from quantize import describe_quantization
 from shell.files import checked, flush, new_folder, read_json, whole_file, write_json
 from text.style_templates import save_chat_template
 from text.tokenizer import Tokenizer
+from text.vocabulary import has_tokenizer
 from weights import meta_format
 from weights.bin_format import BinWeights
 from weights.checkpoint import (
@@ -99,8 +100,6 @@ from weights.checkpoint import (
 )
 from weights.merge import Tuned, compare
 from weights.stored import Weights, holds_safetensors
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # a model folder has one of them
 
 
 def main(s: Settings) -> None:
@@ -268,10 +267,11 @@ def check(weights: Weights, config: dict, where: Path) -> tuple[Weights, dict, T
 
 def check_tokenizer(folder: Path) -> None:
     """Raise UserError if the tokenizer in a folder cannot be read; a folder may have none."""
-    if any((folder / name).is_file() for name in TOKENIZERS):
+    if has_tokenizer(folder):
         Tokenizer(folder)
     else:
-        print(f"note: {folder} has no tokenizer.json or tokenizer.model: copy the model's there before you use it")
+        files = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+        print(f"note: {folder} has no {files}: copy the model's there before you use it")
 
 
 def refuse_existing(folder: Path) -> None:
@@ -350,8 +350,9 @@ def write_chat_template(folder: Path, adapter_dir: Path, style: str | None) -> s
     That is the template of the style it was trained in; of an adapter that does not say its style, its own if it has
     one. It goes to chat_template.jinja, which all programs prefer to the key in tokenizer_config.json.
     """
-    has_tokenizer = any(Path(folder, name).is_file() for name in TOKENIZERS)
-    if style is not None or not has_tokenizer or not (tokenizer := Tokenizer(folder)).take_chat_template(adapter_dir):
+    if style is not None or not has_tokenizer(folder):
+        return save_chat_template(folder, style)
+    if not (tokenizer := Tokenizer(folder)).take_chat_template(adapter_dir):
         return save_chat_template(folder, style)
     config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     if config.pop("chat_template", None):
@@ -419,8 +420,8 @@ def write_gguf(s: Settings) -> None:
 
 def open_tokenizer(folder: Path, base: Path) -> Tokenizer:
     """The tokenizer in a folder of a model's side files. Raises UserError, which names `base`, if there is none."""
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise UserError(f"{base} has no {' or '.join(TOKENIZERS)}: copy the model's there, a .gguf file needs it")
+    if not has_tokenizer(folder):
+        raise UserError(f"{base} has no tokenizer: copy the model's there, a .gguf file needs it")
     return Tokenizer(folder)
 
 

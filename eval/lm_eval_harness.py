@@ -238,8 +238,7 @@ class OnetuneLM(TemplateLM):
         """The ids of a text, after BOS if the tokenizer adds it, unless `add_special_tokens` is False."""
         # A space that the text begins with takes the place of SentencePiece's dummy prefix, as in transformers 5.
         ids = self._tokenizer.encode(string, special=True, start=not string.startswith(" "))
-        bos = self._tokenizer.bos_id
-        return [bos, *ids] if add_special_tokens is not False and self._tokenizer.add_bos and ids[:1] != [bos] else ids
+        return ids if add_special_tokens is False else self._tokenizer.with_begin(ids)
 
     @property
     def tokenizer_name(self) -> str:

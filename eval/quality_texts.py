@@ -95,13 +95,13 @@ def first_positions(sequences: Iterable[Sequence], most: int) -> Text:
 
 
 def windows(s: Any, tokenizer: Tokenizer) -> Iterator[Sequence]:
-    """Yield --general_text in sequences, every token a target; each begins with BOS if the tokenizer adds it."""
-    bos = [tokenizer.bos_id] if tokenizer.add_bos else []
-    size = s.window + 1 - len(bos)
+    """Yield --general_text in sequences, every token a target; each begins as the tokenizer's sequences do."""
+    begin = list(tokenizer.begin_ids)
+    size = s.window + 1 - len(begin)
     for text in plain_texts(s.general_text):
         ids = tokenizer.encode(text)
         for first in range(0, len(ids), size):
-            part = bos + ids[first : first + size]
+            part = begin + ids[first : first + size]
             if len(part) > 1:
                 yield sequence(part, [True] * len(part))
 

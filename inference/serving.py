@@ -136,8 +136,8 @@ class Engine:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
-    """The ids of a prompt that is continued as it is, and how many of them were added before it: 1 for a BOS, or 0."""
-    added = [tokenizer.bos_id] if tokenizer.add_bos else []
+    """The ids of a prompt that is continued as it is, and how many of them were added before it, such as a BOS."""
+    added = list(tokenizer.begin_ids)
     return added + tokenizer.encode(text), len(added)
 
 

@@ -118,9 +118,9 @@ def cut_document(ids: list[int], longest: int, overlap: int | None, tokenizer: T
     """A document's ids in pieces of at most `longest`, each after the first beginning with the end of the one before.
 
     overlap: tokens that a piece repeats, as context and not as targets; an eighth of `longest` if None. Every piece
-    starts with BOS where the document does; only the last has the end token.
+    starts as the document does, with BOS or what the tokenizer has for it; only the last has the end token.
     """
-    start = ids[:1] if tokenizer.add_bos else []
+    start = ids[: len(tokenizer.begin_ids)]
     ids, room = ids[len(start) :], longest - len(start)
     overlap = room // 8 if overlap is None else min(overlap, room - 1)
     pieces, begin = [], 0

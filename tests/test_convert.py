@@ -305,7 +305,7 @@ def test_gguf_bpe_tokenizer(tmp_path, tiny_tokenizer):
         assert found(text).input_ids == expected(text).input_ids == ours.encode(text, special=True), text
         assert found.decode(found(text).input_ids) == text
     assert (found.bos_token_id, found.eos_token_id, found.chat_template) == (0, 2, "{{ messages }}")
-    assert (ours.bos_id, ours.eos_ids, ours.add_bos) == (0, {2}, False)
+    assert (ours.bos_id, ours.eos_ids, ours.begin_ids) == (0, {2}, ())
     assert ours.encode("<|im_end|>") != [2]
 
 
@@ -313,7 +313,7 @@ def test_gguf_bpe_tokenizer_that_adds_bos(tmp_path):
     out = gguf_tokenizer(tmp_path, lambda writer: bpe_vocabulary(writer, "llama-bpe"))
     assert transformers.AutoTokenizer.from_pretrained(out)("a1").input_ids[:2] != [0, 0]
     assert transformers.AutoTokenizer.from_pretrained(out)("a1").input_ids[0] == 0
-    assert Tokenizer(out).add_bos
+    assert Tokenizer(out).begin_ids
 
 
 def test_gguf_qwen2_tokenizer(tmp_path):
@@ -359,7 +359,7 @@ def test_gguf_sentencepiece_tokenizer(tmp_path):
         assert found.decode(found.encode(text)) == real.decode(real.encode(text)), text
     assert [found.bos_id(), found.eos_id(), found.unk_id(), found.pad_id()] == [1, 2, 0, -1]
     ours = Tokenizer(out)
-    assert (ours.bos_token, ours.eos_token, ours.add_bos) == ("<s>", "</s>", True)
+    assert (ours.bos_token, ours.eos_token, ours.begin_ids) == ("<s>", "</s>", (1,))
     if transformers.utils.is_protobuf_available():
         shutil.copytree(out, tmp_path / "real")
         shutil.copy(real_path, tmp_path / "real" / "tokenizer.model")
@@ -794,4 +794,4 @@ def test_real_gguf_tokenizer(smollm2_dir, smollm2_gguf):
         "  multiple   spaces": [216, 2701, 256, 5600],
     }
     assert {text: found(text).input_ids for text in known} == known
-    assert (ours.bos_id, ours.eos_ids, ours.add_bos) == (1, {2}, False)
+    assert (ours.bos_id, ours.eos_ids, ours.begin_ids) == (1, {2}, ())

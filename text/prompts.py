@@ -29,9 +29,9 @@ def encode_dialog(
     sequences come of a chat template that changes earlier turns: each has answers in the context in which the template
     would ask for them, the last one has the whole conversation. notes: counts what a reader of the data should know of.
 
-    Every answer with a weight, and the token that ends it, is a target. A sequence starts with one BOS if
-    `tokenizer.add_bos`; a style's own BOS is not doubled. It stops after the last target. Answers are encoded apart
-    from the prompt, so no token is part of both.
+    Every answer with a weight, and the token that ends it, is a target. A sequence starts with the tokenizer's
+    `begin_ids` (one BOS, mostly); a style's own are not doubled. It stops after the last target. Answers are encoded
+    apart from the prompt, so no token is part of both.
     """
     notes = Counter() if notes is None else notes
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
@@ -173,8 +173,8 @@ def _llama2_chat(tokenizer, dialog):
         text = joined(question)
         if system is not None and i == 0:
             text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
-        bos = tokenizer.bos_token if i and tokenizer.add_bos else ""
-        segments += [Segment(f"{bos}[INST] ", "template"), Segment(text.strip(), "user")]
+        begin = tokenizer.begin_text if i else ""
+        segments += [Segment(f"{begin}[INST] ", "template"), Segment(text.strip(), "user")]
         segments += [Segment(" [/INST] ", "template"), *_answer(tokenizer, answer)]
     return segments
 

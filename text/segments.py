@@ -5,7 +5,8 @@ import itertools
 from typing import NamedTuple
 
 from shell.cli import UserError
-from text.tokenizer import BETWEEN_WORDS, Tokenizer
+from text.tokenizer import Tokenizer
+from text.word_cache import BETWEEN_WORDS
 
 KINDS = {  # (whether special tokens written out in such a text count, whether it is a target)
     "template": (True, False),  # what a style writes
@@ -40,8 +41,8 @@ class Encoded(NamedTuple):
 def encode_segments(tokenizer: Tokenizer, segments: list[Segment]) -> Encoded:
     """The tokens of a conversation up to the end of its last target.
 
-    The sequence starts with one BOS if `tokenizer.add_bos`; one that is in the segments is not doubled. Answers are
-    encoded apart from what is around them, so no token is part of both.
+    The sequence starts with the tokenizer's `begin_ids` (one BOS, mostly); those in the segments are not doubled.
+    Answers are encoded apart from what is around them, so no token is part of both.
     """
     ids, is_target, start, prompt, end = [], [], True, [], 0
     for group in _groups(segments):
@@ -52,8 +53,7 @@ def encode_segments(tokenizer: Tokenizer, segments: list[Segment]) -> Encoded:
         space = _drop_last_space(tokenizer, prompt)
         more, start = tokenizer.encode_parts(prompt, start)
         ids += more
-        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
-            ids.insert(0, tokenizer.bos_id)
+        ids = tokenizer.with_begin(ids)
         is_target += [False] * (len(ids) - len(is_target))
         # An answer's own leading space needs a dummy prefix before it, or decoding would take it for one.
         own_space = group[0].kind == "answer" and group[0].text[:1] == " "
@@ -77,8 +77,8 @@ def _groups(segments):
 
 
 def split(tokenizer: Tokenizer, segment: Segment) -> list[str | int]:
-    """A segment cut at the added tokens that count in it: texts and ids, as `Tokenizer.split` returns them."""
-    parts = tokenizer.split(segment.text, special=KINDS[segment.kind][0])
+    """A segment cut at the special tokens that count in it: texts and ids, as `Tokenizer.cut` returns them."""
+    parts = tokenizer.cut(segment.text, special=KINDS[segment.kind][0])
     if BROKEN in segment.text:
         return [part.replace(BROKEN, "") if isinstance(part, str) else part for part in parts]
     return parts
@@ -123,7 +123,7 @@ def joins_cleanly(tokenizer: Tokenizer, segments: list[Segment]) -> bool:
 def _joins(tokenizer, left, right):
     """Whether two texts have the same ids together as they have as a prompt and an answer."""
     apart = encode_segments(tokenizer, [Segment(left, "user"), Segment(right, "mark")]).ids
-    return apart[tokenizer.add_bos :] == tokenizer.encode(left + right)
+    return apart[len(tokenizer.begin_ids) :] == tokenizer.encode(left + right)
 
 
 NEAR = 200  # characters at each side of an answer's beginning

@@ -22,10 +22,11 @@ from shell.files import read_json, write_json
 from text.messages import Dialog
 from text.prompts import STYLES, TOOL_LISTS
 from text.tokenizer import Tokenizer
+from text.vocabulary import has_tokenizer
 
-# The templates use: `bos`, the text of BOS if this tokenizer's sequences have it; `start`, what the sequence starts
-# with; `end`, the token that ends an answer; `gap`, the space before an answer that is still to come, empty where the
-# tokenizer's dummy prefix takes its place; `listing`, what stands before, between and after listed tools.
+# The templates use: `bos`, the text that this tokenizer's sequences begin with, mostly BOS's; `start`, what a sequence
+# starts with; `end`, the token that ends an answer; `gap`, the space before an answer that is still to come, empty
+# where the tokenizer's dummy prefix takes its place; `listing`, what stands before, between and after listed tools.
 
 _TURNS = r"""
 {%- if messages[0]['role'] == 'system' %}
@@ -213,9 +214,9 @@ def chat_template(tokenizer: Tokenizer, style: str) -> str:
     """The Jinja source of a style of `TEMPLATES`, with this tokenizer's tokens written into it."""
     dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     segments = STYLES[style](tokenizer, Dialog(dialog))
-    bos = tokenizer.bos_token if tokenizer.add_bos else ""
+    bos = tokenizer.begin_text
     first = tokenizer.split(segments[0].text, special=segments[0].kind == "template")[0]
-    start = "" if first == tokenizer.bos_id else bos  # a BOS that the style writes is not doubled
+    start = "" if bos and first == tokenizer.begin_ids[0] else bos  # a BOS that the style writes is not doubled
     if bos and tokenizer.prefix == "first" and isinstance(first, str):
         start += " "  # the dummy prefix, which those programs leave out after a BOS that is written out
     end = next(segment.text for segment in segments if segment.kind == "end")
@@ -242,7 +243,7 @@ def save_chat_template(folder: Path, style: str | None) -> str:
     if style not in TEMPLATES:
         return f"chat template: the base model's, NOT prompt style {style}, for which style_templates.py has none"
     config_path, jinja_path = Path(folder, "tokenizer_config.json"), Path(folder, "chat_template.jinja")
-    if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         return f"chat template: none, since there is no tokenizer; the model was trained in prompt style {style}"
     template = chat_template(Tokenizer(folder), style)
     config = read_json(config_path) if config_path.is_file() else None

@@ -1,7 +1,7 @@
 """Text to token ids and back.
 
-A tokenizer is what the checkpoint's own files say: a `tokenizer.json` (run by the `tokenizers` library) or else a
-SentencePiece `tokenizer.model`. Two things are done here, because the libraries do not promise them:
+A tokenizer is what the checkpoint's own files say (vocabulary.py). Two things are done here, because the libraries do
+not promise them:
 
 - A user's text never becomes a special token: "</s>" or "<|im_end|>" in it stays ordinary text. Special tokens are
   looked for in template text alone.
@@ -15,13 +15,16 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 from shell.cli import UserError
 from shell.files import check_listed, read_json
+from text.vocabulary import read_vocabulary
 
 TOKENIZER_FILES = (
-    "*token*.json", "tokenizer.model", "config.json", "generation_config.json", "chat_template.jinja",
+    "*token*.json", "tokenizer.model", "vocab.json", "merges.txt", "config.json", "generation_config.json",
+    "chat_template.jinja",
 )  # fmt: skip
 
 
@@ -30,7 +33,8 @@ class Tokenizer:
 
     vocab_size: the largest id + 1. bos_id, bos_token: BOS and its text, or None. eos_id, eos_token: EOS and its text.
     eos_ids: all ids that end a text, by the tokenizer's files, config.json and generation_config.json.
-    add_bos: whether this checkpoint's sequences start with BOS. chat_template: the checkpoint's Jinja source, or None;
+    begin_ids, begin_text: what this checkpoint's sequences start with, and its text: BOS, nothing, or tokens of its own
+    (GLM-4's are two). chat_template: the checkpoint's Jinja source, or None;
     tool_template: its other one, for conversations with tools.
     special_tokens: {name such as "bos_token": text}. prefix: which texts get a dummy prefix: "always" (those after a
     special token too), "first" (only a sequence's first text) or "never"; has_prefix: whether any does.
@@ -49,16 +53,8 @@ class Tokenizer:
             raise UserError(f"{self.folder}: its tokenizer files are damaged ({error!r}): get them again") from None
 
     def _read_files(self, folder):
-        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer.json").is_file():
-            self._model = _TokenizerJson(folder / "tokenizer.json")
-        elif (folder / "tokenizer.model").is_file():
-            self._model = _SentencePiece(folder / "tokenizer.model", legacy=config.get("legacy"))
-        else:
-            raise UserError(
-                f"{folder}: no tokenizer.json or tokenizer.model; copy the model's, or have transformers write one "
-                "(AutoTokenizer.from_pretrained, then save_pretrained)"
-            )
+        config = _read_config(folder)
+        self._model = read_vocabulary(folder, config, _read_json(folder / "config.json").get("model_type"))
         names = self._model.names | {key: config[key] for key in config if key.endswith("_token")}
         self.special_tokens = {key: _content(token) for key, token in names.items() if isinstance(token, str | dict)}
         self.added_tokens = self._collect_added_tokens(config)
@@ -71,7 +67,8 @@ class Tokenizer:
         self.vocab_size = max(self._model.size, *(id + 1 for id in self._by_id), 0)
         self.prefix = self._model.prefix
         self.has_prefix = self.prefix != "never"
-        self._find_bos_and_eos(config)
+        self._find_bos_and_eos()
+        self._find_begin(config)
         begins = self.bos_token if self.bos_id not in self.eos_ids else None  # some models have one token for both
         self.end_texts = tuple(text for text in self.added_tokens if text and text != begins)
         self.chat_template, self.tool_template = _find_chat_templates(folder)
@@ -97,7 +94,7 @@ class Tokenizer:
                 raise ValueError(f"added token {text!r} has the id {token['id']!r}")
         return added
 
-    def _find_bos_and_eos(self, config):
+    def _find_bos_and_eos(self):
         def id_of(text):
             return self.added_tokens[text]["id"] if text in self.added_tokens else None
 
@@ -114,8 +111,25 @@ class Tokenizer:
             raise UserError(f"{self.folder}: no end-of-sequence token; set eos_token in tokenizer_config.json")
         self.eos_id, self.eos_ids = ids[0], set(ids)
         self.eos_token = self.token_bytes(self.eos_id).decode("utf-8", "replace")
-        says = config.get("add_bos_token")
-        self.add_bos = self.bos_id is not None and (self._model.adds(self.bos_id) if says is None else bool(says))
+
+    def _find_begin(self, config):
+        """Find what each sequence begins with. As in transformers 5, tokenizer.json counts more than its settings."""
+        bos = [self.bos_id] if self.bos_id is not None else []
+        says, begins = config.get("add_bos_token"), self._model.begins
+        if begins is None:
+            begins = bos if says or says is None and self._model.adds_bos else []
+        elif says is not None and bos and (self.bos_id in begins) is not bool(says):
+            _note(
+                f"{self.folder}: add_bos_token in tokenizer_config.json is {says}, but tokenizer.json puts "
+                f"{'BOS' if self.bos_id in begins else 'none'} before a text: so it is done, as by transformers"
+            )
+        self.begin_ids = tuple(begins)
+        self.begin_text = b"".join(map(self.token_bytes, begins)).decode("utf-8", "replace")
+
+    def with_begin(self, ids: list[int]) -> list[int]:
+        """The ids of a sequence: these after `begin_ids`, which are not doubled if they are there already."""
+        count = len(self.begin_ids)
+        return ids if tuple(ids[:count]) == self.begin_ids else [*self.begin_ids, *ids]
 
     def take_chat_template(self, folder: Path) -> bool:
         """Take the chat template of another folder, if it has one that differs. Returns whether that is so."""
@@ -133,12 +147,12 @@ class Tokenizer:
 
         Many folders have a few such tokens that nothing uses, such as a padding token at 32000 in models made from
         Llama 2. They do no harm, so a token is only refused where a text has it (`encode_parts`), and here if each
-        sequence would: EOS, and BOS where there is one. (An embedding with more rows than tokens is merely padded.)
+        sequence would: EOS, and what it begins with. (An embedding with more rows than tokens is merely padded.)
         """
         rows = _read_json(self.folder / "config.json").get("vocab_size")
         self._rows = rows if type(rows) is int else self.vocab_size
         self._without_row = frozenset(range(self._rows, self.vocab_size))
-        self._refuse_without_row([self.eos_id, *([self.bos_id] if self.add_bos else [])])
+        self._refuse_without_row([self.eos_id, *self.begin_ids])
 
     def _refuse_without_row(self, ids):
         """Raise UserError if one of these ids is beyond the rows of the model's embedding."""
@@ -161,31 +175,38 @@ class Tokenizer:
 
         Raises UserError for a token for which the model of the folder's config.json has no row.
         """
-        return self.encode_parts(self.split(text, special), start)[0]
+        return self.encode_parts(self.cut(text, special), start)[0]
 
     def split(self, text: str, special: bool = False) -> list[str | int]:
         """`text` cut at its added tokens (special: as in `encode`): a list of ordinary texts (str) and ids (int)."""
+        return self._split(text, self.template_pattern if special else self._user_pattern)
+
+    def cut(self, text: str, special: bool = False) -> list[str | int]:
+        """`text` cut at its special tokens (special: as in `encode`), for `encode_parts`.
+
+        Added tokens that are not special stay in the texts, since one may stand across a template's end and a user's
+        beginning, such as Gemma's for two line ends.
+        """
         if not text.isascii() and (surrogate := re.search("[\ud800-\udfff]", text)):
             raise UserError(f"text with {surrogate[0]!r}, half a surrogate pair: it is not Unicode; correct its source")
-        pattern = self.template_pattern if special else self._user_pattern
+        return self._split(text, self.special_pattern) if special else [text] * bool(text)
+
+    def _split(self, text, pattern):
         pieces = pattern.split(text) if pattern.groups else [text]  # no group: there are no such tokens to look for
         # Every second piece is an added token, perhaps with blanks that it swallows.
         added = self.added_tokens
         return [added.get(p, added.get(p.strip()))["id"] if i % 2 else p for i, p in enumerate(pieces) if p]
 
     def encode_parts(self, parts: list[str | int], start: bool = True) -> tuple[list[int], bool]:
-        """The ids of what `split` returned, and whether a text that follows them would get a dummy prefix.
+        """The ids of what `cut` returned, and whether a text that follows them would get a dummy prefix.
 
         Neighbouring texts are encoded as one, so that it makes no difference where a template ends and a user begins.
         """
         ids = []
         for is_text, group in itertools.groupby(parts, key=lambda part: isinstance(part, str)):
-            if is_text:
-                ids += self._encode_text("".join(group), start)
-                start = False
-            else:
-                ids += group
-                start = self._model.prefix == "always"
+            for part in self.split("".join(group)) if is_text else group:
+                ids += self._encode_text(part, start) if isinstance(part, str) else [part]
+                start = not isinstance(part, str) and self._model.prefix == "always"
         if self._without_row and not self._without_row.isdisjoint(ids):
             self._refuse_without_row(ids)
         return ids, start
@@ -206,9 +227,11 @@ class Tokenizer:
 
     def token_bytes(self, id: int, skip_special: bool = False) -> bytes:
         """The text of a token as UTF-8 bytes (perhaps part of a character); empty for an id without a token."""
-        if id in self._by_id:
-            return b"" if skip_special and id in self._special_ids else self._by_id[id]["content"].encode()
         piece = self._model.piece(id) or ""
+        if id in self._by_id:
+            content = self._by_id[id]["content"]
+            if id in self._special_ids or self._model.byte_level or content != piece:  # else such as Gemma's "▁▁"
+                return b"" if skip_special and id in self._special_ids else content.encode()
         if self._model.byte_level:
             return b"".join(_BYTE_OF.get(letter) or letter.encode() for letter in piece)
         if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # SentencePiece's byte fallback
@@ -221,7 +244,8 @@ class Tokenizer:
         Prepared data carries it, to refuse another tokenizer (see `fits`).
         """
         digest = hashlib.sha256()
-        for name in sorted((self._model.path.name, "special_tokens_map.json", "added_tokens.json")):
+        names = [path.name for path in self._model.paths]
+        for name in sorted((*names, "special_tokens_map.json", "added_tokens.json")):
             path = self.folder / name
             if path.is_file():
                 digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
@@ -266,175 +290,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-class _TokenizerJson:
-    """A tokenizer.json, byte-level BPE or SentencePiece's kind, less its added tokens and its dummy prefix.
-
-    `Tokenizer` and `encode` add those two. prefix: "always" (a text after a special token gets one too),
-    "first" (only a sequence's first text) or "never".
-    """
-
-    names = {}
-
-    def __init__(self, path):
-        import tokenizers
-
-        self.path, spec = path, _read_json(path)
-        try:
-            self.added, spec["added_tokens"] = spec["added_tokens"], []
-            self.prefix = _take_prefix(_parts(spec["normalizer"]) + _parts(spec["pre_tokenizer"]))
-            decoders = {part["type"] for part in _parts(spec["decoder"])}
-            if spec["model"].get("continuing_subword_prefix"):  # nor has byte-level BPE, and the library panics at some
-                raise ValueError("continuing_subword_prefix is not supported")
-            self._library = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except BaseException as error:  # the library raises no more specific class, and its panics are no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise UserError(f"{path}: not a tokenizer.json that the tokenizers library reads ({error!r})") from error
-        if not decoders & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            raise UserError(f"{path}: neither byte-level BPE nor SentencePiece's kind (decoder {sorted(decoders)})")
-        self.byte_level = "ByteLevel" in decoders
-        self._library.no_truncation()  # a file may bring a limit, which would cut samples silently
-        self._library.no_padding()
-        self.piece, self.piece_to_id = self._library.id_to_token, self._library.token_to_id
-        self.size = self._library.get_vocab_size()
-
-    def encode(self, text, start):
-        return self._words.encode(" " + text if start and self.prefix != "never" else text, False)
-
-    @functools.cached_property
-    def _words(self):
-        def encode(text):
-            return self._library.encode(text, add_special_tokens=False).ids
-
-        return _Words(encode, encode, self._library.get_vocab(), "Ġ" if self.byte_level else "▁")
-
-    def adds(self, bos_id):
-        """Whether the file's post-processor starts a sequence with this id."""
-        return self._library.encode("").ids[:1] == [bos_id]
-
-
-class _SentencePiece:
-    """A SentencePiece tokenizer.model. legacy (in tokenizer_config.json): a dummy prefix after special tokens too."""
-
-    byte_level = False
-
-    def __init__(self, path, legacy):
-        import sentencepiece
-
-        self.path, proto = path, path.read_bytes()
-        try:
-            model = self._at_start = sentencepiece.SentencePieceProcessor(model_proto=proto)
-            # Protobufs written one after the other merge: these bytes are normalizer_spec.add_dummy_prefix = false.
-            self._inside = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
-        except RuntimeError as error:
-            raise UserError(f"{path}: not a SentencePiece model; put the model's tokenizer.json beside it") from error
-        self.size = model.get_piece_size()
-        self.prefix = "always" if legacy else "first"
-        if model.encode("a") == self._inside.encode("a"):
-            self.prefix = "never"
-        ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
-        self.names = {name: self.piece(id) for name, id in ids.items() if id >= 0}
-        control = filter(model.is_control, range(self.size))
-        self.added = [{"id": id, "content": self.piece(id), "special": True} for id in control]
-
-    def piece(self, id):
-        return self._at_start.id_to_piece(id) if 0 <= id < self.size else None
-
-    def piece_to_id(self, text):
-        id = self._at_start.piece_to_id(text)
-        return id if self.piece(id) == text else None  # an unknown piece has the id of <unk>
-
-    def encode(self, text, start):
-        return self._words.encode(text, start)
-
-    @functools.cached_property
-    def _words(self):
-        return _Words(self._inside.encode, self._at_start.encode, map(self.piece, range(self.size)), "▁")
-
-    def adds(self, bos_id):
-        return True
-
-
-class _Words:
-    """The ids of a text word by word, each word cached: a library takes several times as long to encode them.
-
-    A word here is what lies between two spaces that have something visible on both sides; the space before it is its.
-    encode: the library's function for a text that continues one; at_start: for one that begins a sequence. pieces: the
-    vocabulary's; `space` stands for one in them.
-    """
-
-    def __init__(self, encode, at_start, pieces, space):
-        visible, pieces = f"[^{space}ĊčĉċČ\\s]", [piece for piece in pieces if piece]  # the letters: byte-level blanks
-        split_off = not any(map(re.compile(f"[A-Za-z0-9]{_MARK}").search, pieces))
-        self._inside = _WordCache(encode, "", split_off)
-        self._at_start, self._later = (_WordCache(*how, split_off) for how in ((at_start, ""), (encode, " ")))
-        self._at_start.after = self._later.after = self._inside.after = self._inside
-        self._encode = encode, at_start
-        self._apart = not any(map(re.compile(visible + space).search, pieces))
-        self._apart = self._apart and all(self.encode(_PROBE, start) == self._encode[start](_PROBE) for start in (0, 1))
-
-    def encode(self, text, start):
-        """What the library's function returns for the text.
-
-        It is the words' ids, one after the other, if no piece of the vocabulary has a space after something visible
-        (a line's end may have one) and no normaliser minds where a text begins, which is tried once.
-        """
-        if not self._apart:
-            return self._encode[start](text)
-        odd = _ODD_SPACE.search(text) or " " in (text[:1], text[-1:])
-        first, *later = BETWEEN_WORDS.split(text) if odd else text.split(" ")
-        first = (self._at_start if start else self._inside)[first]
-        return [*first, *itertools.chain.from_iterable(map(self._later.__getitem__, later))]
-
-
-class _WordCache(dict):
-    """The ids of `before` + a word, by the word: a cache.
-
-    split_off: a punctuation mark and what follows it are looked up apart, in `after`. So they may be if no piece of the
-    vocabulary has such a mark after a letter or digit.
-    """
-
-    def __init__(self, encode, before, split_off):
-        self._encode, self._before, self._split_off = encode, before, split_off
-
-    def __missing__(self, word):
-        mark = self._split_off and _BEFORE_MARK.search(word)
-        ids = self[word[: mark.end()]] + self.after[word[mark.end() :]] if mark else self._encode(self._before + word)
-        if len(word) <= LONGEST_WORD:
-            if len(self) >= MOST_WORDS:
-                self.clear()
-            self[word] = ids
-        return ids
-
-
-BETWEEN_WORDS = re.compile(r" (?<=\S )(?=\S)")  # a pattern that begins with a letter is searched for faster
-_ODD_SPACE = re.compile(r" (?:\s|(?<=\s ))")
-_MARK = r"[,.?!;:)\"]"
-_BEFORE_MARK = re.compile(f"[A-Za-z0-9](?={_MARK})")
-LONGEST_WORD, MOST_WORDS = 40, 2**17  # characters; about 30 MB
-_PROBE = 'a b  c\n d. "e" 12 3,456.7 it\'s\t f   \n\ng? 日本 語 — é ½ ﬁ (h) U.S. <s> x'
-
-
-def _take_prefix(parts):
-    """Switch off the parts of a tokenizer.json that add a leading space. Returns when they add it: see `Tokenizer`."""
-    scheme = "never"
-    for part in parts:
-        if part["type"] == "Prepend" and part["prepend"] == "▁":
-            scheme, part["prepend"] = "always", ""
-        elif part["type"] == "Metaspace":
-            old = "always" if part.pop("add_prefix_space", False) else "never"  # the field of older files
-            scheme, part["prepend_scheme"] = part.get("prepend_scheme", old), "never"
-        elif part["type"] == "ByteLevel" and part.get("add_prefix_space"):
-            scheme, part["add_prefix_space"] = "always", False
-    return scheme
-
-
-def _parts(node):
-    """The parts of a normaliser, pre-tokeniser or decoder of tokenizer.json, sequences opened."""
-    if node is None or node["type"] != "Sequence":
-        return [node] if node else []
-    inner = next(value for value in node.values() if isinstance(value, list))
-    return [part for child in inner for part in _parts(child)]
+_BLANKS = r"[^\S\x1c-\x1f]*"  # white space as Unicode and the tokenizers library have it, less than Python's
 
 
 def _pattern(tokens):
@@ -446,7 +302,7 @@ def _pattern(tokens):
     def one(token):
         text = re.escape(token["content"])
         text = rf"(?<!\w){text}(?!\w)" if token.get("single_word") else text
-        return r"\s*" * token.get("lstrip", False) + text + r"\s*" * token.get("rstrip", False)
+        return _BLANKS * token.get("lstrip", False) + text + _BLANKS * token.get("rstrip", False)
 
     found = [one(token) for token in sorted(tokens, key=lambda token: -len(token["content"])) if token["content"]]
     return re.compile("(" + "|".join(found) + ")" if found else "(?!)")
@@ -479,6 +335,21 @@ def _byte_alphabet():
 
 
 _BYTE_OF = _byte_alphabet()
+
+
+@functools.cache
+def _note(text):
+    """Tell a user, once."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _read_config(folder):
+    """tokenizer_config.json, with the special tokens of older folders' special_tokens_map.json.
+
+    As in transformers 5 these come first where they contradict, unless the former lists its added tokens.
+    """
+    named, config = _read_json(folder / "special_tokens_map.json"), _read_json(folder / "tokenizer_config.json")
+    return named | config if "added_tokens_decoder" in config else config | named
 
 
 def _read_json(path):

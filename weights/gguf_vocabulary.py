@@ -52,9 +52,13 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: dict) -> None
     tokenizer: a `text.tokenizer.Tokenizer`. config: the model's parsed config.json. Raises UserError for a tokenizer
     that llama.cpp does not have.
     """
-    path = tokenizer.folder / "tokenizer.json"
+    path, sentencepiece = tokenizer.folder / "tokenizer.json", tokenizer.folder / "tokenizer.model"
+    if tokenizer.begin_ids not in ((), (tokenizer.bos_id,)):
+        raise UserError(f"no GGUF can be written: a text begins with {tokenizer.begin_text!r}, llama.cpp has BOS alone")
+    if not path.is_file() and not sentencepiece.is_file():
+        raise UserError(f"{tokenizer.folder} has neither {path.name} nor {sentencepiece.name}: a .gguf file needs one")
     if not path.is_file():
-        entries = _add_sentencepiece(writer, tokenizer.folder / "tokenizer.model")
+        entries = _add_sentencepiece(writer, sentencepiece)
     else:
         spec = read_json(path)
         _check_bpe(path, spec["model"])
@@ -293,7 +297,7 @@ def _add_special_ids(writer, tokenizer, config):
     for name, id in ids.items():
         if type(id) is int and id < rows:
             getattr(writer, f"add_{name}_token_id")(id)
-    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_bos_token(tokenizer.begin_ids == (tokenizer.bos_id,))
     settings = Path(tokenizer.folder, "tokenizer_config.json")
     adds_eos = settings.is_file() and read_json(settings).get("add_eos_token")
     writer.add_add_eos_token(bool(adds_eos))

@@ -271,7 +271,7 @@ def sentencepiece_server(tiny_checkpoint, tmp_path_factory):
 def test_sentencepiece_keeps_its_spaces(sentencepiece_server):
     """The texts of tokens joined are the text; BOS is none of them, so each has a log-probability."""
     place = sentencepiece_server
-    assert place.tokenizer.has_prefix and place.tokenizer.add_bos
+    assert place.tokenizer.has_prefix and place.tokenizer.begin_ids
     for prompt in (random_text(6), " two  spaces", "日本 Zürich"):
         ids = [place.tokenizer.bos_id, *place.tokenizer.encode(prompt)]
         all_ids, logprobs = plain(place, ids, 8)

@@ -7,6 +7,7 @@ import pytest
 from conftest import CHATML
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
+from tokenizers.processors import TemplateProcessing
 
 from inference.writer import trained_style
 from shell.cli import UserError
@@ -86,6 +87,14 @@ def add_tokens(folder, texts, special):
     library.save(str(folder / "tokenizer.json"))
 
 
+def put_before(folder, token):
+    """Make a tokenizer put a token before each text."""
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    tokens = [(token, library.token_to_id(token))]
+    library.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=tokens)
+    library.save(str(folder / "tokenizer.json"))
+
+
 def test_tokens_without_a_row_do_no_harm_until_they_are_used(folders):
     base, _ = folders
     add_tokens(base, ["<pad>", "<tool>"], special=True)
@@ -115,11 +124,13 @@ def test_a_template_with_a_token_without_a_row(folders):
         encode_prompt(Tokenizer(base), [{"role": "user", "content": "b"}], "checkpoint")
 
 
-@pytest.mark.parametrize("changes", [dict(eos_token="<end>"), dict(bos_token="<end>", add_bos_token=True)])
+@pytest.mark.parametrize("changes", [dict(eos_token="<end>"), dict(bos_token="<end>")])
 def test_the_tokens_of_every_sequence_need_a_row(folders, changes):
     base, _ = folders
     add_tokens(base, ["<end>"], special=True)
     edit_json(base / "tokenizer_config.json", **changes)
+    if "bos_token" in changes:
+        put_before(base, "<end>")
     with pytest.raises(UserError, match=r"none for '<end>' \(512\)"):
         Tokenizer(base)
     (base / "config.json").unlink()

@@ -136,7 +136,7 @@ def load_model(folder):
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     values |= {f"config.{name}": repr(value) for name, value in vars(model.config).items()}
     return values | {"ids": tokenizer.encode("the answer is 42", special=True), "template": tokenizer.chat_template,
-                     "ends": sorted(tokenizer.eos_ids), "bos": tokenizer.add_bos}  # fmt: skip
+                     "ends": sorted(tokenizer.eos_ids), "begin": tokenizer.begin_ids}  # fmt: skip
 
 
 def load_adapter(folder, base="model"):

@@ -92,6 +92,13 @@ def shorten(model):
     model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= model["vocab"].keys()]
 
 
+def puts_before(token, ids):
+    """The post-processor of a tokenizer.json that puts a token before each text."""
+    named, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {token: {"id": token, "ids": [ids[token]], "tokens": [token]}}
+    return {"type": "TemplateProcessing", "single": [named, text], "pair": [named, text], "special_tokens": tokens}
+
+
 @pytest.fixture(scope="session")
 def folder(bases, tmp_path_factory):
     """`folder(family, base)`: with the tokenizer of a family (as JSON), its special tokens in a kind of vocabulary."""
@@ -107,7 +114,9 @@ def folder(bases, tmp_path_factory):
             token = {"id": id, "content": text, "special": text in special} | dict.fromkeys(flags, False)
             added.append(token | {"rstrip": text in entry.get("swallows_blanks", ())})
         path = tmp_path_factory.mktemp("tokenizer")
-        (path / "tokenizer.json").write_text(json.dumps({**spec, "added_tokens": sorted(added, key=lambda t: t["id"])}))
+        spec = spec | {"added_tokens": sorted(added, key=lambda token: token["id"])}
+        spec |= {"post_processor": puts_before(entry["bos"], ids) if entry.get("adds_bos") else None}
+        (path / "tokenizer.json").write_text(json.dumps(spec))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": entry.get("adds_bos", False), **names}
         (path / "tokenizer_config.json").write_text(json.dumps(config))
         return path
@@ -199,9 +208,8 @@ def apply(peer, tokenizer, messages, tools, args, row, generate=False):
     how["sanitize_control_tokens"] = sanitized
     found = peer.apply_chat_template(messages, chat_template=tokenizer.chat_template, **how, **args)
     ids, mask = found["input_ids"], found.get("assistant_masks")
-    if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
-        ids, mask = [tokenizer.bos_id, *ids], mask and [0, *mask]
-    return ids, mask
+    more = len(tokenizer.with_begin(ids)) - len(ids)
+    return tokenizer.with_begin(ids), mask and [0] * more + mask
 
 
 # ------------------------------------------------------------------------------------------------------------ the table

@@ -14,7 +14,8 @@ from shell.cli import UserError
 from text.messages import read_messages
 from text.prompts import STYLES, encode_dialog, encode_prompt, stop_ids
 from text.segments import Segment
-from text.tokenizer import StreamDecoder, Tokenizer, _Words
+from text.tokenizer import StreamDecoder, Tokenizer
+from text.word_cache import Words
 
 mistral_common = pytest.importorskip("mistral_common")
 transformers = pytest.importorskip("transformers")
@@ -275,19 +276,19 @@ PARTS = st.sampled_from(
 def test_remembered_words_are_what_the_library_says(loaded, parts, data):
     """Texts word by word, each remembered, against the library's ids for the whole."""
     model, start = loaded[data.draw(st.sampled_from(KINDS))]._model, data.draw(st.booleans())
-    assert model._words._apart
+    assert model.words._apart
     text = "".join(parts)
-    assert model._words.encode(text, start) == model._words._encode[start](text)
+    assert model.words.encode(text, start) == model.words._encode[start](text)
 
 
 def test_a_vocabulary_with_spaces_inside_is_left_to_the_library():
     def encode(text):
         return [len(text)]
 
-    assert not _Words(encode, encode, ["a", "▁b"], "▁")._apart  # as the trial shows
+    assert not Words(encode, encode, ["a", "▁b"], "▁")._apart  # as the trial shows
     pieces = {word: i for i, word in enumerate(["a", "a▁b", "▁"])}
-    assert not _Words(list, list, pieces, "▁")._apart and _Words(list, list, ["a", "▁b", "\n▁"], "▁")._apart
-    assert not _Words(list, list, ["a.", "b"], "▁")._later._split_off
+    assert not Words(list, list, pieces, "▁")._apart and Words(list, list, ["a", "▁b", "\n▁"], "▁")._apart
+    assert not Words(list, list, ["a.", "b"], "▁")._later._split_off
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -359,7 +360,7 @@ def test_prepended_prefix_of_older_files(raw, folders, tmp_path):
         for text in ORDINARY + LEADING_SPACE + LOOK_ALIKES:
             assert tokenizer.encode(text) == raw.encode(text), text
         assert tokenizer.encode("<s>a", special=True) == [1, *raw.encode("a")]
-        assert tokenizer.add_bos
+        assert tokenizer.begin_ids == (1,)
 
 
 def test_prefix_space_of_byte_level_files(tmp_path):
@@ -408,15 +409,14 @@ def test_added_tokens_of_a_sentencepiece_folder(tmp_path):
 
 
 def test_bos_and_eos(folders, tmp_path):
-    assert [Tokenizer(folders[kind]).add_bos for kind in KINDS] == [False, True, True, True]
-    folder = make_byte_level(tmp_path / "no", bos="<|endoftext|>", add_bos_token=False)
-    assert not Tokenizer(folder).add_bos
+    assert [Tokenizer(folders[kind]).begin_ids for kind in KINDS] == [(), (0,), (1,), (1,)]
+    folder = make_byte_level(tmp_path / "no")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
     (folder / "config.json").write_text(json.dumps({"eos_token_id": 7}))
     assert Tokenizer(folder).eos_ids == {0, 2, 7}
     write_config(folder, bos_token={"content": "<|endoftext|>"}, add_bos_token=True)
     tokenizer = Tokenizer(folder)  # EOS is known from config.json and generation_config.json alone
-    assert (tokenizer.bos_id, tokenizer.add_bos, tokenizer.eos_id) == (0, True, 7)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 7)
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
     assert Tokenizer(folder).eos_id == 2
 
@@ -526,7 +526,7 @@ def test_many_turns(kind, style, loaded):
 def test_one_bos(kind, style, loaded):
     tokenizer = loaded[kind]
     [(ids, _)] = encode_dialog(tokenizer, [user("<s> hi <|endoftext|>"), assistant("ho")], style)
-    if tokenizer.add_bos:
+    if tokenizer.begin_ids:
         assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
     elif style not in ("chatml", "checkpoint"):  # where "<|im_start|>", BOS of this tokenizer, is written out
         assert tokenizer.bos_id not in ids
@@ -661,7 +661,7 @@ def test_template_equals_transformers(kind, template, dialog, use, peers):
         ids = theirs.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=generate, return_dict=False
         )
-        return ids if not ours.add_bos or ids[0] == ours.bos_id else [ours.bos_id, *ids]
+        return ours.with_begin(ids)
 
     if template == MISTRAL:
         dialog = [message for message in dialog if message["role"] != "system"]

@@ -243,7 +243,7 @@ def test_a_tokenizer_comes_back(tmp_path, kind):
         assert after.encode("a " + text, special=True) == before.encode("a " + text, special=True), text
         assert after.decode(after.encode(text)) == before.decode(before.encode(text)), text
     facts = [
-        (t.bos_id, t.eos_ids, t.add_bos, t.has_prefix, t.chat_template, t.template_pattern) for t in (before, after)
+        (t.bos_id, t.eos_ids, t.begin_ids, t.has_prefix, t.chat_template, t.template_pattern) for t in (before, after)
     ]
     assert facts[0] == facts[1]
     metadata = gguf_format.GGUFWeights(tmp_path / "a.gguf").metadata

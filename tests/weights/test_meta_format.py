@@ -428,7 +428,7 @@ def test_tiktoken_vocabulary(tmp_path, since_3_1):
         assert theirs.decode(expected) == ours.decode(expected) == text
     assert theirs("Hello").input_ids == [500, *ours.encode("Hello")]
     assert ours.encode("<|begin_of_text|><|start_header_id|><|eot_id|>", special=True) == [500, 506, 509]
-    assert ours.add_bos and ours.bos_id == 500 and ours.vocab_size == 756
+    assert ours.begin_ids == (ours.bos_id,) == (500,) and ours.vocab_size == 756
     assert ours.eos_ids == ({501, 508, 509} if since_3_1 else {501, 509})
     assert ours.token_bytes(504) == (b"<|finetune_right_pad_id|>" if since_3_1 else b"<|reserved_special_token_2|>")
     assert ours.token_bytes(755) == (
@@ -485,7 +485,7 @@ def test_tekken_vocabulary(tmp_path, named):
         assert ours.encode(text) == expected, text
         assert ours.decode(expected) == text
     assert theirs("Hello").input_ids == [1, *ours.encode("Hello")]
-    assert (ours.bos_id, ours.eos_ids, ours.add_bos, ours.vocab_size) == (1, {2}, True, 512)
+    assert (ours.bos_id, ours.eos_ids, ours.begin_ids, ours.vocab_size) == (1, {2}, (1,), 512)
     assert ours.token_bytes(3) == (b"[A]" if named else b"[INST]") and ours.token_bytes(24) == b"<SPECIAL_24>"
 
 
@@ -523,7 +523,7 @@ def test_sentencepiece_vocabulary(tmp_path, format):
     ours, library = Tokenizer(out), sentencepiece.SentencePieceProcessor(str(real))
     for text in TEXTS[2:-1]:
         assert ours.encode(text) == library.encode(text), text
-    assert (ours.bos_id, ours.eos_ids, ours.add_bos) == (1, {2}, True)
+    assert (ours.bos_id, ours.eos_ids, ours.begin_ids) == (1, {2}, (1,))
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes
