@@ -9,6 +9,7 @@ dtypes.py      in which dtype a product is computed
 linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA
 norm.py        RMSNorm. Start here: the smallest
 activation.py  SwiGLU
+grouping.py    tokens sorted by the expert that they go to, and back
 rotation.py    RoPE applied to queries and keys
 attention.py   the fastest way to attend on a device: SDPA, variable-length FlashAttention, C++. Plain: in model.py
 loss.py        cross-entropy at target positions, in chunks

@@ -5,6 +5,7 @@ families.py            what a config.json means, family by family. A new model f
 peft_format.py         adapter folders in PEFT's format
 replaced.py            what such a folder changes beside its adapters: whole parameters, rows of tokens
 safetensors_format.py  the safetensors header: what misleads is refused before memory is taken
+mxfp4.py               the packed format of GPT-OSS's experts
 bin_format.py          PyTorch's pickled files, unpickled without running code
 gguf_format.py         llama.cpp's GGUF files
 meta_format.py         Meta's consolidated.*.pth, sharded, and Mistral's consolidated*.safetensors
