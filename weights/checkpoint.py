@@ -75,8 +75,8 @@ def model_of(values: dict, weights: Weights) -> tuple[dict, Transformer, Weights
     """The model, without memory, that a config.json's values and weights make.
 
     Returns the values to write for it, with `tie_word_embeddings` as the weights have it (`Weights.ties_head`) and
-    nothing of how they were quantised, the model, and its weights under its own names. Raises ValueError for values that are not supported, UserError for
-    weights that do not fit.
+    nothing of how they were quantised, the model, and its weights under its own names. Raises ValueError for values
+    that are not supported, UserError for weights that do not fit.
     """
     values = current_values(values)
     config = config_from_json(values)

@@ -13,7 +13,7 @@ BIAS = 127  # of the scale's exponent (E8M0)
 
 
 def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
-    """The weight (rows, columns) in bf16 of blocks (rows, columns / 32, 16) and scales (rows, columns / 32), both uint8.
+    """The weight (rows, columns) in bf16 of blocks (rows, columns / 32, 16) and scales (rows, columns / 32), in uint8.
 
     A byte has two weights, the first one in its lower half. Exact, as bf16 has 8 bits of mantissa.
     """

@@ -77,7 +77,7 @@ EMBEDDING, POSITIONS, NORM, HEAD = "model.embed_tokens", "model.embed_positions"
 
 
 def table(prefix: str, layers: dict, others: dict) -> tuple[Row, ...]:
-    """A table from their names (`prefix` before those in a layer) to ours, or to all fields of a `Row` but the first."""
+    """A table from their names (`prefix` before those in a layer) to ours, or to what else a `Row` has."""
     pairs = [(prefix + name, ours) for name, ours in layers.items()] + list(others.items())
     return tuple(Row(theirs, *((ours,),) if isinstance(ours, str) else ours) for theirs, ours in pairs)
 

@@ -224,7 +224,7 @@ def _ended_early(path):
 
 
 class Unpacked(Weights):
-    """Other `Weights` in which parameters that lie there in MXFP4 are in bf16, in the layout that GPT-OSS has otherwise.
+    """Other `Weights`, with parameters that lie there in MXFP4 in bf16, in the layout that GPT-OSS has otherwise.
 
     A parameter X (E, in, out) is stored as X_blocks and X_scales; an expert's is made of them when it is read.
     """
