@@ -989,7 +989,7 @@ def test_the_balance_loss_is_trained_and_not_shown(run, settings, experts_dir, f
     samples = random_samples(4)
     flags = dict(flags, checkpoint_dir=experts_dir, method="full", max_steps=1, micro_batch_tokens=32, max_grad_norm=0)
     plain = rows(run(samples, name="plain", **flags))[0]
-    balanced = rows(run(samples, name="balanced", balance_loss=0.7, **flags))[0]
+    balanced = rows(run(samples, name="balanced", balance_loss=70, **flags))[0]
     assert balanced["loss"] == plain["loss"]
     s = settings(name="expected", **flags)
     data = build.open_data(s)
@@ -1000,7 +1000,7 @@ def test_the_balance_loss_is_trained_and_not_shown(run, settings, experts_dir, f
         routed, (tokens, wanted, offsets) = [], PLANNERS[s.planner].layout(data.train, indices)
         task, lengths = model(tokens, wanted, offsets=offsets, routed=routed), data.train.lengths[indices]
         counted = None if offsets else (torch.arange(tokens.size(1)) < lengths[:, None]).flatten()
-        total = total + task + 0.7 * (wanted != IGNORE).sum() * balance_loss(routed, 2, counted)
+        total = total + task + 70 * (wanted != IGNORE).sum() * balance_loss(routed, 2, counted)
     (total / targets).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert len(micro_batches) > 1
