@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from batching import PLANNERS, Samples, in_order
+from batching import IGNORE, PLANNERS, Samples, in_order
+from experts import balance_loss
 from training import build, nonfinite, run_folder
 from training.build import Data, Run
 from training.memory import budget
@@ -168,7 +169,7 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
         loss += micro_loss.detach()
         if s.optimizer_in_backward:  # the backward pass is about to change the weights
             check_finite("the loss", loss)
-        fabric.backward(micro_loss)
+        fabric.backward(result.trained / target_count)
         positions += result.positions
         add_by_source(sums, result.losses, samples, indices)
     if fabric.world_size > 1:
@@ -194,11 +195,20 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
 
 
 class Forward(NamedTuple):
-    """Of a micro-batch: the sum of its losses, the loss of each target (n,), and how many positions it takes."""
+    """Of a micro-batch: the sum of its losses, the loss of each target (n,), and how many positions it takes.
+
+    balance: what is added to the sum that is trained, but to no loss that is shown (--balance_loss).
+    """
 
     summed: Tensor
     losses: Tensor
     positions: int
+    balance: Tensor | float = 0.0
+
+    @property
+    def trained(self) -> Tensor:
+        """The scalar whose gradient is taken."""
+        return self.summed + self.balance
 
 
 def forward(run: Run, samples: Samples, indices: list[int]) -> Forward:
@@ -213,9 +223,24 @@ def objective(run: Run, batch: tuple) -> Forward:
     """
     tokens, targets, offsets = batch
     device, recompute = run.fabric.device, run.settings.recompute if run.model.training else 0.0
+    routed = [] if run.settings.balance_loss and run.model.training else None
+    tokens, targets = tokens.to(device), targets.to(device)
     with run.fabric.autocast():
-        losses = run.model(tokens.to(device), targets.to(device), recompute=recompute, offsets=offsets, each=True)
-    return Forward(*losses, tokens.numel())
+        losses = run.model(tokens, targets, recompute=recompute, offsets=offsets, each=True, routed=routed)
+    added = unevenness(run, routed, targets, offsets) if routed else 0.0
+    return Forward(*losses, tokens.numel(), added)
+
+
+def unevenness(run: Run, routed: list[Tensor], targets: Tensor, offsets: list[int] | None) -> Tensor:
+    """--balance_loss times the balance loss of a micro-batch, times its number of targets.
+
+    So a step, whose sum is divided by all its targets, has each micro-batch's with its share of them. routed: router
+    logits (B * T, E) of each mixture. In padded rows (no offsets) tokens up to the last target of targets (B, T) count.
+    """
+    is_target = targets != IGNORE
+    counted = None if offsets is not None else is_target.flip(1).cummax(1).values.flip(1).flatten()
+    loss = balance_loss(routed, run.model.config.experts.per_token, counted)
+    return run.settings.balance_loss * is_target.sum() * loss
 
 
 def clip_and_step(run: Run) -> Tensor:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from experts import ExpertConfig, Experts
 from ops.activation import activate, gated, plain_softcap
 from ops.attention import Scores, choose_attention
 from ops.dtypes import compute_dtype
@@ -72,7 +74,9 @@ class Config:
     shared_norm: bool = False  # and through the same norm
     residual_scale: float = 1.0  # of what attention and MLP add
     gated: bool = True  # the MLP's activation is of a product of two projections, not of one
-    activation: str = "silu"  # a key of ops.activation.ACTIVATIONS
+    activation: str = "silu"  # a key of ops.activation.ACTIVATIONS, or "clamped_swiglu"
+    experts: ExpertConfig | None = None  # of a mixture of experts
+    sparse: tuple[bool, ...] = ()  # whether a layer has them in its MLP's place; empty: none has
     # Attention
     slopes: tuple[float, ...] | None = None  # ALiBi's, of each head (ops.attention.Scores)
     softcap: float | None = None  # of the scores
@@ -93,15 +97,19 @@ class Config:
 
     def kinds_of_layers(self) -> list[tuple]:
         """What is equal for layers that compute the same, of each layer."""
-        return list(zip(*(getattr(self, name) for name in PER_LAYER), strict=True))
+        return list(zip(*self._by_layer().values(), strict=True))
 
     def of_layers(self, numbers: Sequence[int]) -> "Config":
         """The config of a model that has only the layers with these numbers."""
-        each = {name: tuple(getattr(self, name)[number] for number in numbers) for name in PER_LAYER}
+        each = {name: tuple(values[number] for number in numbers) for name, values in self._by_layer().items()}
         return dataclasses.replace(self, num_hidden_layers=len(numbers), **each)
 
+    def _by_layer(self):
+        """The fields that have a value for each layer, by name."""
+        return {name: values for name in PER_LAYER if (values := getattr(self, name))}
 
-PER_LAYER = ("ropes", "windows", "scales")
+
+PER_LAYER = ("ropes", "windows", "scales", "sparse")
 
 
 # ---------------------------------------------------------------------------------------------- norm, linear layers
@@ -347,16 +355,16 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)), SwiGLU and its kin (Shazeer 2020, arXiv 2002.05202), or down(act(up(x)))."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, inner: int):
         super().__init__()
-        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        D, bias = config.hidden_size, config.mlp_bias
         self.activation = config.activation
         self.gate_proj = Linear(D, inner, bias=bias) if config.gated else None
         self.up_proj = Linear(D, inner, bias=bias)
         self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) to (B, T, D)."""
+        """x (..., D) to (..., D)."""
         if self.gate_proj is None:
             return self.down_proj(activate(self.activation, self.up_proj(x)))
         return self.down_proj(gated(self.activation, *project(x, self.gate_proj, self.up_proj)))
@@ -383,18 +391,35 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.attention_output_norm, self.attention_sum_norm = norm("after", "both"), norm("sum")
         self.post_attention_layernorm = nn.Identity() if config.shared_norm else norm("before", "both")
-        self.mlp = MLP(config)
+        self.sparse = bool(config.sparse) and config.sparse[layer]
+        make_mlp = partial(MLP, config)
+        if self.sparse:
+            self.mlp = Experts(config.experts, config.hidden_size, make_mlp)
+        else:
+            self.mlp = make_mlp(config.intermediate_size)
         self.mlp_output_norm, self.mlp_sum_norm = norm("after", "both"), norm("sum")
 
-    def forward(self, x: Tensor, angles: Angles | None, attention: Callable, cache: Any = None) -> Tensor:
-        """x (B, T, D) to (B, T, D). The arguments are those of `Attention`."""
+    def forward(
+        self, x: Tensor, angles: Angles | None, attention: Callable, cache: Any = None, routed: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """x (B, T, D) to (B, T, D). The arguments are those of `Attention`.
+
+        routed: return the logits (B * T, E) of the experts too, None where there are none.
+        """
         normed = self.input_layernorm(x)
         attended = self.attention_output_norm(self.self_attn(normed, angles, attention, cache))
         if self.parallel:
-            return x + attended + self.mlp(normed if self.shared_norm else self.post_attention_layernorm(x))
-        x = self.attention_sum_norm(x.add(attended, alpha=self.scale))
-        added = self.mlp_output_norm(self.mlp(self.post_attention_layernorm(x)))
-        return self.mlp_sum_norm(x.add(added, alpha=self.scale))
+            added, logits = self.feed_forward(normed if self.shared_norm else self.post_attention_layernorm(x))
+            y = x + attended + added
+        else:
+            x = self.attention_sum_norm(x.add(attended, alpha=self.scale))
+            added, logits = self.feed_forward(self.post_attention_layernorm(x))
+            y = self.mlp_sum_norm(x.add(self.mlp_output_norm(added), alpha=self.scale))
+        return (y, logits) if routed else y
+
+    def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the MLP or the mixture of experts makes of x (B, T, D), and the logits of the experts or None."""
+        return self.mlp(x) if self.sparse else (self.mlp(x), None)
 
 
 # -------------------------------------------------------------------------------------------- the whole, and its loss
@@ -437,6 +462,7 @@ class Transformer(nn.Module):
         recompute: float = 0.0,
         offsets: list[int] | None = None,
         each: bool = False,
+        routed: list[Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) for tokens (B, T) int64; with `targets` (B, T) the sum of their losses, a scalar in fp32.
 
@@ -447,8 +473,9 @@ class Transformer(nn.Module):
         offsets: of samples end to end in one row (B = 1): where each begins and the last one ends. Positions restart.
         each: with `targets`, return that sum and the loss of each target, (n,) fp32 in the order of the flattened
             `targets`, without gradient.
+        routed: a list to which each mixture of experts adds the logits (B * T, E) of its router, with gradient.
         """
-        x = self.hidden_states(tokens, cache, recompute, offsets)
+        x = self.hidden_states(tokens, cache, recompute, offsets, routed=routed)
         if targets is None:
             return self.logits(x)
         loss, losses = self.target_losses(x, targets)
@@ -461,6 +488,7 @@ class Transformer(nn.Module):
         recompute: float = 0.0,
         offsets: list[int] | None = None,
         tree: Places | None = None,
+        routed: list[Tensor] | None = None,
     ) -> Tensor:
         """The final, normed hidden states (B, T, D) of tokens (B, T).
 
@@ -472,9 +500,14 @@ class Transformer(nn.Module):
         recomputed = round(recompute * len(layers))
         for number, block in enumerate(layers):
             if number < recomputed:
-                x = checkpoint(block, x, *arguments[number], use_reentrant=False, preserve_rng_state=True)
+                run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=True)
             else:
-                x = block(x, *arguments[number], cache)
+                run = block
+            if routed is None:
+                x = run(x, *arguments[number], cache)
+            else:  # taken here, not in the block: recomputation would add them again
+                x, logits = run(x, *arguments[number], cache, True)
+                routed += [] if logits is None else [logits]
         if cache is not None:
             cache.length += tokens.size(1)
         return self.finish(x)

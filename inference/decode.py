@@ -49,7 +49,7 @@ def fastest_decoder(model: Transformer) -> "Decoder":
     """
     weight = model.model.embed_tokens.weight
     kinds = [Decoder]
-    if weight.is_cuda:
+    if weight.is_cuda and not model.config.experts:  # a graph cannot follow tokens to their experts
         kinds = [StaticDecoder, Decoder]
     elif weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and in_decode_cpp(model.config):
         kinds = [CompiledDecoder, Decoder]

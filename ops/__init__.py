@@ -9,6 +9,7 @@ dtypes.py      in which dtype a product is computed
 linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA
 norm.py        RMSNorm and LayerNorm. Start here: the smallest
 activation.py  activations of MLPs, gated (SwiGLU and its kin) and plain
+grouping.py    tokens sorted by the expert that they go to, and back
 rope.py        RoPE: how fast each pair of dimensions turns, and the ways to stretch it
 rotation.py    RoPE applied to queries and keys
 alibi.py       ALiBi: how much each head's scores fall with distance

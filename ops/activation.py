@@ -20,11 +20,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def plain_gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
-    """The reference: activation(gate) * up, of one shape."""
+    """The reference: activation(gate) * up, of one shape, or GPT-OSS's `clamped_swiglu`."""
+    if name == "clamped_swiglu":
+        return clamped_swiglu(gate, up)
     return ACTIVATIONS[name](gate) * up
 
 
-def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float = 7.0) -> Tensor:
     """GPT-OSS's: (up + 1) * gate * sigmoid(1.702 gate), gate at most and up within `limit`."""
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
@@ -66,7 +68,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
-    """activation(gate) * up (Shazeer 2020, arXiv 2002.05202), of one shape, in the wider of their dtypes."""
+    """`plain_gated` (Shazeer 2020, arXiv 2002.05202), of one shape, in the wider of their dtypes."""
     if torch.compiler.is_compiling() or name != "silu":
         return plain_gated(name, *alike(gate, up))
     return _SwiGLU.apply(*alike(gate, up))

@@ -75,7 +75,7 @@ class _LowRankLinears(torch.autograd.Function):
             y.addmm_(part, factor.to(x.dtype).T, alpha=scale)
         ctx.save_for_backward(flat, small, a, *b)
         ctx.restores, ctx.scales, ctx.ranks, ctx.shape = restores, scales, ranks, x.shape
-        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        return tuple(y.view(*x.shape[:-1], y.size(-1)) for y in ys)
 
     @staticmethod
     def backward(ctx, *grads):

@@ -960,3 +960,58 @@ def test_two_devices_do_what_one_does(run, run_script, settings):
         assert row == pytest.approx(expected, rel=1e-5)
     assert f"val_loss/{NAMES[1]}" in expected
     assert out.count("trainable parameters beside") == 1  # only the first of them speaks
+
+
+# ------------------------------------------------------------------------------------------------- mixtures of experts
+
+
+@pytest.fixture
+def experts_dir(tmp_path, tiny_model_dir):
+    """A tiny random Qwen3-MoE, with the tokenizer of the tiny Llama."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path / "experts"
+    shutil.copytree(tiny_model_dir, folder)
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=512, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=8, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("flags", [{}, {"recompute": 1.0}, {"planner": "sorted_in_step"}])
+def test_the_balance_loss_is_trained_and_not_shown(run, settings, experts_dir, flags):
+    """The gradient of several micro-batches is that of their task loss and of the balance loss, each with its share."""
+    from experts import balance_loss
+
+    samples = random_samples(4)
+    flags = dict(flags, checkpoint_dir=experts_dir, method="full", max_steps=1, micro_batch_tokens=32, max_grad_norm=0)
+    plain = rows(run(samples, name="plain", **flags))[0]
+    balanced = rows(run(samples, name="balanced", balance_loss=70, **flags))[0]
+    assert balanced["loss"] == plain["loss"]
+    s = settings(name="expected", **flags)
+    data = build.open_data(s)
+    model = load_model(experts_dir, torch.float32).requires_grad_(True)
+    ((_, micro_batches),) = planned_steps(s, data.train, 0, 1)
+    total, targets = 0.0, data.train.target_counts.sum().item()
+    for indices in micro_batches:
+        routed, (tokens, wanted, offsets) = [], PLANNERS[s.planner].layout(data.train, indices)
+        task, lengths = model(tokens, wanted, offsets=offsets, routed=routed), data.train.lengths[indices]
+        counted = None if offsets else (torch.arange(tokens.size(1)) < lengths[:, None]).flatten()
+        total = total + task + 70 * (wanted != IGNORE).sum() * balance_loss(routed, 2, counted)
+    (total / targets).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert len(micro_batches) > 1
+    assert balanced["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert abs(balanced["grad_norm"] - plain["grad_norm"]) > 1e-3 * plain["grad_norm"]
+
+
+@pytest.mark.parametrize(("targets", "count"), [(None, 8), (["down_proj", "q_proj"], 14)])
+def test_experts_are_only_adapted_if_that_is_asked_for(run, experts_dir, targets, count):
+    out_dir = run(
+        random_samples(4), checkpoint_dir=experts_dir, max_steps=2, lora_targets=targets, micro_batch_tokens=8
+    )
+    model = load_model(experts_dir, torch.float32, adapter_dir=out_dir / "final")
+    assert len(lora.adapters(model)) == count

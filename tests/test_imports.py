@@ -12,6 +12,7 @@ from conftest import ROOT
 LAYERS = [
     ["shell"],
     ["ops"],
+    ["experts"],
     ["model"],
     ["quantize"],
     ["lora"],

@@ -14,6 +14,7 @@ import torch
 
 import lora
 from batching import Samples, read_data_info, source_names
+from experts import Experts
 from model import Config, Transformer
 from ops.allocator import keep_freed_memory
 from ops.attention import Attend
@@ -102,7 +103,9 @@ def check_model(s: Settings, data: Data) -> Transformer:
         model = Transformer(config)
         s.quantize = read_quantization(s.quantize, model)
         if s.method != "full":
-            lora.add_lora(model, adapter_config(s))
+            lora.add_lora(model, adapter_config(s, config))
+    if s.balance_loss and not config.experts:
+        raise UserError(f"--balance_loss {s.balance_loss:g}: the model in {s.checkpoint_dir} has no experts")
     if s.method == "full" and s.precision == "bf16-true":
         print(
             "note: small steps on bf16 weights round to nothing; --precision bf16-mixed trains fp32 weights",
@@ -160,7 +163,7 @@ def build_model(
     dtype = DTYPES[s.precision]
     if s.method == "full":
         return load_model(newest or s.checkpoint_dir, dtype, device).requires_grad_(True), None
-    config = adapter_config(s)
+    config = adapter_config(s, read_config(s.checkpoint_dir))
     model = load_model(s.checkpoint_dir, dtype, device, s.quantize, adapter_dir=newest)
     if not newest:
         lora.add_lora(model, config)
@@ -173,6 +176,7 @@ def compile_blocks(model: Transformer, device: torch.device) -> None:
     if not (importlib.util.find_spec(compiler) if device.type == "cuda" else shutil.which(compiler)):
         print(f"note: --compile needs {compiler}, which is not installed: going on without", file=sys.stderr)
         return
-    Attend.__call__ = torch.compiler.disable(Attend.__call__)  # not where it is defined: that takes a second to import
+    for eager in (Attend, Experts):  # not where they are defined: that takes a second to import
+        eager.__call__ = torch.compiler.disable(eager.__call__)
     for block in model.model.layers:
         block.compile(dynamic=True)

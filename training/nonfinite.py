@@ -218,7 +218,7 @@ def run_batch(run: Run, step: KeptStep, batch: tuple, objective: Callable) -> Ou
             result = objective(run, batch)
             loss = result.summed / step.target_count
             look("the loss", loss)
-            (loss * step.scale).backward()
+            (result.trained / step.target_count * step.scale).backward()
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,8 @@ class Settings:
         lora_r: Rank of the adapter.
         lora_alpha: Scale of the adapter; its product is multiplied by alpha / r.
         lora_dropout: Share of the adapter's inputs set to zero in training.
-        lora_targets: Projections that get an adapter.
+        lora_targets: Projections that get an adapter; gate_proj, up_proj and down_proj are also those of every expert.
+            By default all, but in a mixture of experts attention's alone.
         lora_rslora: Multiply by alpha / sqrt(r) instead.
         global_batch_size: Samples in an optimiser step, over all micro-batches and devices.
         micro_batch_tokens: Tokens in a micro-batch, padding included: memory against speed. Without dropout the
@@ -41,6 +42,9 @@ class Settings:
         schedule: How the rate falls to zero after the warm-up; "constant" keeps it.
         warmup_steps: Steps over which the rate rises.
         weight_decay: Decay of matrices (not of norms and biases).
+        balance_loss: In a mixture of experts, train the loss plus this times how unevenly tokens go to experts
+            (experts.balance_loss, over the tokens of a micro-batch up to a row's last target); 0.001 to 0.01 is usual.
+            metrics.csv has the loss without it.
         beta1: AdamW's decay of the first moment.
         beta2: AdamW's decay of the second moment.
         max_grad_norm: Clip the gradient to this norm; 0 for no clipping.
@@ -72,9 +76,7 @@ class Settings:
     lora_r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.0
-    lora_targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+    lora_targets: list[str] | None = None
     lora_rslora: bool = False
     global_batch_size: int = 32
     micro_batch_tokens: int | Literal["auto"] = 2048
@@ -87,6 +89,7 @@ class Settings:
     schedule: Literal[cli.table_keys("training/schedule.py", "SCHEDULES")] = "cosine"
     warmup_steps: int = 10
     weight_decay: float = 0.0
+    balance_loss: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
@@ -141,10 +144,10 @@ class Settings:
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
         zero_or_above = ("warmup_steps", "weight_decay", "max_grad_norm", "eval_interval", "save_interval", "keep_last")
-        cli.check_numbers(self, *zero_or_above, "seed", least=0)
+        cli.check_numbers(self, *zero_or_above, "seed", "balance_loss", least=0)
         cli.check_numbers(self, "lora_dropout", "beta1", "beta2", least=0, below=1)
         cli.check_numbers(self, "recompute", least=0, most=1)
-        if not self.lora_targets:
+        if self.lora_targets == []:
             raise UserError("--lora_targets is empty: name at least one projection, such as [q_proj,v_proj]")
 
     def _check_checkpoints(self):

@@ -9,6 +9,7 @@ config_keys.py         checks of single values of a config.json
 peft_format.py         adapter folders in PEFT's format
 replaced.py            what such a folder changes beside its adapters: whole parameters, rows of tokens
 safetensors_format.py  the safetensors header: what misleads is refused before memory is taken
+mxfp4.py               the packed format of GPT-OSS's experts
 bin_format.py          PyTorch's pickled files, unpickled without running code
 gguf_format.py         llama.cpp's GGUF files: reading them, and the tables for both directions
 gguf_writing.py        writing them: tensors, and what config.json says

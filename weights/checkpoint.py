@@ -80,9 +80,9 @@ def _read_config_json(folder):
 def model_of(values: dict, weights: Weights) -> tuple[dict, Transformer, Weights]:
     """The model, without memory, that a config.json's values and weights make.
 
-    Returns the values to write for it, with `tie_word_embeddings` as the weights have it (`Weights.ties_head`), the
-    model, and its weights under its own names. Raises ValueError for values that are not supported, UserError for
-    weights that do not fit.
+    Returns the values to write for it, with `tie_word_embeddings` as the weights have it (`Weights.ties_head`) and
+    nothing of how they were quantised, the model, and its weights under its own names. Raises ValueError for values
+    that are not supported, UserError for weights that do not fit.
     """
     values = current_values(values)
     config = config_from_json(values)
@@ -94,7 +94,7 @@ def model_of(values: dict, weights: Weights) -> tuple[dict, Transformer, Weights
         with torch.device("meta"):
             model = Transformer(dataclasses.replace(config, tie_word_embeddings=False))
     weights.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
-    return values, model, weights
+    return {key: value for key, value in values.items() if key != "quantization_config"}, model, weights
 
 
 def load_model(
@@ -347,9 +347,9 @@ def trained_quantization(adapter_dir: str | Path | None, quantize: str | None) -
 
 
 def with_dtype(config: dict, dtype: torch.dtype) -> dict:
-    """config.json's values for weights of a torch dtype, in which transformers then loads them."""
-    name = str(dtype).removeprefix("torch.")
-    return {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": name}
+    """config.json's values for plain weights of a torch dtype, in which transformers then loads them."""
+    name, old = str(dtype).removeprefix("torch."), ("dtype", "quantization_config")
+    return {key: value for key, value in config.items() if key not in old} | {"torch_dtype": name}
 
 
 def copy_side_files(source: str | Path, folder: str | Path) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 LARGEST, MOST_LAYERS = 2**24, 1000  # of a size: a damaged file must not cost time or memory
+MOST_EXPERTS = 1000
 LARGEST_NUMBER = 1e30  # of a number with a fraction
 
 

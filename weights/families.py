@@ -12,20 +12,23 @@ Llama's, a table in names.py.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from experts import ExpertConfig
 from model import Config
 from ops.alibi import alibi_slopes, mpt_slopes
-from weights.config_keys import LARGEST, MOST_LAYERS, check_number, check_size
+from weights.config_keys import LARGEST, MOST_EXPERTS, MOST_LAYERS, check_number, check_size
 from weights.rope_config import read_rope, read_ropes_by_kind
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 OTHER_SIZES = {  # and the least that they may be
     "num_key_value_heads": 1, "head_dim": 1, "max_position_embeddings": 1, "sliding_window": 1, "max_window_layers": 0,
-    "word_embed_proj_dim": 1, "no_rope_layer_interval": 1, "sliding_window_pattern": 1,
+    "word_embed_proj_dim": 1, "no_rope_layer_interval": 1, "sliding_window_pattern": 1, "num_experts": 0,
+    "num_experts_per_tok": 1, "moe_intermediate_size": 1, "shared_expert_intermediate_size": 1,
+    "decoder_sparse_step": 1,
 }  # fmt: skip
 NUMBERS = (
     "norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv",
     "embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier", "logit_scale",
-    "rope_local_base_freq",
+    "rope_local_base_freq", "swiglu_alpha", "swiglu_limit",
 )  # fmt: skip
 
 # Defaults that all families share. In num_key_value_heads and head_dim None means: as many as there are query heads,
@@ -296,6 +299,84 @@ def _gpt_bigcode(keys):
     return {**_gpt2(keys), "num_key_value_heads": 1 if keys["multi_query"] else keys["num_attention_heads"]}
 
 
+def _experts(keys, size, renormalised, **more):
+    """Fields of a mixture of experts of this inner size, in all layers."""
+    count, chosen = keys["num_experts"], keys["num_experts_per_tok"]
+    if not chosen <= count <= MOST_EXPERTS:
+        raise ValueError(
+            f"num_experts_per_tok {chosen} of {count} experts is not supported: there must be at least as many, and at "
+            f"most {MOST_EXPERTS}"
+        )
+    experts = ExpertConfig(count, chosen, size, renormalised, **more)
+    return {"experts": experts, "sparse": (True,) * keys["num_hidden_layers"]}
+
+
+def _qwen_experts(keys, **more):
+    """The same for Qwen, whose models have dense layers among the others."""
+    dense, step = keys["mlp_only_layers"] or [], keys["decoder_sparse_step"]
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        raise ValueError(f"mlp_only_layers is {dense!r}, it must be a list of layers' numbers")
+    sparse = [(layer + 1) % step == 0 and layer not in dense for layer in range(keys["num_hidden_layers"])]
+    if keys["num_experts"] == 0 or not any(sparse):
+        return {}
+    fields = _experts(keys, keys["moe_intermediate_size"], keys["norm_topk_prob"], **more)
+    return {**fields, "sparse": tuple(sparse)}
+
+
+def _mixtral(keys):
+    if keys["router_jitter_noise"] != 0:
+        raise ValueError(f"router_jitter_noise {keys['router_jitter_noise']!r} is not supported, only 0.0 is")
+    windows = (keys["sliding_window"],) * keys["num_hidden_layers"]
+    return {"windows": windows, **_experts(keys, keys["intermediate_size"], True)}
+
+
+def _qwen2_moe(keys):
+    layers, window = keys["num_hidden_layers"], keys["sliding_window"] if keys["use_sliding_window"] else None
+    if keys["layer_types"] is not None:
+        windows = _windows(keys, window)
+    else:
+        slides = (layer % 2 == 0 and layer < keys["max_window_layers"] for layer in range(layers))
+        windows = tuple(window if sliding else None for sliding in slides)
+    experts = _qwen_experts(keys, shared_size=keys["shared_expert_intermediate_size"])
+    return {"windows": windows, "qkv_bias": keys["qkv_bias"], **experts}
+
+
+def _qwen3_moe(keys):
+    window, bias = keys["sliding_window"] if keys["use_sliding_window"] else None, keys["attention_bias"]
+    return {
+        "windows": (window,) * keys["num_hidden_layers"], "qkv_bias": bias, "o_bias": bias, "qk_norm": "head",
+        **_qwen_experts(keys),
+    }  # fmt: skip
+
+
+def _olmoe(keys):
+    bias = keys["attention_bias"]
+    return {
+        "qk_norm": "joint", "clip_qkv": keys["clip_qkv"], "qkv_bias": bias, "o_bias": bias,
+        **_experts(keys, keys["intermediate_size"], keys["norm_topk_prob"]),
+    }  # fmt: skip
+
+
+def _gpt_oss(keys):
+    _only(keys, {"swiglu_alpha": 1.702, "swiglu_limit": 7.0})
+    if keys.get("rope_parameters") is None and keys.get("rope_scaling") is None:
+        keys = {**keys, "rope_parameters": GPT_OSS_ROPE}
+    bias = keys["attention_bias"]
+    return {
+        "ropes": (_rope(keys),) * keys["num_hidden_layers"], "qkv_bias": bias, "o_bias": bias, "mlp_bias": True,
+        "windows": _windows(keys, keys["sliding_window"], every=2), "sinks": True, "activation": "clamped_swiglu",
+        **_experts(keys, keys["intermediate_size"], True, router_bias=True),
+    }  # fmt: skip
+
+
+GPT_OSS_ROPE = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096, "rope_theta": 150000.0,
+}  # fmt: skip
+# What a config.json may say of weights that are stored in MXFP4 and loaded in bf16.
+MXFP4_KEYS = {"quant_method", "modules_to_not_convert", "dequantize"}
+
+
 class Family(NamedTuple):
     """A model family.
 
@@ -304,12 +385,14 @@ class Family(NamedTuple):
     defaults: of its transformers class, where they are not those in `COMMON`.
     spelled: what the family calls keys that have another name elsewhere, by their common name.
     older: names of keys in older files, by the family's or the common name.
+    packed: whether its weights may be in MXFP4.
     """
 
     structure: Callable[[dict], dict]
     defaults: dict[str, Any]
     spelled: dict[str, str] = {}
     older: dict[str, str] = {}
+    packed: bool = False
 
 
 MISTRAL = {
@@ -346,6 +429,11 @@ GPT2_SPELLED = {
     "norm_eps": "layer_norm_epsilon",
 }  # fmt: skip
 RMS, LN, LN_EPSILON = {"norm_eps": "rms_norm_eps"}, {"norm_eps": "layer_norm_eps"}, {"norm_eps": "layer_norm_epsilon"}
+
+QWEN_MOE = {
+    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096, "decoder_sparse_step": 1,
+    "norm_topk_prob": False, "mlp_only_layers": None,
+}  # fmt: skip
 
 FAMILIES = {
     "llama": Family(
@@ -515,6 +603,48 @@ FAMILIES = {
         {**GPT2, "num_key_value_heads": None, "hidden_act": "gelu_pytorch_tanh", "multi_query": True},
         GPT2_SPELLED,
     ),
+    "mixtral": Family(
+        _mixtral,
+        {
+            "num_key_value_heads": 8, "max_position_embeddings": 131072, "norm_eps": 1e-5, "rope_theta": 1e6,
+            "sliding_window": None, "num_experts_per_tok": 2, "num_experts": 8, "router_jitter_noise": 0.0,
+        },
+        {**RMS, "num_experts": "num_local_experts"},
+    ),
+    "qwen2_moe": Family(
+        _qwen2_moe,
+        {
+            **QWEN_MOE, "num_key_value_heads": 16, "max_window_layers": 28, "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4, "num_experts": 60, "qkv_bias": True,
+            "layer_types": None,
+        },
+        RMS,
+    ),
+    "qwen3_moe": Family(
+        _qwen3_moe,
+        {
+            **QWEN_MOE, "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 8,
+            "num_experts": 128, "attention_bias": False,
+        },
+        RMS, {"num_experts": "num_local_experts"},
+    ),
+    "olmoe": Family(
+        _olmoe,
+        {
+            "num_key_value_heads": None, "max_position_embeddings": 4096, "norm_eps": 1e-5, "attention_bias": False,
+            "clip_qkv": None, "num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False,
+        },
+        RMS, {"num_experts": "num_local_experts"},
+    ),
+    "gpt_oss": Family(
+        _gpt_oss,
+        {
+            "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "norm_eps": 1e-5,
+            "rope_theta": 150000.0, "sliding_window": 128, "num_experts_per_tok": 4, "num_experts": 128,
+            "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "layer_types": None, "attention_bias": True,
+        },
+        {**RMS, "num_experts": "num_local_experts"}, packed=True,
+    ),
 }  # fmt: skip
 
 # What older files call a family, and what was built into that name.
@@ -678,7 +808,7 @@ def _layer_types(keys):
 
 def _check_supported(values, family):
     """Raise ValueError for keys that would change the computation in a way that the decoder does not have."""
-    if values.get("quantization_config"):
+    if values.get("quantization_config") and not (family.packed and _is_mxfp4(values["quantization_config"])):
         raise ValueError("the weights are already quantised (quantization_config): take the original ones")
     own = {*family.defaults, *family.spelled.values(), *family.older.values()}
     for key, harmless in FOREIGN.items():
@@ -686,6 +816,11 @@ def _check_supported(values, family):
             raise ValueError(f"{key} {values[key]!r} is not supported for model_type {values['model_type']!r}")
     if values.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention is not supported: each token sees those before it")
+
+
+def _is_mxfp4(quantization):
+    known = isinstance(quantization, dict) and quantization.keys() <= MXFP4_KEYS
+    return known and quantization.get("quant_method") == "mxfp4"
 
 
 def _check_kinds(keys, family):
@@ -707,7 +842,8 @@ def _check_kinds(keys, family):
         if type(default) is bool and type(value) is not bool:
             raise ValueError(f"{name} is {value!r}, it must be true or false")
         if key in OTHER_SIZES:
-            check_size(name, value, least=OTHER_SIZES[key])
+            unused = key == "sliding_window" and "use_sliding_window" in defaults and not keys["use_sliding_window"]
+            check_size(name, value, least=0 if unused else OTHER_SIZES[key])  # Qwen2-MoE's class writes 0 then
         if key in NUMBERS:
             check_number(name, value)
     if _head_dim(keys) < 1:

@@ -35,6 +35,11 @@ def by_key_head(c: Config) -> Rows:
     return Rows(heads, (c.num_attention_heads // heads * d, d, d))
 
 
+def alternating(c: Config) -> Rows:
+    """A row of an expert's gate, a row of its up, and so on."""
+    return Rows(c.experts.size, (1, 1))
+
+
 def halves(c: Config) -> Rows:
     """Gate, then up."""
     return Rows(1, (c.intermediate_size, c.intermediate_size))
@@ -45,7 +50,7 @@ class Row(NamedTuple):
 
     theirs: a module's name, or a parameter's whole name. ours: the modules that it holds. rows: how, where there are
     several. turned: whether its weight is (in, out), as GPT-2 has it. each_head: whether theirs has a module for each
-    row of ours.
+    row of ours. stacked: whether theirs is a parameter with all experts of a layer, the bias another (GPT-OSS).
     """
 
     theirs: str
@@ -53,11 +58,12 @@ class Row(NamedTuple):
     rows: Callable[[Config], Rows] | None = None
     turned: bool = False
     each_head: bool = False
+    stacked: bool = False
 
     @property
     def is_whole(self) -> bool:
         """Whether theirs and ours are equal."""
-        return self.rows is None and not self.turned and not self.each_head
+        return self.rows is None and not (self.turned or self.each_head or self.stacked)
 
 
 LAYER = "model.layers.{}."
@@ -66,6 +72,7 @@ GATE_UP = (f"{LAYER}mlp.gate_proj", f"{LAYER}mlp.up_proj")
 OUT, UP, DOWN = f"{LAYER}self_attn.o_proj", f"{LAYER}mlp.up_proj", f"{LAYER}mlp.down_proj"
 FIRST_NORM, SECOND_NORM = f"{LAYER}input_layernorm", f"{LAYER}post_attention_layernorm"
 AFTER_ATTENTION, AFTER_MLP = f"{LAYER}attention_output_norm", f"{LAYER}mlp_output_norm"
+ROUTER, EXPERT = f"{LAYER}mlp.gate", f"{LAYER}mlp.experts.{{}}."
 EMBEDDING, POSITIONS, NORM, HEAD = "model.embed_tokens", "model.embed_positions", "model.norm", "lm_head"
 
 
@@ -159,6 +166,15 @@ OLMO = {"post_attention_layernorm": AFTER_ATTENTION, "post_feedforward_layernorm
 GLM4 = {**FUSED_MLP, "post_self_attn_layernorm": AFTER_ATTENTION, "post_mlp_layernorm": AFTER_MLP}
 PHI = {"self_attn.dense": OUT, "mlp.fc1": UP, "mlp.fc2": DOWN, **HEAD_NORMS}
 PHI3 = {**FUSED_MLP, "self_attn.qkv_proj": (QKV, in_turn)}
+MIXTRAL = {
+    "block_sparse_moe.gate": ROUTER, "block_sparse_moe.experts.{}.w1": f"{EXPERT}gate_proj",
+    "block_sparse_moe.experts.{}.w3": f"{EXPERT}up_proj", "block_sparse_moe.experts.{}.w2": f"{EXPERT}down_proj",
+}  # fmt: skip
+GPT_OSS = {
+    "mlp.router": ROUTER,
+    "mlp.experts.gate_up_proj": ((f"{EXPERT}gate_proj", f"{EXPERT}up_proj"), alternating, True, False, True),
+    "mlp.experts.down_proj": ((f"{EXPERT}down_proj",), None, True, False, True),
+}  # fmt: skip
 STABLELM = {
     f"self_attn.{letter}_layernorm.norms.{{}}": ((f"{LAYER}self_attn.{letter}_norm",), None, False, True)
     for letter in "qk"
@@ -174,6 +190,8 @@ TABLES: dict[str, Callable[[Config], tuple[Row, ...]]] = {
     "gpt2": lambda c: _gpt2_like(in_turn, turned=True),
     "gpt_bigcode": lambda c: _gpt2_like(in_turn if c.num_key_value_heads == 1 else by_key_head, turned=False),
     "gpt_neox": _gpt_neox,
+    "gpt_oss": lambda c: table(LAYER, GPT_OSS, {}),
+    "mixtral": lambda c: table(LAYER, MIXTRAL, {}),
     "mpt": _mpt,
     "olmo2": lambda c: table(LAYER, OLMO, {}),
     "olmo3": lambda c: table(LAYER, OLMO, {}),
@@ -184,6 +202,9 @@ TABLES: dict[str, Callable[[Config], tuple[Row, ...]]] = {
     "starcoder2": lambda c: table(LAYER, STARCODER, {}),
 }
 
+# How the name of a parameter with all experts ends.
+STACKED = {"weight": "", "bias": "_bias"}
+
 # Ends of the names of buffers that old files hold beside the parameters.
 BUFFERS = ("rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
 
@@ -191,12 +212,13 @@ BUFFERS = ("rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias", "
 class Piece(NamedTuple):
     """Where a tensor of ours is in their files: in the tensors called `theirs` (several: one for each of its rows).
 
-    index: which of the modules it is that `row` puts together.
+    index: which of the modules it is that `row` puts together. expert: of which expert, where theirs has all.
     """
 
     theirs: tuple[str, ...]
     row: Row
     index: int
+    expert: int | None = None
 
 
 class Names:
@@ -219,6 +241,9 @@ class Names:
             if match and row.each_head:
                 heads = self.config.num_attention_heads if ".q_" in name else self.config.num_key_value_heads
                 return Piece(tuple(f"{row.theirs.format(*match.groups(), h)}.{leaf}" for h in range(heads)), row, 0)
+            if match and row.stacked:
+                layer, expert = match.groups()
+                return Piece((row.theirs.format(layer) + STACKED[leaf],), row, index, int(expert))
             if match:
                 return Piece((row.theirs.format(*match.groups()) + dot + leaf,), row, index)
         return Piece((name,), Row(name, (name,)), 0)
@@ -229,7 +254,7 @@ class Names:
         return piece.theirs[0].removesuffix(".weight"), piece.row, piece.index
 
     def take(self, piece: Piece, tensors: list[Tensor]) -> Tensor:
-        """Ours, a view if that can be, of their tensors that `piece` names."""
+        """Ours, a view if that can be, of their tensors that `piece` names; of its expert alone where they have all."""
         if piece.row.each_head:
             return torch.stack(tensors)
         tensor = tensors[0].T if piece.row.turned and tensors[0].dim() == 2 else tensors[0]
@@ -257,6 +282,13 @@ class Names:
         piece = self.piece(ours[0])
         if piece.row.each_head:
             return tensors[0][piece.theirs.index(theirs)]
+        if piece.row.stacked:
+            n = len(piece.row.ours)  # of each expert
+            each = [tensors[start : start + n] for start in range(0, len(tensors), n)]
+            return torch.stack([self._put_together(piece, own) for own in each])
+        return self._put_together(piece, tensors)
+
+    def _put_together(self, piece, tensors):
         tensor = tensors[0]
         if piece.row.rows is not None:
             groups, _ = piece.row.rows(self.config)

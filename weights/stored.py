@@ -1,6 +1,6 @@
 """The tensors that a model folder holds: found, checked against what a model needs, read one at a time.
 
-`Weights` has them under the names in the files, `Renamed` under the decoder's.
+`Weights` has them under the names in the files, `Renamed` under the decoder's; `Unpacked` makes bf16 of MXFP4.
 """
 
 import functools
@@ -15,6 +15,7 @@ from torch import Tensor
 from model import Config
 from shell.cli import UserError
 from shell.files import read_json
+from weights import mxfp4
 from weights.names import BUFFERS, TABLES, Names, Piece
 from weights.replaced import EMBEDDING, HEAD
 from weights.safetensors_format import read_header
@@ -23,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 OPTIMIZER = "optimizer.safetensors"  # in a checkpoint to resume from
 # Beside a model's weights and no part of them: Mistral's own copy of the weights, adapters, an optimiser's state.
 NOT_WEIGHTS = ("consolidated*", "adapter*", "optimizer*")
+PACKED = ("gpt_oss",)  # families whose experts may be in MXFP4
 PIECE = 2**22  # numbers of two tensors that are compared at a time
 CHECKPOINT_AGAIN = "download or convert it again"  # how to repair a model folder
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names: those of weights
@@ -110,10 +112,12 @@ class Weights:
     """
 
     has_our_names = False
+    _bytes = frozenset()  # names of tensors of plain bytes
 
     def __init__(self, folder: str | Path):
         self.where = folder = Path(folder)
         self.shapes, self.dtypes, self._places = {}, {}, {}
+        self._bytes = set()
         for path in shard_paths(folder, INDEX, "*.safetensors"):
             start, header = read_header(path, CHECKPOINT_AGAIN)
             for name, entry in header.items():
@@ -121,6 +125,8 @@ class Weights:
                     raise UserError(f"{path}: tensor {name} is in {self._places[name][0].name} too")
                 self._places[name] = path, start + entry["data_offsets"][0]
                 self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
+                if entry["dtype"] == "U8":
+                    self._bytes.add(name)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, as stored. Raises UserError if it holds NaN or infinity, or is of another type."""
@@ -144,13 +150,25 @@ class Weights:
 
     def view(self, name: str) -> Tensor:
         """The tensor `name` without its values in memory: what is used of it is read from the file then."""
-        path, start = self._place(name)
-        size = torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize
+        return self._mapped(name, *self._place(name), self.dtypes[name])
+
+    def part(self, name: str, index: int) -> Tensor:
+        """One of the tensors that the tensor `name` stacks, as `view`."""
+        return self.view(name)[index]
+
+    def codes(self, name: str) -> Tensor:
+        """The tensor `name` of bytes, which stand for numbers in a packed format, as `view`."""
+        if name not in self._bytes:
+            raise UserError(f"{self.where}: tensor {name} is not in U8")
+        return self._mapped(name, *self._places[name], torch.uint8)
+
+    def _mapped(self, name, path, start, dtype):
+        size = torch.Size(self.shapes[name]).numel() * dtype.itemsize
         if start + size > path.stat().st_size:
             _ended_early(path)
         # Private: nobody writes to it, and torch warns of memory that may not be written.
         content = np.memmap(path, np.uint8, "c", start, (size,))
-        return torch.from_numpy(content).view(self.dtypes[name]).view(self.shapes[name])
+        return torch.from_numpy(content).view(dtype).view(self.shapes[name])
 
     def ties_head(self, tied: bool) -> bool:
         """Whether the head is the embedding's tensor, in a model whose config.json says that it is (`tied`) or not.
@@ -206,6 +224,50 @@ def _ended_early(path):
     raise UserError(f"{path} is damaged (it ends early): {CHECKPOINT_AGAIN}")
 
 
+class Unpacked(Weights):
+    """Other `Weights`, with parameters that lie there in MXFP4 in bf16, in the layout that GPT-OSS has otherwise.
+
+    A parameter X (E, in, out) is stored as X_blocks and X_scales; an expert's is made of them when it is read.
+    """
+
+    def __init__(self, weights: Weights):
+        self.weights, self.where = weights, weights.where
+        ends = ("_blocks", "_scales")
+        found = [name.removesuffix(ends[0]) for name in weights.shapes if name.endswith(ends[0])]
+        self._codes = {name: (name + ends[0], name + ends[1]) for name in found if name + ends[1] in weights.shapes}
+        used = {code for codes in self._codes.values() for code in codes}
+        self.shapes = {name: shape for name, shape in weights.shapes.items() if name not in used}
+        self.dtypes = {name: dtype for name, dtype in weights.dtypes.items() if name not in used}
+        for name, codes in self._codes.items():
+            self.shapes[name] = self._shape(*(weights.shapes[code] for code in codes))
+            self.dtypes[name] = torch.bfloat16
+        self._newest = None, None  # an expert that was made last: gate and up are read one after the other
+
+    def _shape(self, blocks, scales):
+        if len(blocks) != 4 or blocks[:3] != scales or blocks[3] != mxfp4.BLOCK // 2:
+            raise UserError(f"{self.where}: blocks {blocks} and scales {scales} are no MXFP4")
+        return blocks[0], blocks[2] * mxfp4.BLOCK, blocks[1]
+
+    def read(self, name: str) -> Tensor:
+        """As in `Weights`."""
+        return self.view(name) if name in self._codes else self.weights.read(name)
+
+    def view(self, name: str) -> Tensor:
+        """As in `Weights`, but what is packed is made."""
+        if name not in self._codes:
+            return self.weights.view(name)
+        return torch.stack([self.part(name, expert) for expert in range(self.shapes[name][0])])
+
+    def part(self, name: str, index: int) -> Tensor:
+        """As in `Weights`."""
+        if name not in self._codes:
+            return self.weights.part(name, index)
+        if self._newest[0] != (name, index):
+            codes = [self.weights.codes(code)[index] for code in self._codes[name]]
+            self._newest = (name, index), mxfp4.dequantize(*codes).T
+        return self._newest[1]
+
+
 class Renamed(Weights):
     """The tensors of other `Weights` under the decoder's names, and each by itself where the family joins several."""
 
@@ -228,8 +290,9 @@ class Renamed(Weights):
     def _shape(self, piece):
         try:
             stored = [torch.empty(self.weights.shapes[name], device="meta") for name in piece.theirs]
-            return tuple(self.names.take(piece, stored).shape)
-        except (RuntimeError, ValueError) as error:
+            own = stored if piece.expert is None else [tensor[piece.expert] for tensor in stored]
+            return tuple(self.names.take(piece, own).shape)
+        except (IndexError, RuntimeError, ValueError) as error:
             raise UserError(f"{self.where}: the weights do not fit config.json: {error}") from None
 
     def read(self, name: str) -> Tensor:
@@ -244,8 +307,10 @@ class Renamed(Weights):
 
     def view(self, name: str) -> Tensor:
         """As in `Weights`."""
-        piece = self._pieces[name]
-        return self.names.take(piece, [self.weights.view(theirs) for theirs in piece.theirs])
+        piece, weights = self._pieces[name], self.weights
+        if piece.expert is None:
+            return self.names.take(piece, [weights.view(theirs) for theirs in piece.theirs])
+        return self.names.take(piece, [weights.part(theirs, piece.expert) for theirs in piece.theirs])
 
     def called(self, name: str) -> str:
         """As in `Weights`."""
@@ -257,5 +322,8 @@ class Renamed(Weights):
 
 
 def under_our_names(weights: Weights, config: Config, ours: Iterable[str]) -> Weights:
-    """Weights under the decoder's names `ours`: as they are, if the family or the way they are read has the same."""
-    return weights if weights.has_our_names or config.family not in TABLES else Renamed(weights, config, ours)
+    """Weights under the decoder's names `ours`: as they are where the family has the same, or where they were turned
+    into ours when they were read."""
+    if weights.has_our_names or config.family not in TABLES:
+        return weights
+    return Renamed(Unpacked(weights) if config.family in PACKED else weights, config, ours)

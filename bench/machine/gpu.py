@@ -372,12 +372,13 @@ def prediction(s, run):
 def predicted_peak(size, run, device, tokens, sample_tokens):
     """Bytes, by plan.py."""
     settings = our_settings(Settings(size, device, tokens, sample_tokens), run)
+    config = config_from_json(SHAPES[size][run.shape])
     job = plan.Job(
-        config=config_from_json(SHAPES[size][run.shape]),
+        config=config,
         device=device,
         dtype=torch.bfloat16,
         quantize=settings.quantize,
-        adapter=None if run.kind == "full" else adapter_config(settings),
+        adapter=None if run.kind == "full" else adapter_config(settings, config),
         optimizer=settings.optimizer,
         recompute=settings.recompute,
     )
@@ -392,7 +393,7 @@ def our_step(s, run, shape, samples, device):
     if run.kind == "full":
         model.requires_grad_(True)
     else:
-        lora.add_lora(model, adapter_config(settings))
+        lora.add_lora(model, adapter_config(settings, model.config))
     steps = dict(planned_steps(settings, samples, 0, WARM_UP + s.steps))
     optimizer = fabric.setup_optimizers(build.build_optimizer(settings, model))
     train_step = ours.step_function(build.Run(settings, fabric, model.train(), optimizer, samples))

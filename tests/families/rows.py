@@ -14,6 +14,8 @@ OPT = dict(
     {key: value for key, value in SIZES.items() if key != "intermediate_size"}, ffn_dim=56, word_embed_proj_dim=48
 )
 FALCON = dict({key: value for key, value in SIZES.items() if key != "intermediate_size"}, ffn_hidden_size=56)
+QWEN_MOE = dict(GROUPED, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
+                shared_expert_intermediate_size=28)  # fmt: skip
 SLIDING, FULL = "sliding_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 300.0}
 LONG = {
@@ -96,6 +98,23 @@ ROWS = {
     "bloom": [dict(BLOOM), dict(BLOOM, n_head=8), dict(BLOOM, tie_word_embeddings=False)],
     "gpt2": [dict(GPT2), dict(GPT2, scale_attn_weights=False, n_inner=40),
              dict(GPT2, scale_attn_by_inverse_layer_idx=True, activation_function="relu", tie_word_embeddings=False)],
+    "mixtral": [dict(GROUPED, num_local_experts=5),
+                dict(GROUPED, head_dim=10, num_local_experts=4, num_experts_per_tok=3, sliding_window=6),
+                dict(GROUPED, tie_word_embeddings=True, num_local_experts=3, num_experts_per_tok=1)],
+    "qwen2_moe": [dict(QWEN_MOE), dict(QWEN_MOE, decoder_sparse_step=2, qkv_bias=False, norm_topk_prob=True),
+                  dict(QWEN_MOE, mlp_only_layers=[1], tie_word_embeddings=True, use_sliding_window=True,
+                       sliding_window=5, shared_expert_intermediate_size=12)],
+    "qwen3_moe": [dict(QWEN_MOE, head_dim=10), dict(QWEN_MOE, head_dim=8, norm_topk_prob=True, mlp_only_layers=[0, 2]),
+                  dict(QWEN_MOE, head_dim=12, decoder_sparse_step=3, tie_word_embeddings=True, attention_bias=True,
+                       use_sliding_window=True, sliding_window=6)],
+    "olmoe": [dict(GROUPED, num_experts=6, num_experts_per_tok=2), dict(GROUPED, num_experts=5, num_experts_per_tok=5,
+              norm_topk_prob=True, attention_bias=True), dict(GROUPED, num_experts=7, num_experts_per_tok=3,
+              clip_qkv=0.7, tie_word_embeddings=True)],
+    "gpt_oss": [dict(GROUPED, head_dim=8, num_local_experts=5, sliding_window=4),
+                dict(GROUPED, head_dim=12, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
+                     attention_bias=False, layer_types=[FULL, SLIDING, FULL]),
+                dict(GROUPED, head_dim=8, num_local_experts=6, num_experts_per_tok=1, sliding_window=3,
+                     tie_word_embeddings=True, rope_parameters={**YARN, "truncate": False})],
     "gpt_bigcode": [dict(GPT2), dict(GPT2, multi_query=False, n_inner=40), dict(GPT2, tie_word_embeddings=False)],
 }  # fmt: skip
 

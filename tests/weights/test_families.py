@@ -31,7 +31,7 @@ WITHOUT_MEANING_HERE = {
     "embedding_dropout", "dropout", "layerdrop", "init_std", "init_device", "learned_pos_emb", "slow_but_exact",
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
     "reorder_and_upcast_attn", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
-    "use_bidirectional_attention",
+    "use_bidirectional_attention", "output_router_logits", "router_aux_loss_coef",
 }  # fmt: skip
 # Keys that transformers takes without a field in its class, and those whose default is written out there.
 WITHOUT_FIELD = {

@@ -40,13 +40,14 @@ OUT_OF_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std
 
 def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
     """The `plan.Job` of this run."""
+    config = read_config(s.checkpoint_dir)
     return plan.Job(
-        config=read_config(s.checkpoint_dir),
+        config=config,
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=DTYPES[s.precision],
         autocast=autocast_dtype(s),
         quantize=s.quantize,
-        adapter=None if s.method == "full" else adapter_config(s),
+        adapter=None if s.method == "full" else adapter_config(s, config),
         optimizer=s.optimizer,
         recompute=s.recompute,
         gradients="freed" if s.optimizer_in_backward else gradients,
