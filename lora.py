@@ -262,9 +262,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def add_lora(model: nn.Module, config: AdapterConfig) -> None:
-    """Freeze the model and wrap its linear layers as `config` says. Its trainable parameters are the adapter's."""
+    """Freeze the model and wrap its linear layers as `config` says. Its trainable parameters are the adapter's.
+
+    All of `PROJECTIONS` together, the default, are those that the model has: some families have no gate.
+    """
     layers = linear_layers(model)
-    for target in () if isinstance(config.targets, str) else config.targets:
+    every = isinstance(config.targets, str) or set(config.targets) == set(PROJECTIONS)
+    for target in () if every else config.targets:
         if not any(AdapterConfig(targets=(target,)).covers(name) for name in layers):
             choices = dict.fromkeys(name.rpartition(".")[2] for name in layers)
             raise UserError(f"--lora_targets: the model has no projection {target!r}, only {', '.join(choices)}")
