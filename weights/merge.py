@@ -40,7 +40,7 @@ class Tuned:
         self.quantization = read_quantization(quantize, self.model)
         if adapter_dir is not None:
             peft_format.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
-            self.adapter, _, self.tensors, self.replaced = peft_format.read_adapter(adapter_dir)
+            self.adapter, _, self.tensors, self.replaced = peft_format.read_for(self.model, adapter_dir)
         self.base_is_tied = self.model.config.tie_word_embeddings
         if self.base_is_tied:
             self.replaced = self.replaced.for_tied_base()

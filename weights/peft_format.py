@@ -1,7 +1,9 @@
 """Adapter folders: `adapter_model.safetensors` and `adapter_config.json`, read strictly, written.
 
 Standard LoRA and DoRA are in PEFT's format. Any other kind of adapter has the peft_type "ONETUNE_KIND", which PEFT does
-not load; its tensors are called MODULE:NAME, after the parameters and buffers of its class.
+not load; its tensors are called MODULE:NAME, after the parameters and buffers of its class. So are LoRA and DoRA
+written where the model's family calls an adapted layer otherwise than we do, or has it as a part of another: each layer
+comes back bit for bit, as resuming needs. PEFT's own folders for such a family are read, by its modules' names.
 
 PEFT's folders may hold more than adapters over linear layers: new values of the base's own parameters (replaced.py).
 They are read; only adapters are written.
@@ -37,11 +39,13 @@ from lora import (
 from model import Linear, Transformer
 from shell.cli import UserError
 from shell.files import check_listed, read_json
+from weights.names import Names, Piece
 from weights.replaced import EMBEDDING, FLOATS, HEAD, Replaced, biases, parameters_of, replace
 from weights.safetensors_format import read_tensors
 
 PREFIX = "base_model.model."  # PEFT's, before every name in an adapter file
 OURS = "ONETUNE_"  # before the kind, in the peft_type of an adapter that is not PEFT's
+AS_PUBLISHED = "onetune_as_published"  # in adapter_config.json: LoRA or DoRA, but under our modules' names
 PATTERN_SECONDS = 2
 ADAPTER_AGAIN = "copy or train it again"  # what mends an adapter folder
 UNSAVED = "hash_of_unsaved_buffers"
@@ -50,7 +54,7 @@ EMBEDDING_MODULE, HEAD_MODULE = (name.removesuffix(".weight") for name in (EMBED
 
 # Settings of PEFT's that change what an adapter computes, and that we do not have.
 UNSUPPORTED = (
-    "fan_in_fan_out", "lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora",
+    "lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora",
     "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 
@@ -66,7 +70,8 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
     line; our scripts also try the path in onetune.json, which is as it was given.
     """
     found = adapters(model)
-    in_peft = all(adapter.standard for adapter in found.values())
+    standard = all(adapter.standard for adapter in found.values())
+    in_peft = standard and not _has_other_names(model, found)
     tensors = {
         (_peft_name if in_peft else "{}:{}".format)(name, key): tensor.detach().to("cpu", copy=True).contiguous()
         for name, adapter in found.items()
@@ -90,6 +95,8 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
     }
     if in_peft:
         description["use_dora"] = ADAPTERS[config.kind] is DoRALinear
+    elif standard:
+        description[AS_PUBLISHED] = True
     Path(folder, "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -113,6 +120,12 @@ def _hash(tensors):
         values = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLED)]
         digest.update(values.cpu().contiguous().view(torch.uint8).numpy())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def _has_other_names(model, names):
+    """Whether the model's family has a linear layer of ours, of `names`, under another name or in another layer."""
+    theirs = Names(model.config)
+    return any(theirs.module(name)[0] != name for name in names)
 
 
 def _peft_name(name, key):
@@ -140,16 +153,10 @@ def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
 
     Raises UserError if a tensor is missing, surplus, misshapen or not finite.
     """
-    stored = read_adapter(folder)
-    config, tensors, layers = stored.config, stored.tensors, linear_layers(model)
+    stored, layers = read_for(model, folder), linear_layers(model)
+    config, tensors = stored.config, stored.tensors
     covered = _covered(stored, model, folder)
-    held = [*tensors, *([EMBEDDING_MODULE] if stored.replaced.low_rank else [])]
-    for name in held:
-        if name not in covered:
-            raise UserError(f"{folder}: it adapts {name}, which the base model or adapter_config.json does not have")
-    for name in covered:
-        if name not in held:
-            raise UserError(f"{folder}: no tensors for {name}, which adapter_config.json says it adapts")
+    _check_same([*tensors, *([EMBEDDING_MODULE] if stored.replaced.low_rank else [])], covered, folder)
     adapted = [name for name in covered if name != EMBEDDING_MODULE]
     for name in adapted:
         where = f"{folder}: {name}"
@@ -162,6 +169,70 @@ def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
     if set(adapted) != {name for name in layers if config.covers(name)}:  # `config` has no field for what narrows it
         config = dataclasses.replace(config, targets=tuple(adapted))
     return config
+
+
+def read_for(model: Transformer, folder: Path) -> StoredAdapter:
+    """`read_adapter`, with the names of the model's layers where PEFT has those of its family.
+
+    PEFT's rules are those for the family's names. Of an adapter on a layer that holds several of ours, each of these
+    gets the same A and its own rows of B and of the magnitudes. Raises UserError for what is kept beside such adapters.
+    """
+    stored, ours = read_adapter(folder), [*linear_layers(model)]
+    if stored.values.get("fan_in_fan_out") and model.config.family != "gpt2":  # only its weights are (in, out)
+        raise UserError(f"{Path(folder, 'adapter_config.json')}: fan_in_fan_out is not supported, but for GPT-2")
+    if stored.values["peft_type"] != "LORA":
+        return stored
+    for name in stored.replaced.names():
+        if Names(model.config).piece(name).theirs != (name,):  # it is another parameter of ours that is called so
+            raise UserError(f"{folder}: {name} is not supported for {model.config.family} models")
+    if not _has_other_names(model, ours):
+        return stored
+    _refuse_beside(stored, model, folder)
+    theirs = {name: Names(model.config).module(name) for name in ours}
+    modules = list(dict.fromkeys(module for module, _, _ in theirs.values()))
+    adapted = set(_covered_of(stored, modules, folder))
+    _check_same(stored.tensors, adapted, folder)
+    taken = {name: place for name, place in theirs.items() if place[0] in adapted}
+    tensors = {name: _part(stored, model, folder, *place) for name, place in taken.items()}
+    config, ranks, alphas = stored.config, {}, {}
+    for name, (module, _, _) in taken.items():
+        ranks[re.escape(name)] = match_pattern(config.rank_pattern, module, config.r)
+        alphas[re.escape(name)] = match_pattern(config.alpha_pattern, module, config.alpha)
+    config = dataclasses.replace(config, targets=tuple(taken), rank_pattern=ranks, alpha_pattern=alphas)
+    return StoredAdapter(config, {"target_modules": list(taken)}, tensors, stored.replaced)
+
+
+def _check_same(held, covered, folder):
+    """Raise UserError unless the modules that a folder has tensors for are those that its rules cover."""
+    for name in held:
+        if name not in covered:
+            raise UserError(f"{folder}: it adapts {name}, which the base model or adapter_config.json does not have")
+    for name in covered:
+        if name not in held:
+            raise UserError(f"{folder}: no tensors for {name}, which adapter_config.json says it adapts")
+
+
+def _part(stored, model, folder, module, row, index):
+    """The tensors of an adapter over one of the layers that `module` holds."""
+    names, piece = Names(model.config), Piece((module,), row._replace(turned=False), index)
+    try:
+        return {
+            key: tensor if key == "lora_A" else names.take(piece, [tensor]).contiguous()
+            for key, tensor in stored.tensors[module].items()
+        }
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}: it belongs to another base model") from None
+
+
+def _refuse_beside(stored, model, folder):
+    """Raise UserError for what a folder changes beside its adapters, which is only read under Llama's names."""
+    replaced, rules = stored.replaced, ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
+    found = [*replaced.names(), *(rule for rule in rules if stored.values.get(rule))]
+    if stored.values.get("bias", "none") != "none":
+        found.append("bias")
+    for name in found:
+        family = model.config.family
+        raise UserError(f"{folder}: {name} is not supported for {family} models, only LoRA and DoRA on linear layers")
 
 
 def _check_replaced(stored, model, adapted, folder):
@@ -231,15 +302,21 @@ def _covered(stored, model, folder):
     config, values, names = stored.config, stored.values, [*linear_layers(model)]
     if stored.replaced.low_rank or not isinstance(config.targets, str):  # an expression of ours is for linear layers
         names.append(EMBEDDING_MODULE)
-    with _time_limit(f"{folder}: the patterns in adapter_config.json take too long to match: list the modules' names"):
-        for name in names:
-            for patterns in (config.rank_pattern, config.alpha_pattern):
-                match_pattern(patterns, name, None)
-        covered = [name for name in names if config.covers(name) and not _left_out(values, name)]
+    covered = _covered_of(stored, names, folder)
     ends = {EMBEDDING_MODULE, HEAD_MODULE}
     if values.get("ensure_weight_tying") and model.config.tie_word_embeddings and ends & {*covered}:
         covered += sorted(ends - {*covered})  # an adapter on one of them is then on both
     return covered
+
+
+def _covered_of(stored, names, folder):
+    """Those of the modules `names` that an adapter covers."""
+    config, values = stored.config, stored.values
+    with _time_limit(f"{folder}: the patterns in adapter_config.json take too long to match: list the modules' names"):
+        for name in names:
+            for patterns in (config.rank_pattern, config.alpha_pattern):
+                match_pattern(patterns, name, None)
+        return [name for name in names if config.covers(name) and not _left_out(values, name)]
 
 
 def _left_out(values, name):
@@ -418,7 +495,7 @@ def _kind(values):
     kind = peft_type.removeprefix(OURS)
     if kind not in ADAPTERS:
         raise ValueError(f"it is an adapter of the kind {kind[:80]!r}, lora.py has only {', '.join(ADAPTERS)}")
-    if ADAPTERS[kind].is_standard():
+    if ADAPTERS[kind].is_standard() != bool(values.get(AS_PUBLISHED)):
         raise ValueError(f"it was trained with another {ADAPTERS[kind].__name__} than lora.py's: take that lora.py")
     return kind
 
