@@ -7,10 +7,10 @@ without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for 
 
 dtypes.py      in which dtype a product is computed
 linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA
-norm.py        RMSNorm. Start here: the smallest
-activation.py  SwiGLU
+norm.py        RMSNorm and LayerNorm. Start here: the smallest
+activation.py  the activations of the MLP: SwiGLU and its kin
 rotation.py    RoPE applied to queries and keys
-attention.py   the fastest way to attend on a device: SDPA, variable-length FlashAttention, C++. Plain: in model.py
+attention.py   the fastest way to attend on a device: SDPA, variable-length FlashAttention, C++
 loss.py        cross-entropy at target positions, in chunks
 cpp.py         C++ compiled on first use, kept in a cache, called through ctypes
 allocator.py   memory of tensors on a CPU, so that a run's peak follows from their sizes

@@ -138,6 +138,27 @@ Floats sigmoid(Floats x) {
     return (x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e);
 }
 
+// tanh(x), with one division: from exp(-2|x|), and near 0, where that loses digits, from Lambert's continued fraction.
+Floats tanh(Floats x) {
+    Floats size = x < 0.0f ? -x : x, e = exp_negative(size * -2.0f), z = x * x;
+    Floats above = x < 0.0f ? e - 1.0f : 1.0f - e, near = x * (945.0f + z * (105.0f + z));
+    return (size < 0.6f ? near : above) / (size < 0.6f ? 945.0f + z * (420.0f + z * 15.0f) : 1.0f + e);
+}
+
+// The normal distribution at x: its density, and the share below x, which is (1 + erf(x / sqrt(2))) / 2.
+struct Normal {
+    Floats density, below;
+};
+
+// Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26 (error 1.5e-7 of erf).
+Normal normal(Floats x) {
+    Floats size = x < 0.0f ? -x : x, e = exp_negative(x * x * -0.5f), t = 1.0f / (1.0f + size * 0.231641888f);
+    Floats series = -1.453152027f + t * 1.061405429f;
+    series = 0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * series));
+    Floats beyond = 0.5f * t * series * e;  // the share that is further out than |x|, on one side
+    return {e * 0.398942280f, x < 0.0f ? beyond : 1.0f - beyond};
+}
+
 // ------------------------------------------------------------------------------------------------ products of matrices
 
 // Products of matrices whose elements are in 32-bit words: a word holds one fp32, or two bf16 that are neighbours along
