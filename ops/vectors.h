@@ -150,12 +150,15 @@ struct Normal {
     Floats density, below;
 };
 
-// Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26 (error 1.5e-7 of erf).
+// The share beyond |x| is the density times a function that a polynomial of t = 1 / (1 + 0.3 |x|) is fitted to, with
+// the least relative error (4e-7).
 Normal normal(Floats x) {
-    Floats size = x < 0.0f ? -x : x, e = exp_negative(x * x * -0.5f), t = 1.0f / (1.0f + size * 0.231641888f);
-    Floats series = -1.453152027f + t * 1.061405429f;
-    series = 0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * series));
-    Floats beyond = 0.5f * t * series * e;  // the share that is further out than |x|, on one side
+    Floats size = x < 0.0f ? -x : x, e = exp_negative(x * x * -0.5f), t = 1.0f / (1.0f + size * 0.3f);
+    constexpr float FITTED[] = {0.119629316f, 0.120753706f,  0.0999150500f, 0.128556475f,
+                                -0.0536738224f, 0.206342712f, -0.157196715f, 0.0356732160f};
+    Floats series = {};
+    for (int i = 7; i >= 0; i--) series = (series + FITTED[i]) * t;
+    Floats beyond = series * e;
     return {e * 0.398942280f, x < 0.0f ? beyond : 1.0f - beyond};
 }
 
