@@ -37,7 +37,7 @@ def test_capped_loss(chunk, biased, V, softcap, way, monkeypatch):
 
 
 def test_capped_loss_in_bf16_is_as_close_as_the_plain_one(way):
-    targets, given = torch.randint(0, 200, (300,)), (random(300, 64), random(200, 64))
+    targets, given = torch.randint(0, 200, (250,)), (random(250, 64), random(200, 64))  # one chunk
     rounded = [x.detach().bfloat16().requires_grad_() for x in given]
     exact = [x.detach().double().requires_grad_() for x in rounded]
     logits = exact[0] @ exact[1].T
