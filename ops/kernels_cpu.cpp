@@ -62,7 +62,7 @@ void norm_rows_backward(const T *grad, const T *x, const float *gain, const floa
                 Floats straight = gradient * load(gain + i, size - i) - shared;
                 store(grad_x + row * size + i, (straight - value * along) * scale, size - i);
                 if (gain_sums) add_to(gain_sums + part * size + i, gradient * value * scale, size - i);
-                if (shift_sums) add_to(shift_sums + part * size + i, gradient, size - i);
+                if (CENTRED && shift_sums) add_to(shift_sums + part * size + i, gradient, size - i);
             }
         }
 }
