@@ -69,7 +69,7 @@ def choose_attention(layout: Any, head_dim: int, dtype: torch.dtype, scores: Sco
     """
     (B, T), cache, offsets, tree = layout.tokens.shape, layout.cache, layout.offsets, layout.tree
     if cache is None and tree is None:
-        if in_cpp(layout.tokens, dtype) and scores.are_products:
+        if in_cpp(layout.tokens, dtype):
             return Attend(cpp_attention, scores=scores, offsets=offsets or list(range(0, (B + 1) * T, T)))
         if offsets is not None:
             return _varlen(layout, head_dim, dtype, scores)
@@ -181,65 +181,77 @@ class Heads(ctypes.Structure):
     """kernels_cpu.cpp's description of what attends to what."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("heads", "key_heads", "d", "window", "samples")]
-    _fields_ += [("offsets", ctypes.c_void_p), ("scale", ctypes.c_float)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("offsets", "slopes", "sinks")]
+    _fields_ += [(name, ctypes.c_float) for name in ("scale", "softcap")]
 
 
-def _call_cpp(function, q, k, v, offsets, window, scale, arguments):
-    """Attend in kernels_cpu.cpp. q, k, v (B, T, heads, d); arguments: the tensors that its function takes."""
-    starts, d = torch.tensor(offsets, device=q.device), q.size(-1)
-    where = None if q.is_meta else starts.data_ptr()
-    heads = Heads(q.size(2), k.size(2), d, window, len(offsets) - 1, where, scale)
+# Of the operations below: `sinks` is (H,) fp32, and of `Scores` 0 is no window and no softcap, () no slopes.
+KNOWN = "int[] offsets, int window, float scale, float softcap, float[] slopes"
+
+
+def _call_cpp(function, q, k, sinks, known, arguments):
+    """Attend in kernels_cpu.cpp. q, k (B, T, heads, d); known: as in KNOWN; arguments: tensors its function takes."""
+    offsets, window, scale, softcap, slopes = known
+    starts, slopes = torch.tensor(offsets), torch.tensor(slopes, dtype=torch.float32)
+    where = [x.data_ptr() if x is not None and x.numel() and not x.is_meta else None for x in (starts, slopes, sinks)]
+    heads = Heads(q.size(2), k.size(2), q.size(3), window, len(offsets) - 1, *where, scale, softcap)
     call_cpp(function, *arguments, ctypes.byref(heads))
 
 
-@operator("attend(Tensor q, Tensor k, Tensor v, int[] offsets, int window, float scale) -> (Tensor, Tensor)")
-def _attend(q, k, v, offsets, window, scale):
+@operator(f"attend(Tensor q, Tensor k, Tensor v, Tensor? sinks, {KNOWN}) -> (Tensor, Tensor)")
+def _attend(q, k, v, sinks, *known):
     """Attention of q (B, T, H, d) to k, v (B, T, K, d) as q, and the log-sums of its softmax (B, T, H) fp32."""
     y, log_sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    _call_cpp("attend", q, k, v, offsets, window, scale, (q, k, v, y, log_sums))
+    _call_cpp("attend", q, k, sinks, known, (q, k, v, y, log_sums))
     return y, log_sums
 
 
 @operator(
-    "attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor log_sums, int[] offsets, int window, float scale"
-    ") -> (Tensor, Tensor, Tensor)"
+    f"attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor log_sums, {KNOWN}"
+    ") -> (Tensor, Tensor, Tensor, Tensor)"
 )
-def _attend_backward(grad, q, k, v, log_sums, offsets, window, scale):
+def _attend_backward(grad, q, k, v, sinks, log_sums, *known):
+    """The gradients of q, k, v and, zeros where there are none, of the sinks (H,)."""
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
-    _call_cpp("attend_backward", q, k, v, offsets, window, scale, (grad, q, k, v, log_sums, *grads))
-    return grads
+    grad_sinks = log_sums.new_zeros((0 if sinks is None else len(known[0]) - 1, q.size(2)))  # of each sample
+    _call_cpp("attend_backward", q, k, sinks, known, (grad, q, k, v, log_sums, *grads, grad_sinks))
+    return *grads, grad_sinks.sum(0)
 
 
 @register_flop_formula(torch.ops.onetune.attend)
-def _attend_flops(q, k, v, offsets, *_, out_shape=None):
+def _attend_flops(q, k, v, sinks, offsets, *_, out_shape=None):
     return 4 * q[2] * q[3] * sum((end - start) ** 2 for start, end in pairwise(offsets))
 
 
 @register_flop_formula(torch.ops.onetune.attend_backward)
-def _attend_backward_flops(grad, q, k, v, log_sums, offsets, *_, out_shape=None):
-    return 5 * _attend_flops(q, k, v, offsets) // 2  # five products instead of two
+def _attend_backward_flops(grad, q, k, v, sinks, log_sums, offsets, *_, out_shape=None):
+    return 5 * _attend_flops(q, k, v, sinks, offsets) // 2  # five products instead of two
 
 
 class _CppAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, *known):
+    def forward(ctx, q, k, v, sinks, *known):
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        y, log_sums = _attend(q, k, v, *known)
-        ctx.save_for_backward(q, k, v, log_sums)
+        y, log_sums = _attend(q, k, v, sinks, *known)
+        ctx.save_for_backward(q, k, v, sinks, log_sums)
         ctx.known = known
         return y.transpose(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        grads = _attend_backward(grad.transpose(1, 2).contiguous(), *ctx.saved_tensors, *ctx.known)
-        return *(x.transpose(1, 2) for x in grads), None, None, None
+        grad = grad.transpose(1, 2).contiguous()
+        *grads, grad_sinks = _attend_backward(grad, *ctx.saved_tensors, *ctx.known)
+        grad_sinks = grad_sinks if ctx.needs_input_grad[3] else None
+        return *(x.transpose(1, 2) for x in grads), grad_sinks, *(None for _ in ctx.known)
 
 
 def cpp_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, offsets: list[int]) -> Tensor:
     """As `each_sample_attention`, in kernels_cpu.cpp: softmax in fp32, no tensor of weights, backward by hand.
 
     q (B, H, T, d), k, v (B, K, T, d) on a CPU: in bf16 if all three are, else in fp32 (autocast may mix them).
-    offsets: of all rows, end to end: B * T positions.
+    sinks: (H,) or None. offsets: of all rows, end to end: B * T positions.
     """
     dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
-    return _CppAttention.apply(*(x.to(dtype) for x in (q, k, v)), offsets, scores.window or 0, scores.scale)
+    q, k, v, sinks = *(x.to(dtype) for x in (q, k, v)), None if sinks is None else sinks.float()
+    known = offsets, scores.window or 0, scores.scale, scores.softcap or 0.0, scores.slopes or ()
+    return _CppAttention.apply(q, k, v, sinks, *known)

@@ -1,108 +1,175 @@
 // What norm.py, activation.py, rotation.py, loss.py and attention.py compute on a CPU, in fp32 or bf16, with all
 // arithmetic in fp32.
 //
-// cpp.py compiles this file once with g++ and calls it through ctypes; the plain references are in those files, that of
-// attention in model.py. Each row, head or sample is one thread's work, from the first number to the last: results do not depend
-// on which thread takes it.
+// cpp.py compiles this file once with g++ and calls it through ctypes; the plain references are in those files. Each
+// row, head or sample is one thread's work, from the first number to the last: results do not depend on which thread
+// takes it.
 
 #include "vectors.h"
 
 namespace {
 
-// ----------------------------------------------------------------------------------------------- norm, SwiGLU, rotation
+// ------------------------------------------------------------------------------------------ norm, activation, rotation
 
-// y = x / rms(x) * weight for each of `rows` rows; inverse (rows,) receives 1 / rms(x).
-template <class T>
-void rms_norm_rows(const T *x, const float *weight, float eps, T *y, float *inverse, int64_t rows, int64_t size,
-                   int64_t threads) {
+// y = (x - mean) / deviation * gain + shift for each of `rows` rows: LayerNorm. means and inverses (rows,) receive the
+// mean and 1 / deviation. If not CENTRED, RMSNorm: no mean is taken off and no shift added.
+template <class T, bool CENTRED>
+void norm_rows(const T *x, const float *gain, const float *shift, float eps, T *y, float *means, float *inverses,
+               int64_t rows, int64_t size, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
         const T *from = x + row * size;
+        float mean = 0;
+        if constexpr (CENTRED) {
+            Floats total = {};
+            for (int64_t i = 0; i < size; i += LANES) total += load(from + i, size - i);
+            mean = means[row] = sum(total) / size;
+        }
         Floats squares = {};
         for (int64_t i = 0; i < size; i += LANES) {
-            Floats value = load(from + i, size - i);
+            Floats value = load(from + i, size - i, mean) - mean;
             squares += value * value;
         }
-        float scale = inverse[row] = 1 / std::sqrt(sum(squares) / size + eps);
-        for (int64_t i = 0; i < size; i += LANES)
-            store(y + row * size + i, load(from + i, size - i) * scale * load(weight + i, size - i), size - i);
+        float scale = inverses[row] = 1 / std::sqrt(sum(squares) / size + eps);
+        for (int64_t i = 0; i < size; i += LANES) {
+            Floats value = (load(from + i, size - i) - mean) * scale * load(gain + i, size - i);
+            if constexpr (CENTRED) value += load(shift + i, size - i);
+            store(y + row * size + i, value, size - i);
+        }
     }
 }
 
-// grad_x, and into sums (threads, size), if not null, each thread's part of the weight's gradient.
-template <class T>
-void rms_norm_rows_backward(const T *grad, const T *x, const float *weight, const float *inverse, T *grad_x,
-                            float *sums, int64_t rows, int64_t size, int64_t threads) {
+void add_to(float *sums, Floats value, int64_t count) { store(sums, load(sums, count) + value, count); }
+
+// grad_x, and into gain_sums and shift_sums (threads, size), where not null, each thread's part of their gradients.
+template <class T, bool CENTRED>
+void norm_rows_backward(const T *grad, const T *x, const float *gain, const float *means, const float *inverses,
+                        T *grad_x, float *gain_sums, float *shift_sums, int64_t rows, int64_t size, int64_t threads) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int64_t part = 0; part < threads; part++)
         for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++) {
             const T *g = grad + row * size, *from = x + row * size;
-            float scale = inverse[row];
-            Floats products = {};
-            for (int64_t i = 0; i < size; i += LANES)
-                products += load(g + i, size - i) * load(weight + i, size - i) * load(from + i, size - i);
-            float along = sum(products) * scale * scale / size;
+            float scale = inverses[row], mean = CENTRED ? means[row] : 0;
+            Floats products = {}, total = {};
             for (int64_t i = 0; i < size; i += LANES) {
-                Floats value = load(from + i, size - i), gradient = load(g + i, size - i);
-                Floats straight = gradient * load(weight + i, size - i);
+                Floats straight = load(g + i, size - i) * load(gain + i, size - i);
+                products += straight * (load(from + i, size - i) - mean);
+                if constexpr (CENTRED) total += straight;
+            }
+            float along = sum(products) * scale * scale / size, shared = CENTRED ? sum(total) / size : 0;
+            for (int64_t i = 0; i < size; i += LANES) {
+                Floats value = load(from + i, size - i) - mean, gradient = load(g + i, size - i);
+                Floats straight = gradient * load(gain + i, size - i) - shared;
                 store(grad_x + row * size + i, (straight - value * along) * scale, size - i);
-                if (!sums) continue;
-                float *to = sums + part * size + i;
-                store(to, load(to, size - i) + gradient * value * scale, size - i);
+                if (gain_sums) add_to(gain_sums + part * size + i, gradient * value * scale, size - i);
+                if (CENTRED && shift_sums) add_to(shift_sums + part * size + i, gradient, size - i);
             }
         }
 }
 
 constexpr int64_t STRETCH = 4096;  // numbers that a thread takes at a time where each is by itself
 
-template <class T>
-void swiglu_all(const T *gate, const T *up, T *y, int64_t count, int64_t threads) {
+// An activation and its derivative at x.
+struct Point {
+    Floats value, slope;
+};
+
+struct SiLU {
+    static Point at(Floats x) {
+        Floats s = sigmoid(x);
+        return {x * s, s * (1.0f + x * (1.0f - s))};
+    }
+};
+
+struct GELU {
+    static Point at(Floats x) {
+        Normal n = normal(x);
+        return {x * n.below, n.below + x * n.density};
+    }
+};
+
+struct TanhGELU {  // (1 + tanh(u)) / 2 is the sigmoid of 2 u
+    static Point at(Floats x) {
+        Floats near = x > 10.0f ? Floats{} + 10.0f : x < -10.0f ? Floats{} - 10.0f : x;  // further out s is 0 or 1
+        constexpr float LINEAR = 1.59576912f, CUBIC = 0.044715f * LINEAR;  // 2 u = LINEAR x + CUBIC x^3: 2 sqrt(2 / pi)
+        Floats z = near * near, s = sigmoid(near * (LINEAR + z * CUBIC));
+        return {x * s, s + near * s * (1.0f - s) * (LINEAR + z * (3 * CUBIC))};
+    }
+};
+
+struct ReLU {
+    static Point at(Floats x) { return {x < 0.0f ? Floats{} : x, x <= 0.0f ? Floats{} : Floats{} + 1.0f}; }
+};
+
+struct ReLU2 {
+    static Point at(Floats x) {
+        Floats positive = x < 0.0f ? Floats{} : x;
+        return {positive * positive, 2.0f * positive};
+    }
+};
+
+// y = A(x), or, GATED, A(x) * up.
+template <class A, bool GATED, class T>
+void activate_all(const T *x, const T *up, T *y, int64_t count, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t start = 0; start < count; start += STRETCH)
         for (int64_t i = start; i < std::min(count, start + STRETCH); i += LANES) {
-            Floats g = load(gate + i, count - i);
-            store(y + i, g * sigmoid(g) * load(up + i, count - i), count - i);
+            Floats value = A::at(load(x + i, count - i)).value;
+            if constexpr (GATED) value *= load(up + i, count - i);
+            store(y + i, value, count - i);
         }
 }
 
-template <class T>
-void swiglu_all_backward(const T *grad, const T *gate, const T *up, T *grad_gate, T *grad_up, int64_t count,
-                         int64_t threads) {
+template <class A, bool GATED, class T>
+void activate_all_backward(const T *grad, const T *x, const T *up, T *grad_x, T *grad_up, int64_t count,
+                           int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t start = 0; start < count; start += STRETCH)
         for (int64_t i = start; i < std::min(count, start + STRETCH); i += LANES) {
-            Floats g = load(gate + i, count - i), gradient = load(grad + i, count - i), s = sigmoid(g);
-            store(grad_up + i, gradient * g * s, count - i);
-            store(grad_gate + i, gradient * load(up + i, count - i) * s * (1.0f + g * (1.0f - s)), count - i);
+            Point point = A::at(load(x + i, count - i));
+            Floats gradient = load(grad + i, count - i);
+            if constexpr (GATED) {
+                store(grad_up + i, gradient * point.value, count - i);
+                gradient *= load(up + i, count - i);
+            }
+            store(grad_x + i, gradient * point.slope, count - i);
         }
 }
 
-// y = x turned, for x (batch, positions, heads, d); cos, sin (batch or 1, positions, d/2). sign -1 turns back.
+// y = x turned, for x (batch, positions, heads, d); cos, sin (batch or 1, positions, half). sign -1 turns back. What
+// comes after the first 2 half dimensions is copied.
 template <class T>
 void rotate_all(const T *x, const float *cos, const float *sin, float sign, T *y, int64_t batch, int64_t positions,
-                int64_t heads, int64_t d, bool same_in_batch, int64_t threads) {
+                int64_t heads, int64_t d, int64_t half, bool same_in_batch, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t place = 0; place < batch * positions; place++) {
-        int64_t half = d / 2, angle = (same_in_batch ? place % positions : place) * half;
-        for (int64_t h = 0; h < heads; h++)
+        int64_t angle = (same_in_batch ? place % positions : place) * half;
+        for (int64_t h = 0; h < heads; h++) {
+            const T *from = x + (place * heads + h) * d;
+            T *to = y + (place * heads + h) * d;
             for (int64_t i = 0; i < half; i += LANES) {
-                const T *from = x + (place * heads + h) * d + i;
-                T *to = y + (place * heads + h) * d + i;
                 Floats c = load(cos + angle + i, half - i), s = load(sin + angle + i, half - i) * sign;
-                Floats first = load(from, half - i), second = load(from + half, half - i);
-                store(to, first * c - second * s, half - i);
-                store(to + half, second * c + first * s, half - i);
+                Floats first = load(from + i, half - i), second = load(from + half + i, half - i);
+                store(to + i, first * c - second * s, half - i);
+                store(to + half + i, second * c + first * s, half - i);
             }
+            if (d > 2 * half) std::memcpy(to + 2 * half, from + 2 * half, (d - 2 * half) * sizeof(T));
+        }
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------ the loss
 
+// The first `count` lanes of a vector; the others are 0.
+Floats first_lanes(Floats x, int64_t count) { return lane_numbers() < (int32_t)count ? x : Floats{}; }
+
 // losses (rows,) = -log softmax(logits)[target], NaN if there is no such logit; with `backward` the logits become their
-// gradient: softmax, less 1 at the target.
-template <class T>
+// gradient: softmax, less 1 at the target. If CAPPED, the softmax is of softcap * tanh(logits / softcap), which is
+// computed again in each pass: in bf16 there is no room to keep it.
+template <class T, bool CAPPED>
 void loss_rows(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t size, bool backward,
-               int64_t threads) {
+               float softcap, int64_t threads) {
+    const float inverse = 1 / softcap;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
         T *x = logits + row * size;
@@ -111,16 +178,25 @@ void loss_rows(T *logits, const int64_t *targets, float *losses, int64_t rows, i
             losses[row] = NAN;
             continue;
         }
+        auto share = [&](Floats logit) { return CAPPED ? tanh(logit * inverse) : logit; };
+        auto capped = [&](Floats share) { return CAPPED ? share * softcap : share; };
         Floats tops = Floats{} - INFINITY, sums = {};
         for (int64_t i = 0; i < size; i += LANES) tops = larger(tops, load(x + i, size - i, -INFINITY));
-        float top = largest(tops);
-        for (int64_t i = 0; i < size; i += LANES) sums += exp_negative(load(x + i, size - i, -INFINITY) - top);
+        float top = capped(share(Floats{} + largest(tops)))[0];  // the cap keeps the order
+        for (int64_t i = 0; i < size; i += LANES) {
+            Floats weight = exp_negative(capped(share(load(x + i, size - i, -INFINITY))) - top);
+            sums += CAPPED && size - i < LANES ? first_lanes(weight, size - i) : weight;
+        }
         float total = sum(sums);
-        losses[row] = std::log(total) + top - load(x + target, 1)[0];
+        Floats aim = share(Floats{} + load(x + target, 1)[0]);
+        losses[row] = std::log(total) + top - capped(aim)[0];
         if (!backward) continue;
-        for (int64_t i = 0; i < size; i += LANES)
-            store(x + i, exp_negative(load(x + i, size - i) - top) * (1 / total), size - i);
-        store(x + target, Floats{} + (load(x + target, 1)[0] - 1), 1);
+        for (int64_t i = 0; i < size; i += LANES) {
+            Floats t = share(load(x + i, size - i)), weight = exp_negative(capped(t) - top) * (1 / total);
+            store(x + i, CAPPED ? weight * (1.0f - t * t) : weight, size - i);
+        }
+        Floats slope = CAPPED ? 1.0f - aim * aim : Floats{} + 1.0f;
+        store(x + target, load(x + target, 1) - slope, 1);
     }
 }
 
@@ -202,7 +278,11 @@ struct Heads {
     int64_t heads, key_heads, d, window;  // window: positions back that a query sees, itself included; 0 for all
     int64_t samples;
     const int64_t *offsets;  // (samples + 1,): where each sample begins, and the last one ends
-    float scale;
+    const float *slopes;     // (heads,): how much a score falls for each position back (ALiBi); or null
+    const float *sinks;      // (heads,): the score of one more key, which has no value; or null
+    float scale, softcap;    // softcap: 0 for none
+
+    bool bends() const { return softcap || slopes; }  // whether scores are more than scaled products
 };
 
 namespace {
@@ -210,12 +290,31 @@ namespace {
 struct Workspace {
     Buffer rows, k_along, v_along, k_across, v_down, k_turned, q_across, q_down, y_across, y_down;
     Buffer weights, grads, pairs;
-    std::vector<float> scores, through, result, grad_k, grad_v;
+    std::vector<float> scores, through, result, grad_k, grad_v, factors;
 };
 
-// weights (N,) = exp(scale * score - the largest of them) from `low` to `high`, 0 elsewhere; their sum.
+// Products of queries with keys that lie `back` positions back become the scores of one head, where these are more than
+// scaled products. Where `factors` is not null it receives their derivatives. by: `back` from one lane to the next.
+void bend(float *products, float *factors, int64_t count, int64_t back, int64_t by, const Heads &a, int64_t head) {
+    Floats places = __builtin_convertvector(lane_numbers() * (int32_t)by, Floats);
+    float slope = a.slopes ? a.slopes[head] : 0, inverse = 1 / a.softcap;
+    for (int64_t n = 0; n < count; n += LANES) {
+        Floats score = load(products + n) * a.scale, factor = Floats{} + a.scale;
+        if (a.softcap) {
+            Floats share = tanh(score * inverse);
+            score = share * a.softcap;
+            factor *= 1.0f - share * share;
+        }
+        store(products + n, score - (places + (float)(back + n * by)) * slope);
+        if (factors) store(factors + n, factor);
+    }
+}
+
+// weights (N,) = exp(scale * score - the largest of them) from `low` to `high`, 0 elsewhere; their sum, and that of the
+// sink, whose score is -infinity where there is none.
 template <class T>
-float softmax(const float *scores, T *weights, int64_t N, int64_t low, int64_t high, float scale, float *log_sum) {
+float softmax(const float *scores, T *weights, int64_t N, int64_t low, int64_t high, float scale, float sink,
+              float *log_sum) {
     Floats tops = Floats{} - INFINITY, sums = {};
     int64_t first = low / LANES * LANES, end = high / LANES * LANES + LANES;
     auto seen = [&](int64_t n, Floats value, float otherwise) {
@@ -224,7 +323,7 @@ float softmax(const float *scores, T *weights, int64_t N, int64_t low, int64_t h
         return (place >= (int32_t)low) & (place <= (int32_t)high) ? value : Floats{} + otherwise;
     };
     for (int64_t n = first; n < end; n += LANES) tops = larger(tops, seen(n, load(scores + n), -INFINITY));
-    float top = largest(tops) * scale;
+    float top = std::max(largest(tops) * scale, sink);
     for (int64_t n = 0; n < first; n += LANES) store(weights + n, Floats{});
     for (int64_t n = first; n < end; n += LANES) {
         Floats weight = seen(n, exp_negative(load(scores + n) * scale - top), 0);
@@ -233,6 +332,7 @@ float softmax(const float *scores, T *weights, int64_t N, int64_t low, int64_t h
     }
     for (int64_t n = end; n < N; n += LANES) store(weights + n, Floats{});
     float total = sum(sums);
+    if (sink > -INFINITY) total += std::exp(sink - top);
     *log_sum = top + std::log(total);
     return total;
 }
@@ -261,9 +361,10 @@ void attend_sample(const Heads &a, int64_t sample, int64_t key_head, const T *q,
             float totals[QUERIES];
             for (int64_t i = 0; i < count; i++) {
                 int64_t query = first + i, low = a.window ? std::max<int64_t>(0, query - a.window + 1) : 0;
-                float *log_sum = log_sums + (start + query) * H + h;
-                totals[i] = softmax(w.scores.data() + i * N, (T *)w.weights.data() + i * N, N, low - begin,
-                                    query - begin, a.scale, log_sum);
+                float *log_sum = log_sums + (start + query) * H + h, *scores = w.scores.data() + i * N;
+                if (a.bends()) bend(scores, nullptr, N, query - begin, -1, a, h);
+                totals[i] = softmax(scores, (T *)w.weights.data() + i * N, N, low - begin, query - begin,
+                                    a.bends() ? 1 : a.scale, a.sinks ? a.sinks[h] : -INFINITY, log_sum);
             }
             multiply<T>(w.weights.data(), N / PER_WORD<T>, v_down + begin / PER_WORD<T> * width, width,
                         w.result.data(), width, M, width, N / PER_WORD<T>);
@@ -272,20 +373,23 @@ void attend_sample(const Heads &a, int64_t sample, int64_t key_head, const T *q,
                     store(y + ((start + first + i) * H + h) * d + j, load(&w.result[i * width + j]) / totals[i], d - j);
         }
 }
+
 // Weights and their gradients, (M, QUERIES) each, for M keys down and QUERIES queries across, where the first key comes
 // `ahead` positions after the first query (below 0: before it). scores are used up. through: the gradient of the
-// weights.
-template <class T>
-void softmax_backward(float *scores, const float *through, const float *log_sums, int64_t M, int64_t ahead,
-                      const Heads &a, T *weights, T *grads) {
+// weights. all_dots (QUERIES,) receives that of each query's weights with their gradients. If BENT, scores are what
+// `bend` made of products, with its factors (M, QUERIES).
+template <class T, bool BENT>
+void softmax_backward(float *scores, const float *factors, const float *through, const float *log_sums, int64_t M,
+                      int64_t ahead, const Heads &a, float *all_dots, T *weights, T *grads) {
     constexpr int64_t V = QUERIES / LANES;
     const int64_t window = a.window ? a.window : INT32_MAX;
-    Floats dots[V] = {};  // of each query's weights with their gradients
+    const float scale = BENT ? 1 : a.scale;
+    Floats dots[V] = {};
     for (int64_t m = 0; m < M; m++)
         for (int64_t v = 0; v < V; v++) {
             int64_t nearest = v * LANES - ahead - m;  // positions from the key to the first query
             float *score = scores + m * QUERIES + v * LANES;
-            Floats weight = exp_negative(load(score) * a.scale - load(log_sums + v * LANES));
+            Floats weight = exp_negative(load(score) * scale - load(log_sums + v * LANES));
             if (nearest < 0 || nearest + LANES > window) {
                 Ints back = lane_numbers() + (int32_t)nearest;
                 weight = (back >= 0) & (back < (int32_t)window) ? weight : Floats{};
@@ -297,15 +401,19 @@ void softmax_backward(float *scores, const float *through, const float *log_sums
     for (int64_t m = 0; m < M; m++)
         for (int64_t v = 0; v < V; v++) {
             int64_t at = m * QUERIES + v * LANES;
-            store(grads + at, load(scores + at) * (load(through + at) - dots[v]) * a.scale);
+            Floats gradient = load(scores + at) * (load(through + at) - dots[v]);
+            store(grads + at, gradient * (BENT ? load(factors + at) : Floats{} + a.scale));
         }
+    for (int64_t v = 0; v < V; v++) store(all_dots + v * LANES, dots[v]);
 }
 
 // The gradients of a key head's k and v in one sample, and of the q of all query heads that share it. The weights are
 // computed again, turned: keys down, queries across, so that sums over queries and over keys need no other layout.
+// grad_sinks (samples, heads), if there are sinks, is added to.
 template <class T>
 void attend_sample_backward(const Heads &a, int64_t sample, int64_t key_head, const T *grad, const T *q, const T *k,
-                            const T *v, const float *log_sums, T *grad_q, T *grad_k, T *grad_v, Workspace &w) {
+                            const T *v, const float *log_sums, T *grad_q, T *grad_k, T *grad_v, float *grad_sinks,
+                            Workspace &w) {
     int64_t start = a.offsets[sample], L = a.offsets[sample + 1] - start, d = a.d, width = round_up(d, SUM_COLUMNS);
     int64_t H = a.heads, K = a.key_heads, room = round_up(L, QUERIES), words = width / PER_WORD<T>;
     int64_t at = (start * K + key_head) * d, P = PER_WORD<T>;
@@ -317,6 +425,7 @@ void attend_sample_backward(const Heads &a, int64_t sample, int64_t key_head, co
     w.grad_v.assign(room * width, 0);
     w.scores.resize(room * QUERIES);
     w.through.resize(room * QUERIES);
+    if (a.bends()) w.factors.resize(room * QUERIES);
     w.result.resize(width * QUERIES);
     for (Buffer *buffer : {&w.weights, &w.grads}) buffer->resize(room * QUERIES / P);
     for (int64_t h = key_head * (H / K); h < (key_head + 1) * (H / K); h++)
@@ -333,9 +442,17 @@ void attend_sample_backward(const Heads &a, int64_t sample, int64_t key_head, co
             float *scores = w.scores.data(), *through = w.through.data();
             multiply<T>(k_along + begin * words, words, q_across, QUERIES, scores, QUERIES, M, QUERIES, words);
             multiply<T>(v_along + begin * words, words, y_across, QUERIES, through, QUERIES, M, QUERIES, words);
-            float kept[QUERIES] = {};
+            float kept[QUERIES] = {}, dots[QUERIES];
             for (int64_t i = 0; i < count; i++) kept[i] = log_sums[(start + first + i) * H + h];
-            softmax_backward(scores, through, kept, M, begin - first, a, (T *)w.weights.data(), (T *)w.grads.data());
+            if (a.bends())
+                for (int64_t m = 0; m < M; m++)
+                    bend(scores + m * QUERIES, &w.factors[m * QUERIES], QUERIES, first - begin - m, 1, a, h);
+            auto backward = a.bends() ? softmax_backward<T, true> : softmax_backward<T, false>;
+            backward(scores, w.factors.data(), through, kept, M, begin - first, a, dots, (T *)w.weights.data(),
+                     (T *)w.grads.data());
+            if (a.sinks)
+                for (int64_t i = 0; i < count; i++)
+                    grad_sinks[sample * H + h] -= std::exp(a.sinks[h] - kept[i]) * dots[i];
             const uint32_t *grads_down = down(w.pairs, (const T *)w.grads.data(), M, QUERIES);
             multiply<T, true>(w.weights.data(), QUERIES / P, y_down, width, &w.grad_v[begin * width], width, M, width,
                               QUERIES / P);
@@ -377,54 +494,78 @@ void in_type(int64_t bf16, F f) {
     else f(float());
 }
 
+// f(A) with an activation by its place in activation.py's IN_CPP.
+template <class F>
+void in_activation(int64_t place, F f) {
+    if (place == 0) f(SiLU());
+    else if (place == 1) f(GELU());
+    else if (place == 2) f(TanhGELU());
+    else if (place == 3) f(ReLU());
+    else f(ReLU2());
+}
+
 extern "C" {
 // bf16: whether what is given as void * is in bf16 instead of fp32.
 
-void rms_norm(int64_t bf16, const void *x, const float *weight, double eps, void *y, float *inverse, int64_t rows,
-              int64_t size, int64_t threads) {
+void norm(int64_t bf16, const void *x, const float *gain, const float *shift, double eps, void *y, float *means,
+          float *inverses, int64_t rows, int64_t size, int64_t centred, int64_t threads) {
     in_type(bf16, [&](auto type) {
         using T = decltype(type);
-        rms_norm_rows((const T *)x, weight, eps, (T *)y, inverse, rows, size, threads);
+        auto all = centred ? norm_rows<T, true> : norm_rows<T, false>;
+        all((const T *)x, gain, shift, eps, (T *)y, means, inverses, rows, size, threads);
     });
 }
 
-void rms_norm_backward(int64_t bf16, const void *grad, const void *x, const float *weight, const float *inverse,
-                       void *grad_x, float *sums, int64_t rows, int64_t size, int64_t threads) {
+void norm_backward(int64_t bf16, const void *grad, const void *x, const float *gain, const float *means,
+                   const float *inverses, void *grad_x, float *gain_sums, float *shift_sums, int64_t rows, int64_t size,
+                   int64_t centred, int64_t threads) {
     in_type(bf16, [&](auto type) {
         using T = decltype(type);
-        rms_norm_rows_backward((const T *)grad, (const T *)x, weight, inverse, (T *)grad_x, sums, rows, size, threads);
+        auto all = centred ? norm_rows_backward<T, true> : norm_rows_backward<T, false>;
+        all((const T *)grad, (const T *)x, gain, means, inverses, (T *)grad_x, gain_sums, shift_sums, rows, size,
+            threads);
     });
 }
 
-void swiglu(int64_t bf16, const void *gate, const void *up, void *y, int64_t count, int64_t threads) {
+// up: null if the activation is not gated.
+void activate(int64_t bf16, const void *x, const void *up, void *y, int64_t activation, int64_t count,
+              int64_t threads) {
     in_type(bf16, [&](auto type) {
         using T = decltype(type);
-        swiglu_all((const T *)gate, (const T *)up, (T *)y, count, threads);
+        in_activation(activation, [&](auto a) {
+            using A = decltype(a);
+            auto all = up ? activate_all<A, true, T> : activate_all<A, false, T>;
+            all((const T *)x, (const T *)up, (T *)y, count, threads);
+        });
     });
 }
 
-void swiglu_backward(int64_t bf16, const void *grad, const void *gate, const void *up, void *grad_gate, void *grad_up,
-                     int64_t count, int64_t threads) {
+void activate_backward(int64_t bf16, const void *grad, const void *x, const void *up, void *grad_x, void *grad_up,
+                       int64_t activation, int64_t count, int64_t threads) {
     in_type(bf16, [&](auto type) {
         using T = decltype(type);
-        swiglu_all_backward((const T *)grad, (const T *)gate, (const T *)up, (T *)grad_gate, (T *)grad_up, count,
-                            threads);
+        in_activation(activation, [&](auto a) {
+            using A = decltype(a);
+            auto all = up ? activate_all_backward<A, true, T> : activate_all_backward<A, false, T>;
+            all((const T *)grad, (const T *)x, (const T *)up, (T *)grad_x, (T *)grad_up, count, threads);
+        });
     });
 }
 
 void rotate(int64_t bf16, const void *x, const float *cos, const float *sin, double sign, void *y, int64_t batch,
-            int64_t positions, int64_t heads, int64_t d, int64_t same_in_batch, int64_t threads) {
+            int64_t positions, int64_t heads, int64_t d, int64_t half, int64_t same_in_batch, int64_t threads) {
     in_type(bf16, [&](auto type) {
         using T = decltype(type);
-        rotate_all((const T *)x, cos, sin, sign, (T *)y, batch, positions, heads, d, same_in_batch, threads);
+        rotate_all((const T *)x, cos, sin, sign, (T *)y, batch, positions, heads, d, half, same_in_batch, threads);
     });
 }
 
 void loss(int64_t bf16, void *logits, const int64_t *targets, float *losses, int64_t rows, int64_t size,
-          int64_t backward, int64_t threads) {
+          int64_t backward, double softcap, int64_t threads) {
     in_type(bf16, [&](auto type) {
         using T = decltype(type);
-        loss_rows((T *)logits, targets, losses, rows, size, backward, threads);
+        auto all = softcap ? loss_rows<T, true> : loss_rows<T, false>;
+        all((T *)logits, targets, losses, rows, size, backward, softcap, threads);
     });
 }
 
@@ -439,12 +580,12 @@ void attend(int64_t bf16, const void *q, const void *k, const void *v, void *y, 
 }
 
 void attend_backward(int64_t bf16, const void *grad, const void *q, const void *k, const void *v, const float *log_sums,
-                     void *grad_q, void *grad_k, void *grad_v, const Heads *a, int64_t threads) {
+                     void *grad_q, void *grad_k, void *grad_v, float *grad_sinks, const Heads *a, int64_t threads) {
     in_type(bf16, [&](auto type) {
         using T = decltype(type);
         each_sample_and_key_head(*a, threads, [&](int64_t sample, int64_t head, Workspace &w) {
             attend_sample_backward(*a, sample, head, (const T *)grad, (const T *)q, (const T *)k, (const T *)v,
-                                   log_sums, (T *)grad_q, (T *)grad_k, (T *)grad_v, w);
+                                   log_sums, (T *)grad_q, (T *)grad_k, (T *)grad_v, grad_sinks, w);
         });
     });
 }

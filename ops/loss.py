@@ -23,17 +23,21 @@ def plain_head_loss(
     return losses.sum(), losses.detach()
 
 
-@operator("loss_(Tensor(a!) logits, Tensor targets, bool backward) -> Tensor")
-def _loss_(logits, targets, backward):
+@operator("loss_(Tensor(a!) logits, Tensor targets, bool backward, float softcap) -> Tensor")
+def _loss_(logits, targets, backward, softcap):
     losses = logits.new_empty(len(logits), dtype=torch.float32)
-    call_cpp("loss", logits, targets, losses, *logits.shape, backward)
+    call_cpp("loss", logits, targets, losses, *logits.shape, backward, softcap)
     return losses
 
 
-def _losses_and_gradient(logits, targets, backward):
+def _losses_and_gradient(logits, targets, backward, softcap):
     """-log p(target) (n,) fp32 for logits (n, V), which are overwritten, and with `backward` their gradient."""
     if in_cpp(logits):
-        return _loss_(logits, targets, backward), logits if backward else None
+        return _loss_(logits, targets, backward, softcap or 0.0), logits if backward else None
+    return _in_torch(logits, targets, backward) if softcap is None else _capped(logits, targets, backward, softcap)
+
+
+def _in_torch(logits, targets, backward):
     dtype, logits = logits.dtype, logits.float()
     log_p = torch.log_softmax(logits, dim=-1, out=logits)  # in place: they are the largest tensor of the step
     losses = -log_p.gather(1, targets[:, None]).squeeze(1)
@@ -44,11 +48,8 @@ def _losses_and_gradient(logits, targets, backward):
 
 
 def _capped(logits, targets, backward, softcap):
-    """As `_losses_and_gradient`, of logits that are kept within `softcap` first."""
-    if softcap is None:
-        return _losses_and_gradient(logits, targets, backward)
     dtype, share = logits.dtype, logits.float().div_(softcap).tanh_()
-    losses, grad = _losses_and_gradient(share * softcap, targets, backward)
+    losses, grad = _in_torch(share * softcap, targets, backward)
     return losses, grad.mul_(1 - share.square_()).to(dtype) if backward else None
 
 
@@ -66,7 +67,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(x), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
             logits = F.linear(x[chunk], cast, shift)
-            losses[chunk], grad = _capped(logits, targets[chunk], any(needed), softcap)
+            losses[chunk], grad = _losses_and_gradient(logits, targets[chunk], any(needed), softcap)
             if grad_x is not None:
                 torch.mm(grad, cast, out=grad_x[chunk])
             if grad_weight is not None:

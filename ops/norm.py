@@ -22,42 +22,58 @@ def plain_layer_norm(
 ) -> Tensor:
     """The reference: x (..., D), weight and bias (D,), in x's dtype."""
     if plus_one:
-        return F.layer_norm(x.float(), (x.size(-1),), weight.float() + 1, bias.float(), eps).to(x.dtype)
+        bias = None if bias is None else bias.float()
+        return F.layer_norm(x.float(), (x.size(-1),), weight.float() + 1, bias, eps).to(x.dtype)
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     return F.layer_norm(x, (x.size(-1),), weight, bias, eps)
 
 
-@operator("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
-def _rms_norm(x, weight, eps):
-    """The norm, and 1 / rms (...,) fp32."""
-    y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    call_cpp("rms_norm", x, weight.float(), eps, y, inverse, inverse.numel(), x.size(-1))
-    return y, inverse
+@operator("norm(Tensor x, Tensor gain, Tensor shift, float eps, bool centred) -> (Tensor, Tensor, Tensor)")
+def _norm(x, gain, shift, eps, centred):
+    """The norm, the mean (...,) fp32 if `centred` (LayerNorm), and 1 / rms or 1 / standard deviation (...,) fp32."""
+    means, inverses = (x.new_empty(x.shape[:-1] if kept else 0, dtype=torch.float32) for kept in (centred, True))
+    y = torch.empty_like(x)
+    call_cpp("norm", x, gain, shift, eps, y, means, inverses, inverses.numel(), x.size(-1), centred)
+    return y, means, inverses
 
 
-@operator("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse, bool trains) -> (Tensor, Tensor)")
-def _rms_norm_backward(grad, x, weight, inverse, trains):
-    """The gradients of x, and of the weight in fp32 if it trains."""
-    parts = torch.get_num_threads() if trains else 0  # an empty tensor's address is null: then nothing is summed
-    grad_x, sums = torch.empty_like(x), x.new_zeros((parts, x.size(-1)), dtype=torch.float32)
-    call_cpp("rms_norm_backward", grad, x, weight.float(), inverse, grad_x, sums, inverse.numel(), x.size(-1))
-    return grad_x, sums.sum(0)
+@operator(
+    "norm_backward(Tensor grad, Tensor x, Tensor gain, Tensor means, Tensor inverses, bool centred, bool[] trains"
+    ") -> (Tensor, Tensor, Tensor)"
+)
+def _norm_backward(grad, x, gain, means, inverses, centred, trains):
+    """The gradients of x, and of gain and shift in fp32 if they train."""
+    parts = [torch.get_num_threads() * each for each in trains]  # an empty tensor's address is null: nothing is summed
+    gains, shifts = (x.new_zeros((count, x.size(-1)), dtype=torch.float32) for count in parts)
+    grad_x, rows = torch.empty_like(x), inverses.numel()
+    call_cpp("norm_backward", grad, x, gain, means, inverses, grad_x, gains, shifts, rows, x.size(-1), centred)
+    return grad_x, gains.sum(0), shifts.sum(0)
 
 
-class _RMSNorm(torch.autograd.Function):
+def _gain(x, weight, plus_one):
+    """What normed x is multiplied by, (D,) fp32."""
+    if weight is None:
+        return x.new_ones(x.size(-1), dtype=torch.float32)
+    return weight.float() + 1 if plus_one else weight.float()
+
+
+class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        x = x.contiguous()
-        y, inverse = _rms_norm(x, weight, eps)
-        ctx.save_for_backward(x, weight, inverse)
+    def forward(ctx, x, weight, bias, eps, plus_one, centred):
+        x, gain = x.contiguous(), _gain(x, weight, plus_one)
+        shift = gain.new_zeros(gain.shape if centred else 0) if bias is None else bias.float()
+        y, means, inverses = _norm(x, gain, shift, eps, centred)
+        ctx.save_for_backward(x, weight, bias, means, inverses)
+        ctx.known = plus_one, centred
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, inverse = ctx.saved_tensors
-        trains = ctx.needs_input_grad[1]
-        grad_x, grad_weight = _rms_norm_backward(grad.contiguous(), x, weight, inverse, trains)
-        return grad_x, grad_weight.to(weight.dtype) if trains else None, None
+        (x, *parameters, means, inverses), (plus_one, centred) = ctx.saved_tensors, ctx.known
+        gain, trains = _gain(x, parameters[0], plus_one), ctx.needs_input_grad[1:3]
+        grad_x, *grads = _norm_backward(grad.contiguous(), x, gain, means, inverses, centred, trains)
+        each = zip(grads, parameters, trains, strict=True)
+        return grad_x, *(g.to(parameter.dtype) if needed else None for g, parameter, needed in each), None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
@@ -65,11 +81,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool = Fals
 
     torch has a fused kernel for CUDA only; on a CPU its backward pass costs seven times LayerNorm's.
     """
-    if not in_cpp(x) or weight is None or plus_one:
-        return plain_rms_norm(x, weight, eps, plus_one)
-    return _RMSNorm.apply(x, weight, eps)
+    if in_cpp(x):
+        return _Norm.apply(x, weight, None, eps, plus_one, False)
+    return plain_rms_norm(x, weight, eps, plus_one)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
     """(x - mean) / standard deviation * weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450)."""
+    if in_cpp(x):
+        return _Norm.apply(x, weight, bias, eps, plus_one, True)
     return plain_layer_norm(x, weight, bias, eps, plus_one)

@@ -24,20 +24,22 @@ def pairs_apart(x: Tensor, dims: int) -> Tensor:
 
 @operator("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor")
 def _rotate(x, cos, sin, back):
-    """x (B, T, heads, d) turned, in its own layout; cos, sin ((1 or B) * T * d/2 numbers)."""
-    y, (B, T, heads, d) = torch.empty_like(x), x.shape
-    same_in_batch = cos.numel() == T * (d // 2)
-    call_cpp("rotate", x, cos.float(), sin.float(), -1.0 if back else 1.0, y, B, T, heads, d, same_in_batch)
+    """x (B, T, heads, d) turned, in its own layout; cos, sin (T, r/2) or (B or 1, 1, T, r/2)."""
+    y, half = torch.empty_like(x), cos.size(-1)
+    same_in_batch = cos.numel() == x.size(1) * half
+    call_cpp("rotate", x, cos.float(), sin.float(), -1.0 if back else 1.0, y, *x.shape, half, same_in_batch)
     return y
 
 
 def _turn(x, cos, sin, back):
     if in_cpp(x):
         return _rotate(x.transpose(1, 2).contiguous(), cos, sin, back).transpose(1, 2)
-    half, sin = x.size(-1) // 2, -sin if back else sin
+    half, sin = cos.size(-1), -sin if back else sin
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.mul(x[..., :half], cos, out=y[..., :half]).addcmul_(x[..., half:], sin, value=-1)
-    torch.mul(x[..., half:], cos, out=y[..., half:]).addcmul_(x[..., :half], sin)
+    (first, second, rest), (to_first, to_second, to_rest) = (t.tensor_split((half, 2 * half), dim=-1) for t in (x, y))
+    torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+    to_rest.copy_(rest)
     return y
 
 
@@ -58,6 +60,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Of the first r dimensions i pairs with i + r/2: Hugging Face's layout, not Meta's. The others stay as they are.
     """
-    if torch.compiler.is_compiling() or 2 * cos.size(-1) < x.size(-1):
+    if torch.compiler.is_compiling():
         return plain_rotate(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
