@@ -119,6 +119,8 @@ float largest(Floats v) {
 
 Floats larger(Floats a, Floats b) { return b > a || b != b ? b : a; }  // NaN, if there is one
 
+// -------------------------------------------------------------------------------------------------------- activations
+
 // exp(x) for x <= 0: 2^n times the Taylor series of the rest, which is at most ln(2) / 2 away from 0 (error 1e-7).
 Floats exp_negative(Floats all) {
     Floats x = all < -87.0f ? Floats{} - 87.0f : all;  // below it the result is 0: nearly the smallest fp32
@@ -136,6 +138,20 @@ Floats exp_negative(Floats all) {
 Floats sigmoid(Floats x) {
     Floats e = exp_negative(x < 0.0f ? x : -x);
     return (x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e);
+}
+
+Floats tanh_of(Floats x) {
+    Floats e = exp_negative(x < 0.0f ? 2.0f * x : -2.0f * x), y = (1.0f - e) / (1.0f + e);
+    return x < 0.0f ? -y : y;
+}
+
+// Abramowitz and Stegun 1964, Handbook of Mathematical Functions, 7.1.26 (error 2e-7).
+Floats erf_of(Floats x) {
+    Floats size = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * size), y = 1.061405429f * t - 1.453152027f;
+    y = y * t + 1.421413741f;
+    y = y * t - 0.284496736f;
+    y = 1.0f - (y * t + 0.254829592f) * t * exp_negative(-size * size);
+    return x < 0.0f ? -y : y;
 }
 
 // ------------------------------------------------------------------------------------------------ products of matrices
