@@ -6,7 +6,7 @@
   they and what lies between them are decode_cpu.cpp.
 - `StaticDecoder`: on CUDA, where a step is some hundred launches of small kernels. Its shapes and addresses never
   change, so the step is recorded once as a CUDA graph and replayed.
-- `Decoder`: the model's blocks with its `KVCache`. What is left without a compiler.
+- `Decoder`: the model's blocks with its `KVCache`. What is left without a compiler, and for what `in_decode_cpp` says.
 - `PlainDecoder`: `Transformer.forward` and nothing else. The reference.
 
 The fast ones repeat what model.py says, and model.py is there to be edited. So `fastest_decoder` lets each read a few
@@ -512,8 +512,8 @@ class CompiledDecoder(Decoder):
             torch.get_num_threads(),
         )  # fmt: skip
         positions = torch.arange(cache.k.size(3))
-        lengths = lambda: positions + 1  # noqa: E731
-        self.angles = {rope: rope_angles(rope, positions, lengths, torch.float32) for rope in set(c.ropes)}
+        new = partial(torch.add, positions, 1)  # the text's length when each position is the newest
+        self.angles = {rope: rope_angles(rope, positions, new, torch.float32) for rope in set(c.ropes)}
         self.slopes = None if c.slopes is None else torch.tensor(c.slopes)
         self.calls = [call for layer, parts in enumerate(self.blocks) for call in self._block(layer, parts)]
         self.calls += self._finish()
