@@ -6,7 +6,7 @@
   they and what lies between them are decode_cpu.cpp.
 - `StaticDecoder`: on CUDA, where a step is some hundred launches of small kernels. Its shapes and addresses never
   change, so the step is recorded once as a CUDA graph and replayed.
-- `Decoder`: the model's blocks with its `KVCache`. What is left without a compiler.
+- `Decoder`: the model's blocks with its `KVCache`. What is left without a compiler, and for what `in_decode_cpp` says.
 - `PlainDecoder`: `Transformer.forward` and nothing else. The reference.
 
 The fast ones repeat what model.py says, and model.py is there to be edited. So `fastest_decoder` lets each read a few
@@ -15,7 +15,6 @@ after more than PROBE_LENGTH positions, or by less than PROBE_TOLERANCE (10% in 
 """
 
 import ctypes
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,12 +22,12 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.kv_cache import KVCache
 from lora import Adapter, DoRALinear
-from model import Config, Linear, Transformer, rope_angles
+from model import MLP, Block, EachHeadNorm, JointNorm, LayerNorm, Linear, RMSNorm, Transformer, rope_angles
+from ops.activation import plain_softcap
 from ops.attention import Attend, masked_attention
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
@@ -51,7 +50,7 @@ def fastest_decoder(model: Transformer) -> "Decoder":
     kinds = [Decoder]
     if weight.is_cuda and not model.config.experts:  # a graph cannot follow tokens to their experts
         kinds = [StaticDecoder, Decoder]
-    elif weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and in_decode_cpp(model.config):
+    elif weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and in_decode_cpp(model):
         kinds = [CompiledDecoder, Decoder]
     length = min(PROBE_LENGTH, model.config.max_position_embeddings)
     tokens = torch.linspace(0, model.config.vocab_size - 1, length, device=weight.device).long()[None]
@@ -102,7 +101,7 @@ class Decoder:
         """
         self.cache = self._new_cache(tokens, padding, room)
         logits = self._read(tokens, self.cache, score, scored)
-        self.prepare()
+        self._rows_changed()
         return logits
 
     @torch.inference_mode()
@@ -116,28 +115,52 @@ class Decoder:
         cache = self._new_cache(tokens, padding, tokens.size(1))
         logits = self._read(tokens, cache, score, scored)
         self.cache = self.cache.joined(cache, more)
-        self.prepare()
+        self._rows_changed()
         return logits
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
         """Read the next token of each row: ids (B,) int64. The logits (B, V) are good until the next step."""
-        return self._read(ids[:, None], self.cache)
+        cache = self.cache
+        if cache.length == cache.k.size(3):
+            raise ValueError(f"the cache has room for {cache.length} positions, one more is needed")
+        cache.tokens[:, cache.length] = ids
+        if cache.length not in self.outgrown:
+            return self._step(ids)
+        tokens, cache.length = cache.tokens[:, : cache.length + 1], 0
+        logits = self._read(tokens, cache)
+        self.prepare()
+        return logits
 
     @torch.inference_mode()
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone: indices (B',) int64."""
         self.cache.keep(rows)
-        self.prepare()
+        self._rows_changed()
 
     def prepare(self) -> None:
         """Make what a step needs, for the cache as it now is."""
+
+    def _rows_changed(self):
+        """Prepare, and find the places at which a row becomes too long for the keys that it has: they are read again.
+
+        That is where longrope's other factors begin. (In dynamic RoPE old keys stay as they are, as in transformers.)
+        """
+        padding = [0] if self.cache.padding is None else self.cache.padding.tolist()
+        ropes = [rope for rope in set(self.model.config.ropes) if rope is not None and rope.scaling == "longrope"]
+        self.outgrown = {rope.original_context + unused for rope in ropes for unused in padding}
+        self.prepare()
+
+    def _step(self, ids):
+        return self._read(ids[:, None], self.cache)
 
     def _new_cache(self, tokens, padding, room):
         weight = self.model.model.embed_tokens.weight
         dtype = compute_dtype(weight.dtype, weight.device.type)
         padding = padding if padding.any() else None
-        return KVCache(self.model.config, len(tokens), room, dtype, weight.device, padding)
+        cache = KVCache(self.model.config, len(tokens), room, dtype, weight.device, padding)
+        cache.tokens[:, : tokens.size(1)] = tokens
+        return cache
 
     def _read(self, tokens, cache, score=None, scored=()):
         """The logits after the last of `tokens` (B, T), which extend the cache; `score` gets those before, too."""
@@ -203,11 +226,7 @@ class StaticDecoder(Decoder):
         self.ids = torch.zeros(self.cache.k.size(1), dtype=torch.int64, device=self.cache.k.device)
         self.graph = None  # recorded in the first step: an answer of one token needs none
 
-    @torch.inference_mode()
-    def step(self, ids: Tensor) -> Tensor:
-        """As in `Decoder`."""
-        if self.cache.length == self.cache.k.size(3):
-            raise ValueError(f"the cache has room for {self.cache.length} positions, one more is needed")
+    def _step(self, ids):
         self.ids.copy_(ids)
         if self.ids.is_cuda:
             if self.graph is None:
@@ -252,21 +271,34 @@ class Matrix(ctypes.Structure):
     _fields_ += [(name, ctypes.c_void_p) for name in ("data", "block_scales", "values", "row_scales", "bias")]
 
 
+class CNorm(ctypes.Structure):
+    """decode_cpu.cpp's description of a norm."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("groups", "size", "centered")]
+    _fields_ += [("gain", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("each", ctypes.c_int64)]
+    _fields_ += [("eps", ctypes.c_double)]
+
+
+class Layer(ctypes.Structure):
+    """decode_cpu.cpp's description of the attention of a layer."""
+
+    _fields_ = [("dims", ctypes.c_int64), ("interleaved", ctypes.c_int64)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("cos", "sin", "query_gain")]
+    _fields_ += [("window", ctypes.c_int64), ("scale", ctypes.c_double), ("softcap", ctypes.c_double)]
+    _fields_ += [("slopes", ctypes.c_void_p), ("sinks", ctypes.c_void_p)]
+
+
 class Attention(ctypes.Structure):
     """decode_cpu.cpp's description of the attention of a step."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("in_bf16", "batch", "heads", "key_heads", "d", "room", "position")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "padding", "y")]
-    _fields_ += [("eps", ctypes.c_double), ("threads", ctypes.c_int64)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("qkv", "padding", "y")]
+    _fields_ += [("threads", ctypes.c_int64)]
 
 
-# The fields of `Config` that may have any value in decode_cpu.cpp, the others have their default.
-LLAMA_FIELDS = (
-    *(field.name for field in dataclasses.fields(Config) if field.default is dataclasses.MISSING),
-    "family", "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",
-)  # fmt: skip
 DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, FOURBIT = 2, 3
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 
 
 def cpp() -> ctypes.CDLL | None:
@@ -275,10 +307,20 @@ def cpp() -> ctypes.CDLL | None:
     if library is not None:
         number, address = ctypes.c_int64, ctypes.c_void_p
         library.linear.argtypes = [*(address, number) * 3, number, number, number, number]
-        library.rms_norm.argtypes = [address, number, address, ctypes.c_double, address, number, number, number]
-        library.swiglu.argtypes = [address, address, number, number, number]
-        library.attend.argtypes = [address, address, address, address, address, number]
+        library.norm.argtypes = [address, address, number, address, number, number]
+        library.activate.argtypes = [address, address, number, number, number, number, number]
+        library.attend.argtypes = [address, address, address, address]
     return library
+
+
+def in_decode_cpp(model: Transformer) -> bool:
+    """Whether decode_cpu.cpp has what a model is made of, such as no experts, and is compiled."""
+    return all(type(block.mlp) is MLP for block in model.model.layers) and cpp() is not None
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers begin, or None."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 class Weights:
@@ -304,7 +346,7 @@ class Weights:
         bias = None if layer.bias is None else layer.bias.float()
         tensors = [None if t is None else t.contiguous() for t in (data, scales, values, gain, bias)]
         self.tensors += tensors
-        return Matrix(code, layer.out_features, layer.in_features, *(t if t is None else t.data_ptr() for t in tensors))
+        return Matrix(code, layer.out_features, layer.in_features, *map(address, tensors))
 
     def call(self, x: Tensor, y: Tensor, add: bool = False, in_bf16: bool = False) -> Callable:
         """A function that computes y (B, sum of out) from x (B, in), both fp32 with rows that may be apart.
@@ -375,17 +417,6 @@ def dense(weight: nn.Parameter) -> Linear:
     return layer
 
 
-def in_decode_cpp(config: Config) -> bool:
-    """Whether decode_cpu.cpp has what a model is made of: Llama's parts, and it is compiled."""
-    rope = config.ropes[0]
-    llama = Config(**{name: getattr(config, name) for name in LLAMA_FIELDS})
-    if config.qk_norm not in (None, "head"):
-        return False
-    plain = rope is not None and rope.dims == config.head_dim and not (rope.interleaved or rope.query_growth)
-    usual = set(config.ropes) == {rope} and set(config.scales) == {config.head_dim**-0.5}
-    return llama == config and plain and usual and not rope.depends_on_length and cpp() is not None
-
-
 def base_of(layer: nn.Module) -> nn.Module:
     """The linear layer under an adapter, or the layer itself where there is none."""
     return layer.base if isinstance(layer, Adapter) else layer
@@ -405,84 +436,153 @@ def readable(layer: nn.Module, base: nn.Module) -> bool:
     return type(base) is Linear8bit or (type(base) is Linear4bit and base.in_features % BLOCK == 0)
 
 
+class Norm:
+    """A norm of model.py; nn.Identity, which takes no call, is one too. heads: if it is over heads, how many."""
+
+    def __init__(self, module: nn.Module, heads: int = 1):
+        self.is_identity = type(module) is nn.Identity
+        if self.is_identity:
+            return
+        centered = {RMSNorm: False, JointNorm: False, LayerNorm: True, EachHeadNorm: True}[type(module)]
+        gain, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+        gain = None if gain is None else gain.detach().float() + getattr(module, "plus_one", False)
+        self.tensors = [None if t is None else t.detach().float().contiguous() for t in (gain, bias)]
+        groups = 1 if type(module) is JointNorm else heads
+        each = type(module) is EachHeadNorm
+        self.norm = CNorm(groups, 0, centered, *map(address, self.tensors), each, module.eps)
+
+    def calls(self, x: Tensor, y: Tensor) -> list[Callable]:
+        """The functions that compute y (B, D) from x (B, D), which may be the same."""
+        if self.is_identity:
+            return []
+        self.norm.size = x.size(1) // self.norm.groups
+        place = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(x))
+        return [partial(cpp().norm, ctypes.byref(self.norm), *place)]
+
+
+class Parts:
+    """What decode_cpu.cpp reads of a `Block`."""
+
+    def __init__(self, block: Block):
+        attention, mlp = block.self_attn, block.mlp
+        gate = [] if mlp.gate_proj is None else [mlp.gate_proj]
+        self.parallel, self.shared_norm, self.scale = block.parallel, block.shared_norm, block.scale
+        self.clip, self.activation, self.gated = attention.clip, ACTIVATIONS[mlp.activation], bool(gate)
+        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o, self.up, self.down = Product(attention.o_proj), Product(*gate, mlp.up_proj), Product(mlp.down_proj)
+        self.heads, self.key_heads = (
+            p.out_features // attention.head_dim for p in (attention.q_proj, attention.k_proj)
+        )
+        self.q_norm, self.k_norm = Norm(attention.q_norm, self.heads), Norm(attention.k_norm, self.key_heads)
+        self.sinks = None if attention.sinks is None else attention.sinks.detach().float()
+        self.attention_norms, self.mlp_norms = (
+            [Norm(getattr(block, name)) for name in names]  # of the input, of the output and of the sum
+            for names in (
+                ("input_layernorm", "attention_output_norm", "attention_sum_norm"),
+                ("post_attention_layernorm", "mlp_output_norm", "mlp_sum_norm"),
+            )
+        )
+
+
 class CompiledDecoder(Decoder):
-    """A step is a list of calls of decode_cpu.cpp, made once for a batch: their buffers and addresses stay.
+    """A step is a list of calls, most of decode_cpu.cpp, made once for a batch: their buffers and addresses stay.
 
     Activations are fp32, keys and values what the model's own pass keeps.
     """
 
     def __init__(self, model: Transformer):
         super().__init__(model)
-        self.layers = []
-        for block in model.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            self.layers.append(
-                {
-                    "qkv": Product(attention.q_proj, attention.k_proj, attention.v_proj),
-                    "o": Product(attention.o_proj),
-                    "gate_up": Product(mlp.gate_proj, mlp.up_proj),
-                    "down": Product(mlp.down_proj),
-                    "input_norm": block.input_layernorm.weight.detach().float(),
-                    "post_norm": block.post_attention_layernorm.weight.detach().float(),
-                    "q_norm": attention.q_norm.weight.detach().float() if model.config.qk_norm else None,
-                    "k_norm": attention.k_norm.weight.detach().float() if model.config.qk_norm else None,
-                }
-            )
-        self.norm = model.model.norm.weight.detach().float()
-        self.head = Product(model.lm_head)
+        self.blocks = [Parts(block) for block in model.model.layers]
+        self.norm, self.head = Norm(model.model.norm), Product(model.lm_head)
+        self.project_out = Product(model.model["project_out"]) if "project_out" in model.model else None
 
     def prepare(self) -> None:
         """As in `Decoder`: the buffers of a step, and the list of its calls."""
         c, cache = self.model.config, self.cache
-        B, heads = cache.k.size(1), c.num_attention_heads * c.head_dim
+        B, heads, key_heads = cache.k.size(1), *(n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
         # As in the model's own pass; one row is read from memory faster than anything is multiplied, so it is exact.
         self.in_bf16 = B > 1 and cache.k.dtype == torch.bfloat16
-        self.x, self.normed = torch.empty(B, c.hidden_size), torch.empty(B, c.hidden_size)
-        self.qkv = torch.empty(B, heads + 2 * c.num_key_value_heads * c.head_dim)
-        self.attended, self.gate_up = torch.empty(B, heads), torch.empty(B, 2 * c.intermediate_size)
-        self.inner, self.logits = torch.empty(B, c.intermediate_size), torch.empty(B, c.vocab_size)
-        self.cos, self.sin = rope_angles(c.ropes[0], torch.arange(cache.k.size(3)), None, torch.float32)[:2]
+        self.x, self.normed, self.branch = (torch.empty(B, c.hidden_size) for _ in range(3))
+        self.qkv, self.attended = torch.empty(B, heads + 2 * key_heads), torch.empty(B, heads)
+        self.inner = torch.empty(B, c.intermediate_size)
+        self.up = torch.empty(B, (1 + c.gated) * c.intermediate_size)
         self.padding = torch.zeros(B, dtype=torch.int64) if cache.padding is None else cache.padding
-        pointers = (t.data_ptr() for t in (self.qkv, self.cos, self.sin, self.padding, self.attended))
         self.attention = Attention(
             cache.k.dtype == torch.bfloat16, B, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
-            cache.k.size(3), cache.length, *pointers, c.norm_eps, torch.get_num_threads(),
+            cache.k.size(3), cache.length, *map(address, (self.qkv, self.padding, self.attended)),
+            torch.get_num_threads(),
         )  # fmt: skip
-        self.calls = [call for i, layer in enumerate(self.layers) for call in self._block(i, layer)]
-        self.calls += [self._rms_norm(self.norm), *self.head.calls(self.normed, self.logits, self.in_bf16)]
+        positions = torch.arange(cache.k.size(3))
+        new = partial(torch.add, positions, 1)  # the text's length when each position is the newest
+        self.angles = {rope: rope_angles(rope, positions, new, torch.float32) for rope in set(c.ropes)}
+        self.slopes = None if c.slopes is None else torch.tensor(c.slopes)
+        self.calls = [call for layer, parts in enumerate(self.blocks) for call in self._block(layer, parts)]
+        self.calls += self._finish()
 
-    def _block(self, i, layer):
+    def _block(self, layer, parts):
         """The calls that do what `Block` does to x (B, D), in place."""
-        library, threads = cpp(), torch.get_num_threads()
-        pointers = (
-            None if t is None else t.data_ptr()
-            for t in (self.cache.k[i], self.cache.v[i], layer["q_norm"], layer["k_norm"])
-        )
-        window = self.model.config.windows[i] or 0
-        return [
-            self._rms_norm(layer["input_norm"]),
-            *layer["qkv"].calls(self.normed, self.qkv, self.in_bf16),
-            partial(library.attend, ctypes.byref(self.attention), *pointers, window),
-            *layer["o"].calls(self.attended, self.x, self.in_bf16, add=True),
-            self._rms_norm(layer["post_norm"]),
-            *layer["gate_up"].calls(self.normed, self.gate_up, self.in_bf16),
-            partial(library.swiglu, self.gate_up.data_ptr(), self.inner.data_ptr(), *self.inner.shape, threads),
-            *layer["down"].calls(self.inner, self.x, self.in_bf16, add=True),
-        ]
+        attention_norm, *attention_norms = parts.attention_norms
+        mlp_norm, *mlp_norms = parts.mlp_norms
+        normed, read = self._normed(attention_norm)
+        read += parts.qkv.calls(normed, self.qkv, self.in_bf16)
+        attend = self._attend(layer, parts) + self._add(parts.o, self.attended, *attention_norms, parts.scale)
+        normed, up = (normed, []) if parts.parallel and parts.shared_norm else self._normed(mlp_norm)
+        up += parts.up.calls(normed, self.up, self.in_bf16)
+        down = self._activate(parts) + self._add(parts.down, self.inner, *mlp_norms, parts.scale)
+        return read + up + attend + down if parts.parallel else read + attend + up + down
 
-    def _rms_norm(self, weight):
-        x, y, eps = self.x, self.normed, self.model.config.norm_eps
-        place = (x.data_ptr(), x.stride(0), weight.data_ptr(), eps, y.data_ptr(), y.stride(0), *x.shape)
-        return partial(cpp().rms_norm, *place)
+    def _normed(self, norm):
+        """Where the norm of x is, and the calls that make it."""
+        return (self.x, []) if norm.is_identity else (self.normed, norm.calls(self.x, self.normed))
 
-    @torch.inference_mode()
-    def step(self, ids: Tensor) -> Tensor:
-        """As in `Decoder`."""
-        if self.cache.length == self.cache.k.size(3):
-            raise ValueError(f"the cache has room for {self.cache.length} positions, one more is needed")
-        self.x.copy_(F.embedding(ids, self.model.model.embed_tokens.weight))
+    def _add(self, product, y, output_norm, sum_norm, scale):
+        """The calls that add to x what `product` makes of y, by way of its norm if there is one."""
+        if output_norm.is_identity and scale == 1:
+            calls = product.calls(y, self.x, self.in_bf16, add=True)
+        else:
+            calls = product.calls(y, self.branch, self.in_bf16) + output_norm.calls(self.branch, self.branch)
+            calls.append(partial(self.x.add_, self.branch, alpha=scale))
+        return calls + sum_norm.calls(self.x, self.x)
+
+    def _attend(self, number, parts):
+        """The calls from queries, keys and values to what each head gives."""
+        c, cache, angles = self.model.config, self.cache, self.angles[self.model.config.ropes[number]]
+        d, scores = c.head_dim, c.scores(number)
+        q, k, _ = self.qkv.split([parts.heads * d, parts.key_heads * d, parts.key_heads * d], dim=1)
+        calls = parts.q_norm.calls(q, q) + parts.k_norm.calls(k, k)
+        if parts.clip is not None:
+            calls.append(partial(self.qkv.clamp_, -parts.clip, parts.clip))
+        turned = (0, False, None, None, None)
+        if angles is not None:
+            cos, sin, gain = map(address, (angles.cos, angles.sin, angles.query_gain))
+            turned = (2 * angles.cos.size(-1), angles.interleaved, cos, sin, gain)
+        ends = map(address, (self.slopes, parts.sinks))
+        layer = Layer(*turned, scores.window or 0, scores.scale, scores.softcap or 0, *ends)
+        where = (cache.k[number].data_ptr(), cache.v[number].data_ptr())
+        return [*calls, partial(cpp().attend, ctypes.byref(self.attention), ctypes.byref(layer), *where)]
+
+    def _activate(self, parts):
+        place = (self.up.data_ptr(), self.inner.data_ptr(), *self.inner.shape)
+        return [partial(cpp().activate, *place, parts.activation, parts.gated, torch.get_num_threads())]
+
+    def _finish(self):
+        """The calls that do what `Transformer.finish` does, and the head."""
+        c, B = self.model.config, len(self.x)
+        x, calls = self._normed(self.norm)
+        if self.project_out is not None:
+            self.projected = torch.empty(B, c.embedding_size)
+            calls += self.project_out.calls(x, self.projected, self.in_bf16)
+            x = self.projected
+        if c.logit_scale != 1:
+            calls.append(partial(x.mul_, c.logit_scale))
+        self.logits = torch.empty(B, c.vocab_size)
+        return calls + self.head.calls(x, self.logits, self.in_bf16)
+
+    def _step(self, ids):
+        positions = (self.cache.length - self.padding)[:, None]
+        self.x.copy_(self.model.embed(ids[:, None], positions)[:, 0])
         self.attention.position = self.cache.length
         for call in self.calls:
             call()
         self.cache.length += 1
-        return self.logits
+        return plain_softcap(self.logits, self.model.config.logit_softcap)

@@ -29,6 +29,7 @@ class KVCache:
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.tokens = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)  # whose they are
         self.padding = padding
         self.length = 0  # positions filled so far
 
@@ -43,15 +44,15 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Forget all but these rows of the batch: indices (B',) int64."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v, self.tokens = self.k[:, rows], self.v[:, rows], self.tokens[rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
 
     def joined(self, other: "KVCache", more: int) -> "KVCache":
         """A new cache: this one's rows, then those of `other`, moved so that all end together, and room for `more`.
 
-        Keys and values hold for a row wherever it begins: RoPE counts from its padding. Columns that are padding in
-        every row are left out.
+        Keys and values hold for a row wherever it begins: positions count from its padding, and ALiBi and windows from
+        a row's query back. Columns that are padding in every row are left out.
         """
         parts = [(cache, 0 if cache.padding is None else int(cache.padding.min())) for cache in (self, other)]
         length = max(cache.length - unused for cache, unused in parts)
@@ -59,11 +60,13 @@ class KVCache:
         shape = (layers, self.k.size(1) + other.k.size(1), K, length + more, d)
         result = copy.copy(self)
         result.k, result.v, result.length = self.k.new_zeros(shape), self.v.new_zeros(shape), length
+        result.tokens = self.tokens.new_zeros(shape[1], shape[3])
         result.padding, first = torch.zeros(shape[1], dtype=torch.int64, device=self.k.device), 0
         for cache, unused in parts:
             rows, start = slice(first, first + cache.k.size(1)), length - (cache.length - unused)
             for old, new in ((cache.k, result.k), (cache.v, result.v)):
                 new[:, rows, :, start:length] = old[:, :, :, unused : cache.length]
+            result.tokens[rows, start:length] = cache.tokens[:, unused : cache.length]
             result.padding[rows] = start - unused if cache.padding is None else cache.padding + (start - unused)
             first = rows.stop
         return result

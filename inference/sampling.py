@@ -83,7 +83,7 @@ class Batch:
     """Rows that are generated a token at a time: `add` them, then `step` while any are `going`.
 
     Prompts of unequal lengths are padded on the left. Rows that have ended stay until half of the batch has ended, or
-    until others join: taking them out copies the cache.
+    until others join: taking them out copies the cache. Only where positions are learned they leave at once.
     """
 
     def __init__(self, decoder: Decoder):
@@ -121,7 +121,8 @@ class Batch:
     def step(self) -> None:
         """Choose the next token of each row that is going. There must be such a row."""
         going = self.going
-        if 2 * len(going) <= len(self.rows):
+        # A row that stays goes on, and may come past the last position that is learned.
+        if 2 * len(going) <= len(self.rows) or self.config.learned_positions:
             self._remove_ended(going)
         self.ids = self._choose(self.rows, self.decoder.step(self.ids).float(), self.seen, self.counts)
 

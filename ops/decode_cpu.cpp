@@ -1,4 +1,4 @@
-// The four operations of a decoding step on a CPU, for a few rows x (activations, fp32) at one time.
+// The operations of a decoding step on a CPU, for a few rows x (activations, fp32) at one time.
 //
 // cpp.py compiles this file once with g++, decode.py calls it through ctypes; its plain reference is model.py. A
 // step reads every weight once, so `linear` is written to read them as fast as memory gives them: in the format they
@@ -294,84 +294,157 @@ void linear(const Matrix *matrices, int64_t matrix_count, const float *x, int64_
     }
 }
 
-// y (count, size) = x / rms(x) * weight
-void rms_norm(const float *x, int64_t x_stride, const float *weight, double eps, float *y, int64_t y_stride,
-              int64_t count, int64_t size) {
-    for (int64_t n = 0; n < count; n++, x += x_stride, y += y_stride) {
-        Floats squares = {};
-        for (int64_t i = 0; i < size; i += LANES) {
-            Floats value = load(x + i, size - i);
-            squares += value * value;
-        }
-        float scale = 1 / std::sqrt(sum(squares) / size + (float)eps);
-        for (int64_t i = 0; i < size; i++) y[i] = x[i] * scale * weight[i];
-    }
 }
 
-// y (count, inner) = silu(gate) * up, for x (count, 2 inner) that holds gate and up side by side
-void swiglu(const float *x, float *y, int64_t count, int64_t inner, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (count * inner > WORTH_THREADS / 8)
-    for (int64_t n = 0; n < count; n++) {
-        const float *gate = x + n * 2 * inner, *up = gate + inner;
-        for (int64_t i = 0; i < inner; i += LANES) {
-            Floats g = load(gate + i, inner - i);
-            store(y + n * inner + i, g * sigmoid(g) * load(up + i, inner - i), inner - i);
-        }
-    }
-}
-}
+// A norm over each of `groups` stretches of `size` numbers in a row. decode.py has the same fields in this order.
+struct Norm {
+    int64_t groups, size;
+    int64_t centered;          // whether their mean is taken away first: LayerNorm
+    const float *gain, *bias;  // (size,) or null; gain (groups, size) if `each` has its own
+    int64_t each;
+    double eps;
+};
 
 namespace {
 
-// Turn a head (d,) to its position; dimension i pairs with i + d/2. `weight` (d,) is Qwen3's norm before it, or null.
-void norm_and_rotate(float *head, const float *weight, double eps, const float *cos, const float *sin, int64_t d) {
-    if (weight) rms_norm(head, d, weight, eps, head, d, 1, d);
-    for (int64_t i = 0; i < d / 2; i++) {
-        float first = head[i], second = head[i + d / 2];
-        head[i] = first * cos[i] - second * sin[i];
-        head[i + d / 2] = second * cos[i] + first * sin[i];
+// y (size,) = the norm of x (size,), which may be the same place.
+void norm_one(const Norm &norm, const float *gain, const float *x, float *y) {
+    Floats sums = {}, squares = {};
+    for (int64_t i = 0; i < norm.size && norm.centered; i += LANES) sums += load(x + i, norm.size - i);
+    float mean = sum(sums) / norm.size;
+    for (int64_t i = 0; i < norm.size; i += LANES) {
+        Floats value = load(x + i, norm.size - i, mean) - mean;
+        squares += value * value;
+    }
+    float scale = 1 / std::sqrt(sum(squares) / norm.size + (float)norm.eps);
+    for (int64_t i = 0; i < norm.size; i += LANES) {
+        int64_t left = norm.size - i;
+        Floats value = (load(x + i, left) - mean) * scale;
+        if (gain) value *= load(gain + i, left);
+        if (norm.bias) value += load(norm.bias + i, left);
+        store(y + i, value, left);
     }
 }
 
-// weights (n,), with room for whole vectors, become their softmax.
-void softmax(float *weights, int64_t n) {
+enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED };
+
+inline Floats activation(int64_t kind, Floats x) {
+    if (kind == SILU) return x * sigmoid(x);
+    if (kind == GELU) return x * normal(x).below;
+    if (kind == GELU_TANH) {
+        constexpr float ROOT_2_BY_PI = M_SQRT1_2 * M_2_SQRTPI;
+        return 0.5f * x * (1.0f + tanh(ROOT_2_BY_PI * (x + 0.044715f * x * x * x)));
+    }
+    Floats positive = x < 0.0f ? Floats{} : x;
+    return kind == RELU ? positive : positive * positive;
+}
+
+}  // namespace
+
+extern "C" {
+
+// y (count, groups * size) = the norm of x, whose rows are x_stride apart. Both may be the same place.
+void norm(const Norm *norm, const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t count) {
+    for (int64_t n = 0; n < count; n++)
+        for (int64_t g = 0; g < norm->groups; g++) {
+            int64_t at = g * norm->size;
+            norm_one(*norm, norm->gain + (norm->each ? at : 0), x + n * x_stride + at, y + n * y_stride + at);
+        }
+}
+
+// y (count, inner) = act(gate) * up, for x (count, 2 inner) that holds gate and up side by side; if the MLP is not
+// gated act(x), for x (count, inner).
+void activate(const float *x, float *y, int64_t count, int64_t inner, int64_t kind, int64_t gated, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (count * inner > WORTH_THREADS / 8)
+    for (int64_t n = 0; n < count; n++) {
+        const float *first = x + n * (1 + gated) * inner, *up = first + inner;
+        for (int64_t i = 0; i < inner; i += LANES) {
+            Floats value = activation(kind, load(first + i, inner - i));
+            if (gated) value *= load(up + i, inner - i);
+            store(y + n * inner + i, value, inner - i);
+        }
+    }
+}
+}
+
+// What attention needs to know of a layer. decode.py has the same fields in this order.
+struct Layer {
+    int64_t dims;                          // of each head, the first ones, that RoPE turns
+    int64_t interleaved;                   // whether its pairs are (2i, 2i + 1), not (i, i + dims/2)
+    const float *cos, *sin, *query_gain;   // of every position: (room, dims/2) twice, and (room,) or null
+    int64_t window;                        // how many positions a query sees; 0 for all
+    double scale, softcap;                 // as in ops/attention.py; softcap 0 for none
+    const float *slopes, *sinks;           // (heads,) or null
+};
+
+namespace {
+
+// Turn a head (d,) to its position. Pairs come out as (i, i + dims/2), as model.py puts them in its cache.
+void rotate(const Layer &layer, float *head, int64_t position) {
+    static thread_local std::vector<float> pairs;
+    int64_t half = layer.dims / 2;
+    const float *cos = layer.cos + position * half, *sin = layer.sin + position * half;
+    if (layer.interleaved) {
+        pairs.assign(head, head + 2 * half);
+        for (int64_t i = 0; i < half; i++) head[i] = pairs[2 * i], head[i + half] = pairs[2 * i + 1];
+    }
+    for (int64_t i = 0; i < half; i++) {
+        float first = head[i], second = head[i + half];
+        head[i] = first * cos[i] - second * sin[i];
+        head[i + half] = second * cos[i] + first * sin[i];
+    }
+}
+
+// scores (n,), with room for whole vectors, of a query head for the n positions up to its own: soft cap and ALiBi.
+void change_scores(const Layer &layer, int64_t head, float *scores, int64_t n) {
+    const float cap = layer.softcap;
+    for (int64_t s = 0; cap && s < n; s += LANES) store(scores + s, cap * tanh(load(scores + s) / cap));
+    if (layer.slopes)
+        for (int64_t s = 0; s < n; s++) scores[s] -= layer.slopes[head] * (n - 1 - s);
+}
+
+// weights (n,), with room for whole vectors, become their softmax. sink: one more, which is not kept, or null.
+void softmax(float *weights, int64_t n, const float *sink) {
     Floats tops = Floats{} - INFINITY, totals = {};
     for (int64_t s = n; s < round_up(n, LANES); s++) weights[s] = -INFINITY;
     for (int64_t s = 0; s < n; s += LANES) tops = larger(tops, load(weights + s));
-    float top = largest(tops);
+    float top = sink ? std::max(largest(tops), *sink) : largest(tops);
     for (int64_t s = 0; s < n; s += LANES) {
         Floats weight = exp_negative(load(weights + s) - top);
         totals += weight;
         store(weights + s, weight);
     }
-    float scale = 1 / sum(totals);
+    float scale = 1 / (sum(totals) + (sink ? std::exp(*sink - top) : 0));
     for (int64_t s = 0; s < n; s += LANES) store(weights + s, load(weights + s) * scale);
 }
 
-// y (G, d) = softmax(q k^T / sqrt(d)) v for the G query heads that share a head's k and v (S, d), over [begin, end).
+// y (G, d) = softmax(scores of q k^T) v for the G query heads, from `head` on, that share a head's k and v (n, d).
 // WHOLE: whether d is a multiple of LANES, which saves asking each time.
 template <bool WHOLE, class T>
-void attend_heads(const float *q, int64_t G, const T *k, const T *v, int64_t begin, int64_t end, int64_t d, float *y) {
+void attend_heads(const Layer &layer, int64_t head, int64_t G, float scale, const float *q, const T *k, const T *v,
+                  int64_t n, int64_t d, float *y) {
     static thread_local std::vector<float> weights;
-    int64_t n = end - begin, room = round_up(n, LANES);
-    float scale = 1 / std::sqrt((float)d);
+    int64_t room = round_up(n, LANES);
     weights.resize(G * room);
     for (int64_t s = 0; s < n; s++)
         for (int64_t g = 0; g < G; g++) {
             Floats products = {};
             for (int64_t i = 0; i < d; i += LANES) {
                 int64_t left = WHOLE ? LANES : d - i;
-                products += load(q + g * d + i, left) * load(k + (begin + s) * d + i, left);
+                products += load(q + g * d + i, left) * load(k + s * d + i, left);
             }
             weights[g * room + s] = sum(products) * scale;
         }
-    for (int64_t g = 0; g < G; g++) softmax(&weights[g * room], n);
+    for (int64_t g = 0; g < G; g++) {
+        change_scores(layer, head + g, &weights[g * room], n);
+        softmax(&weights[g * room], n, layer.sinks ? layer.sinks + head + g : nullptr);
+    }
     std::fill(y, y + G * d, 0.0f);
     for (int64_t s = 0; s < n; s++)
         for (int64_t g = 0; g < G; g++)
             for (int64_t i = 0; i < d; i += LANES) {
                 int64_t left = WHOLE ? LANES : d - i;
-                Floats value = load(v + (begin + s) * d + i, left) * weights[g * room + s];
+                Floats value = load(v + s * d + i, left) * weights[g * room + s];
                 store(y + g * d + i, load(y + g * d + i, left) + value, left);
             }
 }
@@ -384,10 +457,8 @@ struct Attention {
     int64_t batch, heads, key_heads, d, room;  // room: positions that the cache can hold
     int64_t position;                          // the place of the new position in it
     float *qkv;                                // (batch, (heads + 2 key_heads) d): q, k, v of the new position
-    const float *cos, *sin;                    // (room, d/2): of every position
     const int64_t *padding;                    // (batch,): positions at the left of each row that hold nothing
     float *y;                                  // (batch, heads d)
-    double eps;
     int64_t threads;
 };
 
@@ -399,20 +470,23 @@ void put(T *cache, const float *head, int64_t d) {
 }
 
 template <class T>
-void attend_in(const Attention *a, T *k_cache, T *v_cache, const float *q_norm, const float *k_norm, int64_t window) {
-    int64_t position = a->position, d = a->d, H = a->heads, K = a->key_heads, G = H / K, width = (H + 2 * K) * d;
-    int64_t work = a->batch * H * position * d;
+void attend_in(const Attention *a, const Layer &layer, T *k_cache, T *v_cache) {
+    int64_t place = a->position, d = a->d, H = a->heads, K = a->key_heads, G = H / K, width = (H + 2 * K) * d;
+    int64_t work = a->batch * H * place * d;
 #pragma omp parallel for num_threads(a->threads) if (work > WORTH_THREADS)
     for (int64_t n = 0; n < a->batch * K; n++) {
-        int64_t b = n / K, h = n % K, place = (n * a->room + position) * d, turn = (position - a->padding[b]) * (d / 2);
+        int64_t b = n / K, h = n % K, position = place - a->padding[b];
         float *row = a->qkv + b * width, *q = row + h * G * d, *k = row + (H + h) * d;
-        for (int64_t g = 0; g < G; g++) norm_and_rotate(q + g * d, q_norm, a->eps, a->cos + turn, a->sin + turn, d);
-        norm_and_rotate(k, k_norm, a->eps, a->cos + turn, a->sin + turn, d);
-        put(k_cache + place, k, d);
-        put(v_cache + place, k + K * d, d);
-        int64_t begin = std::max(a->padding[b], window ? position + 1 - window : 0), start = n * a->room * d;
+        T *keys = k_cache + n * a->room * d, *values = v_cache + n * a->room * d;
+        for (int64_t g = 0; g < G; g++) rotate(layer, q + g * d, position);
+        rotate(layer, k, position);
+        put(keys + place * d, k, d);
+        put(values + place * d, k + K * d, d);
+        int64_t begin = std::max(a->padding[b], layer.window ? place + 1 - layer.window : 0);
+        float scale = layer.scale * (layer.query_gain ? layer.query_gain[position] : 1);
         auto attend = d % LANES == 0 ? attend_heads<true, T> : attend_heads<false, T>;
-        attend(q, G, k_cache + start, v_cache + start, begin, position + 1, d, a->y + (b * H + h * G) * d);
+        attend(layer, h * G, G, scale, q, keys + begin * d, values + begin * d, place + 1 - begin, d,
+               a->y + (b * H + h * G) * d);
     }
 }
 
@@ -421,9 +495,8 @@ void attend_in(const Attention *a, T *k_cache, T *v_cache, const float *q_norm, 
 extern "C" {
 
 // One new position of one layer: rotate its q and k, put k and v in the cache (batch, key_heads, room, d), attend.
-void attend(const Attention *a, void *k_cache, void *v_cache, const float *q_norm, const float *k_norm,
-            int64_t window) {
-    if (a->in_bf16) attend_in(a, (BF16 *)k_cache, (BF16 *)v_cache, q_norm, k_norm, window);
-    else attend_in(a, (float *)k_cache, (float *)v_cache, q_norm, k_norm, window);
+void attend(const Attention *a, const Layer *layer, void *k_cache, void *v_cache) {
+    if (a->in_bf16) attend_in(a, *layer, (BF16 *)k_cache, (BF16 *)v_cache);
+    else attend_in(a, *layer, (float *)k_cache, (float *)v_cache);
 }
 }

@@ -119,6 +119,8 @@ float largest(Floats v) {
 
 Floats larger(Floats a, Floats b) { return b > a || b != b ? b : a; }  // NaN, if there is one
 
+// -------------------------------------------------------------------------------------------------------- activations
+
 // exp(x) for x <= 0: 2^n times the Taylor series of the rest, which is at most ln(2) / 2 away from 0 (error 1e-7).
 Floats exp_negative(Floats all) {
     Floats x = all < -87.0f ? Floats{} - 87.0f : all;  // below it the result is 0: nearly the smallest fp32
