@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experts import Experts, choose
 from inference.kv_cache import KVCache
 from lora import Adapter, DoRALinear
 from model import MLP, Block, EachHeadNorm, JointNorm, LayerNorm, Linear, RMSNorm, Transformer, rope_angles
-from ops.activation import plain_softcap
+from ops.activation import plain_gated, plain_softcap
 from ops.attention import Attend, masked_attention
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
@@ -314,8 +315,8 @@ def cpp() -> ctypes.CDLL | None:
 
 
 def in_decode_cpp(model: Transformer) -> bool:
-    """Whether decode_cpu.cpp has what a model is made of, such as no experts, and is compiled."""
-    return all(type(block.mlp) is MLP for block in model.model.layers) and cpp() is not None
+    """Whether decode_cpu.cpp has what a model is made of, and is compiled."""
+    return all(type(block.mlp) in (MLP, Experts) for block in model.model.layers) and cpp() is not None
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -393,8 +394,9 @@ class Product:
         calls = [weights.call(x, part, add, in_bf16) for (weights, _), part in zip(self.weights, parts, strict=True)]
         if self.adapted:
             ranks = [self.layers[i].lora_A.size(0) for i in self.adapted]
-            self.low = low = torch.empty(len(x), sum(ranks))  # kept here: the calls hold nothing but its address
+            low = torch.empty(len(x), sum(ranks))
             calls.append(self.down.call(x, low))
+            calls[-1].low = low  # kept with the call, which holds nothing but its address
             parts = [y.split(self.widths, dim=1)[i] for i in self.adapted]
             for up, inner, part in zip(self.up, low.split(ranks, dim=1), parts, strict=True):
                 calls.append(up.call(inner, part, add=True))
@@ -409,11 +411,11 @@ class Product:
             part.add_(result) if add else part.copy_(result)
 
 
-def dense(weight: nn.Parameter) -> Linear:
-    """A linear layer over a parameter (out, in), without bias."""
+def dense(weight: nn.Parameter, bias: nn.Parameter | None = None) -> Linear:
+    """A linear layer over parameters (out, in) and (out,)."""
     out_features, in_features = weight.shape
     layer = Linear(in_features, out_features, bias=False, device="meta")
-    layer.weight = weight
+    layer.weight, layer.bias = weight, bias
     return layer
 
 
@@ -460,16 +462,36 @@ class Norm:
         return [partial(cpp().norm, ctypes.byref(self.norm), *place)]
 
 
+class MLPParts:
+    """What decode_cpu.cpp reads of an `MLP`."""
+
+    def __init__(self, mlp: MLP):
+        self.activation, self.gated = mlp.activation, mlp.gate_proj is not None
+        self.up = Product(*([mlp.gate_proj] if self.gated else []), mlp.up_proj)
+        self.down, self.inner = Product(mlp.down_proj), mlp.down_proj.in_features
+
+
+class ExpertsParts:
+    """What it reads of `Experts`."""
+
+    def __init__(self, mixture: Experts):
+        self.config, self.router = mixture.config, Product(dense(mixture.gate.weight, mixture.gate.bias))
+        self.experts = [MLPParts(expert) for expert in mixture.experts]
+        self.shared = self.shared_gate = None
+        if mixture.shared_expert is not None:
+            self.shared = MLPParts(mixture.shared_expert)
+            self.shared_gate = Product(dense(mixture.shared_expert_gate.weight))
+
+
 class Parts:
-    """What decode_cpu.cpp reads of a `Block`."""
+    """What it reads of a `Block`."""
 
     def __init__(self, block: Block):
-        attention, mlp = block.self_attn, block.mlp
-        gate = [] if mlp.gate_proj is None else [mlp.gate_proj]
+        attention = block.self_attn
         self.parallel, self.shared_norm, self.scale = block.parallel, block.shared_norm, block.scale
-        self.clip, self.activation, self.gated = attention.clip, ACTIVATIONS[mlp.activation], bool(gate)
+        self.clip, self.mlp = attention.clip, (ExpertsParts if block.sparse else MLPParts)(block.mlp)
         self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o, self.up, self.down = Product(attention.o_proj), Product(*gate, mlp.up_proj), Product(mlp.down_proj)
+        self.o = Product(attention.o_proj)
         self.heads, self.key_heads = (
             p.out_features // attention.head_dim for p in (attention.q_proj, attention.k_proj)
         )
@@ -482,6 +504,11 @@ class Parts:
                 ("post_attention_layernorm", "mlp_output_norm", "mlp_sum_norm"),
             )
         )
+
+
+def _activate_rare(name, up, inner):
+    """An activation that decode_cpu.cpp has not."""
+    inner.copy_(plain_gated(name, *up.chunk(2, dim=1)))
 
 
 class CompiledDecoder(Decoder):
@@ -504,8 +531,7 @@ class CompiledDecoder(Decoder):
         self.in_bf16 = B > 1 and cache.k.dtype == torch.bfloat16
         self.x, self.normed, self.branch = (torch.empty(B, c.hidden_size) for _ in range(3))
         self.qkv, self.attended = torch.empty(B, heads + 2 * key_heads), torch.empty(B, heads)
-        self.inner = torch.empty(B, c.intermediate_size)
-        self.up = torch.empty(B, (1 + c.gated) * c.intermediate_size)
+        self.buffers = {}
         self.padding = torch.zeros(B, dtype=torch.int64) if cache.padding is None else cache.padding
         self.attention = Attention(
             cache.k.dtype == torch.bfloat16, B, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
@@ -525,22 +551,23 @@ class CompiledDecoder(Decoder):
         mlp_norm, *mlp_norms = parts.mlp_norms
         normed, read = self._normed(attention_norm)
         read += parts.qkv.calls(normed, self.qkv, self.in_bf16)
-        attend = self._attend(layer, parts) + self._add(parts.o, self.attended, *attention_norms, parts.scale)
-        normed, up = (normed, []) if parts.parallel and parts.shared_norm else self._normed(mlp_norm)
-        up += parts.up.calls(normed, self.up, self.in_bf16)
-        down = self._activate(parts) + self._add(parts.down, self.inner, *mlp_norms, parts.scale)
-        return read + up + attend + down if parts.parallel else read + attend + up + down
+        product = partial(parts.o.calls, self.attended, in_bf16=self.in_bf16)
+        attend = self._attend(layer, parts) + self._add(product, *attention_norms, parts.scale)
+        normed, feed = (normed, []) if parts.parallel and parts.shared_norm else self._normed(mlp_norm)
+        feed += self._add(partial(self._feed_forward, parts.mlp, normed), *mlp_norms, parts.scale)
+        # What attention needs of x is in qkv by then.
+        return read + feed + attend if parts.parallel else read + attend + feed
 
     def _normed(self, norm):
         """Where the norm of x is, and the calls that make it."""
         return (self.x, []) if norm.is_identity else (self.normed, norm.calls(self.x, self.normed))
 
-    def _add(self, product, y, output_norm, sum_norm, scale):
-        """The calls that add to x what `product` makes of y, by way of its norm if there is one."""
+    def _add(self, calls_of, output_norm, sum_norm, scale):
+        """The calls that add to x what those of `calls_of(y, add=...)` put into y, through its norm if it has one."""
         if output_norm.is_identity and scale == 1:
-            calls = product.calls(y, self.x, self.in_bf16, add=True)
+            calls = calls_of(self.x, add=True)
         else:
-            calls = product.calls(y, self.branch, self.in_bf16) + output_norm.calls(self.branch, self.branch)
+            calls = calls_of(self.branch, add=False) + output_norm.calls(self.branch, self.branch)
             calls.append(partial(self.x.add_, self.branch, alpha=scale))
         return calls + sum_norm.calls(self.x, self.x)
 
@@ -561,9 +588,51 @@ class CompiledDecoder(Decoder):
         where = (cache.k[number].data_ptr(), cache.v[number].data_ptr())
         return [*calls, partial(cpp().attend, ctypes.byref(self.attention), ctypes.byref(layer), *where)]
 
-    def _activate(self, parts):
-        place = (self.up.data_ptr(), self.inner.data_ptr(), *self.inner.shape)
-        return [partial(cpp().activate, *place, parts.activation, parts.gated, torch.get_num_threads())]
+    def _feed_forward(self, parts, x, y, add):
+        """The calls that put into y, or add to it, what an MLP or a mixture of experts makes of x."""
+        return (self._mixture if isinstance(parts, ExpertsParts) else self._mlp)(parts, x, y, add)
+
+    def _mlp(self, parts, x, y, add=False):
+        up = self._buffer("up", len(x), (1 + parts.gated) * parts.inner)
+        inner = self._buffer("inner", len(x), parts.inner)
+        if parts.activation in ACTIVATIONS:
+            kind = (ACTIVATIONS[parts.activation], parts.gated, torch.get_num_threads())
+            activate = partial(cpp().activate, up.data_ptr(), inner.data_ptr(), *inner.shape, *kind)
+        else:
+            activate = partial(_activate_rare, parts.activation, up, inner)
+        products = (parts.up.calls(x, up, self.in_bf16), parts.down.calls(inner, y, self.in_bf16, add))
+        return [*products[0], activate, *products[1]]
+
+    def _mixture(self, parts, x, y, add):
+        logits = self._buffer("router", len(x), parts.config.count)
+        chosen = partial(self._chosen, parts, {}, x, logits, y, add)
+        calls = [*parts.router.calls(x, logits, in_bf16=False), chosen]
+        if parts.shared is not None:
+            gate, out = self._buffer("gate", len(x), 1), self._buffer("shared", *x.shape)
+            calls += parts.shared_gate.calls(x, gate, in_bf16=False) + self._mlp(parts.shared, x, out)
+            calls += [gate.sigmoid_, partial(y.addcmul_, out, gate)]
+        return calls
+
+    def _chosen(self, parts, known, x, logits, y, add):
+        """Put into y what each row's experts make of x. known: their calls, by expert and number of rows."""
+        experts, weights = choose(logits, parts.config)
+        if not add:
+            y.zero_()
+        for expert in experts.unique().tolist():
+            rows, places = (experts == expert).nonzero(as_tuple=True)
+            of_rows, out = (self._buffer(name, len(rows), x.size(1)) for name in ("rows", "of expert"))
+            torch.index_select(x, 0, rows, out=of_rows)
+            if (expert, len(rows)) not in known:
+                known[expert, len(rows)] = self._mlp(parts.experts[expert], of_rows, out)
+            for call in known[expert, len(rows)]:
+                call()
+            y.index_add_(0, rows, out.mul_(weights[rows, places, None]))
+
+    def _buffer(self, name, *shape):
+        """A tensor of this name and shape, which all layers use in turn."""
+        if (name, *shape) not in self.buffers:
+            self.buffers[name, *shape] = torch.empty(shape)
+        return self.buffers[name, *shape]
 
     def _finish(self):
         """The calls that do what `Transformer.finish` does, and the head."""

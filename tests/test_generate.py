@@ -454,8 +454,8 @@ def other_rotation(monkeypatch):
 
 
 def no_gate(monkeypatch):
-    def change(self, config):
-        mlp(self, config)
+    def change(self, *sizes):
+        mlp(self, *sizes)
         del self.gate_proj
 
     mlp = model_file.MLP.__init__

@@ -7,12 +7,13 @@ and dynamic RoPE change.
 import copy
 import dataclasses
 import random
+from functools import cache
 
 import pytest
 import torch
-import transformers
 from conftest import Ids
-from rows import ROWS
+from families.rows import ROWS
+from families.tiny import distance, usual_distance
 
 import lora
 from generate import Settings
@@ -21,7 +22,6 @@ from inference.decode import CompiledDecoder, Decoder, StaticDecoder, fastest_de
 from inference.sampling import Batch, Row
 from model import MLP, Transformer
 from ops.cpp import compiled_library
-from weights.checkpoint import load_model
 
 needs_compiler = pytest.mark.skipif(not compiled_library("decode_cpu"), reason="no C++ compiler")
 DECODERS = pytest.mark.parametrize(
@@ -41,30 +41,19 @@ def randomise(parameters):
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory):
+def pair(tiny_models):
     """`pair("gemma2", 0)`: a row's random model in transformers and ours, in fp32. Not to be changed."""
-    pairs = {}
 
+    @cache
     def make(family, number):
-        if (family, number) not in pairs:
-            config = transformers.AutoConfig.for_model(family, **ROWS[family][number])
-            how = "sdpa" if family == "falcon" else "eager"  # its eager attention rounds ALiBi to bf16
-            reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=how).float().eval()
-            randomise(reference.named_parameters())
-            folder = tmp_path_factory.mktemp(family)
-            reference.save_pretrained(folder)
-            pairs[family, number] = reference, load_model(folder, torch.float32).eval()
-        return pairs[family, number]
+        tiny = tiny_models((family, number))
+        return tiny.reference, tiny.load().eval()
 
     return make
 
 
 def random_ids(length):
     return [random.randrange(3, 160) for _ in range(length)]
-
-
-def distance(found, expected):
-    return ((found.float() - expected).norm() / expected.norm()).item()
 
 
 def scaling_of(model):
@@ -168,7 +157,7 @@ def test_bf16_is_no_further_from_fp32_than_the_models_own_pass(pair, family, num
         return torch.stack(read + [decoder.step(ids).clone() for ids in forced])
 
     right = logits(Decoder(exact))
-    rounded, compiled = (distance(logits(kind(model)), right) for kind in (Decoder, CompiledDecoder))
+    rounded, compiled = (usual_distance(logits(kind(model)), right) for kind in (Decoder, CompiledDecoder))
     assert compiled < max(1.3 * rounded, 1e-4)
 
 
