@@ -110,8 +110,9 @@ class Experts(nn.Module):
         order = route.experts.flatten().argsort(stable=True)  # (N * k,): pairs, sorted by expert
         counts = how_many(route.experts, self.config.count)
         rows = distribute(x, order, self.config.per_token).split(counts)
-        ys = [expert(own) for expert, own in zip(self.experts, rows, strict=True) if len(own) or trains(expert)]
-        return collect(torch.cat(ys), order, route.weights.to(x.dtype))
+        pairs = zip(self.experts, rows, strict=True)
+        y = torch.cat([expert(own) for expert, own in pairs if len(own) or trains(expert)])
+        return collect(y, order, route.weights.to(x.dtype))
 
 
 def how_many(experts: Tensor, count: int) -> list[int]:

@@ -30,14 +30,15 @@ class Allocations(TorchDispatchMode):
     Works on real tensors and on fake ones. A view is its base's storage, counted once; a storage created before (a
     weight) is not counted. live and at_peak: bytes by part; what is created now belongs to `part`.
     targets: how many positions have a target, for fake tensors, which hold no targets. rounding: to multiples of so
-    many bytes. flops: so far. untraced: bytes by part that blocks which are not run would hold now.
+    many bytes. flops: so far. untraced: bytes by part that blocks which are not run would hold now. in_block: `live` at
+    its peak since the newest block began.
     """
 
     def __init__(self, targets: int | None = None, rounding: int = 1):
         super().__init__()
         self.targets, self.rounding = targets, rounding
         self.part, self.flops = "saved activations", 0
-        self.live, self.untraced, self.at_peak = Counter(), Counter(), Counter()
+        self.live, self.untraced, self.at_peak, self.in_block = Counter(), Counter(), Counter(), Counter()
         self.storages = {}  # address of a living storage: its part and bytes
         self.flop_counts = flop_counter().flop_registry
 
@@ -77,6 +78,8 @@ class Allocations(TorchDispatchMode):
 
     def note_peak(self) -> None:
         """Remember what is allocated now if it is more than ever before."""
+        if self.live.total() > self.in_block.total():
+            self.in_block = self.live.copy()
         if self.live.total() + self.untraced.total() > self.at_peak.total():
             self.at_peak = self.live + self.untraced
 
@@ -136,6 +139,7 @@ class _BlockTrace:
         self.before.append((allocations.live.total(), allocations.flops))
         if number - 1 in self.left_out:
             self._stand_in(number - 1)
+        allocations.in_block = allocations.live.copy()
         if args[0].requires_grad:
             args[0].register_hook(lambda grad: self._input_gradient_ready(number))
         if number == len(self.layers):
@@ -146,12 +150,16 @@ class _BlockTrace:
 
         They are like this block, and go backward one by one, each freeing activations and allocating gradients. If a
         block frees more than it allocates, the peak is in the first of them, else in the last. So this block stands for
-        the first or for the last, and the others change what is allocated after it or before it.
+        the first or for the last, and the others change what is allocated after it or before it. In the forward pass
+        the last of them has the peak (which matters where a block allocates much that it does not keep, as experts do).
         """
         (kept_before, _), (kept, _) = self.before[number:]
         activations = self.left_out[number] * (kept - kept_before)
         gradients = self.left_out[number] * new_gradient_bytes(self.layers[number], self.allocations, self.job)
         self.allocations.untraced["saved activations"] += activations
+        self.allocations.at_peak = max(
+            self.allocations.at_peak, self.allocations.in_block + self.allocations.untraced, key=Counter.total
+        )
         self.swaps[number if activations > gradients else number + 1] = activations, gradients
 
     def _input_gradient_ready(self, number):
