@@ -33,6 +33,13 @@ def read_header(path: str | Path, remedy: str) -> tuple[int, dict[str, dict]]:
     return 8 + size, header
 
 
+def read_metadata(path: str | Path, remedy: str) -> dict[str, str]:
+    """What a file says of itself beside its tensors. Raises UserError as `read_header`."""
+    read_header(path, remedy)
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def encode_header(layout: dict[str, tuple[str, tuple, int]], metadata: dict[str, str] | None = None) -> bytes:
     """How a file begins: the header's length and the header, so that the tensors start at a multiple of 8.
 

@@ -1,123 +1,132 @@
-"""Adapter folders of every family: PEFT's, under the family's own names, and ours."""
+"""Adapter folders of every family: PEFT's go in, ours go to PEFT, and ours come back bit for bit."""
 
+import json
 import warnings
 
 import peft
 import pytest
 import torch
-import transformers
-from families.rows import ROWS
-from safetensors.torch import load_file
+from families.tiny import distance, random_tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from lora import AdapterConfig, adapters, add_lora, linear_layers
+from convert_hf_checkpoint import Settings, merge
+from lora import PROJECTIONS, AdapterConfig, adapters, add_lora, linear_layers
 from shell.cli import UserError
-from training.from_settings import default_targets
-from weights.checkpoint import load_model
 from weights.merge import Tuned
-from weights.names import Names
 from weights.peft_format import load_adapter, save_adapter
+from weights.peft_layout import Layout, ends, outside_peft, patterns
 from weights.stored import Weights
 
-TOKENS = torch.arange(3, 27)[None]
-
-
-def family_model(family, folder, row=0):
-    """A random model of transformers, saved to `folder`."""
-    config = transformers.AutoConfig.for_model(family, **ROWS[family][row])
-    attention = "sdpa" if family == "falcon" else "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_norm = name.endswith("weight") and ("norm" in name or "ln_" in name)
-            parameter.normal_(std=0.3).add_(float(is_norm))
-    model.save_pretrained(folder)
-    return model
+T = 16
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+FUSED = ["q_proj", "v_proj", "o_proj", "up_proj"]  # parts of what many families have as one
+COMBINATIONS = [("lora", False, True), ("lora", True, False), ("dora", False, False), ("dora", True, True)]
 
 
 @torch.no_grad()
-def peft_adapter(model, folder, **settings):
-    """PEFT's adapter over `model`, all of its parameters random, saved to `folder`."""
+def adapted(tiny, kind="lora", targets=None, **settings):
+    """Our model with adapters, all of their parameters random, and their config."""
+    model = tiny.load()
+    own = {name.rpartition(".")[2] for name in linear_layers(model)}
+    targets = tuple(name for name in targets or PROJECTIONS if name in own or "." in name)
+    config = AdapterConfig(kind, 3, 6, targets=targets, **settings)
+    add_lora(model, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(
+                parameter * (torch.rand_like(parameter) + 0.5)
+                if "magnitude" in name
+                else 0.2 * torch.randn_like(parameter)
+            )
+    return model, config
+
+
+def saved(model, config, tiny, folder):
+    """The folder, with the model's adapters in it."""
+    folder.mkdir()
+    save_adapter(model, config, folder, tiny.folder)
+    return folder
+
+
+def loaded_by_peft(tiny, folder):
+    """PEFT's model of our folder, in which it misses nothing, and from which it leaves out nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", "(?i).*(missing|unexpected).*")
+        return peft.PeftModel.from_pretrained(tiny.loaded_by_transformers(tiny.folder), folder).eval()
+
+
+@torch.no_grad()
+def peft_adapter(tiny, folder, **settings):
+    """PEFT's adapter over transformers' model, all of its parameters random, saved to `folder`."""
+    model = tiny.loaded_by_transformers(tiny.folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fan_in_fan_out, which PEFT sets by itself
-        adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=3, **settings)).eval()
-        for name, parameter in adapted.named_parameters():
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=3, **settings)).eval()
+        for name, parameter in model.named_parameters():
             if ".lora_A" in name or ".lora_B" in name:
                 parameter.normal_(std=0.2)
             elif "magnitude" in name:
                 parameter.mul_(torch.rand_like(parameter) + 0.5)
-        adapted.save_pretrained(folder)
-    return adapted
+        model.save_pretrained(folder)
+    return model
 
 
-def close(ours, theirs):
-    return (ours - theirs).norm() <= 1e-5 * theirs.norm()
+def same_adapters(model, other):
+    """Whether two models have the same adapters, bit for bit."""
+    one, two = ({n: p for n, p in m.named_parameters() if "lora_" in n} for m in (model, other))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, rslora, all_targets", COMBINATIONS)
+def test_ours_in_peft_and_back(kind, rslora, all_targets, tiny, tmp_path):
+    more = {} if all_targets else {"targets": FUSED, "rank_pattern": {"o_proj": 5}, "alpha_pattern": {"o_proj": 7}}
+    model, config = adapted(tiny, kind, rslora=rslora, dropout=0.1, **more)
+    folder = saved(model, config, tiny, tmp_path / "adapter")
+    tokens = random_tokens(2, T)
+    expected = model.eval()(tokens)
+    assert distance(expected, tiny.load()(tokens)) > 0.01
+    if outside_peft(model.config, kind, adapters(model)):
+        assert tiny.family in EXPERTS
+        assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "ONETUNE_OUTSIDE_PEFT"
+    else:
+        assert distance(loaded_by_peft(tiny, folder)(tokens, use_cache=False).logits, expected) < 1e-5
+    again = tiny.load()
+    assert load_adapter(again, folder) == config
+    assert same_adapters(model, again)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_merged(kind, tiny, tmp_path):
+    """A folder of the family, which transformers loads, with the logits of base and adapter."""
+    model, config = adapted(tiny, kind)
+    folder = saved(model, config, tiny, tmp_path / "adapter")
+    merge(Settings(source=tiny.folder, adapter_dir=folder, out_dir=tmp_path / "merged"))
+    tokens = random_tokens(2, T)
+    merged = tiny.loaded_by_transformers(tmp_path / "merged")
+    assert distance(merged(tokens, use_cache=False).logits, model.eval()(tokens)) < 1e-5
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("family", ROWS)
-def test_loads_pefts(family, dora, tmp_path):
-    hf = family_model(family, tmp_path / "base")
-    bare = load_model(tmp_path / "base", torch.float32)
-    names = Names(bare.config)
-    modules = {names.module(name)[0].rpartition(".")[2] for name in linear_layers(bare) if name != "lm_head"}
+def test_loads_pefts(dora, tiny, tmp_path):
+    bare = tiny.load()
+    layout = Layout(bare.config, [name for name in linear_layers(bare) if name != "lm_head"])
+    modules = sorted({module.rpartition(".")[2] for module in layout.modules()})
+    more = {} if dora or not bare.config.experts else {"target_parameters": ["experts.gate_up_proj", "down_proj"]}
+    if tiny.family == "qwen3_moe":  # PEFT takes the names of its dense MLPs for the experts'
+        modules = [name for name in modules if name in PROJECTIONS[:4]]
     peft_model = peft_adapter(
-        hf, tmp_path / "adapter", target_modules=sorted(modules), use_dora=dora, use_rslora=dora,
-        layers_to_transform=[0, 2], rank_pattern={sorted(modules)[0]: 5}, alpha_pattern={sorted(modules)[-1]: 7},
+        tiny, tmp_path, target_modules=modules, use_dora=dora, use_rslora=dora, layers_to_transform=[0, 2],
+        rank_pattern={modules[0]: 5, "gate_up_proj": 4}, alpha_pattern={modules[-1]: 7}, **more,
     )  # fmt: skip
-    model = load_model(tmp_path / "base", torch.float32, adapter_dir=tmp_path / "adapter")
-    expected = peft_model(TOKENS, use_cache=False).logits
-    assert close(model(TOKENS), expected) and not close(bare(TOKENS), expected)
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "base").to_dict()
-    tuned = Tuned(config, Weights(tmp_path / "base"), adapter_dir=tmp_path / "adapter")
+    tokens, model = random_tokens(2, T), tiny.load(adapter_dir=tmp_path)
+    expected = peft_model(tokens, use_cache=False).logits
+    assert distance(model(tokens), expected) < 1e-5 and distance(bare(tokens), expected) > 0.01
+    config = json.loads((tiny.folder / "config.json").read_text())
+    tuned = Tuned(config, Weights(tiny.folder), adapter_dir=tmp_path)
     for name, adapter in adapters(model).items():
-        assert close(tuned.merged(f"{name}.weight")[0], adapter.merged_weight())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ROWS)
-def test_ours_comes_back_bit_for_bit(family, tmp_path):
-    family_model(family, tmp_path / "base")
-    model, other = (load_model(tmp_path / "base", torch.float32) for _ in range(2))
-    config = AdapterConfig("dora", r=2, targets=tuple(default_targets(model.config)))
-    add_lora(model, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.normal_()
-    (tmp_path / "adapter").mkdir()
-    save_adapter(model, config, tmp_path / "adapter", tmp_path / "base")
-    load_adapter(other, tmp_path / "adapter")
-    pairs = zip(model.named_parameters(), other.named_parameters(), strict=True)
-    assert all(name == again and torch.equal(a, b) for (name, a), (again, b) in pairs)
-
-
-@pytest.mark.parametrize("targets", [r".*\.[02]\..*query_key_value", ["query_key_value"]], ids=["expression", "list"])
-def test_a_fused_layer_is_all_of_its_parts(targets, tmp_path):
-    peft_adapter(family_model("gpt_neox", tmp_path / "base"), tmp_path / "adapter", target_modules=targets)
-    model = load_model(tmp_path / "base", torch.float32, adapter_dir=tmp_path / "adapter")
-    layers = (0, 2) if isinstance(targets, str) else (0, 1, 2)
-    assert [*adapters(model)] == [f"model.layers.{n}.self_attn.{x}_proj" for n in layers for x in "qkv"]
-    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    for n in layers:
-        A = stored[f"base_model.model.gpt_neox.layers.{n}.attention.query_key_value.lora_A.weight"]
-        parts = [model.get_submodule(f"model.layers.{n}.self_attn.{x}_proj").lora_A for x in "qkv"]
-        assert all(torch.equal(A, part) for part in parts)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [dict(modules_to_save=["wte"]), dict(trainable_token_indices={"wte": [3, 4]}), dict(bias="all")],
-    ids=["module", "tokens", "bias"],
-)
-def test_what_is_beside_adapters_is_refused(settings, tmp_path):
-    peft_adapter(family_model("gpt2", tmp_path / "base"), tmp_path / "adapter", target_modules=["c_attn"], **settings)
-    with pytest.raises(UserError):
-        load_model(tmp_path / "base", torch.float32, adapter_dir=tmp_path / "adapter")
-
-
-def test_a_norm_of_another_name_is_refused(tmp_path):
-    """Gemma's post_attention_layernorm is not what we call so."""
-    settings = dict(target_modules=["q_proj"], modules_to_save=["post_attention_layernorm"])
-    peft_adapter(family_model("gemma2", tmp_path / "base"), tmp_path / "adapter", **settings)
-    with pytest.raises(UserError, match="not supported for gemma2 models"):
-        load_model(tmp_path / "base", torch.float32, adapter_dir=tmp_path / "adapter")
+        assert distance(tuned.merged(f"{name}.weight")[0], adapter.merged_weight()) < 1e-5
