@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import re
 import signal
 import threading
@@ -32,7 +31,6 @@ from lora import (
     Adapter,
     AdapterConfig,
     DoRALinear,
-    LoRALinear,
     adapters,
     is_named,
     linear_layers,
@@ -42,25 +40,25 @@ from lora import (
 from model import Linear, Transformer
 from shell.cli import UserError
 from shell.files import check_listed, read_json
+from weights.adapter_config import (
+    EMBEDDING_MODULE,
+    HEAD_MODULE,
+    OURS,
+    OUTSIDE,
+    layer_patterns,
+    parse_adapter_config,
+    token_ids,
+)
 from weights.peft_layout import Layout, outside_peft
 from weights.replaced import EMBEDDING, FLOATS, HEAD, Replaced, biases, parameters_of, replace
 from weights.safetensors_format import read_metadata, read_tensors
 
 PREFIX = "base_model.model."  # PEFT's, before every name in an adapter file
-OURS = "ONETUNE_"  # before the kind, in the peft_type of an adapter that is not PEFT's
-OUTSIDE = f"{OURS}OUTSIDE_PEFT"  # the peft_type of LoRA and DoRA over layers where PEFT cannot have them
 METADATA = "onetune"  # the key in the tensors' metadata: adapter_config.json as it would be under our names
 PATTERN_SECONDS = 2
 ADAPTER_AGAIN = "copy or train it again"  # what mends an adapter folder
 UNSAVED = "hash_of_unsaved_buffers"
 SAMPLED = 4096  # values of each go into that hash: of a random matrix they tell as much as all
-EMBEDDING_MODULE, HEAD_MODULE = (name.removesuffix(".weight") for name in (EMBEDDING, HEAD))
-
-# Settings of PEFT's that change what an adapter computes, and that we do not have.
-UNSUPPORTED = (
-    "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
-    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -204,19 +202,17 @@ def read_for(model: Transformer, folder: Path) -> StoredAdapter:
         return stored
     experts_are_modules = any(re.search(r"\.experts\.\d+\.", name) for name in stored.tensors)  # transformers 4
     layout = Layout(model.config, linears, in_files=experts_are_modules)
-    for name in stored.replaced.names():
-        if layout.names.piece(name).theirs != (name,):  # it is another parameter of ours that is called so
-            raise UserError(f"{folder}: {name} is not supported for {model.config.family} models")
     parameters = _target_parameters(stored, layout, folder)
+    _refuse_beside(stored, model, layout, folder)
     if not layout.differs(linears):
         return stored
-    _refuse_beside(stored, model, folder)
     if stored.own is not None:
         return _unstacked(stored, layout, folder)
-    adapted = {*parameters, *_covered_of(stored, layout.modules(), folder)}
+    adapted = {*parameters} | {*_covered_of(stored, [*layout.held], folder)}.intersection(layout.modules())
     _check_same(stored.tensors, {*layout.in_file(adapted).values()}, folder)
     config, tensors = layout.own_config(stored.config, adapted), layout.copied(stored.tensors, adapted, str(folder))
-    return StoredAdapter(config, {"target_modules": [*config.targets]}, tensors, stored.replaced)
+    values = {key: stored.values.get(key) for key in ("modules_to_save", "trainable_token_indices")}
+    return StoredAdapter(config, values | {"target_modules": [*config.targets]}, tensors, stored.replaced)
 
 
 def _target_parameters(stored, layout, folder):
@@ -232,7 +228,7 @@ def _unstacked(stored, layout, folder):
     """Our own adapters, of a folder in which they are stacked."""
     config_path = Path(folder, "adapter_config.json")
     try:
-        config = _adapter_config(stored.own)
+        config = parse_adapter_config(stored.own)
         own = StoredAdapter(config, stored.own, {}, stored.replaced)
         adapted = _covered_of(own, layout.linears, folder)
         expected = stored.own | layout.describe(config, adapted)
@@ -259,15 +255,18 @@ def _check_same(held, covered, folder):
             raise UserError(f"{folder}: no tensors for {name}, which adapter_config.json says it adapts")
 
 
-def _refuse_beside(stored, model, folder):
-    """Raise UserError for what a folder changes beside its adapters, which is only read under Llama's names."""
-    replaced, rules = stored.replaced, ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
-    found = [*replaced.names(), *(rule for rule in rules if stored.values.get(rule))]
-    if stored.values.get("bias", "none") != "none":
-        found.append("bias")
-    for name in found:
-        family = model.config.family
-        raise UserError(f"{folder}: {name} is not supported for {family} models, only LoRA and DoRA on linear layers")
+def _refuse_beside(stored, model, layout, folder):
+    """Raise UserError for what a folder changes beside its adapters, if that is not called in the family as with us."""
+    replaced, ours = stored.replaced, {HEAD, *(name for name, _ in model.named_parameters())}
+    differs = layout.differs(layout.linears)
+    same = {name for name in replaced.names() if layout.names.piece(name).theirs == (name,)}
+    found = sorted(replaced.names() - (same & ours if differs else same))
+    if differs:
+        found += ["LoRA on the embedding"] if replaced.low_rank else []
+        found += ["ensure_weight_tying"] if stored.values.get("ensure_weight_tying") else []
+        found += ["bias"] if stored.values.get("bias", "none") != "none" else []
+    if found:
+        raise UserError(f"{folder}: {', '.join(found)} is not supported for {model.config.family} models")
 
 
 def _check_replaced(stored, model, adapted, folder):
@@ -364,15 +363,9 @@ def _left_out(values, name):
     numbers = values.get("layers_to_transform")
     if numbers in (None, []) or name in (values.get("target_modules") or []):
         return False
-    found = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name) for pattern in _layer_patterns(values))
+    found = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name) for pattern in layer_patterns(values))
     number = next((int(match[1]) for match in found if match), None)
     return number not in (numbers if isinstance(numbers, list) else [numbers])
-
-
-def _layer_patterns(values):
-    """The names of what numbers the layers, regular expressions; by default any name."""
-    patterns = values.get("layers_pattern") or [r"[^.]*"]
-    return [patterns] if isinstance(patterns, str) else patterns
 
 
 @contextlib.contextmanager
@@ -410,7 +403,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     check_listed(folder, [config_path.name, tensors_path.name], ADAPTER_AGAIN)
     values = read_json(config_path)
     try:
-        config = _adapter_config(values)
+        config = parse_adapter_config(values)
     except ValueError as error:
         raise UserError(f"{config_path}: {error}") from None
     tensors, replaced = {}, Replaced(config)
@@ -433,11 +426,13 @@ def read_adapter(folder: Path) -> StoredAdapter:
 def _own_description(path):
     """What adapter_config.json would be under our names, of the metadata of a file in which adapters are stacked."""
     text = read_metadata(path, ADAPTER_AGAIN).get(METADATA)
+    if text is None:
+        return None
     try:
-        own = None if text is None else json.loads(text)
+        own = json.loads(text)
     except (ValueError, RecursionError):
-        own = text
-    if not isinstance(own, dict | None):
+        own = None
+    if not isinstance(own, dict):
         raise UserError(f"{path} is damaged ({METADATA} in its metadata is no object): {ADAPTER_AGAIN}")
     return own
 
@@ -461,7 +456,7 @@ def _sort_replaced(full_name, tensor, values, replaced):
         return True
     if name.endswith(".token_adapter.trainable_tokens_delta"):
         path = name.removesuffix(".token_adapter.trainable_tokens_delta")
-        replaced.rows[f"{path}.weight"] = (_token_ids(values).get(path, []), tensor)
+        replaced.rows[f"{path}.weight"] = (token_ids(values).get(path, []), tensor)
     elif name in (f"{EMBEDDING_MODULE}.base_layer.weight", f"{HEAD_MODULE}.base_layer.weight"):
         replaced.base[name.replace(".base_layer", "")] = tensor
     elif match := re.fullmatch(r"(.+?)(\.base_layer(?=\.bias)|\.modules_to_save)?\.(weight|bias)", name):
@@ -471,17 +466,9 @@ def _sort_replaced(full_name, tensor, values, replaced):
     return True
 
 
-def _token_ids(values):
-    """The tokens whose rows were trained, {module: ids}: of a plain list the module is the embedding."""
-    indices = values.get("trainable_token_indices") or {}
-    indices = indices if isinstance(indices, dict) else {EMBEDDING_MODULE: indices}
-    modules = (EMBEDDING_MODULE, HEAD_MODULE)
-    return {next((module for module in modules if is_named(module, [key])), key): ids for key, ids in indices.items()}
-
-
 def _check_rows(values, replaced, config_path):
     """Raise UserError unless the rows of tokens that a file holds are those that adapter_config.json names."""
-    named = _token_ids(values)
+    named = token_ids(values)
     for name, (ids, rows) in replaced.rows.items():
         if len(rows) != len(ids) or name not in (EMBEDDING, HEAD):
             what = f"names {len(ids)} tokens, the file has {len(rows)} rows of {name}"
@@ -503,116 +490,3 @@ def _split_name(full_name):
     """As `_split_peft_name`, of a tensor of any other kind of adapter."""
     name, colon, key = full_name.partition(":")
     return (name, key) if colon else None
-
-
-def _adapter_config(values):
-    """adapter_config.json as an AdapterConfig. Raises ValueError for what would compute something else."""
-    kind = _kind(values)
-    _check_supported(values)
-    for key in ("r", "lora_alpha", "target_modules"):
-        if not values.get(key) and not (key == "target_modules" and values.get("target_parameters")):
-            raise ValueError(f"{key} is missing")
-    _check_numbers(values)
-    _check_targets(values)
-    targets = values.get("target_modules") or []
-    return AdapterConfig(
-        kind=kind,
-        r=values["r"],
-        alpha=values["lora_alpha"],
-        dropout=values.get("lora_dropout", 0.0),
-        rslora=values.get("use_rslora", False),
-        targets=targets if isinstance(targets, str) else tuple(targets),
-        rank_pattern=values.get("rank_pattern") or {},
-        alpha_pattern=values.get("alpha_pattern") or {},
-    )
-
-
-def _kind(values):
-    """The key of `ADAPTERS` for an adapter_config.json. Raises ValueError if it is of a kind that is not there."""
-    peft_type = values.get("peft_type")
-    if peft_type in ("LORA", OUTSIDE):
-        wanted = DoRALinear if values.get("use_dora") else LoRALinear
-        if wanted.is_standard():
-            for kind, adapter in ADAPTERS.items():
-                if adapter is wanted:
-                    return kind
-        raise ValueError(f"lora.py has no {wanted.__name__} as published, which peft_type LORA stands for")
-    if not isinstance(peft_type, str) or not peft_type.startswith(OURS):
-        raise ValueError(f"peft_type {str(peft_type)[:80]!r} is not supported, only LORA is")
-    kind = peft_type.removeprefix(OURS)
-    if kind not in ADAPTERS:
-        raise ValueError(f"it is an adapter of the kind {kind[:80]!r}, lora.py has only {', '.join(ADAPTERS)}")
-    if ADAPTERS[kind].is_standard():
-        raise ValueError(f"it was trained with another {ADAPTERS[kind].__name__} than lora.py's: take that lora.py")
-    return kind
-
-
-def _check_supported(values):
-    """Raise ValueError if an adapter_config.json has a setting that alters the computation and that we do not have."""
-    for key in UNSUPPORTED:
-        if values.get(key):
-            raise ValueError(f"{key} is not supported")
-    if values.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"init_lora_weights {values['init_lora_weights']!r} alters the base model: not supported")
-    if values.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise ValueError(f"bias {values['bias']!r} is not supported, only none, all and lora_only are")
-    for key in ("use_dora", "use_rslora"):
-        if type(values.get(key, False)) is not bool:
-            raise ValueError(f"{key} {values[key]!r} is not true or false")
-
-
-def _check_numbers(values):
-    """Raise ValueError if a rank, an alpha or the dropout in an adapter_config.json is none."""
-    ranks, alphas = (_pattern(values, key) for key in ("rank_pattern", "alpha_pattern"))
-    for rank in (values["r"], *ranks.values()):
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"a rank of {rank!r} is not a whole number above 0")
-    for alpha in (values["lora_alpha"], *alphas.values()):
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise ValueError(f"an alpha of {alpha!r} is not a number")
-    dropout = values.get("lora_dropout", 0.0)
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ValueError(f"lora_dropout {dropout!r} is not a number from 0 to below 1")
-
-
-def _check_targets(values):
-    """Raise ValueError unless modules are named by lists or regular expressions, and all expressions are good."""
-    targets, layers = values.get("target_modules") or [], values.get("layers_to_transform")
-    if not isinstance(targets, str) and not _is_list_of(str, targets):
-        raise ValueError("target_modules is neither a list of names nor a regular expression")
-    for key in ("exclude_modules", "layers_pattern"):
-        if not isinstance(values.get(key), str | None) and not _is_list_of(str, values[key]):
-            raise ValueError(f"{key} is neither a list of names nor a regular expression")
-    if layers is not None and type(layers) is not int and not _is_list_of(int, layers):
-        raise ValueError(f"layers_to_transform {layers!r} is neither a number nor a list of numbers")
-    if layers not in (None, []) and isinstance(targets, str):
-        raise ValueError("layers_to_transform needs a list of names in target_modules")
-    for key in ("modules_to_save", "target_parameters"):
-        if not _is_list_of(str, values.get(key) or []):
-            raise ValueError(f"{key} is no list of names")
-    if not all(_is_list_of(int, ids) for ids in _token_ids(values).values()):
-        raise ValueError("trainable_token_indices is neither a list of numbers nor an object of such lists")
-    patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in _pattern(values, name)]
-    patterns += [values.get(key) for key in ("target_modules", "exclude_modules") if isinstance(values.get(key), str)]
-    patterns += [*(values.get("modules_to_save") or []), *_layer_patterns(values)]
-    for pattern in patterns:
-        _check_pattern(pattern)
-
-
-def _is_list_of(kind, value):
-    return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def _check_pattern(pattern):
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{pattern[:80]!r} is not a regular expression ({error})") from None
-
-
-def _pattern(values, key):
-    """`rank_pattern` or `alpha_pattern`, which may be left out."""
-    pattern = values.get(key) or {}
-    if not isinstance(pattern, dict):
-        raise ValueError(f"{key} must be an object")
-    return pattern

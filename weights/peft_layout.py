@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import Tensor
 
-from lora import AdapterConfig, match_pattern
+from lora import AdapterConfig, is_named, match_pattern
 from model import Config
 from shell.cli import UserError
 from weights.names import Names, Piece, rows_in_files, rows_in_memory
@@ -76,6 +76,19 @@ class Layout:
             nested = leaf == "gate_up_proj" and f"{inner}.down_proj" in adapted
             called[module] = module if module not in self.parameters else f"{inner}.base_layer" if nested else inner
         return called
+
+    def own_targets(self, target: str) -> list[str]:
+        """What a name in --lora_targets is in our names: the family's query_key_value is q_proj, k_proj and v_proj.
+
+        Raises UserError if no linear layer has that name.
+        """
+        if any(is_named(name, [target]) for name in self.linears):
+            return [target]
+        found = [name for name in self.linears if is_named(self.module(name), [target])]
+        if not found:
+            choices = dict.fromkeys(name.rpartition(".")[2] for name in (*self.linears, *self.held))
+            raise UserError(f"--lora_targets: the model has no projection {target!r}, only {', '.join(choices)}")
+        return ends(found, self.linears)
 
     # -------------------------------------------------------------------------------------------------- stacked parts
 
