@@ -98,7 +98,9 @@ class Tuned:
         return config | {"tie_word_embeddings": tied}
 
     def module(self, name: str) -> nn.Module:
-        """The module `name`, a block or a norm, with all that is in it."""
+        """The module `name`, a block, a norm or a linear layer, with all that is in it."""
+        if name in self.linears:
+            return self.linear(name)
         module = copy.deepcopy(self.model.get_submodule(name))
         for path in [path for path, _ in module.named_parameters()]:
             inner, _, leaf = path.rpartition(".")

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora import (
@@ -51,7 +50,7 @@ from weights.adapter_config import (
 )
 from weights.peft_layout import Layout, outside_peft
 from weights.replaced import EMBEDDING, FLOATS, HEAD, Replaced, biases, parameters_of, replace
-from weights.safetensors_format import read_metadata, read_tensors
+from weights.safetensors_format import read_metadata, read_tensors, write_tensors
 
 PREFIX = "base_model.model."  # PEFT's, before every name in an adapter file
 METADATA = "onetune"  # the key in the tensors' metadata: adapter_config.json as it would be under our names
@@ -84,7 +83,7 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
         description |= layout.describe(config, [*found])
     called = _peft_name if peft_type == "LORA" else "{}:{}".format
     flat = {called(name, key): t.contiguous() for name, own in tensors.items() for key, t in own.items()}
-    save_file(flat, Path(folder, "adapter_model.safetensors"), metadata=metadata)
+    write_tensors(Path(folder, "adapter_model.safetensors"), flat, metadata)
     Path(folder, "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
