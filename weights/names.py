@@ -220,11 +220,14 @@ def rows_in_files(c: Config) -> tuple[Row, ...]:
 
 
 def rows_in_memory(c: Config) -> tuple[Row, ...]:
-    """The same for the modules of transformers 5, whose names PEFT has: there all mixtures of experts are stacked."""
-    rows = rows_in_files(c)
+    """The same for the modules of transformers 5, whose names PEFT has: there all mixtures of experts are stacked.
+
+    Mixtral's block_sparse_moe and GPT-NeoX's embed_out, which are only its files', have Llama's names there.
+    """
+    rows = tuple(row for row in rows_in_files(c) if not re.search("block_sparse_moe|embed_out", row.theirs))
     if not c.experts or any(row.stacked for row in rows):
         return rows
-    return (*(row for row in rows if "block_sparse_moe" not in row.theirs), *table(LAYER, STACKED_EXPERTS, {}))
+    return *rows, *table(LAYER, STACKED_EXPERTS, {})
 
 
 # How the name of a parameter with all experts ends.

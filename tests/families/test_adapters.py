@@ -30,7 +30,8 @@ def adapted(tiny, kind="lora", targets=None, **settings):
     """Our model with adapters, all of their parameters random, and their config."""
     model = tiny.load()
     own = {name.rpartition(".")[2] for name in linear_layers(model)}
-    targets = tuple(name for name in targets or PROJECTIONS if name in own or "." in name)
+    own |= {name for name in targets or () if name.count(".") > 1}
+    targets = tuple(name for name in targets or PROJECTIONS if name.removeprefix("model.") in own)
     config = AdapterConfig(kind, 3, 6, targets=targets, **settings)
     add_lora(model, config)
     for name, parameter in model.named_parameters():
@@ -217,6 +218,40 @@ def test_some_experts(family, tiny_models, tmp_path):
     assert distance(loaded_by_peft(tiny, folder)(tokens, use_cache=False).logits, model.eval()(tokens)) < 1e-5
     again = tiny.load()
     assert load_adapter(again, folder) == config and same_adapters(model, again)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@torch.no_grad()
+def test_attention_alone_beside_experts(family, tiny_models, tmp_path):
+    tiny = tiny_models((family, 0))
+    model, config = adapted(tiny, "dora", targets=("q_proj", "o_proj"))
+    folder, tokens = saved(model, config, tiny, tmp_path / "adapter"), random_tokens(2, T)
+    assert distance(loaded_by_peft(tiny, folder)(tokens, use_cache=False).logits, model.eval()(tokens)) < 1e-5
+    assert same_adapters(model, tiny.load(adapter_dir=folder))
+
+
+@pytest.mark.parametrize(
+    "row", [("gpt_neox", 0), ("gpt_neox", 2), ("gpt2", 0), ("gpt2", 2), ("mpt", 0), ("opt", 1), ("phi", 1)]
+)
+@torch.no_grad()
+def test_head_and_projections_of_the_embedding(row, tiny_models, tmp_path):
+    """Also where the head is tied: the embedding stays as it was."""
+    tiny = tiny_models(row)
+    model, config = adapted(tiny, "dora", targets=("q_proj", "lm_head", "model.project_in", "project_out"))
+    folder, tokens = saved(model, config, tiny, tmp_path / "adapter"), random_tokens(2, T)
+    assert distance(loaded_by_peft(tiny, folder)(tokens, use_cache=False).logits, model.eval()(tokens)) < 1e-5
+    assert same_adapters(model, tiny.load(adapter_dir=folder))
+
+
+def test_peft_has_none_outside(tiny_models):
+    """What `outside_peft` says. If this fails with a newer PEFT, it can go."""
+    olmoe, qwen = tiny_models(("olmoe", 0)), tiny_models(("qwen3_moe", 1))
+    with pytest.raises(ValueError, match="does not work with use_dora"):
+        settings = peft.LoraConfig(use_dora=True, target_modules=[], target_parameters=["experts.down_proj"])
+        peft.get_peft_model(olmoe.loaded_by_transformers(olmoe.folder), settings)
+    settings = peft.LoraConfig(target_modules=["q_proj", "layers.0.mlp.down_proj"])
+    model = peft.get_peft_model(qwen.loaded_by_transformers(qwen.folder), settings)
+    assert not any("layers.0.mlp" in name for name, p in model.named_parameters() if "lora_" in name)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
