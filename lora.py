@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -256,9 +257,14 @@ def match_pattern(pattern: dict, name: str, default: float | None) -> float | No
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name and module of every linear layer, quantised or not, adapted or not, and not what is inside an adapter."""
-    inside = tuple(f"{name}." for name in adapters(model))
+    adapted = adapters(model)
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
-    return {name: module for name, module in layers.items() if not name.startswith(inside)}
+    return {name: module for name, module in layers.items() if not any(outer in adapted for outer in _outer(name))}
+
+
+def _outer(name):
+    """The names of the modules that the module `name` is in."""
+    return accumulate(name.split(".")[:-1], "{}.{}".format)
 
 
 def add_lora(model: nn.Module, config: AdapterConfig) -> None:

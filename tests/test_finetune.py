@@ -1015,3 +1015,36 @@ def test_experts_are_only_adapted_if_that_is_asked_for(run, experts_dir, targets
     )
     model = load_model(experts_dir, torch.float32, adapter_dir=out_dir / "final")
     assert len(lora.adapters(model)) == count
+
+
+def test_dora_over_experts_is_noted(run, experts_dir, capsys):
+    """PEFT has none: the adapter is for onetune alone."""
+    flags = dict(checkpoint_dir=experts_dir, method="dora", max_steps=1)
+    for name, targets, noted in (("attention", None, False), ("experts", ["down_proj"], True)):
+        out_dir = run(random_samples(2), name=name, lora_targets=targets, **flags)
+        assert ("note: PEFT has no DoRA over experts" in capsys.readouterr().err) == noted
+        values = json.loads((out_dir / "final" / "adapter_config.json").read_text())
+        assert values["peft_type"] == ("ONETUNE_OUTSIDE_PEFT" if noted else "LORA") and values["use_dora"]
+        assert lora.adapters(load_model(experts_dir, torch.float32, adapter_dir=out_dir / "final"))
+
+
+# ------------------------------------------------------------------------------------------- families of other names
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_run_of_a_family_with_fused_layers_resumes(run, settings, monkeypatch, tmp_path, tiny_model_dir, method):
+    """Its adapter is stacked to what PEFT has, and comes back from a checkpoint bit for bit."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(tiny_model_dir, tmp_path / "neox")
+    sizes = dict(hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6, vocab_size=512)
+    config = AutoConfig.for_model("gpt_neox", max_position_embeddings=256, bos_token_id=0, eos_token_id=2, **sizes)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path / "neox")
+    flags = dict(checkpoint_dir=tmp_path / "neox", method=method, lora_targets=["query_key_value", "up_proj"])
+    flags |= dict(max_steps=4, save_interval=2)
+    whole = run(random_samples(8), name="whole", **flags)
+    run_and_kill(settings(name="killed", **flags), monkeypatch, 3)
+    resumed = run(name="killed", resume=True, **flags)
+    assert final_weights(resumed).read_bytes() == final_weights(whole).read_bytes() and rows(resumed) == rows(whole)
+    values = json.loads((whole / "final" / "adapter_config.json").read_text())
+    assert values["target_modules"] == ["query_key_value", "dense_h_to_4h"]

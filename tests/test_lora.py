@@ -742,7 +742,7 @@ DAMAGES = {
         "no tensors for model.embed_tokens",
     ),
     "LoRA's bias": (lambda folder: change_config(folder, lora_bias=True), "lora_bias is not supported"),
-    "experts": (lambda folder: change_config(folder, target_parameters=["x"]), "target_parameters is not supported"),
+    "experts": (lambda folder: change_config(folder, target_parameters=["x"]), "target_parameters: x is not supported"),
     "layers twice": (lambda folder: change_config(folder, layer_replication=[[0, 2]]), "layer_replication is not"),
     "fan": (lambda folder: change_config(folder, fan_in_fan_out=True), "fan_in_fan_out"),
     "pissa": (lambda folder: change_config(folder, init_lora_weights="pissa"), "pissa"),

@@ -26,6 +26,7 @@ from text.tokenizer import Tokenizer
 from training.from_settings import DTYPES, adapter_config, autocast_dtype
 from training.optimizer import StepInBackward, build_optimizer
 from weights.checkpoint import load_model, load_optimizer, read_config
+from weights.peft_layout import outside_peft
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -104,6 +105,7 @@ def check_model(s: Settings, data: Data) -> Transformer:
         s.quantize = read_quantization(s.quantize, model)
         if s.method != "full":
             lora.add_lora(model, adapter_config(s, config))
+            note_outside_peft(model, s.method)
     if s.balance_loss and not config.experts:
         raise UserError(f"--balance_loss {s.balance_loss:g}: the model in {s.checkpoint_dir} has no experts")
     if s.method == "full" and s.precision == "bf16-true":
@@ -119,6 +121,14 @@ def check_model(s: Settings, data: Data) -> Transformer:
             f"--keep_best needs validation samples, {s.data_dir} has none: see prepare_data.py --val_fraction"
         )
     return model
+
+
+def note_outside_peft(model: Transformer, method: str) -> None:
+    """Say so if the adapter will be of a kind as PEFT has it, but over layers where PEFT cannot have it."""
+    found = lora.adapters(model)
+    why = outside_peft(model.config, method, found) if all(adapter.standard for adapter in found.values()) else None
+    if why:
+        print(f"note: {why}: the adapter is for onetune alone, the merged model for all", file=sys.stderr)
 
 
 def check_samples(s: Settings, config: Config, parts: list[Samples]) -> None:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 import lora
+from model import Config, Transformer
 from ops.dtypes import compute_dtype
+from weights.peft_layout import Layout
 
 if TYPE_CHECKING:
-    from model import Config
     from training.settings import Settings
 
 # Of the weights, by --precision; an adapter's are always fp32.
@@ -19,7 +20,7 @@ DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": t
 
 def adapter_config(s: Settings, config: Config) -> lora.AdapterConfig:
     """The adapter that the flags describe, for a model of this `Config`."""
-    targets = tuple(s.lora_targets or default_targets(config))
+    targets = own_targets(s.lora_targets or default_targets(config), config)
     return lora.AdapterConfig(s.method, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_rslora, targets)
 
 
@@ -27,6 +28,15 @@ def default_targets(config: Config) -> list[str]:
     """All projections that a block has; attention's alone beside experts, of which a model has thousands."""
     left_out = ("gate_proj", "up_proj", "down_proj") if config.experts else () if config.gated else ("gate_proj",)
     return [name for name in lora.PROJECTIONS if name not in left_out]
+
+
+def own_targets(targets: list[str], config: Config) -> tuple[str, ...]:
+    """`targets` with the family's own names, such as query_key_value, replaced by those of all layers in them."""
+    if {*targets} <= {*lora.PROJECTIONS}:
+        return tuple(targets)
+    with torch.device("meta"):
+        layout = Layout(config, lora.linear_layers(Transformer(config)))
+    return tuple(dict.fromkeys(own for target in targets for own in layout.own_targets(target)))
 
 
 def autocast_dtype(s: Settings) -> torch.dtype | None:

@@ -26,6 +26,7 @@ class Settings:
         lora_alpha: Scale of the adapter; its product is multiplied by alpha / r.
         lora_dropout: Share of the adapter's inputs set to zero in training.
         lora_targets: Projections that get an adapter; gate_proj, up_proj and down_proj are also those of every expert.
+            A name of the model's family, such as query_key_value, is all projections in it.
             By default all, but in a mixture of experts attention's alone.
         lora_rslora: Multiply by alpha / sqrt(r) instead.
         global_batch_size: Samples in an optimiser step, over all micro-batches and devices.

@@ -40,7 +40,8 @@ class Tuned:
         self.quantization = read_quantization(quantize, self.model)
         if adapter_dir is not None:
             peft_format.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
-            self.adapter, _, self.tensors, self.replaced = peft_format.read_for(self.model, adapter_dir)
+            stored = peft_format.read_for(self.model, adapter_dir)
+            self.adapter, self.tensors, self.replaced = stored.config, stored.tensors, stored.replaced
         self.base_is_tied = self.model.config.tie_word_embeddings
         if self.base_is_tied:
             self.replaced = self.replaced.for_tied_base()
@@ -97,7 +98,9 @@ class Tuned:
         return config | {"tie_word_embeddings": tied}
 
     def module(self, name: str) -> nn.Module:
-        """The module `name`, a block or a norm, with all that is in it."""
+        """The module `name`, a block, a norm or a linear layer, with all that is in it."""
+        if name in self.linears:
+            return self.linear(name)
         module = copy.deepcopy(self.model.get_submodule(name))
         for path in [path for path, _ in module.named_parameters()]:
             inner, _, leaf = path.rpartition(".")

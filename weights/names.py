@@ -1,6 +1,7 @@
 """What families whose tensors are not called and laid out like Llama's call them: one table a family, for both ways.
 
 A row says what one of their modules is in our model: another name, or several modules whose rows lie in it together.
+A mixture of experts has two tables: its files', and that of the modules in transformers' memory, which PEFT adapts.
 Tensors are turned one at a time, while they are read or written (`Renamed`, `Names.join`); nothing is kept twice.
 
 To add a family: a table in `TABLES`. A name holds {} for the number of a layer.
@@ -45,12 +46,18 @@ def halves(c: Config) -> Rows:
     return Rows(1, (c.intermediate_size, c.intermediate_size))
 
 
+def expert_halves(c: Config) -> Rows:
+    """An expert's gate, then its up."""
+    return Rows(1, (c.experts.size, c.experts.size))
+
+
 class Row(NamedTuple):
     """A row of a table.
 
     theirs: a module's name, or a parameter's whole name. ours: the modules that it holds. rows: how, where there are
     several. turned: whether its weight is (in, out), as GPT-2 has it. each_head: whether theirs has a module for each
-    row of ours. stacked: whether theirs is a parameter with all experts of a layer, the bias another (GPT-OSS).
+    row of ours. stacked: whether theirs is a parameter with all experts of a layer, the bias another (in GPT-OSS's
+    files, and of all mixtures in transformers' memory).
     """
 
     theirs: str
@@ -175,6 +182,10 @@ GPT_OSS = {
     "mlp.experts.gate_up_proj": ((f"{EXPERT}gate_proj", f"{EXPERT}up_proj"), alternating, True, False, True),
     "mlp.experts.down_proj": ((f"{EXPERT}down_proj",), None, True, False, True),
 }  # fmt: skip
+STACKED_EXPERTS = {
+    "mlp.experts.gate_up_proj": ((f"{EXPERT}gate_proj", f"{EXPERT}up_proj"), expert_halves, False, False, True),
+    "mlp.experts.down_proj": ((f"{EXPERT}down_proj",), None, False, False, True),
+}  # fmt: skip
 STABLELM = {
     f"self_attn.{letter}_layernorm.norms.{{}}": ((f"{LAYER}self_attn.{letter}_norm",), None, False, True)
     for letter in "qk"
@@ -202,6 +213,23 @@ TABLES: dict[str, Callable[[Config], tuple[Row, ...]]] = {
     "starcoder2": lambda c: table(LAYER, STARCODER, {}),
 }
 
+
+def rows_in_files(c: Config) -> tuple[Row, ...]:
+    """How the tensors in a family's files are called and laid out."""
+    return TABLES[c.family](c) if c.family in TABLES else ()
+
+
+def rows_in_memory(c: Config) -> tuple[Row, ...]:
+    """The same for the modules of transformers 5, whose names PEFT has: there all mixtures of experts are stacked.
+
+    Mixtral's block_sparse_moe and GPT-NeoX's embed_out, which are only its files', have Llama's names there.
+    """
+    rows = tuple(row for row in rows_in_files(c) if not re.search("block_sparse_moe|embed_out", row.theirs))
+    if not c.experts or any(row.stacked for row in rows):
+        return rows
+    return *rows, *table(LAYER, STACKED_EXPERTS, {})
+
+
 # How the name of a parameter with all experts ends.
 STACKED = {"weight": "", "bias": "_bias"}
 
@@ -222,11 +250,10 @@ class Piece(NamedTuple):
 
 
 class Names:
-    """The names and layout of a model's tensors in its family's files."""
+    """The names and layout of a model's tensors in its family's files, or by another of the tables."""
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.rows = TABLES[config.family](config) if config.family in TABLES else ()
+    def __init__(self, config: Config, rows: Callable[[Config], tuple[Row, ...]] = rows_in_files):
+        self.config, self.rows = config, rows(config)
         self._patterns = [
             (re.compile(re.escape(name).replace(r"\{\}", r"(\d+)")), row, index)
             for row in self.rows
@@ -247,11 +274,6 @@ class Names:
             if match:
                 return Piece((row.theirs.format(*match.groups()) + dot + leaf,), row, index)
         return Piece((name,), Row(name, (name,)), 0)
-
-    def module(self, name: str) -> tuple[str, Row, int]:
-        """Their module that holds our linear layer `name`, its row of the table, and which part of it this is."""
-        piece = self.piece(f"{name}.weight")
-        return piece.theirs[0].removesuffix(".weight"), piece.row, piece.index
 
     def take(self, piece: Piece, tensors: list[Tensor]) -> Tensor:
         """Ours, a view if that can be, of their tensors that `piece` names; of its expert alone where they have all."""
@@ -287,6 +309,15 @@ class Names:
             each = [tensors[start : start + n] for start in range(0, len(tensors), n)]
             return torch.stack([self._put_together(piece, own) for own in each])
         return self._put_together(piece, tensors)
+
+    def spread(self, piece: Piece, tensor: Tensor) -> Tensor:
+        """A part's rows at their places among those of all parts, and zeros elsewhere: what `take` takes again."""
+        if piece.row.rows is None:
+            return tensor
+        groups, sizes = piece.row.rows(self.config)
+        parts = [tensor.new_zeros(groups * size, *tensor.shape[1:]) for size in sizes]
+        parts[piece.index] = tensor
+        return self._put_together(piece._replace(row=piece.row._replace(turned=False)), parts)
 
     def _put_together(self, piece, tensors):
         tensor = tensors[0]

@@ -1,9 +1,12 @@
 """Adapter folders: `adapter_model.safetensors` and `adapter_config.json`, read strictly, written.
 
-Standard LoRA and DoRA are in PEFT's format. Any other kind of adapter has the peft_type "ONETUNE_KIND", which PEFT does
-not load; its tensors are called MODULE:NAME, after the parameters and buffers of its class. So are LoRA and DoRA
-written where the model's family calls an adapted layer otherwise than we do, or has it as a part of another: each layer
-comes back bit for bit, as resuming needs. PEFT's own folders for such a family are read, by its modules' names.
+Standard LoRA and DoRA are in PEFT's format. Where the model's family calls an adapted layer otherwise than we do, or
+has it as a part of another, they are stacked to what PEFT has there (peft_layout.py). The tensors' metadata then has a
+description of ours, with which each layer comes back bit for bit, as resuming needs.
+
+Any other kind of adapter has the peft_type "ONETUNE_KIND", which PEFT does not load; its tensors are called
+MODULE:NAME, after the parameters and buffers of its class. So are LoRA and DoRA over layers where PEFT cannot have them
+(`outside_peft`), with the peft_type `OUTSIDE`.
 
 PEFT's folders may hold more than adapters over linear layers: new values of the base's own parameters (replaced.py).
 They are read; only adapters are written.
@@ -13,7 +16,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import re
 import signal
 import threading
@@ -21,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora import (
@@ -29,7 +30,6 @@ from lora import (
     Adapter,
     AdapterConfig,
     DoRALinear,
-    LoRALinear,
     adapters,
     is_named,
     linear_layers,
@@ -39,24 +39,25 @@ from lora import (
 from model import Linear, Transformer
 from shell.cli import UserError
 from shell.files import check_listed, read_json
-from weights.names import Names, Piece
+from weights.adapter_config import (
+    EMBEDDING_MODULE,
+    HEAD_MODULE,
+    OURS,
+    OUTSIDE,
+    layer_patterns,
+    parse_adapter_config,
+    token_ids,
+)
+from weights.peft_layout import Layout, outside_peft
 from weights.replaced import EMBEDDING, FLOATS, HEAD, Replaced, biases, parameters_of, replace
-from weights.safetensors_format import read_tensors
+from weights.safetensors_format import read_metadata, read_tensors, write_tensors
 
 PREFIX = "base_model.model."  # PEFT's, before every name in an adapter file
-OURS = "ONETUNE_"  # before the kind, in the peft_type of an adapter that is not PEFT's
-AS_PUBLISHED = "onetune_as_published"  # in adapter_config.json: LoRA or DoRA, but under our modules' names
+METADATA = "onetune"  # the key in the tensors' metadata: adapter_config.json as it would be under our names
 PATTERN_SECONDS = 2
 ADAPTER_AGAIN = "copy or train it again"  # what mends an adapter folder
 UNSAVED = "hash_of_unsaved_buffers"
 SAMPLED = 4096  # values of each go into that hash: of a random matrix they tell as much as all
-EMBEDDING_MODULE, HEAD_MODULE = (name.removesuffix(".weight") for name in (EMBEDDING, HEAD))
-
-# Settings of PEFT's that change what an adapter computes, and that we do not have.
-UNSUPPORTED = (
-    "lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora",
-    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -70,16 +71,33 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
     line; our scripts also try the path in onetune.json, which is as it was given.
     """
     found = adapters(model)
-    standard = all(adapter.standard for adapter in found.values())
-    in_peft = standard and not _has_other_names(model, found)
     tensors = {
-        (_peft_name if in_peft else "{}:{}".format)(name, key): tensor.detach().to("cpu", copy=True).contiguous()
+        name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in own_tensors(adapter).items()}
         for name, adapter in found.items()
-        for key, tensor in own_tensors(adapter).items()
     }
-    save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    peft_type, layout = _peft_type(model, config, found), Layout(model.config, linear_layers(model))
+    description, metadata = _description(config, peft_type, base_model), {"format": "pt"}
+    if peft_type == "LORA" and layout.differs(found):
+        metadata[METADATA] = json.dumps(description)
+        tensors = layout.stack(tensors, config, lambda name: _row_norms(model.get_submodule(name)))
+        description |= layout.describe(config, [*found])
+    called = _peft_name if peft_type == "LORA" else "{}:{}".format
+    flat = {called(name, key): t.contiguous() for name, own in tensors.items() for key, t in own.items()}
+    write_tensors(Path(folder, "adapter_model.safetensors"), flat, metadata)
+    Path(folder, "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _peft_type(model, config, found):
+    """What kind of adapters a model has, as PEFT would call it."""
+    if not all(adapter.standard for adapter in found.values()):
+        return f"{OURS}{config.kind}"
+    return OUTSIDE if outside_peft(model.config, config.kind, found) else "LORA"
+
+
+def _description(config, peft_type, base_model):
+    """adapter_config.json of adapters under our names."""
     description = {
-        "peft_type": "LORA" if in_peft else f"{OURS}{config.kind}",
+        "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(Path(base_model).resolve() if Path(base_model).is_dir() else base_model),
         "inference_mode": True,
@@ -93,11 +111,13 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    if in_peft:
-        description["use_dora"] = ADAPTERS[config.kind] is DoRALinear
-    elif standard:
-        description[AS_PUBLISHED] = True
-    Path(folder, "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+    return description | ({"use_dora": ADAPTERS[config.kind] is DoRALinear} if peft_type in ("LORA", OUTSIDE) else {})
+
+
+@torch.no_grad()
+def _row_norms(layer):
+    """The lengths of the rows of a layer's weight: (out,) fp32, the magnitudes with which DoRA starts."""
+    return layer.dequantize(torch.float32).norm(dim=1).cpu()
 
 
 def own_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -122,12 +142,6 @@ def _hash(tensors):
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
-def _has_other_names(model, names):
-    """Whether the model's family has a linear layer of ours, of `names`, under another name or in another layer."""
-    theirs = Names(model.config)
-    return any(theirs.module(name)[0] != name for name in names)
-
-
 def _peft_name(name, key):
     return f"{PREFIX}{name}.{key}" if key == "lora_magnitude_vector" else f"{PREFIX}{name}.{key}.weight"
 
@@ -139,13 +153,15 @@ class StoredAdapter(NamedTuple):
     """An adapter folder's content.
 
     config: of its adapters. values: all of adapter_config.json. tensors: of each adapter, by its layer and by their own
-    names. replaced: new values of the base's parameters.
+    names. replaced: new values of the base's parameters. own: where our layers are stacked as PEFT has them, what would
+    be in adapter_config.json if they were not.
     """
 
     config: AdapterConfig
     values: dict
     tensors: dict[str, dict[str, Tensor]]
     replaced: Replaced
+    own: dict | None = None
 
 
 def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
@@ -175,31 +191,57 @@ def read_for(model: Transformer, folder: Path) -> StoredAdapter:
     """`read_adapter`, with the names of the model's layers where PEFT has those of its family.
 
     PEFT's rules are those for the family's names. Of an adapter on a layer that holds several of ours, each of these
-    gets the same A and its own rows of B and of the magnitudes. Raises UserError for what is kept beside such adapters.
+    gets the same A and its own rows of B and of the magnitudes; of one of ours it gets what it had. Raises UserError
+    for what is kept beside such adapters.
     """
-    stored, ours = read_adapter(folder), [*linear_layers(model)]
+    stored, linears = read_adapter(folder), [*linear_layers(model)]
     if stored.values.get("fan_in_fan_out") and model.config.family != "gpt2":  # only its weights are (in, out)
         raise UserError(f"{Path(folder, 'adapter_config.json')}: fan_in_fan_out is not supported, but for GPT-2")
     if stored.values["peft_type"] != "LORA":
         return stored
-    for name in stored.replaced.names():
-        if Names(model.config).piece(name).theirs != (name,):  # it is another parameter of ours that is called so
-            raise UserError(f"{folder}: {name} is not supported for {model.config.family} models")
-    if not _has_other_names(model, ours):
+    experts_are_modules = any(re.search(r"\.experts\.\d+\.", name) for name in stored.tensors)  # transformers 4
+    layout = Layout(model.config, linears, in_files=experts_are_modules)
+    parameters = _target_parameters(stored, layout, folder)
+    _refuse_beside(stored, model, layout, folder)
+    if not layout.differs(linears):
         return stored
-    _refuse_beside(stored, model, folder)
-    theirs = {name: Names(model.config).module(name) for name in ours}
-    modules = list(dict.fromkeys(module for module, _, _ in theirs.values()))
-    adapted = set(_covered_of(stored, modules, folder))
-    _check_same(stored.tensors, adapted, folder)
-    taken = {name: place for name, place in theirs.items() if place[0] in adapted}
-    tensors = {name: _part(stored, model, folder, *place) for name, place in taken.items()}
-    config, ranks, alphas = stored.config, {}, {}
-    for name, (module, _, _) in taken.items():
-        ranks[re.escape(name)] = match_pattern(config.rank_pattern, module, config.r)
-        alphas[re.escape(name)] = match_pattern(config.alpha_pattern, module, config.alpha)
-    config = dataclasses.replace(config, targets=tuple(taken), rank_pattern=ranks, alpha_pattern=alphas)
-    return StoredAdapter(config, {"target_modules": list(taken)}, tensors, stored.replaced)
+    if stored.own is not None:
+        return _unstacked(stored, layout, folder)
+    adapted = {*parameters} | {*_covered_of(stored, [*layout.held], folder)}.intersection(layout.modules())
+    _check_same(stored.tensors, {*layout.in_file(adapted).values()}, folder)
+    config, tensors = layout.own_config(stored.config, adapted), layout.copied(stored.tensors, adapted, str(folder))
+    values = {key: stored.values.get(key) for key in ("modules_to_save", "trainable_token_indices")}
+    return StoredAdapter(config, values | {"target_modules": [*config.targets]}, tensors, stored.replaced)
+
+
+def _target_parameters(stored, layout, folder):
+    """Which parameters of a layer's experts are adapted: those that `target_parameters` names, all or the end."""
+    wanted = stored.values.get("target_parameters") or []
+    for target in wanted:
+        if not any(is_named(name, [target]) for name in layout.parameters):
+            raise UserError(f"{folder}: target_parameters: {target} is not supported, only all weights of experts are")
+    return [name for name in layout.parameters if is_named(name, wanted)]
+
+
+def _unstacked(stored, layout, folder):
+    """Our own adapters, of a folder in which they are stacked."""
+    config_path = Path(folder, "adapter_config.json")
+    try:
+        config = parse_adapter_config(stored.own)
+        own = StoredAdapter(config, stored.own, {}, stored.replaced)
+        adapted = _covered_of(own, layout.linears, folder)
+        expected = stored.own | layout.describe(config, adapted)
+    except ValueError as error:
+        raise UserError(f"{folder}: in the metadata of adapter_model.safetensors: {error}: {ADAPTER_AGAIN}") from None
+    for key in sorted((expected.keys() | stored.values.keys()) - {"base_model_name_or_path"}):
+        if stored.values.get(key) != expected.get(key):
+            raise UserError(
+                f"{config_path}: {key} is {stored.values.get(key)!r}, but the tensors were saved with "
+                f"{expected.get(key)!r}: {ADAPTER_AGAIN}"
+            )
+    called = layout.in_file({layout.module(name) for name in adapted})
+    _check_same(stored.tensors, {*called.values()}, folder)
+    return own._replace(tensors=layout.unstack(stored.tensors, config, adapted, str(folder)))
 
 
 def _check_same(held, covered, folder):
@@ -212,27 +254,18 @@ def _check_same(held, covered, folder):
             raise UserError(f"{folder}: no tensors for {name}, which adapter_config.json says it adapts")
 
 
-def _part(stored, model, folder, module, row, index):
-    """The tensors of an adapter over one of the layers that `module` holds."""
-    names, piece = Names(model.config), Piece((module,), row._replace(turned=False), index)
-    try:
-        return {
-            key: tensor if key == "lora_A" else names.take(piece, [tensor]).contiguous()
-            for key, tensor in stored.tensors[module].items()
-        }
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}: it belongs to another base model") from None
-
-
-def _refuse_beside(stored, model, folder):
-    """Raise UserError for what a folder changes beside its adapters, which is only read under Llama's names."""
-    replaced, rules = stored.replaced, ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
-    found = [*replaced.names(), *(rule for rule in rules if stored.values.get(rule))]
-    if stored.values.get("bias", "none") != "none":
-        found.append("bias")
-    for name in found:
-        family = model.config.family
-        raise UserError(f"{folder}: {name} is not supported for {family} models, only LoRA and DoRA on linear layers")
+def _refuse_beside(stored, model, layout, folder):
+    """Raise UserError for what a folder changes beside its adapters, if that is not called in the family as with us."""
+    replaced, ours = stored.replaced, {HEAD, *(name for name, _ in model.named_parameters())}
+    differs = layout.differs(layout.linears)
+    same = {name for name in replaced.names() if layout.names.piece(name).theirs == (name,)}
+    found = sorted(replaced.names() - (same & ours if differs else same))
+    if differs:
+        found += ["LoRA on the embedding"] if replaced.low_rank else []
+        found += ["ensure_weight_tying"] if stored.values.get("ensure_weight_tying") else []
+        found += ["bias"] if stored.values.get("bias", "none") != "none" else []
+    if found:
+        raise UserError(f"{folder}: {', '.join(found)} is not supported for {model.config.family} models")
 
 
 def _check_replaced(stored, model, adapted, folder):
@@ -327,17 +360,11 @@ def _left_out(values, name):
     if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in save):
         return True
     numbers = values.get("layers_to_transform")
-    if numbers in (None, []) or name in values["target_modules"]:
+    if numbers in (None, []) or name in (values.get("target_modules") or []):
         return False
-    found = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name) for pattern in _layer_patterns(values))
+    found = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name) for pattern in layer_patterns(values))
     number = next((int(match[1]) for match in found if match), None)
     return number not in (numbers if isinstance(numbers, list) else [numbers])
-
-
-def _layer_patterns(values):
-    """The names of what numbers the layers, regular expressions; by default any name."""
-    patterns = values.get("layers_pattern") or [r"[^.]*"]
-    return [patterns] if isinstance(patterns, str) else patterns
 
 
 @contextlib.contextmanager
@@ -375,7 +402,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     check_listed(folder, [config_path.name, tensors_path.name], ADAPTER_AGAIN)
     values = read_json(config_path)
     try:
-        config = _adapter_config(values)
+        config = parse_adapter_config(values)
     except ValueError as error:
         raise UserError(f"{config_path}: {error}") from None
     tensors, replaced = {}, Replaced(config)
@@ -392,7 +419,21 @@ def read_adapter(folder: Path) -> StoredAdapter:
             raise UserError(f"{tensors_path}: tensor {full_name} comes twice, with and without .weight")
         own[key] = tensor
     _check_rows(values, replaced, config_path)
-    return StoredAdapter(config, values, tensors, replaced)
+    return StoredAdapter(config, values, tensors, replaced, _own_description(tensors_path) if in_peft else None)
+
+
+def _own_description(path):
+    """What adapter_config.json would be under our names, of the metadata of a file in which adapters are stacked."""
+    text = read_metadata(path, ADAPTER_AGAIN).get(METADATA)
+    if text is None:
+        return None
+    try:
+        own = json.loads(text)
+    except (ValueError, RecursionError):
+        own = None
+    if not isinstance(own, dict):
+        raise UserError(f"{path} is damaged ({METADATA} in its metadata is no object): {ADAPTER_AGAIN}")
+    return own
 
 
 def _how_to_have_it(path):
@@ -414,7 +455,7 @@ def _sort_replaced(full_name, tensor, values, replaced):
         return True
     if name.endswith(".token_adapter.trainable_tokens_delta"):
         path = name.removesuffix(".token_adapter.trainable_tokens_delta")
-        replaced.rows[f"{path}.weight"] = (_token_ids(values).get(path, []), tensor)
+        replaced.rows[f"{path}.weight"] = (token_ids(values).get(path, []), tensor)
     elif name in (f"{EMBEDDING_MODULE}.base_layer.weight", f"{HEAD_MODULE}.base_layer.weight"):
         replaced.base[name.replace(".base_layer", "")] = tensor
     elif match := re.fullmatch(r"(.+?)(\.base_layer(?=\.bias)|\.modules_to_save)?\.(weight|bias)", name):
@@ -424,17 +465,9 @@ def _sort_replaced(full_name, tensor, values, replaced):
     return True
 
 
-def _token_ids(values):
-    """The tokens whose rows were trained, {module: ids}: of a plain list the module is the embedding."""
-    indices = values.get("trainable_token_indices") or {}
-    indices = indices if isinstance(indices, dict) else {EMBEDDING_MODULE: indices}
-    modules = (EMBEDDING_MODULE, HEAD_MODULE)
-    return {next((module for module in modules if is_named(module, [key])), key): ids for key, ids in indices.items()}
-
-
 def _check_rows(values, replaced, config_path):
     """Raise UserError unless the rows of tokens that a file holds are those that adapter_config.json names."""
-    named = _token_ids(values)
+    named = token_ids(values)
     for name, (ids, rows) in replaced.rows.items():
         if len(rows) != len(ids) or name not in (EMBEDDING, HEAD):
             what = f"names {len(ids)} tokens, the file has {len(rows)} rows of {name}"
@@ -456,115 +489,3 @@ def _split_name(full_name):
     """As `_split_peft_name`, of a tensor of any other kind of adapter."""
     name, colon, key = full_name.partition(":")
     return (name, key) if colon else None
-
-
-def _adapter_config(values):
-    """adapter_config.json as an AdapterConfig. Raises ValueError for what would compute something else."""
-    kind = _kind(values)
-    _check_supported(values)
-    for key in ("r", "lora_alpha", "target_modules"):
-        if not values.get(key):
-            raise ValueError(f"{key} is missing")
-    _check_numbers(values)
-    _check_targets(values)
-    targets = values["target_modules"]
-    return AdapterConfig(
-        kind=kind,
-        r=values["r"],
-        alpha=values["lora_alpha"],
-        dropout=values.get("lora_dropout", 0.0),
-        rslora=values.get("use_rslora", False),
-        targets=targets if isinstance(targets, str) else tuple(targets),
-        rank_pattern=values.get("rank_pattern") or {},
-        alpha_pattern=values.get("alpha_pattern") or {},
-    )
-
-
-def _kind(values):
-    """The key of `ADAPTERS` for an adapter_config.json. Raises ValueError if it is of a kind that is not there."""
-    peft_type = values.get("peft_type")
-    if peft_type == "LORA":
-        wanted = DoRALinear if values.get("use_dora") else LoRALinear
-        if wanted.is_standard():
-            for kind, adapter in ADAPTERS.items():
-                if adapter is wanted:
-                    return kind
-        raise ValueError(f"lora.py has no {wanted.__name__} as published, which peft_type LORA stands for")
-    if not isinstance(peft_type, str) or not peft_type.startswith(OURS):
-        raise ValueError(f"peft_type {str(peft_type)[:80]!r} is not supported, only LORA is")
-    kind = peft_type.removeprefix(OURS)
-    if kind not in ADAPTERS:
-        raise ValueError(f"it is an adapter of the kind {kind[:80]!r}, lora.py has only {', '.join(ADAPTERS)}")
-    if ADAPTERS[kind].is_standard() != bool(values.get(AS_PUBLISHED)):
-        raise ValueError(f"it was trained with another {ADAPTERS[kind].__name__} than lora.py's: take that lora.py")
-    return kind
-
-
-def _check_supported(values):
-    """Raise ValueError if an adapter_config.json has a setting that alters the computation and that we do not have."""
-    for key in UNSUPPORTED:
-        if values.get(key):
-            raise ValueError(f"{key} is not supported")
-    if values.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"init_lora_weights {values['init_lora_weights']!r} alters the base model: not supported")
-    if values.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise ValueError(f"bias {values['bias']!r} is not supported, only none, all and lora_only are")
-    for key in ("use_dora", "use_rslora"):
-        if type(values.get(key, False)) is not bool:
-            raise ValueError(f"{key} {values[key]!r} is not true or false")
-
-
-def _check_numbers(values):
-    """Raise ValueError if a rank, an alpha or the dropout in an adapter_config.json is none."""
-    ranks, alphas = (_pattern(values, key) for key in ("rank_pattern", "alpha_pattern"))
-    for rank in (values["r"], *ranks.values()):
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"a rank of {rank!r} is not a whole number above 0")
-    for alpha in (values["lora_alpha"], *alphas.values()):
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise ValueError(f"an alpha of {alpha!r} is not a number")
-    dropout = values.get("lora_dropout", 0.0)
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ValueError(f"lora_dropout {dropout!r} is not a number from 0 to below 1")
-
-
-def _check_targets(values):
-    """Raise ValueError unless modules are named by lists or regular expressions, and all expressions are good."""
-    targets, layers = values["target_modules"], values.get("layers_to_transform")
-    if not isinstance(targets, str) and not _is_list_of(str, targets):
-        raise ValueError("target_modules is neither a list of names nor a regular expression")
-    for key in ("exclude_modules", "layers_pattern"):
-        if not isinstance(values.get(key), str | None) and not _is_list_of(str, values[key]):
-            raise ValueError(f"{key} is neither a list of names nor a regular expression")
-    if layers is not None and type(layers) is not int and not _is_list_of(int, layers):
-        raise ValueError(f"layers_to_transform {layers!r} is neither a number nor a list of numbers")
-    if layers not in (None, []) and isinstance(targets, str):
-        raise ValueError("layers_to_transform needs a list of names in target_modules")
-    if not _is_list_of(str, values.get("modules_to_save") or []):
-        raise ValueError("modules_to_save is no list of names")
-    if not all(_is_list_of(int, ids) for ids in _token_ids(values).values()):
-        raise ValueError("trainable_token_indices is neither a list of numbers nor an object of such lists")
-    patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in _pattern(values, name)]
-    patterns += [values.get(key) for key in ("target_modules", "exclude_modules") if isinstance(values.get(key), str)]
-    patterns += [*(values.get("modules_to_save") or []), *_layer_patterns(values)]
-    for pattern in patterns:
-        _check_pattern(pattern)
-
-
-def _is_list_of(kind, value):
-    return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def _check_pattern(pattern):
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{pattern[:80]!r} is not a regular expression ({error})") from None
-
-
-def _pattern(values, key):
-    """`rank_pattern` or `alpha_pattern`, which may be left out."""
-    pattern = values.get(key) or {}
-    if not isinstance(pattern, dict):
-        raise ValueError(f"{key} must be an object")
-    return pattern

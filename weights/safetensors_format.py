@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from shell.cli import UserError
@@ -33,6 +34,13 @@ def read_header(path: str | Path, remedy: str) -> tuple[int, dict[str, dict]]:
     return 8 + size, header
 
 
+def read_metadata(path: str | Path, remedy: str) -> dict[str, str]:
+    """What a file says of itself beside its tensors. Raises UserError as `read_header`."""
+    read_header(path, remedy)
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def encode_header(layout: dict[str, tuple[str, tuple, int]], metadata: dict[str, str] | None = None) -> bytes:
     """How a file begins: the header's length and the header, so that the tensors start at a multiple of 8.
 
@@ -42,9 +50,22 @@ def encode_header(layout: dict[str, tuple[str, tuple, int]], metadata: dict[str,
     for name, (dtype, shape, nbytes) in layout.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
         end += nbytes
+    return _encode(header)
+
+
+def _encode(header):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file whose bytes follow from its content: the library itself writes metadata in a random order."""
+    data = memoryview(save(tensors))
+    start = 8 + int.from_bytes(data[:8], "little")
+    with open(path, "wb") as file:
+        file.write(_encode({"__metadata__": metadata, **json.loads(bytes(data[8:start]))}))
+        file.write(data[start:])
 
 
 def _without_duplicates(pairs):

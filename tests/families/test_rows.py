@@ -14,7 +14,7 @@ from model import IGNORE
 from quantize import QUANTIZERS, quantized_layers
 from weights.checkpoint import model_of, save_model
 from weights.families import FAMILIES
-from weights.names import TABLES, Names
+from weights.names import TABLES, Names, rows_in_memory
 from weights.stored import Weights
 
 T = 24  # beyond every window and every context of pre-training in the table
@@ -73,6 +73,13 @@ def test_the_table_of_names_turns_forth_and_back(tiny):
     assert held.keys() == stored.shapes.keys() - ({"lm_head.weight", "embed_out.weight"} - held.keys())
     for name, own in held.items():
         assert torch.equal(names.join(name, own, [ours.read(part) for part in own]), stored.read(name))
+
+
+def test_the_names_in_memory_are_transformers(tiny):
+    """PEFT has these."""
+    names = Names(tiny.load().config, rows_in_memory)
+    parameters = {name for name, _ in tiny.reference.named_parameters()}
+    assert names.theirs([name for name, _ in tiny.load().named_parameters()]).keys() == parameters
 
 
 @torch.no_grad()
