@@ -12,6 +12,7 @@ safetensors_format.py  the safetensors header: what misleads is refused before m
 mxfp4.py               the packed format of GPT-OSS's experts
 bin_format.py          PyTorch's pickled files, unpickled without running code
 gguf_format.py         llama.cpp's GGUF files: reading them, and the tables for both directions
+gguf_architectures.py  what the metadata and tensors of each of its architectures mean
 gguf_writing.py        writing them: tensors, and what config.json says
 gguf_vocabulary.py     writing them: the tokenizer
 meta_format.py         Meta's consolidated.*.pth, sharded, and Mistral's consolidated*.safetensors

@@ -1,0 +1,380 @@
+"""GGUF files of every architecture: tiny models, written as llama.cpp's converter would, are read back as the same.
+
+The files are written by the `gguf` package, with the names in its tables and what llama.cpp's converter does to each
+tensor, told anew here. Where transformers reads an architecture, what it reads of the same file is a second witness.
+"""
+
+import re
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from families.rows import FULL, ROWS, SLIDING, YARN
+from families.tiny import Tiny, random_tokens
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+
+import convert_hf_checkpoint as script
+from shell.cli import UserError
+from weights import mxfp4
+from weights.checkpoint import load_model
+from weights.families import FAMILIES
+from weights.gguf_architectures import CLASSES, LAYOUTS
+from weights.gguf_format import GGUFWeights, config_json
+from weights.stored import Weights
+
+ARCHITECTURES = {
+    "cohere": "command-r", "gemma3_text": "gemma3", "glm": "chatglm", "gpt_bigcode": "starcoder", "gpt_neox": "gptneox",
+    "gpt_oss": "gpt-oss", "ministral3": "mistral3", "mistral": "llama", "mixtral": "llama", "olmo3": "olmo2",
+    "phi": "phi2", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
+}  # fmt: skip
+KINDS = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+# Settings that llama.cpp has no place for, or only one value.
+EDITS = {
+    "cohere": {"tie_word_embeddings": True},
+    "cohere2": {"sliding_window_pattern": 4, "layer_types": None, "num_hidden_layers": 5},
+    "falcon": {"ffn_hidden_size": 192, "tie_word_embeddings": True},
+    "gemma": {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    "gemma2": {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "layer_types": None,
+               "tie_word_embeddings": True},
+    "gemma3_text": {"sliding_window_pattern": 6, "layer_types": None, "num_hidden_layers": 7,
+                    "hidden_activation": "gelu_pytorch_tanh"},
+    "gpt2": {"n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+             "activation_function": "gelu_new"},
+    "gpt_bigcode": {"n_inner": None, "multi_query": True},
+    "gpt_oss": {"layer_types": None},
+    "llama": {"hidden_act": "silu"},
+    "ministral3": {"sliding_window": None},
+    "mixtral": {"sliding_window": None},
+    "nemotron": {"hidden_act": "relu2"},
+    "olmo": {"attention_bias": False},
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
+    "phi": {"intermediate_size": 192, "num_key_value_heads": 6, "qk_layernorm": False, "hidden_act": "gelu_new"},
+    "qwen2": {"use_sliding_window": False},
+    "qwen2_moe": {"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+                  "norm_topk_prob": False},
+    "qwen3": {"use_sliding_window": False},
+    "qwen3_moe": {"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+                  "norm_topk_prob": True},
+    "smollm3": {"no_rope_layers": None, "no_rope_layer_interval": 4, "use_sliding_window": False,
+                "num_hidden_layers": 5},
+    "starcoder2": {"sliding_window": None},
+}  # fmt: skip
+EDITS_OF_ROWS = {
+    ("gpt_neox", 2): {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    ("mpt", 1): {"attn_config": {"clip_qkv": 0.2, "alibi_bias_max": 4}},
+    ("olmo3", 2): {"rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 300.0}, FULL: YARN}},
+    ("qwen2", 2): {"rope_parameters": {**YARN, "beta_fast": 16.0}},
+}
+NOT_IN_LLAMA_CPP = [("falcon", 2), ("llama", 3)]  # ALiBi, dynamic scaling
+ROWS_READ = [
+    (family, number)
+    for family in ROWS
+    for number in range(len(ROWS[family]))
+    if family in CLASSES and (family, number) not in NOT_IN_LLAMA_CPP
+]
+SCALED_BY_HEAD = ("gemma2", "gemma3_text")  # query_pre_attn_scalar is the head's size
+PLUS_ONE = ("gemma", "gemma2", "gemma3_text", "nemotron")
+PERMUTED = ("granite", "llama", "ministral3", "mistral", "mixtral", "olmo", "smollm3")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function from a row to its `Tiny` and the path of its .gguf file."""
+    models = {}
+
+    def make(row):
+        if row not in models:
+            edits = {**EDITS.get(row[0], {}), **EDITS_OF_ROWS.get(row, {})}
+            if row[0] in SCALED_BY_HEAD:
+                edits["query_pre_attn_scalar"] = ROWS[row[0]][row[1]]["head_dim"]
+            folder = tmp_path_factory.mktemp(row[0])
+            tiny = Tiny(row, folder / "reference", edits)
+            models[row] = tiny, write(folder / "model.gguf", tiny)
+        return models[row]
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------- the writer
+
+
+def write(path, tiny, edit=lambda writer: None):
+    """The file of a `Tiny`, as llama.cpp's converter writes it."""
+    architecture = ARCHITECTURES.get(tiny.family, tiny.family)
+    writer = gguf.GGUFWriter(path, architecture)
+    config = tiny.reference.config
+    add_sizes(writer, tiny.family, config)
+    OWN_METADATA.get(tiny.family, lambda writer, config: None)(writer, config)
+    add_vocabulary(writer)
+    edit(writer)
+    for name, tensor in gguf_tensors(tiny, architecture, config).items():
+        writer.add_tensor(name, np.ascontiguousarray(tensor.squeeze().float().numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def first(config, *names):
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+
+
+def add_sizes(writer, family, config):
+    hidden = config.hidden_size
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(first(config, "max_position_embeddings", "max_seq_len", "n_positions") or hidden)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(first(config, "intermediate_size", "ffn_hidden_size") or 4 * hidden)
+    writer.add_head_count(config.num_attention_heads)
+    if family not in ("falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "olmo3_"):
+        writer.add_head_count_kv(first(config, "num_key_value_heads") or config.num_attention_heads)
+    if epsilon := first(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(epsilon)
+    if epsilon := first(config, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"):
+        writer.add_layer_norm_eps(epsilon)
+    if head_dim := first(config, "head_dim"):
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if family not in ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt"):
+        add_rope(writer, config.rope_parameters)
+    experts, chosen = first(config, "num_local_experts", "num_experts"), first(config, "num_experts_per_tok")
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(chosen)
+
+
+def add_rope(writer, rope):
+    if local := rope.get(SLIDING):
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    rope = rope.get(FULL, rope)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for name in ("beta_fast", "beta_slow"):
+            if name in rope:
+                getattr(writer, f"add_rope_scaling_yarn_{name}")(rope[name])
+
+
+def add_rope_dimensions(writer, config, factor=None):
+    head_dim = first(config, "head_dim") or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(int(head_dim * (factor or config.rope_parameters.get("partial_rotary_factor", 1))))
+
+
+def add_vocabulary(writer):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:156]
+    tokens = ["<unk>", "<s>", "</s>", *letters, "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 157)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def llama(writer, config):
+    writer.add_vocab_size(config.vocab_size)
+    add_rope_dimensions(writer, config)
+    if first(config, "sliding_window"):
+        writer.add_sliding_window(config.sliding_window)
+
+
+def ministral3(writer, config):
+    llama(writer, config)
+    writer.add_rope_scaling_yarn_log_mul(config.rope_parameters["mscale_all_dim"])
+    writer.add_attn_temperature_scale(config.rope_parameters["llama_4_scaling_beta"])
+
+
+def granite(writer, config):
+    llama(writer, config)
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+def gemma2(writer, config):
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_sliding_window(config.sliding_window)
+
+
+def gemma3(writer, config):
+    writer.add_sliding_window(config.sliding_window)
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def cohere(writer, config):
+    writer.add_logit_scale(config.logit_scale)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+
+def cohere2(writer, config):
+    cohere(writer, config)
+    writer.add_sliding_window(config.sliding_window)
+    add_rope_dimensions(writer, config)
+
+
+def falcon(writer, config):
+    writer.add_tensor_data_layout("jploski")
+    writer.add_head_count_kv(config.num_kv_heads if config.new_decoder_architecture else 1)
+
+
+def gpt_neox(writer, config):
+    add_rope_dimensions(writer, config)
+    writer.add_parallel_residual(config.use_parallel_residual)
+
+
+def gpt_oss(writer, config):
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+
+
+def mpt(writer, config):
+    writer.add_max_alibi_bias(config.attn_config.alibi_bias_max)
+    if config.attn_config.clip_qkv is not None:
+        writer.add_clamp_kqv(config.attn_config.clip_qkv)
+
+
+def nemotron(writer, config):
+    add_rope_dimensions(writer, config)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+
+def olmo(writer, config):
+    writer.add_layer_norm_eps(1e-5)
+    if config.clip_qkv is not None:
+        writer.add_clamp_kqv(config.clip_qkv)
+
+
+def olmo3(writer, config):
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern([kind == SLIDING for kind in config.layer_types])
+
+
+def phi3(writer, config):
+    add_rope_dimensions(writer, config)
+    rope, context = config.rope_parameters, config.original_max_position_embeddings
+    writer.add_rope_scaling_orig_ctx_len(context)
+    writer.add_sliding_window(config.sliding_window or 0)
+    if rope["rope_type"] == "longrope":
+        scale = config.max_position_embeddings / context
+        writer.add_rope_scaling_attn_factors((1 + np.log(scale) / np.log(context)) ** 0.5)
+        for length in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32))
+
+
+def qwen2_moe(writer, config):
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def stablelm(writer, config):
+    add_rope_dimensions(writer, config)
+    writer.add_parallel_residual(config.use_parallel_residual)
+
+
+OWN_METADATA = {
+    "cohere": cohere, "cohere2": cohere2, "falcon": falcon, "gemma2": gemma2, "gemma3_text": gemma3,
+    "glm": add_rope_dimensions, "glm4": add_rope_dimensions, "gpt_bigcode": lambda w, c: w.add_head_count_kv(1),
+    "gpt_neox": gpt_neox, "gpt_oss": gpt_oss, "granite": granite, "llama": llama, "ministral3": ministral3,
+    "mistral": llama, "mixtral": llama, "mpt": mpt, "nemotron": nemotron, "olmo": olmo, "olmo3": olmo3,
+    "phi": add_rope_dimensions, "phi3": phi3, "qwen2_moe": qwen2_moe,
+    "qwen3_moe": lambda w, c: w.add_expert_feed_forward_length(c.moe_intermediate_size), "smollm3": llama,
+    "stablelm": stablelm,
+}  # fmt: skip
+
+
+def gguf_tensors(tiny, architecture, config):
+    """The tensors by their names in a GGUF file, as the converter changes them."""
+    names = gguf.get_tensor_name_map(KINDS[architecture], config.num_hidden_layers)
+    saved = load_file(tiny.folder / "model.safetensors")
+    if config.tie_word_embeddings:
+        saved.pop("lm_head.weight", None)
+    found = {}
+    for name, tensor in stack(saved, config).items():
+        for own, values in changed(tiny.family, config, name, tensor):
+            own = own.removeprefix("transformer.") if tiny.family == "bloom" else own
+            found[names.get_name(own, (".weight", ".bias"))] = values
+    assert None not in found
+    return found
+
+
+def stack(saved, config):
+    """The experts of a layer, and StableLM's norms of each head, in one tensor."""
+    together = {}
+    for name, tensor in sorted(saved.items()):
+        part = re.fullmatch(r"(.*\.)(experts|norms)\.(\d+)(.*)", name)
+        if part is None:
+            together[name] = tensor
+            continue
+        whole = part[1] + (part[2] if part[2] == "experts" else "") + part[4]
+        whole = re.sub(r".*layers\.(\d+)\.block_sparse_moe\.experts", r"layers.\1.feed_forward.experts", whole)
+        together.setdefault(whole.replace("..", "."), {})[int(part[3])] = tensor
+    return {
+        name: torch.stack([each[i] for i in range(len(each))]) if isinstance(each, dict) else each
+        for name, each in together.items()
+    }
+
+
+def changed(family, config, name, tensor):
+    """(name, values) pairs of a tensor as the converter changes it, under a name that its table knows."""
+    heads, key_heads = config.num_attention_heads, first(config, "num_key_value_heads")
+    if family in PERMUTED and (part := re.search(r"\.([qk])_proj\.", name)):
+        n = heads if part[1] == "q" else key_heads
+        tensor = tensor.reshape(n, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+    if family in PLUS_ONE and name.endswith("norm.weight"):
+        tensor = tensor + 1
+    if family in ("bloom", "gpt_neox") and "query_key_value" in name:
+        tensor = tensor.reshape(heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+    if family == "falcon" and "query_key_value" in name:
+        groups = config.num_kv_heads if config.new_decoder_architecture else 1
+        rows = tensor.reshape(groups, heads // groups + 2, -1, *tensor.shape[1:])
+        tensor = torch.cat([rows[:, :-2].flatten(0, 1), rows[:, -2], rows[:, -1]]).reshape(tensor.shape)
+    if family == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+        tensor = tensor.T
+    if family == "gpt_oss":
+        return gpt_oss_tensors(name, tensor)
+    return [(name, tensor)]
+
+
+def gpt_oss_tensors(name, tensor):
+    if name.endswith("sinks"):
+        return [(f"{name}.weight", tensor)]
+    if "experts" not in name:
+        return [(name, tensor)]
+    leaf = "bias" if name.endswith("_bias") else "weight"
+    module, rows = name.removesuffix("_bias"), tensor if leaf == "bias" else tensor.transpose(-1, -2)
+    if "gate_up" not in name:
+        return [(f"{module}.{leaf}", rows)]
+    return [(module.replace("gate_up", part) + f".{leaf}", rows[:, i::2]) for i, part in enumerate(("gate", "up"))]
+
+
+# ------------------------------------------------------------------------------------------------------------ tests
+
+
+def test_every_architecture_is_written_here():
+    """The rows above reach all of the table."""
+    families = {family for family, _ in ROWS_READ}
+    assert {ARCHITECTURES.get(family, family) for family in families} == set(LAYOUTS)
+    assert families == set(CLASSES)
+
+
+@pytest.mark.parametrize("row", ROWS_READ, ids=[f"{family}-{number}" for family, number in ROWS_READ])
+def test_logits(made, tmp_path, row):
+    """Ours, and those of transformers with the folder that we write."""
+    tiny, path = made(row)
+    out, tokens = tmp_path / "out", random_tokens(2, 24)
+    script.main(script.Settings(source=path, out_dir=out))
+    with torch.no_grad():
+        expected = tiny.reference(tokens).logits
+        torch.testing.assert_close(load_model(out, torch.float32)(tokens), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tiny.loaded_by_transformers(out)(tokens).logits, expected, atol=1e-5, rtol=1e-5)
