@@ -249,7 +249,10 @@ def _mpt(weights):
     bias = weights.number("attention.max_alibi_bias")
     if not bias:
         raise UserError(f"{weights.path}: attention.max_alibi_bias = 0 (an MPT without ALiBi) is not supported")
-    attention = {"alibi_bias_max": bias, "clip_qkv": weights.number("attention.clamp_kqv", 0) or None}
+    attention = {
+        "alibi_bias_max": int(bias) if bias == int(bias) else bias,
+        "clip_qkv": weights.number("attention.clamp_kqv", 0) or None,
+    }
     return {**_equal_heads(weights), "attn_config": {"alibi": True, **attention}}
 
 

@@ -8,6 +8,7 @@ StarCoder2, which no file has, and which only matters beyond 4,096 tokens.
 """
 
 import functools
+import itertools
 import math
 import mmap
 import re
@@ -47,7 +48,12 @@ from weights.gguf_architectures import (
 from weights.meta_format import half_split
 from weights.stored import Weights
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # that are written, by family
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}  # that are written, by family
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**STORED, "MXFP4": torch.bfloat16}  # that hold what is stored, by type; the other types' fp16 is enough
 ENDS = ("eos", "eot", "eom")  # the keys of tokens that end a text: tokenizer.ggml.{…}_token_id
@@ -123,13 +129,13 @@ class GGUFWeights(Weights):
             return [(hugging_face_name(tensor.name), _Piece(tensor, 0, shape))]
         number, kind = layer.groups()
         prefix = f"model.layers.{number}."
-        if kind in STACKED and 1 < len(shape) and shape[0] <= MOST_EXPERTS:
+        if kind in STACKED and len(shape) > 1 and shape[0] <= MOST_EXPERTS:
             rows, name = math.prod(shape[1:-1]), prefix + STACKED[kind]
             return [(f"{name.format(e)}.{leaf}", _Piece(tensor, e * rows, shape[1:])) for e in range(shape[0])]
         if fused := self._fused(kind, tensor):
-            ends = np.cumsum([0, *fused.values()]).tolist()
-            names = [f"{prefix}{name}.{leaf}" for name in fused]
-            return [(name, _Piece(tensor, a, (b - a, *shape[1:]))) for name, a, b in zip(names, ends, ends[1:])]
+            ends = itertools.pairwise(itertools.accumulate(fused.values(), initial=0))
+            parts = [_Piece(tensor, start, (end - start, *shape[1:])) for start, end in ends]
+            return [(f"{prefix}{name}.{leaf}", part) for name, part in zip(fused, parts, strict=True)]
         if kind == SINKS:
             return [(f"{prefix}self_attn.sinks", _Piece(tensor, 0, shape))]
         if kind == "ffn_gate_inp_shexp" and len(shape) == 1:  # the converter drops dimensions of size 1
@@ -393,7 +399,8 @@ def config_json(weights: GGUFWeights) -> dict:
         raise UserError(f"{weights.path}: {key} = {str(value)[:100]} is not supported in a model of this architecture")
     spelled = {family.spelled.get(key, key): value for key, value in keys.items()}
     kind = "LMHeadModel" if name == "gpt2" else "ForCausalLM"
-    return {"architectures": [CLASSES[name] + kind], "model_type": name, **spelled, **_special_ids(weights)}
+    ids = {**_special_ids(weights), "pad_token_id": weights.get("tokenizer.ggml.padding_token_id", None)}
+    return {"architectures": [CLASSES[name] + kind], "model_type": name, **spelled, **ids}
 
 
 def _heads(weights):
@@ -417,15 +424,22 @@ def _ties_head(weights, family):
     return tied and weights.quantised_alike("lm_head.weight", EMBEDDING)
 
 
+WITH_ROPE_PARAMETERS = ("gpt_oss", "ministral3", "olmo3")  # which older keys do not say, or not alone
+
+
 def _rope(weights, family):
     """What config.json says of RoPE: where there is a choice, in keys that transformers before and after 5 read."""
     theta, head_dim = weights.number("rope.freq_base", 10000.0), weights.head_dim
-    dims, own = weights.number("rope.dimension_count", head_dim), FAMILIES[family].defaults
-    keys = {"rope_theta": theta, "rope_scaling": _scaling(weights, theta, dims)}
-    if own.get("rope_parameters") is not None or family == "gpt_oss":
-        keys = {"rope_parameters": {"rope_theta": theta, **(keys["rope_scaling"] or {"rope_type": "default"})}}
+    dims = weights.number("rope.dimension_count", head_dim)
+    own, older = FAMILIES[family].defaults, FAMILIES[family].older
+    scaling = _scaling(weights, theta, dims)
+    keys = {older.get("rope_theta", "rope_theta"): theta, "rope_scaling": scaling}
+    if family in WITH_ROPE_PARAMETERS:
+        full, local = {"rope_type": "default", **(scaling or {})}, {"rope_type": "default", "rope_theta": theta}
+        by_kind = {"full_attention": full | {"rope_theta": theta}, "sliding_attention": local}
+        keys = {"rope_parameters": by_kind if family == "olmo3" else by_kind["full_attention"]}
     if "partial_rotary_factor" in own:
-        return {**keys, "partial_rotary_factor": _part(dims, head_dim)}
+        return {**keys, older.get("partial_rotary_factor", "partial_rotary_factor"): _part(dims, head_dim)}
     if dims != head_dim:
         raise UserError(f"{weights.path}: RoPE over a part of the head is not supported in a {family} model")
     return keys
