@@ -225,8 +225,7 @@ def _cohere2(weights):
 
 
 def _stablelm(weights):
-    weights.number("use_parallel_residual", True)  # llama.cpp does not read it: the tensors tell
-    return {
+    return {  # as in llama.cpp, which does not read the key of the same name
         "use_parallel_residual": not has(weights, "post_attention_layernorm.weight"),
         "qk_layernorm": has(weights, "self_attn.q_norm.weight"),
     }
@@ -365,4 +364,4 @@ LAYOUTS = {
 }
 
 # Keys of an architecture that change nothing here: what is noted again, or of what llama.cpp does when it loads.
-HARMLESS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", ORIGINAL_CONTEXT)
+HARMLESS = ("vocab_size", "tensor_data_layout", "use_parallel_residual", "rope.scaling.finetuned", ORIGINAL_CONTEXT)

@@ -24,7 +24,7 @@ import torch
 from ops.rope import RoPE, inverse_frequencies
 from shell.cli import UserError
 from shell.files import write_json
-from weights.byte_level_bpe import GPT2, LLAMA3, QWEN2, TEKKEN, make_tokenizer
+from weights.byte_level_bpe import BLOOM, FALCON, GPT2, GPT4O, LLAMA3, QWEN2, SEED, TEKKEN, make_tokenizer
 from weights.config_keys import MOST_EXPERTS
 from weights.families import COMMON, FAMILIES
 from weights.gguf_architectures import (
@@ -496,7 +496,8 @@ def _special_ids(weights):
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
 
-# How byte-level BPE cuts a text into words before it merges, by the name that the file gives it.
+# How byte-level BPE cuts a text into words before it merges, by the name that the file gives it. The patterns are those
+# of the models' own tokenizer.json, or Falcon's and BLOOM's of llama.cpp (src/llama-vocab.cpp), which cut alike.
 PRE_TOKENIZERS = {
     "gpt-2": [GPT2],
     "smollm": [r"\p{N}", GPT2],
@@ -504,8 +505,30 @@ PRE_TOKENIZERS = {
     "deepseek-r1-qwen": [QWEN2],
     "llama-bpe": [LLAMA3],
     "tekken": [TEKKEN],
+    "bloom": [BLOOM],
+    "chatglm-bpe": [LLAMA3],
+    "command-r": [r"\p{N}", GPT2],
+    "dbrx": [LLAMA3],
+    "falcon": FALCON,
+    "glm4": [LLAMA3],
+    "gpt-4o": [GPT4O],
+    "mpt": [GPT2],
+    "olmo": [GPT2],
+    "phi-2": [GPT2],
+    "refact": [r"\p{N}", GPT2],
+    "seed-coder": [SEED],
+    "stablelm2": [QWEN2],
+    "starcoder": [r"\p{N}", GPT2],
 }
 WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")  # a word in the vocabulary is its token, and the merges are not asked
+# Whose models' tokenizers put a text in its composed form first (NFC), which llama.cpp does not and no file says.
+COMPOSED = ("command-r", "deepseek-r1-qwen", "mpt", "olmo", "qwen2", "stablelm2")
+# The pre-tokeniser of files from before May 2024, which do not say it, by architecture.
+UNNAMED = {
+    "bloom": "bloom", "command-r": "command-r", "falcon": "falcon", "gpt2": "gpt-2", "gptneox": "mpt", "llama": "gpt-2",
+    "mpt": "mpt", "olmo": "olmo", "phi2": "phi-2", "qwen2": "qwen2", "qwen2moe": "qwen2", "qwen3": "qwen2",
+    "starcoder": "starcoder", "starcoder2": "starcoder",
+}  # fmt: skip
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, SentencePiece's own numbers
 
 
@@ -559,7 +582,8 @@ def _write_bpe(weights, tokens, types, folder):
     add_bos = weights.get("tokenizer.ggml.add_bos_token", pre in WHOLE_WORDS_FIRST)
     bos = tokens[weights.get("tokenizer.ggml.bos_token_id")] if add_bos else None
     try:
-        tokenizer = make_tokenizer(vocabulary, merges, PRE_TOKENIZERS[pre], added, bos, pre in WHOLE_WORDS_FIRST)
+        how = PRE_TOKENIZERS[pre], added, bos, pre in WHOLE_WORDS_FIRST, pre in COMPOSED
+        tokenizer = make_tokenizer(vocabulary, merges, *how)
     except ValueError as error:
         raise UserError(f"{weights.path}: its vocabulary and merges do not fit ({error})") from None
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -568,8 +592,8 @@ def _write_bpe(weights, tokens, types, folder):
 
 def _pre_tokenizer_name(weights):
     name = weights.get("tokenizer.ggml.pre", "default")
-    if name == "default":  # files from before May 2024 do not say it
-        name = "gpt-2" if weights.get("general.architecture") == "llama" else "qwen2"
+    if name == "default" and weights.get("general.architecture") in UNNAMED:
+        name = UNNAMED[weights.get("general.architecture")]
         print(f"note: {weights.path.name} does not name its pre-tokeniser: {name}'s is taken")
     if name not in PRE_TOKENIZERS:
         raise UserError(f"{weights.path}: pre-tokeniser {name!r} is not known, only {', '.join(PRE_TOKENIZERS)} are")
@@ -603,11 +627,13 @@ def _write_sentencepiece(weights, tokens, types, folder):
     # As in llama.cpp these cut a text before all else. (The blanks in a piece are ▁, and mean nothing in a text.)
     added = {id: token for id, token in enumerate(tokens) if types[id] == USER_DEFINED and "▁" not in token}
     how = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word", "special"), False)
+    gemma = weights.get("general.architecture").startswith("gemma")
     return {
-        "tokenizer_class": "LlamaTokenizer",
+        "tokenizer_class": "GemmaTokenizer" if gemma else "LlamaTokenizer",
         "added_tokens_decoder": {str(id): {"content": token, **how} for id, token in added.items()},
         "add_bos_token": weights.get("tokenizer.ggml.add_bos_token", True),
         "add_eos_token": weights.get("tokenizer.ggml.add_eos_token", False),
+        "add_prefix_space": bool(weights.get("tokenizer.ggml.add_space_prefix", True)),
         "legacy": False,
     }
 

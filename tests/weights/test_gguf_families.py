@@ -5,6 +5,7 @@ tensor, told anew here. Where transformers reads an architecture, what it reads 
 """
 
 import re
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -13,14 +14,15 @@ import torch
 from families.rows import FULL, ROWS, SLIDING, YARN
 from families.tiny import Tiny, distance, random_tokens
 from safetensors.torch import load_file
-from tokenizers import pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 
 import convert_hf_checkpoint as script
 from shell.cli import UserError
+from text.tokenizer import Tokenizer
 from weights import mxfp4
 from weights.checkpoint import load_model
 from weights.gguf_architectures import CLASSES, LAYOUTS
-from weights.gguf_format import GGUFWeights
+from weights.gguf_format import PRE_TOKENIZERS, GGUFWeights
 
 ARCHITECTURES = {
     "cohere": "command-r", "gemma3_text": "gemma3", "glm": "chatglm", "gpt_bigcode": "starcoder", "gpt_neox": "gptneox",
@@ -103,14 +105,14 @@ def made(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------- the writer
 
 
-def write(path, tiny, edit=lambda writer: None, kind=None):
+def write(path, tiny, edit=lambda writer: None, kind=None, vocabulary=None):
     """The file of a `Tiny`, as llama.cpp's converter writes it; with a `kind`, matrices in that type."""
     architecture = ARCHITECTURES.get(tiny.family, tiny.family)
     writer = gguf.GGUFWriter(path, architecture)
     config = tiny.reference.config
     add_sizes(writer, tiny.family, config)
     OWN_METADATA.get(tiny.family, lambda writer, config: None)(writer, config)
-    add_vocabulary(writer)
+    (vocabulary or add_vocabulary)(writer)
     edit(writer)
     for name, tensor in gguf_tensors(tiny, architecture, config).items():
         values = np.ascontiguousarray(tensor.squeeze().float().numpy())
@@ -490,3 +492,79 @@ def test_other_architectures_are_refused_by_name(tmp_path):
     path = write_tensors(tmp_path / "a.gguf", "mamba", {"token_embd.weight": np.ones((4, 4), np.float32)})
     with pytest.raises(UserError, match="architecture 'mamba' is not supported, only bloom, chatglm"):
         GGUFWeights(path)
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizers
+
+TEXTS = [
+    "Hello  world! 123", "don't 'S I'LL", "a\n\n\nb\t\tc 12345 67.89", "7 x   7", "日本語 テスト",
+    "über Straße, HTMLParser (x|y)", "foo_bar(baz)=[1,2];//#", "  lead", "trail  ", "\r\n\r\n  y", "$5+2<3>^~`",
+]  # fmt: skip
+
+
+def pieces(pre_tokenizer, text):
+    return [text[start:end] for _, (start, end) in pre_tokenizer.pre_tokenize_str(text)]
+
+
+def by_patterns(patterns):
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns])
+
+
+def test_patterns_are_those_of_transformers():
+    """Where its own reader of GGUF cuts by one regex."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as theirs
+
+    shared = PRE_TOKENIZERS.keys() & theirs.keys()
+    assert shared == {"dbrx", "deepseek-r1-qwen", "gpt-4o", "llama-bpe", "qwen2", "tekken"}
+    assert {name: PRE_TOKENIZERS[name] for name in shared} == {name: [theirs[name]] for name in shared}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_patterns_cut_as_the_libraries_parts(text):
+    """Those of a model's tokenizer.json. Falcon's cuts a blank from a number too, and bytes whose letters are numbers;
+    it does so in training as well, so that no merge joins them."""
+    parts = pre_tokenizers
+    single = parts.Sequence([parts.Digits(individual_digits=True), parts.ByteLevel(add_prefix_space=False)])
+    for name in ("command-r", "refact", "starcoder"):
+        assert pieces(by_patterns(PRE_TOKENIZERS[name]), text) == pieces(single, text)
+    plain = parts.ByteLevel(add_prefix_space=False)
+    for name in ("mpt", "olmo", "phi-2"):
+        assert pieces(by_patterns(PRE_TOKENIZERS[name]), text) == pieces(plain, text)
+    three = parts.Split(Regex("[0-9][0-9][0-9]"), "isolated")
+    digits = parts.Digits(individual_digits=False)
+    falcon = parts.Sequence([parts.Punctuation("contiguous"), plain, digits, three])
+    ours = parts.Sequence([by_patterns(PRE_TOKENIZERS["falcon"]), digits, three])
+    assert pieces(ours, text) == pieces(falcon, text) or not text.isascii()
+    bloom = parts.Split(Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+"), "isolated")
+    assert pieces(by_patterns(PRE_TOKENIZERS["bloom"]), text) == pieces(bloom, text)
+
+
+def test_sentencepiece_without_a_prefix(tmp_path):
+    """Gemma's: no blank before a text, and user-defined tokens of blanks and line ends."""
+    mistral_common, sentencepiece = pytest.importorskip("mistral_common"), pytest.importorskip("sentencepiece")
+    real = sentencepiece.SentencePieceProcessor(
+        str(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
+    )
+    ids = range(real.get_piece_size())
+    own = {ids[-1]: "\n\n", ids[-2]: "    "}  # in the place of two signs
+    kinds = {0: gguf.TokenType.UNKNOWN, 1: gguf.TokenType.CONTROL, 2: gguf.TokenType.CONTROL}
+    kinds |= {id: gguf.TokenType.BYTE for id in ids if real.is_byte(id)} | dict.fromkeys(
+        own, gguf.TokenType.USER_DEFINED
+    )
+
+    def add(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([own.get(id, real.id_to_piece(id)) for id in ids])
+        writer.add_token_scores([real.get_score(id) for id in ids])
+        writer.add_token_types([kinds.get(id, gguf.TokenType.NORMAL) for id in ids])
+        writer.add_add_space_prefix(False)
+
+    sizes = {"vocab_size": len(ids), "num_hidden_layers": 1}
+    tiny = Tiny(("gemma", 0), tmp_path / "reference", sizes)
+    path = write(tmp_path / "model.gguf", tiny, vocabulary=add)
+    script.main(script.Settings(source=path, out_dir=tmp_path / "out"))
+    ours = Tokenizer(tmp_path / "out")
+    assert ours.encode("one\n\ntwo")[1] == ids[-1] and ours.encode("one    two")[1] == ids[-2]
+    assert ours.decode(ours.encode("one\n\ntwo    x")) == "one\n\ntwo    x"
+    assert ours.encode("▁of")[0] == ours.encode(" of")[0] == real.piece_to_id("▁of") == real.encode("of")[0]
+    assert ours.encode("of") == [real.piece_to_id("of")]
