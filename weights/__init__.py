@@ -24,6 +24,6 @@ checkpoint.py imports families.py, peft_format.py and stored.py; they import saf
 stored.py import replaced.py, stored.py and checkpoint.py names.py; families.py imports rope_config.py and both
 config_keys.py; the formats that are converted import stored.py; meta_format.py imports bin_format.py and
 params_json.py; it and gguf_format.py import byte_level_bpe.py, and gguf_format.py imports meta_format.py, whose order
-of rows some architectures have, and gguf_architectures.py, which imports families.py; gguf_writing.py imports gguf_format.py, gguf_vocabulary.py, which does too, and families.py; merge.py
-imports no format that is converted.
+of rows some architectures have, and gguf_architectures.py, which imports families.py; gguf_writing.py imports
+gguf_format.py, gguf_vocabulary.py, which does too, and families.py; merge.py imports no format that is converted.
 """

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from shell.cli import UserError
+from weights.config_keys import MOST_LAYERS, check_size
 from weights.families import FAMILIES
 
 # transformers' class of each family, without its end.
@@ -85,6 +86,7 @@ def only(weights: Any, key: str, found: Any, *allowed: Any) -> None:
 def layer_types(weights: Any, every: int) -> list[str]:
     """The kind of each layer: as the file says, else all but every `every`-th have a window."""
     layers, key = weights.number("block_count"), "attention.sliding_window_pattern"
+    check_size("block_count", layers, most=MOST_LAYERS)
     pattern = weights.get(key, every)
     if not isinstance(pattern, list):
         pattern = [bool((layer + 1) % pattern) for layer in range(layers)]
