@@ -472,6 +472,7 @@ REFUSED = [
     ("gpt2", lambda w: w.add_head_count_kv(2), "attn_qkv.bias has 144 rows"),
     ("olmo2", lambda w: w.add_rope_dimension_count(4), "part of the head"),
     ("phi3", lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "longrope"),
+    ("gemma3_text", lambda w: w.add_block_count(2**31), "block_count"),
     ("gemma3_text", lambda w: w.add_sliding_window_pattern([True, False]), "sliding_window_pattern"),
     ("bloom", lambda w: w.add_tensor("blk.0.attn_gate.weight", np.ones(4, np.float32)), "blk.0.attn_gate.weight"),
     ("starcoder", lambda w: w.add_tensor("blk.9.attn_qkv.bias", np.ones(7, np.float32)), "attn_qkv.bias has 7 rows"),
