@@ -213,6 +213,7 @@ def smollm2_dir(smollm2_gguf, run_script):
         for name in (
             "convert_hf_checkpoint.py",
             "weights/gguf_format.py",
+            "weights/gguf_architectures.py",
             "weights/byte_level_bpe.py",
             "weights/checkpoint.py",
         )

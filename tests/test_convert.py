@@ -371,8 +371,10 @@ def test_gguf_sentencepiece_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda w: w.add_expert_count(8), "expert_count"),
-        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "yarn"),
+        (lambda w: w.add_expert_count(8), "expert_used_count"),
+        (lambda w: w.add_logit_scale(8.0), "logit_scale"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope.scaling.factor"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "longrope"),
         (lambda w: w.add_rope_dimension_count(4), "part of the head"),
         (lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 4, dtype=np.float32)), "rope_freqs"),
         (lambda w: w.add_tensor("blk.0.attn_gate.weight", np.ones(4, np.float32)), "blk.0.attn_gate.weight"),

@@ -14,6 +14,7 @@ safetensors_format.py  the safetensors header: what misleads is refused before m
 mxfp4.py               the packed format of GPT-OSS's experts
 bin_format.py          PyTorch's pickled files, unpickled without running code
 gguf_format.py         llama.cpp's GGUF files: reading them, and the tables for both directions
+gguf_architectures.py  what the metadata and tensors of each of its architectures mean
 gguf_writing.py        writing them: tensors, and what config.json says
 gguf_vocabulary.py     writing them: the tokenizer
 meta_format.py         Meta's consolidated.*.pth, sharded, and Mistral's consolidated*.safetensors
@@ -23,9 +24,9 @@ merge.py               adapter and base as one model
 
 checkpoint.py imports families.py, peft_format.py and stored.py; they import safetensors_format.py; peft_format.py and
 stored.py import replaced.py; peft_format.py imports adapter_config.py, which does too, and peft_layout.py; that,
-stored.py and checkpoint.py import names.py;
-families.py imports rope_config.py and both config_keys.py; the formats that are converted import stored.py;
-meta_format.py imports bin_format.py and params_json.py; it and gguf_format.py import byte_level_bpe.py, and
-gguf_format.py imports meta_format.py, whose order of rows it has; gguf_writing.py imports gguf_format.py,
-gguf_vocabulary.py, which does too, and families.py; merge.py imports no format that is converted.
+stored.py and checkpoint.py import names.py; families.py imports rope_config.py and both config_keys.py; the formats
+that are converted import stored.py; meta_format.py imports bin_format.py and params_json.py; it and gguf_format.py
+import byte_level_bpe.py, and gguf_format.py imports meta_format.py, whose order of rows some architectures have, and
+gguf_architectures.py, which imports families.py; gguf_writing.py imports gguf_format.py, gguf_vocabulary.py, which does
+too, and families.py; merge.py imports no format that is converted.
 """

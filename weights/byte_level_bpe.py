@@ -29,6 +29,17 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SEED = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+FALCON = [r"[\p{P}$+<=>^~|`]+", GPT2, r"[0-9][0-9][0-9]"]
 
 
 def make_tokenizer(
@@ -38,19 +49,21 @@ def make_tokenizer(
     added: dict[str, bool],
     bos: str | None,
     whole_words_first: bool,
+    composed: bool = False,
 ) -> Tokenizer:
     """A byte-level BPE tokenizer of the `tokenizers` library, ready to be saved as tokenizer.json.
 
     vocabulary: ids by token, in the library's letters for bytes. merges: the first goes first. patterns: how a text is
     cut into words. added: {token: whether it is special} of those looked for in a text as they are. bos: the token that
     begins a sequence, None: none does. whole_words_first: a word in the vocabulary is its token, and the merges are not
-    asked. Raises ValueError if vocabulary and merges do not fit.
+    asked. composed: texts are put in Unicode's composed form (NFC) first. Raises ValueError if vocabulary and merges do
+    not fit.
     """
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole_words_first))
     except Exception as error:  # the library raises no more specific class
         raise ValueError(str(error)) from None
-    if patterns == [QWEN2]:
+    if composed:
         tokenizer.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

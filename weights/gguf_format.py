@@ -2,12 +2,13 @@
 
 The tables here are those of both directions: gguf_writing.py goes the other way.
 
-Architectures llama (Llama, Mistral, SmolLM2 and kin), qwen2 and qwen3; every tensor type that the gguf package can
-dequantise; byte-level BPE and SentencePiece vocabularies. What the file leaves open is refused by name, but for the
-sliding window of Mistral v0.1, which no file has, and which only matters beyond 4,096 tokens.
+The architectures in gguf_architectures.py; every tensor type that the gguf package can dequantise; byte-level BPE and
+SentencePiece vocabularies. What the file leaves open is refused by name, but for the sliding window of Mistral v0.1 and
+StarCoder2, which no file has, and which only matters beyond 4,096 tokens.
 """
 
 import functools
+import itertools
 import math
 import mmap
 import re
@@ -23,70 +24,159 @@ import torch
 from ops.rope import RoPE, inverse_frequencies
 from shell.cli import UserError
 from shell.files import write_json
-from weights.byte_level_bpe import GPT2, LLAMA3, QWEN2, TEKKEN, make_tokenizer
+from weights.byte_level_bpe import BLOOM, FALCON, GPT2, GPT4O, LLAMA3, QWEN2, SEED, TEKKEN, make_tokenizer
+from weights.config_keys import MOST_EXPERTS
+from weights.families import COMMON, FAMILIES
+from weights.gguf_architectures import (
+    CLASSES,
+    EMBEDDING,
+    HARMLESS,
+    LAYER_NAMES,
+    LAYOUTS,
+    LONG_FACTORS,
+    NAMES,
+    QKV,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    SINKS,
+    STACKED,
+    TWO_FALCON_NORMS,
+    biases,
+    longrope,
+    yarn,
+)
 from weights.meta_format import half_split
 from weights.stored import Weights
 
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # llama.cpp's, by family
-ROPE_FACTORS = "rope_freqs.weight"  # the tensor with what Llama 3's scaling divides each frequency by
-
-# Settings that other models of the same architecture name have, and that would change what is computed.
-UNSUPPORTED = (
-    "expert_count", "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "attn_logit_softcapping",
-    "final_logit_softcapping", "logit_scale", "residual_scale", "embedding_scale",
-)  # fmt: skip
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}  # that are written, by family
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {**STORED, "MXFP4": torch.bfloat16}  # that hold what is stored, by type; the other types' fp16 is enough
 ENDS = ("eos", "eot", "eom")  # the keys of tokens that end a text: tokenizer.ggml.{…}_token_id
+
+
+def _explained(function):
+    """Turn what damaged metadata can raise into a UserError."""
+
+    @functools.wraps(function)
+    def wrapped(weights, *args):
+        try:
+            return function(weights, *args)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{weights.path}: its metadata is damaged ({error!r}): download it again") from None
+
+    return wrapped
 
 
 # ------------------------------------------------------------------------------------------------------- tensors
 
 
-class GGUFWeights(Weights):
-    """The tensors of a .gguf file under Hugging Face's names and in its row order, dequantised; and its `metadata`.
+class _Piece(NamedTuple):
+    """One of our tensors: rows of a `StoredTensor`, from `first` on, and our shape of them."""
 
-    `dtypes` are those to write: as stored, and fp16 for quantised ones, which lie on grids whose steps are fp16 numbers
-    (SmolLM2-135M in Q4_1: KL of the logits to those of fp32 weights 3e-6, with bf16 7e-5). `rope_factors` (d/2,), or
-    None: what RoPE's frequencies are divided by. Raises UserError for a file that is damaged or not supported.
+    tensor: "StoredTensor"
+    first: int
+    shape: tuple
+
+
+class GGUFWeights(Weights):
+    """The tensors of a .gguf file under the decoder's names, dequantised and as Hugging Face has them; its `metadata`.
+
+    What llama.cpp's converter did to them is undone: rows of q and k in another order, 1 added to norms, q, k and v in
+    one tensor, the experts of a layer in one. `dtypes` are those to write: as stored, and fp16 for quantised ones,
+    which lie on grids whose steps are fp16 numbers (SmolLM2-135M in Q4_1: KL of the logits to those of fp32 weights
+    3e-6, with bf16 7e-5), but bf16 for MXFP4. Raises UserError for a file that is damaged or not supported.
     """
 
     has_our_names = True
 
     def __init__(self, path: Path):
         self.path = self.where = path
+        self._asked = set()  # of the metadata's keys: what nobody asks for is not understood
         try:
             self.metadata, tensors = read_structure(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is damaged or no GGUF file ({error}): download it again") from None
         if self.metadata.get("split.count", 0) not in (0, 1):
             raise UserError(f"{path} is one part of several: join them with llama.cpp's gguf-split --merge")
-        self._tensors = {hugging_face_name(tensor.name): tensor for tensor in tensors}
-        if len(self._tensors) < len(tensors):
+        architecture = self.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in LAYOUTS:
+            raise UserError(f"{path}: architecture {architecture!r} is not supported, only {', '.join(LAYOUTS)} are")
+        self.layout = LAYOUTS[architecture]
+        stored = {tensor.name: tensor for tensor in tensors}
+        factors = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS) if self.layout.rope else ()
+        self._factors = {name: stored.pop(name) for name in factors if name in stored}
+        self._names = {**LAYER_NAMES, **self.layout.names}
+        if architecture == "falcon" and "blk.0.attn_norm_2.weight" in stored:
+            self._names |= TWO_FALCON_NORMS
+        pieces = [piece for tensor in stored.values() for piece in self._pieces_of(tensor)]
+        self._pieces = dict(pieces)
+        if len(self._pieces) < len(pieces):
             raise UserError(f"{path} is damaged (two tensors have one name): download it again")
-        factors = self._tensors.pop(ROPE_FACTORS, None)
-        self.rope_factors = None if factors is None else torch.from_numpy(self._values(factors))
-        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
-        self.dtypes = {name: STORED.get(tensor.type.name, torch.float16) for name, tensor in self._tensors.items()}
-        if self.get("general.architecture") not in ARCHITECTURES.values():
-            raise UserError(f"{path}: architecture {self.get('general.architecture')!r} is not supported")
+        self.shapes = {name: piece.shape for name, piece in pieces}
+        self.dtypes = {name: DTYPES.get(piece.tensor.type.name, torch.float16) for name, piece in pieces}
+
+    @_explained
+    def _pieces_of(self, tensor):
+        """The (name, `_Piece`) pairs of a `StoredTensor`; one that is not in the tables keeps its name."""
+        base, _, leaf = tensor.name.rpartition(".")
+        layer, shape = re.fullmatch(r"blk\.(\d+)\.(\w+)", base), tensor.shape
+        if layer is None:
+            return [(hugging_face_name(tensor.name), _Piece(tensor, 0, shape))]
+        number, kind = layer.groups()
+        prefix = f"model.layers.{number}."
+        if kind in STACKED and len(shape) > 1 and shape[0] <= MOST_EXPERTS:
+            rows, name = math.prod(shape[1:-1]), prefix + STACKED[kind]
+            return [(f"{name.format(e)}.{leaf}", _Piece(tensor, e * rows, shape[1:])) for e in range(shape[0])]
+        if fused := self._fused(kind, tensor):
+            ends = itertools.pairwise(itertools.accumulate(fused.values(), initial=0))
+            parts = [_Piece(tensor, start, (end - start, *shape[1:])) for start, end in ends]
+            return [(f"{prefix}{name}.{leaf}", part) for name, part in zip(fused, parts, strict=True)]
+        if kind == SINKS:
+            return [(f"{prefix}self_attn.sinks", _Piece(tensor, 0, shape))]
+        if kind == "ffn_gate_inp_shexp" and len(shape) == 1:  # the converter drops dimensions of size 1
+            shape = (1, *shape)
+        name = f"{prefix}{self._names[kind]}.{leaf}" if kind in self._names else tensor.name
+        return [(name, _Piece(tensor, 0, shape))]
+
+    def _fused(self, kind, tensor):
+        """How many rows of a tensor each of our modules has that lie in it one after the other; {} if it is one."""
+        rows = tensor.shape[0]
+        if kind == "ffn_up" and self.layout.fused_mlp:
+            return {"mlp.gate_proj": rows // 2, "mlp.up_proj": rows - rows // 2}
+        if kind != QKV:
+            return {}
+        heads = self.number("attention.head_count")
+        sizes = [heads * self.head_dim, *[self.number("attention.head_count_kv", self.key_heads) * self.head_dim] * 2]
+        if sum(sizes) != rows or min(sizes) < 1:
+            raise UserError(f"{self.path}: {tensor.name} has {rows} rows instead of {' + '.join(map(str, sizes))}")
+        return {f"self_attn.{letter}_proj": size for letter, size in zip("qkv", sizes, strict=True)}
+
+    @property
+    def key_heads(self) -> int:
+        """How many key heads there are where the file does not say it: as many as query heads, but one in Falcon 7B."""
+        return 1 if self.get("general.architecture") == "falcon" else self.number("attention.head_count")
+
+    @property
+    def head_dim(self) -> int:
+        """The size of a head."""
+        divided = self.number("embedding_length") // self.number("attention.head_count")
+        return self.number("attention.key_length", divided)
 
     def get(self, key: str, *default: Any) -> Any:
         """The metadata of `key`, or of `{architecture}.` + key. Raises UserError without it and without a default."""
+        self._asked.add(key)
         own = f"{self.metadata.get('general.architecture')}.{key}"
         value = self.metadata.get(key, self.metadata.get(own, *default))
         if value is None and not default:
             raise UserError(f"{self.path}: its metadata has no {key}")
         return value
 
-    def number(self, key: str, *default: float) -> float:
+    def number(self, key: str, *default: float | None) -> float:
         """A number in the metadata. Floats are as short as fp32 allows (1e-5, not 9.999999747e-06)."""
         value = self.get(key, *default)
         if isinstance(value, list):
@@ -95,37 +185,56 @@ class GGUFWeights(Weights):
             value = value[0]
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
+    def not_asked_for(self) -> dict[str, Any]:
+        """The metadata of the architecture that nobody asked for, without what changes nothing or is switched off."""
+        start = f"{self.get('general.architecture')}."
+        own = {key.removeprefix(start): value for key, value in self.metadata.items() if key.startswith(start)}
+        return {key: own[key] for key in own if own[key] and key not in (*self._asked, *HARMLESS)}
+
+    def factors(self, name: str) -> torch.Tensor | None:
+        """What RoPE's frequencies are divided by, (d/2,) fp32, of the tensor `name`; None if the file has none."""
+        tensor = self._factors.get(name)
+        return None if tensor is None else torch.from_numpy(self._values(_Piece(tensor, 0, tensor.shape))).view(-1)
+
+    def quantised_alike(self, one: str, other: str) -> bool:
+        """Whether two tensors are stored in one type. If not, they differ."""
+        return self._pieces[one].tensor.type == self._pieces[other].tensor.type
+
     def view(self, name: str) -> torch.Tensor:
         """As in `Weights`, but dequantised in memory."""
         return self.read(name)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in fp32. Raises UserError if it is not finite."""
-        tensor = self._tensors[name]
-        values = torch.from_numpy(self._values(tensor)).view(tensor.shape)
+        piece = self._pieces[name]
+        values = torch.from_numpy(self._values(piece)).view(piece.shape)
         if not values.isfinite().all():
-            raise UserError(f"{self.path}: tensor {tensor.name} holds NaN or infinity")
+            raise UserError(f"{self.path}: tensor {piece.tensor.name} holds NaN or infinity")
         if rotated := interleaved_part(self.get("general.architecture"), name):
             heads = self.number("attention.head_count")
             values = half_split(values, heads if rotated == "q" else self.number("attention.head_count_kv", heads))
+        if self.layout.norms_plus_one and name.endswith("norm.weight"):
+            values -= 1
         return values
 
-    def _values(self, tensor):
-        """A `StoredTensor` as a writable fp32 array."""
-        *rows, columns = tensor.shape
+    def _values(self, piece):
+        """A `_Piece` as a writable fp32 array of its rows. A vector's rows are its numbers, unless it is quantised."""
+        tensor = piece.tensor
         block, size = gguf.GGML_QUANT_SIZES[tensor.type]
-        stored = np.fromfile(self.path, np.uint8, math.prod(tensor.shape) // block * size, offset=tensor.place)
+        columns = 1 if len(tensor.shape) == 1 and block == 1 else tensor.shape[-1]
+        rows, width = math.prod(piece.shape) // columns, columns // block * size
+        stored = np.fromfile(self.path, np.uint8, rows * width, offset=tensor.place + piece.first * width)
         dtype = {"F32": np.float32, "F16": np.float16}.get(tensor.type.name, np.uint8)
         try:
             # A quantised row is bytes; reinterpreted, they are as many numbers as its shape says.
-            values = gguf.quants.dequantize(stored.reshape(*rows, columns // block * size).view(dtype), tensor.type)
+            values = gguf.quants.dequantize(stored.reshape(rows, width).view(dtype), tensor.type)
         except NotImplementedError:
             raise UserError(f"{self.path}: type {tensor.type.name} of {tensor.name} is not supported") from None
         return np.array(values, np.float32)
 
 
 def hugging_face_name(name: str) -> str:
-    """Hugging Face's name of a tensor in a GGUF file; one that is not in the tables keeps its own."""
+    """Hugging Face's name of a tensor of a Llama in a GGUF file; one that is not in the tables keeps its own."""
     base, _, leaf = name.rpartition(".")
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", base)
     if layer and layer[2] in LAYER_NAMES:
@@ -149,7 +258,7 @@ def _inverse(table):
 def interleaved_part(architecture: str, name: str) -> str | None:
     """ "q" or "k" for the tensors, by Hugging Face's name, whose rows a GGUF file has in Meta's RoPE layout."""
     part = re.search(r"\.([qk])_proj\.", name)
-    return part[1] if part and architecture == "llama" else None
+    return part[1] if part and LAYOUTS[architecture].interleaved else None
 
 
 # --------------------------------------------------------------------------------------------- what is in the file
@@ -263,75 +372,111 @@ def _unlike(pairs):
 # ------------------------------------------------------------------------------------------------- configuration
 
 
-def _explained(function):
-    """Turn what damaged metadata can raise into a UserError."""
-
-    @functools.wraps(function)
-    def wrapped(weights, *args):
-        try:
-            return function(weights, *args)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{weights.path}: its metadata is damaged ({error!r}): download it again") from None
-
-    return wrapped
-
-
 @_explained
 def config_json(weights: GGUFWeights) -> dict:
     """The config.json, a dict, of the model in a `GGUFWeights`. Raises UserError for what is not supported."""
-    get, path = weights.number, weights.path
-    for key in UNSUPPORTED:
-        if get(key, 0):
-            raise UserError(f"{path}: {key} = {get(key)} is not supported")
-    heads, hidden_size = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", hidden_size // heads)
-    if {get("rope.dimension_count", head_dim), get("attention.value_length", head_dim)} != {head_dim}:
-        raise UserError(f"{path}: RoPE over a part of the head, or values of another size, are not supported")
-    family = get("general.architecture")
-    if family == "llama" and get("attention.sliding_window", None):
-        family = "mistral"
-    config = {
-        "architectures": [CLASSES[family] + "ForCausalLM"],
-        "model_type": family,
-        "vocab_size": weights.shapes.get("model.embed_tokens.weight", (0,))[0],
-        "hidden_size": hidden_size,
+    layout, get = weights.layout, weights.number
+    name = layout.family if isinstance(layout.family, str) else layout.family(weights)
+    family = FAMILIES[name]
+    keys = {
+        "vocab_size": weights.shapes.get(EMBEDDING, (0,))[0],
+        "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        **_heads(weights),
+        "hidden_act": family.defaults.get("hidden_act", COMMON["hidden_act"]),
         "max_position_embeddings": get("context_length"),
-        "tie_word_embeddings": "lm_head.weight" not in weights.shapes,
-        "attention_bias": family == "llama" and "model.layers.0.self_attn.o_proj.bias" in weights.shapes,
-        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in weights.shapes,
+        "tie_word_embeddings": _ties_head(weights, family),
         "torch_dtype": "float32" if set(weights.dtypes.values()) == {torch.float32} else "bfloat16",
-        **_rope(weights, head_dim),
+        **(_rope(weights, name) if layout.rope else {}),
+        **({"norm_eps": get(layout.epsilon)} if layout.epsilon else {}),
+        **biases(weights, name),
+        **layout.settings(weights),
     }
-    if family == "mistral":
-        config["sliding_window"] = get("attention.sliding_window")
-    return config | _special_ids(weights)
+    if not get("attention.causal", True):
+        raise UserError(f"{weights.path}: attention.causal = false is not supported: each token sees those before it")
+    for key, value in weights.not_asked_for().items():
+        raise UserError(f"{weights.path}: {key} = {str(value)[:100]} is not supported in a model of this architecture")
+    spelled = {family.spelled.get(key, key): value for key, value in keys.items()}
+    kind = "LMHeadModel" if name == "gpt2" else "ForCausalLM"
+    ids = {**_special_ids(weights), "pad_token_id": weights.get("tokenizer.ggml.padding_token_id", None)}
+    return {"architectures": [CLASSES[name] + kind], "model_type": name, **spelled, **ids}
 
 
-def _rope(weights, head_dim):
-    """`rope_theta` and `rope_scaling` of config.json, which transformers before and after 5 read."""
-    theta, kind = weights.number("rope.freq_base", 10000.0), weights.get("rope.scaling.type", "none")
+def _heads(weights):
+    """The keys of config.json about heads."""
+    heads, head_dim = weights.number("attention.head_count"), weights.head_dim
+    if weights.number("attention.value_length", head_dim) != head_dim:
+        raise UserError(f"{weights.path}: values of another size than keys are not supported")
+    if weights.layout.grouped:
+        key_heads = weights.number("attention.head_count_kv", heads)
+        return {"num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": head_dim}
+    if head_dim * heads != weights.number("embedding_length"):
+        raise UserError(f"{weights.path}: attention.key_length = {head_dim} is not supported in this architecture")
+    return {"num_attention_heads": heads}
+
+
+def _ties_head(weights, family):
+    """`tie_word_embeddings`. Some files hold a tied head too; whether it is the embedding, `Weights.ties_head` sees."""
+    if "lm_head.weight" not in weights.shapes:
+        return True
+    tied = family.defaults.get("tie_word_embeddings", False)
+    return tied and weights.quantised_alike("lm_head.weight", EMBEDDING)
+
+
+WITH_ROPE_PARAMETERS = ("gpt_oss", "ministral3", "olmo3")  # which older keys do not say, or not alone
+
+
+def _rope(weights, family):
+    """What config.json says of RoPE: where there is a choice, in keys that transformers before and after 5 read."""
+    theta, head_dim = weights.number("rope.freq_base", 10000.0), weights.head_dim
+    dims = weights.number("rope.dimension_count", head_dim)
+    own, older = FAMILIES[family].defaults, FAMILIES[family].older
+    scaling = _scaling(weights, theta, dims)
+    keys = {older.get("rope_theta", "rope_theta"): theta, "rope_scaling": scaling}
+    if family in WITH_ROPE_PARAMETERS:
+        full, local = {"rope_type": "default", **(scaling or {})}, {"rope_type": "default", "rope_theta": theta}
+        by_kind = {"full_attention": full | {"rope_theta": theta}, "sliding_attention": local}
+        keys = {"rope_parameters": by_kind if family == "olmo3" else by_kind["full_attention"]}
+    if "partial_rotary_factor" in own:
+        return {**keys, older.get("partial_rotary_factor", "partial_rotary_factor"): _part(dims, head_dim)}
+    if dims != head_dim:
+        raise UserError(f"{weights.path}: RoPE over a part of the head is not supported in a {family} model")
+    return keys
+
+
+def _part(dims, head_dim):
+    """dims / head_dim, such that int(head_dim * it) is dims."""
+    part = dims / head_dim
+    return part if int(head_dim * part) == dims else math.nextafter(part, math.inf)
+
+
+def _scaling(weights, theta, dims):
+    """`rope_scaling` of config.json for heads of which so many dimensions turn, None without it."""
+    kind, llama3 = weights.get("rope.scaling.type", "none"), weights.factors(ROPE_FACTORS)
+    long, short = (weights.factors(name) for name in (LONG_FACTORS, SHORT_FACTORS))
+    if kind == "yarn" and llama3 is None:
+        return yarn(weights)
+    if long is not None and short is not None and kind in ("none", "longrope"):
+        return longrope(weights, *(_numbers(factors) for factors in (long, short)))
+    if kind not in ("none", "linear") or long is not None or short is not None:
+        raise UserError(f"{weights.path}: RoPE scaling {kind!r} with these tensors is not supported")
     factor = weights.number("rope.scaling.factor", weights.number("rope.scale_linear", 1.0))
-    if kind not in ("none", "linear"):
-        raise UserError(f"{weights.path}: RoPE scaling {kind!r} is not supported, only linear and Llama 3's are")
-    if weights.rope_factors is not None:
-        return {"rope_theta": theta, "rope_scaling": _llama3_scaling(weights, theta, head_dim)}
-    scaling = {"rope_type": "linear", "factor": factor} if factor not in (0.0, 1.0) else None
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    if llama3 is not None:
+        return _llama3_scaling(weights, llama3, theta, dims)
+    return {"rope_type": "linear", "factor": factor} if factor not in (0.0, 1.0) else None
 
 
-def _llama3_scaling(weights, theta, head_dim):
+def _numbers(values):
+    """fp32 values as Python's numbers, as short as fp32 allows."""
+    return [float(str(value)) for value in values.numpy()]
+
+
+def _llama3_scaling(weights, factors, theta, head_dim):
     """The parameters of Llama 3's RoPE scaling, of which the file holds the result: a factor for each frequency.
 
     Scaled together, the original context and the two frequency factors give the same; the usual 1 and 4 are tried.
     """
-    factors = weights.rope_factors
     factor = float(f"{factors.max().item():.6g}")  # fp32's noise is not the model's
     plain = inverse_frequencies(RoPE(theta, head_dim), factors.device)
     for context in (2**power for power in range(5, 21)):
@@ -351,7 +496,8 @@ def _special_ids(weights):
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
 
-# How byte-level BPE cuts a text into words before it merges, by the name that the file gives it.
+# How byte-level BPE cuts a text into words before it merges, by the name that the file gives it. The patterns are those
+# of the models' own tokenizer.json, or Falcon's and BLOOM's of llama.cpp (src/llama-vocab.cpp), which cut alike.
 PRE_TOKENIZERS = {
     "gpt-2": [GPT2],
     "smollm": [r"\p{N}", GPT2],
@@ -359,8 +505,30 @@ PRE_TOKENIZERS = {
     "deepseek-r1-qwen": [QWEN2],
     "llama-bpe": [LLAMA3],
     "tekken": [TEKKEN],
+    "bloom": [BLOOM],
+    "chatglm-bpe": [LLAMA3],
+    "command-r": [r"\p{N}", GPT2],
+    "dbrx": [LLAMA3],
+    "falcon": FALCON,
+    "glm4": [LLAMA3],
+    "gpt-4o": [GPT4O],
+    "mpt": [GPT2],
+    "olmo": [GPT2],
+    "phi-2": [GPT2],
+    "refact": [r"\p{N}", GPT2],
+    "seed-coder": [SEED],
+    "stablelm2": [QWEN2],
+    "starcoder": [r"\p{N}", GPT2],
 }
 WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")  # a word in the vocabulary is its token, and the merges are not asked
+# Whose models' tokenizers put a text in its composed form first (NFC), which llama.cpp does not and no file says.
+COMPOSED = ("command-r", "deepseek-r1-qwen", "mpt", "olmo", "qwen2", "stablelm2")
+# The pre-tokeniser of files from before May 2024, which do not say it, by architecture.
+UNNAMED = {
+    "bloom": "bloom", "command-r": "command-r", "falcon": "falcon", "gpt2": "gpt-2", "gptneox": "mpt", "llama": "gpt-2",
+    "mpt": "mpt", "olmo": "olmo", "phi2": "phi-2", "qwen2": "qwen2", "qwen2moe": "qwen2", "qwen3": "qwen2",
+    "starcoder": "starcoder", "starcoder2": "starcoder",
+}  # fmt: skip
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, SentencePiece's own numbers
 
 
@@ -414,7 +582,8 @@ def _write_bpe(weights, tokens, types, folder):
     add_bos = weights.get("tokenizer.ggml.add_bos_token", pre in WHOLE_WORDS_FIRST)
     bos = tokens[weights.get("tokenizer.ggml.bos_token_id")] if add_bos else None
     try:
-        tokenizer = make_tokenizer(vocabulary, merges, PRE_TOKENIZERS[pre], added, bos, pre in WHOLE_WORDS_FIRST)
+        how = PRE_TOKENIZERS[pre], added, bos, pre in WHOLE_WORDS_FIRST, pre in COMPOSED
+        tokenizer = make_tokenizer(vocabulary, merges, *how)
     except ValueError as error:
         raise UserError(f"{weights.path}: its vocabulary and merges do not fit ({error})") from None
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -423,8 +592,8 @@ def _write_bpe(weights, tokens, types, folder):
 
 def _pre_tokenizer_name(weights):
     name = weights.get("tokenizer.ggml.pre", "default")
-    if name == "default":  # files from before May 2024 do not say it
-        name = "gpt-2" if weights.get("general.architecture") == "llama" else "qwen2"
+    if name == "default" and weights.get("general.architecture") in UNNAMED:
+        name = UNNAMED[weights.get("general.architecture")]
         print(f"note: {weights.path.name} does not name its pre-tokeniser: {name}'s is taken")
     if name not in PRE_TOKENIZERS:
         raise UserError(f"{weights.path}: pre-tokeniser {name!r} is not known, only {', '.join(PRE_TOKENIZERS)} are")
@@ -458,11 +627,13 @@ def _write_sentencepiece(weights, tokens, types, folder):
     # As in llama.cpp these cut a text before all else. (The blanks in a piece are ▁, and mean nothing in a text.)
     added = {id: token for id, token in enumerate(tokens) if types[id] == USER_DEFINED and "▁" not in token}
     how = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word", "special"), False)
+    gemma = weights.get("general.architecture").startswith("gemma")
     return {
-        "tokenizer_class": "LlamaTokenizer",
+        "tokenizer_class": "GemmaTokenizer" if gemma else "LlamaTokenizer",
         "added_tokens_decoder": {str(id): {"content": token, **how} for id, token in added.items()},
         "add_bos_token": weights.get("tokenizer.ggml.add_bos_token", True),
         "add_eos_token": weights.get("tokenizer.ggml.add_eos_token", False),
+        "add_prefix_space": bool(weights.get("tokenizer.ggml.add_space_prefix", True)),
         "legacy": False,
     }
 

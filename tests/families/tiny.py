@@ -19,15 +19,18 @@ def pytest_generate_tests(metafunc):
 
 
 class Tiny:
-    """A tiny random model: transformers' `reference`, its `folder`, and how we load it."""
+    """A tiny random model: transformers' `reference`, its `folder`, and how we load it.
 
-    def __init__(self, row, folder):
+    edits: changes to the row's settings.
+    """
+
+    def __init__(self, row, folder, edits=None):
         import transformers  # takes seconds, which only these tests have to wait for
 
         self.family, self.folder = row[0], folder
         # transformers' own way to add ALiBi to Falcon's scores adds it twice; with torch's kernels it does not.
         self.attention = "sdpa" if self.family == "falcon" else "eager"
-        config = transformers.AutoConfig.for_model(self.family, **ROWS[row[0]][row[1]])
+        config = transformers.AutoConfig.for_model(self.family, **{**ROWS[row[0]][row[1]], **(edits or {})})
         self.reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=self.attention)
         self.reference = self.reference.float().eval()
         with torch.no_grad():
