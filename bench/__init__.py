@@ -5,6 +5,7 @@ inference/    speed of generation, and of multiple choice under lm-eval
 preparation/  speed and memory of prepare_data.py
 machine/      what a machine can do at most, and all that needs a GPU
 measuring.py  what they share: JSON lines, alternating runs, processes, medians, tables, charts. Start here
+shapes.py     what the config.json of published models says; random_model.py makes a folder of such a shape
 gpu.sh        the tests marked `gpu` and machine/gpu.py, on a machine with a GPU
 results/      JSON lines and charts of the figures in README and docs/
 venvs/        made on first use: virtual environments of the peers, logs, converted models

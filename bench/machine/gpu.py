@@ -33,8 +33,8 @@ if __name__ == "__main__":  # the project's folder in place of this one, whereve
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bench.measuring import OURS, add_line, describe, machine_name, peak_memory, print_table, summarize
+from bench.shapes import SHAPES as PUBLISHED
 from bench.training import peers
-from bench.training.fits import LLAMA_2_7B, MODELS
 from shell import cli
 from shell.cli import UserError
 
@@ -102,11 +102,11 @@ from training.steps import planned_steps
 from weights.checkpoint import fill_model
 from weights.families import config_from_json
 
-TINY = LLAMA_2_7B | dict(
+TINY = PUBLISHED["Llama-2-7B"] | dict(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2,
 )  # fmt: skip
-SHAPES = {"7b": MODELS, "tiny": {"tiny": TINY}}
+SHAPES = {"7b": {name: PUBLISHED[name] for name in ("Llama-2-7B", "Mistral-7B")}, "tiny": {"tiny": TINY}}
 # Dense bf16 products as the data sheets have them, TFLOP/s, by a part of the device's name.
 NOMINAL_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
 

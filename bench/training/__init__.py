@@ -6,7 +6,7 @@ ours.py       our side: finetune.py's own step
 accuracy.py   validation loss after N steps, against transformers + PEFT
 gradients.py  fp32 gradients of LoRA against exact ones, beside transformers + PEFT's
 memory.py     predicted against measured peak memory
-fits.py       the largest micro-batch of a 7B model on a card, by prediction
+fits.py       the largest micro-batch of a model on a card, by prediction
 planners.py   what the choice of a step's samples does to the loss
 saving.py     what a save costs
 

@@ -1,4 +1,4 @@
-"""Does a 7B model fit on my card, and with what flags? A table by the planner, for cards that need not be here.
+"""Does a model fit on my card, and with what flags? A table by the planner, for cards that need not be here.
 
     python bench/training/fits.py
 
@@ -19,20 +19,11 @@ if __name__ == "__main__":  # the project's folder in place of this one, whereve
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bench.measuring import print_table
+from bench.shapes import SHAPES
 from shell import cli
 from shell.cli import UserError
 
-# The values of their published config.json.
-LLAMA_2_7B = {
-    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
-MISTRAL_7B = LLAMA_2_7B | {
-    "model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 32768,
-    "sliding_window": 4096,
-}  # fmt: skip
-MODELS = {"Llama-2-7B": LLAMA_2_7B, "Mistral-7B": MISTRAL_7B}
+MODELS = ("Llama-2-7B", "Mistral-7B", "OPT-350M", "Falcon-7B", "MPT-30B")
 
 
 @dataclass
@@ -40,13 +31,13 @@ class Settings:
     """The command line.
 
     Args:
-        models: Of Llama-2-7B and Mistral-7B.
+        models: Which ones.
         lengths: Positions of a sample.
         cards: GB of the cards.
         most_tokens: Where to stop looking: larger micro-batches are no faster.
     """
 
-    models: list[Literal[tuple(MODELS)]] = field(default_factory=lambda: ["Llama-2-7B", "Mistral-7B"])
+    models: list[Literal[MODELS]] = field(default_factory=lambda: list(MODELS))
     lengths: list[int] = field(default_factory=lambda: [512, 2048, 4096])
     cards: list[int] = field(default_factory=lambda: [16, 24, 40, 80])
     most_tokens: int = 16384
@@ -76,7 +67,7 @@ def main(s):
 
     rows, ways = [], list(itertools.product(s.models, WAYS))
     for model, way in tqdm(ways, unit="row", leave=False):
-        predictors = {share: make_predictor(MODELS[model], *WAYS[way], share) for share in SHARES}
+        predictors = {share: make_predictor(SHAPES[model], *WAYS[way], share) for share in SHARES}
         for length in s.lengths:
             cells = {f"{card} GB": what_fits(predictors, length, card, s.most_tokens) for card in s.cards}
             rows.append({"model": model, "how": way, "length": length, **cells})
@@ -88,12 +79,14 @@ def make_predictor(values, method, quantize, optimizer, recompute):
     import torch
 
     import lora
+    from training.from_settings import default_targets
     from training.memory import plan
     from weights.families import config_from_json
 
+    config = config_from_json(values)
     job = plan.Job(
-        config_from_json(values), "meta", torch.bfloat16, quantize=quantize, optimizer=optimizer, recompute=recompute,
-        adapter=lora.AdapterConfig() if method == "lora" else None,
+        config, "meta", torch.bfloat16, quantize=quantize, optimizer=optimizer, recompute=recompute,
+        adapter=lora.AdapterConfig(targets=tuple(default_targets(config))) if method == "lora" else None,
     )  # fmt: skip
     return plan.Predictor(job)
 

@@ -58,6 +58,7 @@ class Settings(Comparison):
     Args:
         data_dir: Folder made by prepare_data.py.
         mode: LoRA on q and v (rank 8) or on all projections (rank 16), QLoRA (NF4) likewise, or all weights.
+        lora_targets: The projections that get an adapter, in place of the mode's; a family's own names for all sides.
         peers: What to measure beside ours; [] for nothing.
         peer_micro_batch: Samples in the peers' micro-batches; each of them is measured.
         micro_batch_tokens: Positions in our micro-batches; each of them is measured.
@@ -73,6 +74,7 @@ class Settings(Comparison):
     checkpoint_dir: Path | None = None
     data_dir: Path | None = None
     mode: Literal[tuple(MODES)] = "lora-qv"
+    lora_targets: list[str] | None = None
     peers: list[Literal[tuple(PEERS)]] = field(default_factory=lambda: list(PEERS))
     peer_micro_batch: list[int] = field(default_factory=lambda: [4])
     micro_batch_tokens: list[int] = field(default_factory=lambda: [2048])
@@ -92,6 +94,8 @@ class Settings(Comparison):
             raise UserError("--checkpoint_dir and --data_dir are required (or --report)")
         cli.check_numbers(self, "steps", above=peers.SKIP)
         cli.check_numbers(self, "runs", "global_batch_size", "micro_batch_tokens", above=0)
+        if self.lora_targets and not MODES[self.mode].lora:
+            raise UserError(f"--lora_targets: the mode {self.mode} trains all weights")
         if not self.micro_batch_tokens:
             raise UserError("--micro_batch_tokens must name at least one number")
         for size in self.peer_micro_batch:
@@ -150,6 +154,9 @@ def make_job(s):
     }
     steps, *others = [[sorted(sum(step, [])) for step in plan] for plan in plans.values()]
     assert all(other == steps for other in others), "the planner chooses other samples for other micro-batches"
+    mode = MODES[s.mode]
+    if s.lora_targets:
+        mode = mode._replace(lora={**mode.lora, "targets": s.lora_targets})
     return {
         "checkpoint_dir": str(s.checkpoint_dir.resolve()),
         "data_dir": str(s.data_dir.resolve()),
@@ -158,7 +165,7 @@ def make_job(s):
         "planner": s.planner,
         "compile": s.compile,
         "dtype": s.dtype,
-        **MODES[s.mode]._asdict(),
+        **mode._asdict(),
         "plans": plans,
         "steps": [[as_lists(samples, i) for i in step] for step in steps],
     }

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 from bench.machine import gpu
-from bench.training import fits
+from bench.shapes import SHAPES
 
 
 def test_every_part_runs_in_small(tmp_path, run_script):
@@ -68,8 +68,8 @@ def test_sides_that_do_not_do_the_same_are_named():
 def test_the_counted_weights_are_those_of_the_published_models():
     embedding = 32000 * 4096
     norms = (2 * 32 + 1) * 4096
-    assert gpu.matrix_weights(fits.LLAMA_2_7B) + embedding + norms == 6_738_415_616
-    assert gpu.matrix_weights(fits.MISTRAL_7B) + embedding + norms == 7_241_732_096
+    assert gpu.matrix_weights(SHAPES["Llama-2-7B"]) + embedding + norms == 6_738_415_616
+    assert gpu.matrix_weights(SHAPES["Mistral-7B"]) + embedding + norms == 7_241_732_096
 
 
 def test_gpu_sh_finds_the_tests_that_need_a_gpu():
