@@ -307,7 +307,8 @@ def test_every_key_left_out(family, tmp_path):
     left_out = [(key,) for key in keys] + random.sample([*itertools.combinations(keys, 2)], 20)
     outcomes = []
     for names in left_out:
-        outcomes.append(verdict({key: value for key, value in values.items() if key not in names}, tmp_path))
+        kept = {key: value for key, value in values.items() if key not in names}
+        outcomes.append(verdict(kept, tmp_path, tolerance=1e-4))  # heads of 256 round more than those of 8
         assert outcomes[-1][0] != "different", (names, outcomes[-1])
     assert [outcome for outcome, _ in outcomes].count("equal") > len(left_out) / 6
 
