@@ -2,60 +2,85 @@
 
 A plain index would add its gradients up row by row, on a GPU in an order that changes from run to run.
 
-Shapes: N tokens, D hidden size, k experts of each token. Pair number n * k + i is token n with its i-th expert.
+Shapes: N tokens, D hidden size, k experts of each token, P places: the rows of an expert lie together, and a few may
+follow that belong to no token.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def plain_distribute(x: Tensor, order: Tensor, k: int) -> Tensor:
+class Groups(NamedTuple):
+    """Where pairs of a token and an expert lie: pair number n * k + i is token n with its i-th expert.
+
+    sizes: how many places each expert has. pairs: the pair in each place, (P,) int64, pair 0 where there is none.
+    places: the place of each pair, (N * k,) int64.
+    """
+
+    sizes: list[int]
+    pairs: Tensor
+    places: Tensor
+
+
+def group(experts: Tensor, counts: list[int], multiple: int = 1) -> Groups:
+    """The pairs sorted by expert, for the experts (N, k) of each token, each number so many times as `counts` says.
+
+    multiple: the number of places of an expert is rounded up to a multiple of this.
+    """
+    sizes = [-(-count // multiple) * multiple for count in counts]
+    experts, device = experts.flatten(), experts.device
+    order = experts.argsort(stable=True)
+    unused = torch.tensor([size - count for size, count in zip(sizes, counts, strict=True)], device=device)
+    before = unused.cumsum(0) - unused  # unused places before those of each expert
+    sorted_places = torch.arange(len(order), device=device) + before[experts[order]]
+    pairs = order.new_zeros(sum(sizes)).scatter_(0, sorted_places, order)
+    return Groups(sizes, pairs, torch.empty_like(order).scatter_(0, order, sorted_places))
+
+
+def plain_distribute(x: Tensor, groups: Groups, k: int) -> Tensor:
     """The reference of `distribute`."""
-    return x[order // k]
+    return x[groups.pairs // k]
 
 
-def plain_collect(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def plain_collect(y: Tensor, groups: Groups, weights: Tensor) -> Tensor:
     """The reference of `collect`."""
-    N, k = weights.shape
-    sums = y.new_zeros(N, y.size(1))
-    return sums.index_add(0, order // k, y * weights.flatten()[order, None])
-
-
-def _inverse(order):
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return (y[groups.places].view(*weights.shape, -1) * weights[..., None]).sum(1)
 
 
 class _Distribute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, order, k):
-        ctx.save_for_backward(order)
+    def forward(ctx, x, pairs, places, k):
+        ctx.save_for_backward(places)
         ctx.k = k
-        return x.index_select(0, order // k)
+        return x.index_select(0, pairs // k)
 
     @staticmethod
     def backward(ctx, grad):
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, _inverse(order)).unflatten(0, (-1, ctx.k)).sum(1), None, None
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, order):
-        ctx.save_for_backward(order)
-        return y.index_select(0, _inverse(order))
+    def forward(ctx, y, places):
+        ctx.save_for_backward(places)
+        ctx.rows = len(y)
+        return y.index_select(0, places)
 
     @staticmethod
     def backward(ctx, grad):
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order), None
+        (places,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, grad.size(1)).index_copy_(0, places, grad), None
 
 
-def distribute(x: Tensor, order: Tensor, k: int) -> Tensor:
-    """Each token's row of x (N, D) once for each of its k experts, pairs in this order (N * k,): (N * k, D)."""
-    return _Distribute.apply(x, order, k)
+def distribute(x: Tensor, groups: Groups, k: int) -> Tensor:
+    """Each token's row of x (N, D) in the places of its k experts, and any row where there is no pair: (P, D)."""
+    return _Distribute.apply(x, groups.pairs, groups.places, k)
 
 
-def collect(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """The sums (N, D) of each token's k rows times their weights (N, k), for rows y (N * k, D) in this order."""
-    by_token = _Permute.apply(y, order).view(*weights.shape, -1)
+def collect(y: Tensor, groups: Groups, weights: Tensor) -> Tensor:
+    """The sums (N, D) of each token's k rows of y (P, D) times their weights (N, k)."""
+    by_token = _Permute.apply(y, groups.places).view(*weights.shape, -1)
     return torch.bmm(weights[:, None], by_token).squeeze(1)

@@ -15,7 +15,7 @@ import experts
 import lora
 from experts import ExpertConfig, Experts, balance_loss, choose, plain_experts
 from model import MLP, Config, Linear, Transformer
-from ops.grouping import collect, distribute, plain_collect, plain_distribute
+from ops.grouping import collect, distribute, group, plain_collect, plain_distribute
 from shell.cli import UserError
 from weights import mxfp4
 from weights.checkpoint import load_model, save_model
@@ -92,14 +92,19 @@ def test_softmax_over_the_largest_is_softmax_over_all_renormalised():
     torch.testing.assert_close(route.weights, top.softmax(-1))
 
 
-def test_moving_rows_is_indexing_them():
+@pytest.mark.parametrize("multiple", [1, 2, 8])
+def test_moving_rows_is_indexing_them(multiple):
     x, k = torch.randn(11, 5, dtype=torch.float64, requires_grad=True), 3
     weights = torch.randn(11, k, dtype=torch.float64, requires_grad=True)
-    order = torch.randint(4, (11 * k,)).argsort(stable=True)
+    chosen = torch.rand(11, 6).argsort(dim=1)[:, :k]
+    groups = group(chosen, torch.bincount(chosen.flatten(), minlength=6).tolist(), multiple)
+    for expert, pairs in enumerate(groups.pairs.split(groups.sizes)):
+        mine = (chosen.flatten() == expert).nonzero().flatten()
+        assert len(pairs) % multiple == 0 and torch.equal(pairs[: len(mine)], mine) and not pairs[len(mine) :].any()
     results = []
     for there, back in ((distribute, collect), (plain_distribute, plain_collect)):
-        rows = there(x, order, k)
-        y = back(rows.sin(), order, weights)
+        rows = there(x, groups, k)
+        y = back(rows.sin(), groups, weights)
         results.append([rows, y, *torch.autograd.grad(y.cos().sum(), (x, weights))])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain)
