@@ -79,6 +79,18 @@ FOREIGN = {
 }
 
 
+# Kinds of models that the decoder does not compute, and keys of config.json by which they are known.
+KINDS_LEFT_OUT = {
+    "an encoder-decoder": ("is_encoder_decoder",),
+    "with a vision tower": ("vision_config",),
+    "with an encoder of sound": ("audio_config",),
+    "with latent attention (MLA)": ("kv_lora_rank",),
+    "with state-space layers (Mamba)": ("state_size", "ssm_cfg", "mamba_d_state", "mamba_num_heads", "ssm_state_size"),
+    "with linear attention": ("linear_num_value_heads",),
+    "with an embedding for each layer": ("hidden_size_per_layer_input",),
+    "whose code comes with it (auto_map) and is not run": ("auto_map",),
+}
+
 # ---------------------------------------------------------------------------------------------------------- families
 # A function gets the keys of a config.json, completed by defaults and under their common names, and returns the fields
 # of `Config` that its family sets in its own way.
@@ -673,7 +685,8 @@ def config_from_json(values: dict) -> Config:
     values = current_values(values)
     name = values.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"model_type {name!r} is not supported, only {', '.join(FAMILIES)} are")
+        why = next((f", {kind}," for kind, keys in KINDS_LEFT_OUT.items() if any(map(values.get, keys))), "")
+        raise ValueError(f"model_type {name!r}{why} is not supported, only {', '.join(FAMILIES)} are")
     family = FAMILIES[name]
     keys = {**COMMON, **family.defaults, **_under_common_names(values, family)}
     if keys.get("rope_parameters") is None:  # null is the family's own, as if the key were absent

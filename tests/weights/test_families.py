@@ -358,6 +358,27 @@ def test_config_refuses_by_name(change, named):
         config_from_json({**LLAMA_2_7B, **change})
 
 
+@pytest.mark.parametrize(
+    "name, keys, kind",
+    [
+        ("t5", {}, "an encoder-decoder"),
+        ("mllama", {}, "with a vision tower"),
+        ("qwen2_5_vl", {}, "with a vision tower"),
+        ("deepseek_v3", {}, "with latent attention"),
+        ("mamba", {}, "with state-space layers"),
+        ("jamba", {}, "with state-space layers"),
+        ("qwen3_5_text", {}, "with linear attention"),
+        ("gemma3n_text", {}, "with an embedding for each layer"),
+        ("chatglm", {"auto_map": {"AutoModel": "modeling_chatglm.ChatGLMModel"}}, "whose code comes with it"),
+    ],
+)
+def test_a_model_of_another_kind_is_called_what_it_is(name, keys, kind):
+    """The message says what is supported, too."""
+    values = {"model_type": name, **keys} if keys else transformers.AutoConfig.for_model(name).to_dict()
+    with pytest.raises(ValueError, match=f"'{name}', {kind}.*, is not supported, only llama, .*gpt_oss.* are"):
+        config_from_json(values)
+
+
 @pytest.mark.parametrize("key", ["model_type", *SIZES])
 def test_config_names_a_missing_key(key):
     with pytest.raises(ValueError, match=key):
