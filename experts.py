@@ -8,6 +8,7 @@ tokens.
 Shapes: N tokens, D hidden size, E experts, k experts of each token.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from ops.grouping import collect, distribute, group
+from ops.grouping import collect, distribute, group, grouped_linear
 from ops.linear import linear
 
 
@@ -93,6 +94,7 @@ class Experts(nn.Module):
         self.config = config
         self.gate = Router(hidden_size, config.count, config.router_bias)
         self.experts = nn.ModuleList(make_mlp(config.size) for _ in range(config.count))
+        self.linear = type(self.experts[0].down_proj)
         self.shared_expert = self.shared_expert_gate = None
         if config.shared_size is not None:
             self.shared_expert, self.shared_expert_gate = make_mlp(config.shared_size), Router(hidden_size, 1)
@@ -108,12 +110,71 @@ class Experts(nn.Module):
 
     def chosen(self, x: Tensor, route: Route) -> Tensor:
         """The weighted sum (N, D) of what each token's experts make of it, for x (N, D)."""
+        if x.is_cuda and not is_fake(x) and self.are_together(x.dtype):
+            return self.chosen_together(x, route)
         counts = how_many(route.experts, self.config.count)
         groups = group(route.experts, counts, few_shapes(x, route.experts.numel() / self.config.count))
         rows = distribute(x, groups, self.config.per_token).split(groups.sizes)
         pairs = zip(self.experts, rows, strict=True)
         y = torch.cat([expert(own) for expert, own in pairs if len(own) or trains(expert)])
         return collect(y, groups, route.weights.to(x.dtype))
+
+    @torch.no_grad()
+    def lay_together(self) -> None:
+        """Put the weights of each projection of all experts one after the other in memory, if they are dense."""
+        for layers in self.projections():
+            if all(isinstance(layer, nn.Linear) for layer in layers):
+                for layer, weight in zip(layers, torch.stack([layer.weight for layer in layers]), strict=True):
+                    layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+
+    def projections(self) -> list[list[nn.Module]]:
+        """The layers of all experts, by projection."""
+        each = [[module for module in expert.children() if hasattr(module, "in_features")] for expert in self.experts]
+        return [list(layers) for layers in zip(*each, strict=True)]
+
+    def are_together(self, dtype: torch.dtype) -> bool:
+        """Whether `chosen_together` serves: weights in bf16 as `lay_together` left them, frozen, and nothing over them.
+
+        It does what `Linear.forward` does, and the MLP's own forward pass: who edits the former edits it too.
+        """
+        return dtype == torch.bfloat16 and all(
+            type(layer) is self.linear and layer.weight.dtype == dtype and not layer.weight.requires_grad
+            and layer.in_features % 8 == layer.out_features % 8 == 0  # the product wants rows of 16 bytes
+            and layer.weight.data_ptr() == layers[0].weight.data_ptr() + number * layer.weight.nbytes
+            and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+            for layers in self.projections()
+            for number, layer in enumerate(layers)
+        )  # fmt: skip
+
+    def chosen_together(self, x: Tensor, route: Route) -> Tensor:
+        """As `chosen`: one MLP for all rows, each of whose projections is one product with the weights of all experts.
+
+        No number leaves the device, so nothing waits for it.
+        """
+        groups = group(route.experts)
+        chosen = F.one_hot(route.experts.flatten(), self.config.count).sum(0)
+        ends = chosen.cumsum(0, dtype=torch.int32)
+        mlp = copy.copy(self.experts[0])
+        mlp._modules = {name: module and self._joined(name, ends) for name, module in mlp._modules.items()}
+        return collect(mlp(distribute(x, groups, self.config.per_token)), groups, route.weights.to(x.dtype))
+
+    def _joined(self, name, ends):
+        layers = [getattr(expert, name) for expert in self.experts]
+        first, bias = layers[0].weight.detach(), layers[0].bias
+        weight = first.as_strided((len(layers), *first.shape), (first.numel(), *first.stride()))
+        return JoinedLinear(weight, None if bias is None else torch.stack([layer.bias for layer in layers]), ends)
+
+
+class JoinedLinear(nn.Module):
+    """A projection of all experts, for rows that are sorted by expert: `grouped_linear`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, ends: Tensor):
+        super().__init__()
+        self.weight, self.bias, self.ends = weight, bias, ends
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (P, in) to (P, out)."""
+        return grouped_linear(x, self.weight, self.bias, self.ends)
 
 
 def few_shapes(x: Tensor, mean: float) -> int:

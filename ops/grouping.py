@@ -6,17 +6,19 @@ Shapes: N tokens, D hidden size, k experts of each token, P places: the rows of 
 follow that belong to no token.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 class Groups(NamedTuple):
     """Where pairs of a token and an expert lie: pair number n * k + i is token n with its i-th expert.
 
-    sizes: how many places each expert has. pairs: the pair in each place, (P,) int64, pair 0 where there is none.
-    places: the place of each pair, (N * k,) int64.
+    sizes: how many places each expert has, [] if nobody counted. pairs: the pair in each place, (P,) int64, pair 0
+    where there is none. places: the place of each pair, (N * k,) int64.
     """
 
     sizes: list[int]
@@ -24,14 +26,17 @@ class Groups(NamedTuple):
     places: Tensor
 
 
-def group(experts: Tensor, counts: list[int], multiple: int = 1) -> Groups:
-    """The pairs sorted by expert, for the experts (N, k) of each token, each number so many times as `counts` says.
+def group(experts: Tensor, counts: list[int] | None = None, multiple: int = 1) -> Groups:
+    """The pairs sorted by expert, for the experts (N, k) of each token.
 
-    multiple: the number of places of an expert is rounded up to a multiple of this.
+    counts: how often each number is there; needed if the number of places of an expert is to be rounded up to a
+    `multiple`.
     """
-    sizes = [-(-count // multiple) * multiple for count in counts]
     experts, device = experts.flatten(), experts.device
     order = experts.argsort(stable=True)
+    if counts is None:
+        return Groups([], order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device)))
+    sizes = [-(-count // multiple) * multiple for count in counts]
     unused = torch.tensor([size - count for size, count in zip(sizes, counts, strict=True)], device=device)
     before = unused.cumsum(0) - unused  # unused places before those of each expert
     sorted_places = torch.arange(len(order), device=device) + before[experts[order]]
@@ -84,3 +89,24 @@ def collect(y: Tensor, groups: Groups, weights: Tensor) -> Tensor:
     """The sums (N, D) of each token's k rows of y (P, D) times their weights (N, k)."""
     by_token = _Permute.apply(y, groups.places).view(*weights.shape, -1)
     return torch.bmm(weights[:, None], by_token).squeeze(1)
+
+
+def plain_grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """The reference of `grouped_linear`."""
+    ys = []
+    for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+        ys.append(F.linear(x[start:end], weight[expert], None if bias is None else bias[expert]))
+    return torch.cat(ys)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """A linear layer for each expert, in one product: (P, out) for x (P, in) in bf16, sorted by expert.
+
+    weight: (E, out, in), frozen. bias: (E, out) or None. ends: (E,) int32, where the rows of each expert end. Nothing
+    waits for a device.
+    """
+    y = torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    if bias is None:
+        return y
+    places = torch.arange(len(x), device=x.device, dtype=ends.dtype)
+    return y + bias[torch.searchsorted(ends, places, right=True)]

@@ -1,5 +1,6 @@
 """Mixtures of experts: routing, the balance loss, gradients, MXFP4, and everything that walks over linear layers."""
 
+import copy
 import json
 
 import pytest
@@ -15,7 +16,15 @@ import experts
 import lora
 from experts import ExpertConfig, Experts, balance_loss, choose, plain_experts
 from model import MLP, Config, Linear, Transformer
-from ops.grouping import collect, distribute, group, plain_collect, plain_distribute
+from ops.grouping import (
+    collect,
+    distribute,
+    group,
+    grouped_linear,
+    plain_collect,
+    plain_distribute,
+    plain_grouped_linear,
+)
 from shell.cli import UserError
 from weights import mxfp4
 from weights.checkpoint import load_model, save_model
@@ -57,12 +66,12 @@ def pair(family, number, folder):
     return model, load_model(folder, torch.float32)
 
 
-def mixture(count=6, per_token=2, renormalised=True, **changes):
+def mixture(count=6, per_token=2, renormalised=True, size=12, **changes):
     """A random mixture of experts of hidden size 16."""
     config = Config(
         32, 16, 24, 1, 2, 2, 8, 1e-5, (None,), (None,), (1.0,), 64, **{"mlp_bias": False, **changes},
     )  # fmt: skip
-    module = Experts(ExpertConfig(count, per_token, 12, renormalised), 16, lambda inner: MLP(config, inner))
+    module = Experts(ExpertConfig(count, per_token, size, renormalised), 16, lambda inner: MLP(config, inner))
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return module
@@ -108,6 +117,57 @@ def test_moving_rows_is_indexing_them(multiple):
         results.append([rows, y, *torch.autograd.grad(y.cos().sum(), (x, weights))])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 7], [1, 1, 1, 1]])
+def test_one_product_for_all_experts(counts, biased):
+    x, weight = torch.randn(sum(counts), 16), torch.randn(4, 24, 16)
+    bias, ends = torch.randn(4, 24) if biased else None, torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    results = []
+    for dtype, product in ((torch.bfloat16, grouped_linear), (torch.float32, plain_grouped_linear)):
+        own = x.bfloat16().to(dtype).requires_grad_()
+        rest = [None if t is None else t.bfloat16().to(dtype) for t in (weight, bias)]
+        y = product(own, *rest, ends)
+        results.append([y, torch.autograd.grad((y * y.detach()).sum(), own)[0]])
+    for ours, plain in zip(*results, strict=True):
+        assert distance(ours.float(), plain) < 0.01
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_bias": True}, {"activation": "clamped_swiglu"}, {"gated": False}])
+def test_experts_together_are_experts_one_by_one(changes):
+    """What runs on CUDA, on a CPU: in bf16, beside the same in fp32."""
+    module = mixture(size=24, **changes).bfloat16().requires_grad_(False)
+    assert not module.are_together(torch.bfloat16)
+    module.lay_together()
+    assert module.are_together(torch.bfloat16) and not module.are_together(torch.float32)
+    exact = copy.deepcopy(module).float()
+    x, seen = torch.randn(37, 16).bfloat16(), []
+    route = choose(module.gate(x), module.config)
+    for way, dtype in ((module.chosen_together, torch.bfloat16), (exact.chosen, torch.float32)):
+        own = x.to(dtype).requires_grad_()
+        y = way(own, route)
+        seen.append([y, torch.autograd.grad((y * y.detach()).sum(), own)[0]])
+    for ours, right in zip(*seen, strict=True):
+        assert distance(ours.float(), right) < 0.02
+    parameters = [name for name, _ in module.named_parameters()]
+    assert parameters == [name for name, _ in mixture(size=24, **changes).named_parameters()]
+
+
+def test_experts_are_not_together_if_something_lies_over_them():
+    def together(change):
+        module = mixture(size=24).bfloat16().requires_grad_(False)
+        module.lay_together()
+        change(module)
+        return module.are_together(torch.bfloat16)
+
+    assert together(lambda module: None)
+    adapter = lora.AdapterConfig(r=2, alpha=4)
+    assert not together(lambda module: lora.wrap(module, adapter, ["experts.2.up_proj"]))
+    assert not together(lambda module: module.experts[3].requires_grad_(True))
+    assert not together(lambda module: module.experts[3].down_proj.register_forward_hook(lambda *_: None))
+    moved = torch.nn.Parameter(torch.zeros(16, 24).bfloat16(), requires_grad=False)
+    assert not together(lambda module: setattr(module.experts[5].down_proj, "weight", moved))
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -145,6 +145,10 @@ def fill_model(
         lora.give_back_memory()
     model.tie_weights()
     model.requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        for block in model.model.layers:
+            if block.sparse:
+                block.mlp.lay_together()
 
 
 def _put(model, name, tensor, dtype, quantization):
