@@ -421,7 +421,7 @@ def write_gguf(s: Settings) -> None:
 def open_tokenizer(folder: Path, base: Path) -> Tokenizer:
     """The tokenizer in a folder of a model's side files. Raises UserError, which names `base`, if there is none."""
     if not has_tokenizer(folder):
-        raise UserError(f"{base} has no tokenizer: copy the model's there, a .gguf file needs it")
+        raise UserError(f"{base} has no tokenizer.json or tokenizer.model: copy the model's, a .gguf file needs it")
     return Tokenizer(folder)
 
 

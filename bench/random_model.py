@@ -18,6 +18,7 @@ if __name__ == "__main__":  # the project's folder in place of this one, whereve
 
 from bench.shapes import SHAPES
 from shell import cli
+from shell.cli import UserError
 
 SCALE = 0.02  # standard deviation of the weights
 
@@ -35,6 +36,12 @@ class Settings:
     shape: Literal[tuple(SHAPES)]
     tokenizer_dir: Path
     out_dir: Path
+
+    def __post_init__(self):
+        if not self.tokenizer_dir.is_dir():
+            raise UserError(f"--tokenizer_dir {self.tokenizer_dir}: no such folder")
+        if self.out_dir.exists():
+            raise UserError(f"--out_dir {self.out_dir} exists: remove it, or choose another")
 
 
 if __name__ == "__main__":
