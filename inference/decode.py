@@ -28,7 +28,7 @@ from experts import Experts, choose
 from inference.kv_cache import KVCache
 from lora import Adapter, DoRALinear
 from model import MLP, Block, EachHeadNorm, JointNorm, LayerNorm, Linear, RMSNorm, Transformer, rope_angles
-from ops.activation import plain_gated, plain_softcap
+from ops.activation import IN_CPP, plain_gated, plain_softcap
 from ops.attention import Attend, masked_attention
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
@@ -299,7 +299,6 @@ class Attention(ctypes.Structure):
 
 DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, FOURBIT = 2, 3
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 
 
 def cpp() -> ctypes.CDLL | None:
@@ -595,8 +594,8 @@ class CompiledDecoder(Decoder):
     def _mlp(self, parts, x, y, add=False):
         up = self._buffer("up", len(x), (1 + parts.gated) * parts.inner)
         inner = self._buffer("inner", len(x), parts.inner)
-        if parts.activation in ACTIVATIONS:
-            kind = (ACTIVATIONS[parts.activation], parts.gated, torch.get_num_threads())
+        if parts.activation in IN_CPP:  # decode_cpu.cpp's `Activation` has their order
+            kind = (IN_CPP.index(parts.activation), parts.gated, torch.get_num_threads())
             activate = partial(cpp().activate, up.data_ptr(), inner.data_ptr(), *inner.shape, *kind)
         else:
             activate = partial(_activate_rare, parts.activation, up, inner)

@@ -21,6 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from families.tiny import pytest_generate_tests, tiny, tiny_models  # noqa: F401 (for tests/families)
 
+from ops import cpp
+
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "tests" / ".cache"
 SEED = int(os.environ.get("ONETUNE_TEST_SEED") or random.SystemRandom().randrange(10**6))
@@ -63,6 +65,15 @@ def run_script():
         return done.returncode, done.stdout, done.stderr
 
     return run
+
+
+@pytest.fixture(params=["C++", "torch"])
+def way(request, monkeypatch):
+    """How a CPU computes: by kernels_cpu.cpp, or as CUDA does and a CPU without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpp, "compiled_library", lambda *_: None)
+    elif not cpp.compiled_library("kernels_cpu"):
+        pytest.skip("no C++ compiler")
 
 
 # ---------------------------------------------------------------------------------------------- tiny random models

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from families.rows import ROWS
+from families.tiny import random_tokens
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -37,10 +38,6 @@ T = 24
 
 def distance(a, b):
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
-
-
-def random_tokens(*shape):
-    return torch.randint(3, 160, shape)
 
 
 @torch.no_grad()

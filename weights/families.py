@@ -338,8 +338,7 @@ def _qwen_experts(keys, **more):
 def _mixtral(keys):
     if keys["router_jitter_noise"] != 0:
         raise ValueError(f"router_jitter_noise {keys['router_jitter_noise']!r} is not supported, only 0.0 is")
-    windows = (keys["sliding_window"],) * keys["num_hidden_layers"]
-    return {"windows": windows, **_experts(keys, keys["intermediate_size"], True)}
+    return {**_one_window(keys), **_experts(keys, keys["intermediate_size"], True)}
 
 
 def _qwen2_moe(keys):
@@ -354,17 +353,13 @@ def _qwen2_moe(keys):
 
 
 def _qwen3_moe(keys):
-    window, bias = keys["sliding_window"] if keys["use_sliding_window"] else None, keys["attention_bias"]
-    return {
-        "windows": (window,) * keys["num_hidden_layers"], "qkv_bias": bias, "o_bias": bias, "qk_norm": "head",
-        **_qwen_experts(keys),
-    }  # fmt: skip
+    windows = _one_window(keys) if keys["use_sliding_window"] else {}
+    return {**windows, **_attention_biases(keys), "qk_norm": "head", **_qwen_experts(keys)}
 
 
 def _olmoe(keys):
-    bias = keys["attention_bias"]
     return {
-        "qk_norm": "joint", "clip_qkv": keys["clip_qkv"], "qkv_bias": bias, "o_bias": bias,
+        "qk_norm": "joint", "clip_qkv": keys["clip_qkv"], **_attention_biases(keys),
         **_experts(keys, keys["intermediate_size"], keys["norm_topk_prob"]),
     }  # fmt: skip
 
@@ -373,9 +368,8 @@ def _gpt_oss(keys):
     _only(keys, {"swiglu_alpha": 1.702, "swiglu_limit": 7.0})
     if keys.get("rope_parameters") is None and keys.get("rope_scaling") is None:
         keys = {**keys, "rope_parameters": GPT_OSS_ROPE}
-    bias = keys["attention_bias"]
     return {
-        "ropes": (_rope(keys),) * keys["num_hidden_layers"], "qkv_bias": bias, "o_bias": bias, "mlp_bias": True,
+        "ropes": (_rope(keys),) * keys["num_hidden_layers"], **_attention_biases(keys), "mlp_bias": True,
         "windows": _windows(keys, keys["sliding_window"], every=2), "sinks": True, "activation": "clamped_swiglu",
         **_experts(keys, keys["intermediate_size"], True, router_bias=True),
     }  # fmt: skip

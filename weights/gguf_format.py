@@ -48,12 +48,8 @@ from weights.gguf_architectures import (
 from weights.meta_format import half_split
 from weights.stored import Weights
 
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-}  # that are written, by family
+# Those that are written, by family.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**STORED, "MXFP4": torch.bfloat16}  # that hold what is stored, by type; the other types' fp16 is enough
 ENDS = ("eos", "eot", "eom")  # the keys of tokens that end a text: tokenizer.ggml.{…}_token_id

@@ -3,22 +3,12 @@
 import pytest
 import torch
 
-from ops import cpp
 from ops.activation import ACTIVATIONS, activate, gated, plain_gated
 from ops.cpp import compiled_library
 from ops.rotation import plain_rotate, rotate
 
 SHAPES = [(2, 5, 12), (1, 1, 1), (3, 5000), (7, 17)]
 each_activation = pytest.mark.parametrize("name", ACTIVATIONS)
-
-
-@pytest.fixture(params=["C++", "torch"])
-def way(request, monkeypatch):
-    """How a CPU computes: by kernels_cpu.cpp, or as CUDA does and a CPU without a compiler."""
-    if request.param == "torch":
-        monkeypatch.setattr(cpp, "compiled_library", lambda *_: None)
-    elif not compiled_library("kernels_cpu"):
-        pytest.skip("no C++ compiler")
 
 
 def random(*shape, scale=1.0):

@@ -3,18 +3,7 @@
 import pytest
 import torch
 
-from ops import cpp
-from ops.cpp import compiled_library
 from ops.loss import head_loss, plain_head_loss
-
-
-@pytest.fixture(params=["C++", "torch"])
-def way(request, monkeypatch):
-    """How a CPU computes: by kernels_cpu.cpp, or as CUDA does and a CPU without a compiler."""
-    if request.param == "torch":
-        monkeypatch.setattr(cpp, "compiled_library", lambda *_: None)
-    elif not compiled_library("kernels_cpu"):
-        pytest.skip("no C++ compiler")
 
 
 def random(*shape):

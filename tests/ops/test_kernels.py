@@ -6,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ops import cpp
 from ops.activation import gated, plain_gated
-from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
 from ops.linear import linear, low_rank_linears, stored_linear
 from ops.loss import head_loss, plain_head_loss
@@ -29,15 +27,6 @@ def assert_alike(y, expected, inputs, within=1e-5):
     for one, other in zip(*(torch.autograd.grad(result, inputs, grad) for result in (y, expected)), strict=True):
         assert other.norm() > 0 and one.dtype == other.dtype
         torch.testing.assert_close(one, other, atol=within, rtol=within)
-
-
-@pytest.fixture(params=["C++", "torch"])
-def way(request, monkeypatch):
-    """How a CPU computes: by kernels_cpu.cpp, or as CUDA does and a CPU without a compiler."""
-    if request.param == "torch":
-        monkeypatch.setattr(cpp, "compiled_library", lambda *_: None)
-    elif not compiled_library("kernels_cpu"):
-        pytest.skip("no C++ compiler")
 
 
 @pytest.fixture(params=[1, 3])
