@@ -29,6 +29,7 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "onetune"
+BEFORE = "onetune before"  # the side of --before_dir
 PACKAGES = (
     "torch", "lightning", "bitsandbytes", "transformers", "peft", "accelerate", "trl", "litgpt", "torchtune", "torchao",
     "lm_eval",
@@ -118,13 +119,21 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """The project's commit, with "+" if files were changed since; None without git or outside a repository."""
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"]
+def commit(root: Path = ROOT) -> str | None:
+    """A checkout's commit, with "+" if files were changed since; None without git or outside a repository."""
+    command = ["git", "-C", root, "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         return None
+
+
+def check_checkout(folder: Path | None) -> None:
+    """Raise UserError if the folder of --before_dir is not a checkout of the project."""
+    if folder and not (folder / "bench" / "measuring.py").is_file():
+        from shell.cli import UserError  # not at the top: the peers' interpreters lack what it imports
+
+        raise UserError(f"--before_dir {folder}: not a checkout of this project: it has no bench/measuring.py")
 
 
 def add_line(path: Path, line: dict) -> None:
@@ -210,11 +219,13 @@ def peak_memory() -> int:
 
 
 def run_job(
-    function: Callable[[dict], dict], job: dict, log: Path, python: str | Path = sys.executable, ours: bool = True
-) -> dict:
+    function: Callable[[dict], dict], job: dict, log: Path, python: str | Path = sys.executable, ours: bool = True,
+    root: Path | None = None,
+) -> dict:  # fmt: skip
     """Call `function(job)` in a new process of the interpreter `python` and return its result; `log` gets its output.
 
     ours: whether the process has the environment variables that our scripts set (shell/process.py).
+    root: another checkout of the project, whose function of that name is called.
 
     function: defined at the top level of a file in bench/. job, result: dicts that JSON can hold. The function finds
     two more keys: "work_dir", a temporary folder, and "started", the time at which its process was started.
@@ -231,8 +242,8 @@ def run_job(
         environment = os.environ if ours else process.environment_without_defaults()
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(
-            [python, __file__, path], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            env={**environment, **offline},
+            [python, (root or ROOT) / "bench" / "measuring.py", path],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**environment, **offline},
         )  # fmt: skip
         if not result.is_file():
             raise Unavailable(f"{last_line(log)} (exit status {done.returncode}, {log})")

@@ -20,9 +20,12 @@ if __name__ == "__main__":  # the project's folder in place of this one, whereve
 
 from bench.inference.sides import SIDES, measure
 from bench.measuring import (
+    BEFORE,
     OURS,
     Comparison,
     alternate,
+    check_checkout,
+    commit,
     describe,
     device_name,
     draw_bars,
@@ -48,6 +51,7 @@ class Settings(Comparison):
         prompt_tokens: Length of the longest prompt; the shortest of a batch has a quarter of it.
         new_tokens: Tokens to generate for each prompt.
         sides: What to compare.
+        before_dir: A checkout of an earlier commit of this project, to measure beside this one.
         repeats: Generations that a process times, after one that does not count.
         venvs_dir: Folder of LitGPT's virtual environment, the logs and its converted model.
     """
@@ -58,11 +62,13 @@ class Settings(Comparison):
     prompt_tokens: int = 64
     new_tokens: int = 64
     sides: list[Literal[tuple(SIDES)]] = field(default_factory=lambda: list(SIDES))
+    before_dir: Path | None = None
     repeats: int = 2
     venvs_dir: Path = ROOT / "bench" / "venvs"
     out_file: Path = Path("out/bench/inference_speed.jsonl")
 
     def __post_init__(self):
+        check_checkout(self.before_dir)
         cli.check_numbers(self, "runs", "repeats", "batches", above=0)
         cli.check_numbers(self, "prompt_tokens", "new_tokens", least=4)
         if not self.batches or not self.sides:
@@ -88,7 +94,8 @@ def main(s):
         "read_bytes_per_second": limits.read_rate(512, device_name()),
         "bytes_per_step": bytes_per_step(s),
     }
-    pairs = [{"side": side, "batch": batch} for batch in s.batches for side in s.sides]
+    sides = [*s.sides, BEFORE] if s.before_dir else s.sides
+    pairs = [{"side": side, "batch": batch} for batch in s.batches for side in sides]
     lines = []
     for line in alternate(pairs, s.runs, lambda side, batch: run_side(s, side, batch), s, call):
         lines.append(line)
@@ -124,6 +131,8 @@ def run_side(s, side, batch):
     log, python = s.venvs_dir / f"generate-{side}.log", sys.executable
     if side == "litgpt":
         python = environment(s.venvs_dir, side, PEERS[side].requirements, log)
+    if side == BEFORE:
+        return run_job(measure, job | {"side": OURS}, log, root=s.before_dir) | {"commit": commit(s.before_dir)}
     return run_job(measure, job, log, python, ours=side == OURS)
 
 
@@ -197,7 +206,9 @@ def show(call, rows):
     print_table(COLUMNS, rows)
     for batch in dict.fromkeys(row["batch"] for row in rows):
         speeds = {row["side"]: row["decode_tokens_per_second"] for row in rows if row["batch"] == batch}
-        others = [speed for side, speed in speeds.items() if side != OURS]
+        if OURS in speeds and BEFORE in speeds:
+            print(f"{batch} at a time: {speeds[OURS] / speeds[BEFORE]:.2f} times the decoding before")
+        others = [speed for side, speed in speeds.items() if side not in (OURS, BEFORE)]
         if OURS in speeds and others:
             print(f"{batch} at a time: {speeds[OURS] / max(others):.2f} times the fastest peer's decoding")
 

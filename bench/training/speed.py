@@ -31,9 +31,12 @@ if __name__ == "__main__":  # the project's folder in place of this one, whereve
     sys.path[0] = str(ROOT)
 
 from bench.measuring import (
+    BEFORE,
     OURS,
     Comparison,
     alternate,
+    check_checkout,
+    commit,
     describe,
     device_name,
     draw_bars,
@@ -48,7 +51,7 @@ from bench.training.peers import MODES, PEERS
 from shell import cli
 from shell.cli import UserError
 
-TITLES = {OURS: OURS, **{name: peer.title for name, peer in PEERS.items()}}
+TITLES = {OURS: OURS, BEFORE: BEFORE, **{name: peer.title for name, peer in PEERS.items()}}
 
 
 @dataclass(kw_only=True)
@@ -60,6 +63,7 @@ class Settings(Comparison):
         mode: LoRA on q and v (rank 8) or on all projections (rank 16), QLoRA (NF4) likewise, or all weights.
         lora_targets: The projections that get an adapter, in place of the mode's; a family's own names for all sides.
         peers: What to measure beside ours; [] for nothing.
+        before_dir: A checkout of an earlier commit of this project, to measure beside this one.
         peer_micro_batch: Samples in the peers' micro-batches; each of them is measured.
         micro_batch_tokens: Positions in our micro-batches; each of them is measured.
         planner: How our samples are cut into micro-batches (batching.py).
@@ -76,6 +80,7 @@ class Settings(Comparison):
     mode: Literal[tuple(MODES)] = "lora-qv"
     lora_targets: list[str] | None = None
     peers: list[Literal[tuple(PEERS)]] = field(default_factory=lambda: list(PEERS))
+    before_dir: Path | None = None
     peer_micro_batch: list[int] = field(default_factory=lambda: [4])
     micro_batch_tokens: list[int] = field(default_factory=lambda: [2048])
     planner: Literal[cli.table_keys("batching.py", "PLANNERS")] = "packed"
@@ -92,6 +97,7 @@ class Settings(Comparison):
             return
         if not self.checkpoint_dir or not self.data_dir:
             raise UserError("--checkpoint_dir and --data_dir are required (or --report)")
+        check_checkout(self.before_dir)
         cli.check_numbers(self, "steps", above=peers.SKIP)
         cli.check_numbers(self, "runs", "global_batch_size", "micro_batch_tokens", above=0)
         if self.lora_targets and not MODES[self.mode].lora:
@@ -126,7 +132,8 @@ def main(s):
 def compare(s):
     """Measure every side in every setting, in alternating runs, and add the lines to the file."""
     job = make_job(s)
-    sides = [{"side": OURS, "micro_batch": size} for size in s.micro_batch_tokens]
+    own = [OURS, BEFORE] if s.before_dir else [OURS]
+    sides = [{"side": side, "micro_batch": size} for size in s.micro_batch_tokens for side in own]
     sides += [{"side": peer, "micro_batch": size} for peer in s.peers for size in s.peer_micro_batch]
     first_losses = {}
 
@@ -198,6 +205,8 @@ def run_side(s, job, side, micro_batch):
     job = job | {"side": side, "micro_batch": micro_batch}
     if side == OURS:
         return run_job(measure_ours, job, log)
+    if side == BEFORE:
+        return run_job(measure_ours, job, log, root=s.before_dir) | {"commit": commit(s.before_dir)}
     python = environment(s.venvs_dir, side, PEERS[side].requirements, log)
     return run_job(peers.measure_peer, job, log, python, ours=False)
 
@@ -317,7 +326,7 @@ def table_rows(call):
 
 def label(row):
     """Side and setting of a row or a line."""
-    unit = "tokens" if row["side"] == OURS else "samples" if row["micro_batch"] > 1 else "sample"
+    unit = "tokens" if row["side"] in (OURS, BEFORE) else "samples" if row["micro_batch"] > 1 else "sample"
     return f"{TITLES[row['side']]}, {row['micro_batch']} {unit}"
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import ROOT
 
 import prepare_data
 
@@ -26,20 +27,21 @@ def test_generation_against_transformers(tiny_model_dir, tiny_data, tmp_path, ru
         "bench/inference/speed.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--dtype", "fp32",
         "--sides", "[onetune,transformers,transformers-static]", "--batches", "[1,3]", "--prompt_tokens", 12,
         "--new_tokens", 6, "--runs", 1, "--repeats", 1, "--venvs_dir", tmp_path, "--out_file", out_file,
+        "--before_dir", ROOT,
     )  # fmt: skip
     assert code == 0, err
     lines = [json.loads(line) for line in out_file.read_text().splitlines()]
-    assert [(line["side"], line["batch"]) for line in lines] == [
-        (side, batch) for batch in (1, 3) for side in ("onetune", "transformers", "transformers-static")
-    ]
+    sides = ("onetune", "transformers", "transformers-static", "onetune before")
+    assert [(line["side"], line["batch"]) for line in lines] == [(side, batch) for batch in (1, 3) for side in sides]
     for batch in (1, 3):
         ours, *theirs = [line["outputs"] for line in lines if line["batch"] == batch]
         assert len(ours) == batch and all(len(row) == 6 for row in ours)
-        assert theirs == [ours, ours]
+        assert theirs == [ours, ours, ours]
     layers = 2 * (4 * 48 * 48 - 2 * 48 * 24 + 3 * 48 * 80) // 2 * 3 + 512 * 48  # the tiny model's, and its head
     assert lines[0]["bytes_per_step"] == 4 * layers
     assert all(line["decode_tokens_per_second"] > 0 and line["read_bytes_per_second"] > 0 for line in lines)
-    assert "times the fastest peer" in out and out_file.with_suffix(".png").stat().st_size > 1000
+    assert "times the fastest peer" in out and "times the decoding before" in out
+    assert out_file.with_suffix(".png").stat().st_size > 1000
 
 
 def test_a_side_that_fails_is_reported_in_one_line(tiny_model_dir, tiny_data, tmp_path, run_script):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import statistics
 from types import SimpleNamespace
 
@@ -55,6 +56,23 @@ def test_a_job_runs_in_a_process_of_its_own(tmp_path):
     with pytest.raises(Unavailable, match=r"KeyError: 'nobody' \(exit status 1, .*b.log\)"):
         run_job(sides.measure, {"side": "nobody"}, tmp_path / "b.log")
     assert "Traceback" in (tmp_path / "b.log").read_text()
+
+
+def test_a_job_of_another_checkout(tmp_path):
+    """Its own file of that name is called, and what it does not have is the error of that side."""
+    there = tmp_path / "there"
+    (there / "bench" / "inference").mkdir(parents=True)
+    shutil.copytree(ROOT / "shell", there / "shell")
+    shutil.copy(measuring.__file__, there / "bench")
+    (there / "bench" / "inference" / "sides.py").write_text("def measure(job):\n    return {'asked': job['side']}\n")
+    measuring.check_checkout(there)
+    found = run_job(sides.measure, {"side": "any"}, tmp_path / "a.log", root=there)
+    assert found == {"asked": "any"}
+    (there / "bench" / "inference" / "sides.py").write_text("")
+    with pytest.raises(Unavailable, match="no attribute 'measure'"):
+        run_job(sides.measure, {"side": "any"}, tmp_path / "a.log", root=there)
+    with pytest.raises(UserError, match="--before_dir .*empty: not a checkout"):
+        measuring.check_checkout(tmp_path / "empty")
 
 
 def test_medians_and_spread():

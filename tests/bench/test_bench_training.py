@@ -33,21 +33,23 @@ def tiny_data(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(tiny_model_dir, tiny_data, run_script, tmp_path_factory):
-    """A whole comparison with transformers + PEFT: what it printed, and the file that it added to."""
+    """A whole comparison with transformers + PEFT and with this checkout: what it printed, the file it added to."""
     out_file = tmp_path_factory.mktemp("out") / "results.jsonl"
     code, out, err = run_script(
         "bench/training/speed.py", "--checkpoint_dir", tiny_model_dir, "--data_dir", tiny_data, "--dtype", "fp32",
         "--peers", "[peft]", "--peer_micro_batch", "[3]", "--micro_batch_tokens", "[64]", "--mode", "lora-all",
         "--steps", 4, "--runs", 1, "--global_batch_size", 12, "--out_file", out_file,
-        "--venvs_dir", out_file.parent / "venvs",
+        "--venvs_dir", out_file.parent / "venvs", "--before_dir", ROOT,
     )  # fmt: skip
     assert code == 0, err
     return out, out_file
 
 
 def test_all_sides_do_the_same(compared):
-    ours, theirs = map(json.loads, compared[1].read_text().splitlines())
-    assert (ours["side"], ours["micro_batch"], theirs["side"], theirs["micro_batch"]) == ("onetune", 64, "peft", 3)
+    lines = ours, before, theirs = list(map(json.loads, compared[1].read_text().splitlines()))
+    found = [(line["side"], line["micro_batch"]) for line in lines]
+    assert found == [("onetune", 64), ("onetune before", 64), ("peft", 3)]
+    assert all(before[key] == ours[key] for key in ("first_loss", "last_loss", "grad_norm", "commit"))
     assert theirs["step_tokens"] == ours["step_tokens"]
     assert theirs["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-5)  # B is zero: the base model's
     assert theirs["last_loss"] == pytest.approx(ours["last_loss"], rel=0.01)  # A was drawn otherwise
@@ -91,8 +93,8 @@ def test_table_and_chart_come_from_the_file_alone(compared, run_script):
     assert code == 0, err
     assert again in out and chart.is_file()
     rows = [line for line in again.splitlines() if line.startswith("|") and " * " in line]
-    assert sorted(row[2:13] for row in rows) == ["onetune, 64", "transformer"]
-    assert again.count("times the speed") == 1
+    assert sorted(row[2:16] for row in rows) == ["onetune before", "onetune, 64 to", "transformers +"]
+    assert again.count("times the speed") == 2
 
 
 def test_report_of_several_runs():
