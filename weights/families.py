@@ -36,6 +36,8 @@ NUMBERS = (
 COMMON = {
     "hidden_act": "silu", "norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None,
 }  # fmt: skip
+# Where a family has another name for these, transformers passes over the common one; for sizes it knows both.
+NO_ALIASES = ("norm_eps", "hidden_act", "intermediate_size", "rope_theta", "partial_rotary_factor")
 # These may be null, and every key whose default is None.
 MAY_BE_NULL = (
     "num_key_value_heads", "sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping",
@@ -366,19 +368,13 @@ def _olmoe(keys):
 
 def _gpt_oss(keys):
     _only(keys, {"swiglu_alpha": 1.702, "swiglu_limit": 7.0})
-    if keys.get("rope_parameters") is None and keys.get("rope_scaling") is None:
-        keys = {**keys, "rope_parameters": GPT_OSS_ROPE}
     return {
-        "ropes": (_rope(keys),) * keys["num_hidden_layers"], **_attention_biases(keys), "mlp_bias": True,
-        "windows": _windows(keys, keys["sliding_window"], every=2), "sinks": True, "activation": "clamped_swiglu",
+        **_attention_biases(keys), "mlp_bias": True, "windows": _windows(keys, keys["sliding_window"], every=2),
+        "sinks": True, "activation": "clamped_swiglu",
         **_experts(keys, keys["intermediate_size"], True, router_bias=True),
     }  # fmt: skip
 
 
-GPT_OSS_ROPE = {
-    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-    "original_max_position_embeddings": 4096, "rope_theta": 150000.0,
-}  # fmt: skip
 # What a config.json may say of weights that are stored in MXFP4 and loaded in bf16.
 MXFP4_KEYS = {"quant_method", "modules_to_not_convert", "dequantize"}
 
@@ -648,6 +644,10 @@ FAMILIES = {
             "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "norm_eps": 1e-5,
             "rope_theta": 150000.0, "sliding_window": 128, "num_experts_per_tok": 4, "num_experts": 128,
             "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "layer_types": None, "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0,
+                "beta_slow": 1.0, "truncate": False,
+            },
         },
         {**RMS, "num_experts": "num_local_experts"}, packed=True,
     ),
@@ -683,8 +683,8 @@ def config_from_json(values: dict) -> Config:
         raise ValueError(f"model_type {name!r}{why} is not supported, only {', '.join(FAMILIES)} are")
     family = FAMILIES[name]
     keys = {**COMMON, **family.defaults, **_under_common_names(values, family)}
-    if keys.get("rope_parameters") is None:  # null is the family's own, as if the key were absent
-        keys["rope_parameters"] = family.defaults.get("rope_parameters")
+    if values.get("rope_parameters") is None:  # null is as if the key were absent; rope_scaling takes their place
+        keys["rope_parameters"] = None if keys.get("rope_scaling") else family.defaults.get("rope_parameters")
     _check_supported(values, family)
     _check_kinds(keys, family)
     _check_activation(keys, family)
@@ -719,7 +719,11 @@ def config_from_json(values: dict) -> Config:
 
 def _under_common_names(values, family):
     """The values with the keys that a family spells in its own way, or once did, under their common names."""
-    values = dict(values)
+    values, defaults = dict(values), {**COMMON, **family.defaults}
+    for common in NO_ALIASES:
+        own = {**family.older, **family.spelled}.get(common, common)
+        if common in values and own not in values and values[common] != defaults.get(common):
+            raise ValueError(f"{common} is not a key of {values['model_type']} models: write {own}, or remove it")
     for common, own in (*family.older.items(), *family.spelled.items()):
         if own not in values or own == common:
             continue

@@ -16,6 +16,7 @@ from model import Config
 from shell.cli import UserError
 from shell.files import read_json
 from weights import mxfp4
+from weights.families import FAMILIES
 from weights.names import BUFFERS, TABLES, Names, Piece
 from weights.replaced import EMBEDDING, HEAD
 from weights.safetensors_format import read_header
@@ -24,7 +25,6 @@ INDEX = "model.safetensors.index.json"
 OPTIMIZER = "optimizer.safetensors"  # in a checkpoint to resume from
 # Beside a model's weights and no part of them: Mistral's own copy of the weights, adapters, an optimiser's state.
 NOT_WEIGHTS = ("consolidated*", "adapter*", "optimizer*")
-PACKED = ("gpt_oss",)  # families whose experts may be in MXFP4
 PIECE = 2**22  # numbers of two tensors that are compared at a time
 CHECKPOINT_AGAIN = "download or convert it again"  # how to repair a model folder
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names: those of weights
@@ -326,4 +326,4 @@ def under_our_names(weights: Weights, config: Config, ours: Iterable[str]) -> We
     into ours when they were read."""
     if weights.has_our_names or config.family not in TABLES:
         return weights
-    return Renamed(Unpacked(weights) if config.family in PACKED else weights, config, ours)
+    return Renamed(Unpacked(weights) if FAMILIES[config.family].packed else weights, config, ours)

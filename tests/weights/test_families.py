@@ -196,7 +196,9 @@ EQUAL = [  # families, changes to a config.json
     (ALL, {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     (ALL, {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
     (ALL, {"rope_scaling": {**LINEAR, "rope_theta": 9.0}, "rope_parameters": {"rope_theta": 9.0}}),
-    ((*ALL, "ministral3", "gemma3_text", "olmo3"), {"rope_parameters": None}),
+    ((*ALL, "ministral3", "gemma3_text", "olmo3", "gpt_oss"), {"rope_parameters": None}),
+    (("gpt_oss", "ministral3"), {"rope_parameters": None, "rope_theta": 777.0}),
+    (("gpt_oss",), {"rope_parameters": None, "rope_scaling": YARN, "rope_theta": 777.0}),
     # Windows.
     (ALL, {"sliding_window": ...}),
     (("mistral",), {"sliding_window": None}),
@@ -328,6 +330,46 @@ def test_odd_values(family, tmp_path):
             continue  # transformers broadcasts its single ALiBi distance, 0, over all keys
         outcome = verdict({**values, **changes}, tmp_path, tolerance=1e-4)  # a soft cap of 0.001 enlarges rounding
         assert outcome[0] != "different", (changes, outcome)
+
+
+PARTIAL = "partial_rotary_factor"
+OTHERS = {  # values that no tiny model has
+    "norm_eps": 0.3, "hidden_act": "relu2", "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 40, "hidden_size": 64, "num_experts": 3, PARTIAL: 1.0, "rope_theta": 7.0,
+}  # fmt: skip
+# As transformers 4 wrote it: beside each other, not in one object.
+OLD_ROPE = [
+    {}, {"rope_theta": 77.0}, {"rope_scaling": {}, "rope_theta": 77.0}, {"rope_scaling": YARN, "rope_theta": 77.0},
+    {"rope_scaling": {**LINEAR, "rope_type": "linear"}}, {"rope_scaling": {**YARN, "rope_theta": 77.0}},
+    {"partial_rotary_factor": 0.5, "rope_theta": 77.0}, {"partial_rotary_factor": 0.5, "rope_scaling": YARN},
+    {"rotary_pct": 1.0, "rotary_emb_base": 77}, {"rotary_pct": 1.0, "rope_theta": 77.0}, {"rope_local_base_freq": 33.0},
+    {"rope_local_base_freq": 33.0, "rope_theta": 77.0, "rope_scaling": YARN},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rope_as_transformers_4_wrote_it(family, tmp_path):
+    """The same logits, or refused; without any change the same."""
+    values = write_values(family, {"rope_parameters": ...})
+    outcomes = []
+    for changes in OLD_ROPE:
+        if family == "olmo3":  # transformers 5 gives its layers with a window the default theta; 4 gave them this one
+            changes = {key: 5e5 if key == "rope_theta" else value for key, value in changes.items()}
+        outcomes.append(verdict({**values, **changes}, tmp_path, tolerance=1e-4))
+        assert outcomes[-1][0] != "different", (changes, outcomes[-1])
+    assert outcomes[0][0] == "equal" and [outcome for outcome, _ in outcomes].count("equal") > 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_other_families(family, tmp_path):
+    """A key that the family calls by another name: the same logits as transformers, which may know both, or refused."""
+    values = write_values(family, {})
+    for common, own in {**FAMILIES[family].older, **FAMILIES[family].spelled}.items():
+        changes = {common: OTHERS[common]} | ({"rope_parameters": ...} if common in ("rope_theta", PARTIAL) else {})
+        for left_out in ((), (own,)):
+            changed = {k: v for k, v in {**values, **changes}.items() if k not in left_out and v is not ...}
+            outcome = verdict(changed, tmp_path, tolerance=1e-4)
+            assert outcome[0] != "different", (changes, left_out, outcome)
 
 
 # ------------------------------------------------------------------------------------------------- of whole files
