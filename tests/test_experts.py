@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from families.rows import ROWS
-from families.tiny import random_tokens
+from families.tiny import Tiny, distance, random_tokens
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -36,31 +36,10 @@ ALL = [(family, number) for family in FAMILIES for number in range(len(ROWS[fami
 T = 24
 
 
-def distance(a, b):
-    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
-
-
-@torch.no_grad()
-def reference(family, number, **changes):
-    """A tiny random model of transformers."""
-    config = transformers.AutoConfig.for_model(family, **{**ROWS[family][number], **changes})
-    model = (
-        transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", experts_implementation="eager"
-        )
-        .float()
-        .eval()
-    )
-    for name, parameter in model.named_parameters():
-        parameter.normal_(std=0.12).add_(float("norm" in name and name.endswith("weight")))
-    return model
-
-
 def pair(family, number, folder):
     """transformers' model, and ours with its weights."""
-    model = reference(family, number)
-    model.save_pretrained(folder)
-    return model, load_model(folder, torch.float32)
+    tiny = Tiny((family, number), folder)
+    return tiny.reference, tiny.load()
 
 
 def mixture(count=6, per_token=2, renormalised=True, size=12, **changes):
@@ -254,18 +233,6 @@ def test_balance_loss_is_least_where_experts_are_chosen_alike():
     assert balance_loss([logits[:1].repeat(24, 1)], 1) > 5.9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_bf16_is_as_near_as_transformers(family, tmp_path):
-    exact, _ = pair(family, 1, tmp_path)
-    tokens = random_tokens(4, T)
-    expected = exact(tokens, use_cache=False).logits
-    theirs = reference(family, 1).bfloat16()
-    theirs.load_state_dict(exact.state_dict())
-    near = distance(theirs(tokens, use_cache=False).logits.float(), expected)
-    assert distance(load_model(tmp_path, torch.bfloat16)(tokens).float(), expected) < 1.5 * near + 0.02
-
-
 @pytest.mark.parametrize(("family", "number"), ALL)
 @torch.no_grad()
 def test_packed_rows_are_single_samples_and_one_token_is_a_sample(family, number, tmp_path):
@@ -281,7 +248,7 @@ def test_packed_rows_are_single_samples_and_one_token_is_a_sample(family, number
 def packed_gpt_oss(folder):
     """A GPT-OSS as published, with random experts in MXFP4. Returns their tensors as transformers unpacks them."""
     sizes = dict(hidden_size=64, intermediate_size=32)
-    reference("gpt_oss", 0, **sizes).bfloat16().save_pretrained(folder)
+    Tiny(("gpt_oss", 0), folder, sizes).reference.bfloat16().save_pretrained(folder)
     tensors, unpacked = load_file(folder / "model.safetensors"), {}
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         E, inside, outside = tensors.pop(name).shape
