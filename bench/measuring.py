@@ -220,12 +220,12 @@ def peak_memory() -> int:
 
 def run_job(
     function: Callable[[dict], dict], job: dict, log: Path, python: str | Path = sys.executable, ours: bool = True,
-    root: Path | None = None,
+    root: Path = ROOT,
 ) -> dict:  # fmt: skip
     """Call `function(job)` in a new process of the interpreter `python` and return its result; `log` gets its output.
 
     ours: whether the process has the environment variables that our scripts set (shell/process.py).
-    root: another checkout of the project, whose function of that name is called.
+    root: the checkout of the project whose function of that name is called.
 
     function: defined at the top level of a file in bench/. job, result: dicts that JSON can hold. The function finds
     two more keys: "work_dir", a temporary folder, and "started", the time at which its process was started.
@@ -242,7 +242,7 @@ def run_job(
         environment = os.environ if ours else process.environment_without_defaults()
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(
-            [python, (root or ROOT) / "bench" / "measuring.py", path],
+            [python, root / "bench" / "measuring.py", path],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**environment, **offline},
         )  # fmt: skip
         if not result.is_file():
