@@ -319,7 +319,7 @@ def test_every_key_left_out(family, tmp_path):
 def test_odd_values(family, tmp_path):
     """Where transformers computes something, ours is the same or refused; where it fails, anything but a crash."""
     odd = [None, True, False, -1, 0, 1, 2, 7, 2.5, "", "odd", "silu", [], {}, [None, FULL], {"rope_theta": 9.0}, LINEAR,
-           {**LINEAR, "rope_type": None}, {"rope_type": "linear"}, [SLIDING, FULL], [SLIDING] * 2, 1e-3]  # fmt: skip
+           {**LINEAR, "rope_type": None}, {"rope_type": "linear"}, [SLIDING, FULL], [SLIDING] * 2, 1e-2]  # fmt: skip
     values = write_values(family, {})
     keys = [*values, "layer_types", "sliding_window", "rope_parameters", "use_sliding_window", *FOREIGN]
     for _ in range(60):
@@ -328,7 +328,7 @@ def test_odd_values(family, tmp_path):
             continue
         if family == "mpt" and changes.get("max_seq_len") == 1:
             continue  # transformers broadcasts its single ALiBi distance, 0, over all keys
-        outcome = verdict({**values, **changes}, tmp_path, tolerance=1e-4)  # a soft cap of 0.001 enlarges rounding
+        outcome = verdict({**values, **changes}, tmp_path, tolerance=1e-4)  # a soft cap of 0.01 enlarges rounding
         assert outcome[0] != "different", (changes, outcome)
 
 
