@@ -33,9 +33,11 @@ class Tiny:
         config = transformers.AutoConfig.for_model(self.family, **{**ROWS[row[0]][row[1]], **(edits or {})})
         self.reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=self.attention)
         self.reference = self.reference.float().eval()
+        gain = float(not self.family.startswith(("gemma", "nemotron")))  # theirs are 1 + the weight
         with torch.no_grad():
             for name, parameter in self.reference.named_parameters():
-                parameter.normal_(mean=float("norm" in name or "ln_" in name) * name.endswith("weight"), std=0.15)
+                is_gain = ("norm" in name or "ln_" in name) and name.endswith("weight")
+                parameter.normal_(mean=gain * is_gain, std=0.15)
         self.reference.save_pretrained(folder)
 
     def load(self, dtype=torch.float32, **options):
