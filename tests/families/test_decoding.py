@@ -145,10 +145,13 @@ def test_every_step_is_the_pass_over_the_whole_text(pair, family, number, kind):
 @EACH_ROW
 @needs_compiler
 def test_bf16_is_no_further_from_fp32_than_the_models_own_pass(pair, family, number):
-    """Both round keys, values and the prompt's hidden states to bf16; the compiled step rounds less of its own."""
+    """Both round keys, values and the prompt's hidden states to bf16; the compiled step rounds less of its own.
+
+    In many rows, since in a mixture of experts rounding that chooses another expert changes all that follows in a row.
+    """
     _, model = pair(family, number)
     model = copy.deepcopy(model).bfloat16()
-    exact, prompts = copy.deepcopy(model).float(), [random_ids(length) for length in (6, 1, 4)]
+    exact, prompts = copy.deepcopy(model).float(), [random_ids(length) for length in (6, 1, 4, 2, 5, 3, 8, 7)]
     forced = torch.tensor([random_ids(len(prompts)) for _ in range(16)])
 
     def logits(decoder):
