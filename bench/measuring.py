@@ -253,6 +253,11 @@ def run_job(
     return found
 
 
+def run_before(root: Path, function: Callable[[dict], dict], job: dict, log: Path) -> dict:
+    """`run_job` in the checkout of --before_dir, whose commit the result has."""
+    return run_job(function, job, log, root=root) | {"commit": commit(root)}
+
+
 def do_job(path: Path) -> None:
     """In the process of `run_job`: call the function that the file `path` names, and write its result beside that."""
     job = json.loads(path.read_text())

@@ -719,9 +719,9 @@ def config_from_json(values: dict) -> Config:
 
 def _under_common_names(values, family):
     """The values with the keys that a family spells in its own way, or once did, under their common names."""
-    values, defaults = dict(values), {**COMMON, **family.defaults}
+    values, defaults, names = dict(values), {**COMMON, **family.defaults}, {**family.older, **family.spelled}
     for common in NO_ALIASES:
-        own = {**family.older, **family.spelled}.get(common, common)
+        own = names.get(common, common)
         if common in values and own not in values and values[common] != defaults.get(common):
             raise ValueError(f"{common} is not a key of {values['model_type']} models: write {own}, or remove it")
     for common, own in (*family.older.items(), *family.spelled.items()):

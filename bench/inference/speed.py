@@ -25,13 +25,13 @@ from bench.measuring import (
     Comparison,
     alternate,
     check_checkout,
-    commit,
     describe,
     device_name,
     draw_bars,
     environment,
     machine_name,
     print_table,
+    run_before,
     run_job,
     summarize,
 )
@@ -132,7 +132,7 @@ def run_side(s, side, batch):
     if side == "litgpt":
         python = environment(s.venvs_dir, side, PEERS[side].requirements, log)
     if side == BEFORE:
-        return run_job(measure, job | {"side": OURS}, log, root=s.before_dir) | {"commit": commit(s.before_dir)}
+        return run_before(s.before_dir, measure, job | {"side": OURS}, log)
     return run_job(measure, job, log, python, ours=side == OURS)
 
 

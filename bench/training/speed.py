@@ -36,13 +36,13 @@ from bench.measuring import (
     Comparison,
     alternate,
     check_checkout,
-    commit,
     describe,
     device_name,
     draw_bars,
     environment,
     machine_name,
     print_table,
+    run_before,
     run_job,
     summarize,
 )
@@ -206,7 +206,7 @@ def run_side(s, job, side, micro_batch):
     if side == OURS:
         return run_job(measure_ours, job, log)
     if side == BEFORE:
-        return run_job(measure_ours, job, log, root=s.before_dir) | {"commit": commit(s.before_dir)}
+        return run_before(s.before_dir, measure_ours, job, log)
     python = environment(s.venvs_dir, side, PEERS[side].requirements, log)
     return run_job(peers.measure_peer, job, log, python, ours=False)
 
