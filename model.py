@@ -123,9 +123,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps, self.plus_one = eps, plus_one
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., size) in x's dtype."""
-        return rms_norm(x, self.weight, self.eps, self.plus_one)
+    def forward(self, x: Tensor, added: Tensor | None = None, scale: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
+        """(..., size) in x's dtype. With `added`: x + scale * added, and the norm of that, in one operation."""
+        return rms_norm(x, self.weight, self.eps, self.plus_one, added, scale)
 
 
 class LayerNorm(nn.Module):
@@ -137,9 +137,20 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
         self.eps, self.plus_one = eps, gain == "1 + weight"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., size) in x's dtype."""
-        return layer_norm(x, self.weight, self.bias, self.eps, self.plus_one)
+    def forward(self, x: Tensor, added: Tensor | None = None, scale: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
+        """As `RMSNorm.forward`."""
+        return layer_norm(x, self.weight, self.bias, self.eps, self.plus_one, added, scale)
+
+
+class NoNorm(nn.Identity):
+    """Where a family has no norm."""
+
+    def forward(self, x: Tensor, added: Tensor | None = None, scale: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
+        """As `RMSNorm.forward`, without a norm."""
+        if added is None:
+            return x
+        total = x.add(added, alpha=scale)
+        return total, total
 
 
 class JointNorm(RMSNorm):
@@ -171,7 +182,7 @@ def make_norm(config: Config, size: int) -> nn.Module:
 
 
 HEAD_NORMS = {
-    None: lambda config, heads: nn.Identity(),
+    None: lambda config, heads: NoNorm(),
     "head": lambda config, heads: make_norm(config, config.head_dim),
     "each head": lambda config, heads: EachHeadNorm(heads, config.head_dim, config.norm_eps),
     "joint": lambda config, heads: JointNorm(heads * config.head_dim, config.norm_eps),
@@ -230,7 +241,7 @@ class Angles(NamedTuple):
         """q (B, H, T, d) and k (B, K, T, d), turned."""
         if self.interleaved:
             q, k = (pairs_apart(x, 2 * self.cos.size(-1)) for x in (q, k))
-        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        q, k = rotate(q, k, self.cos, self.sin)
         return q if self.query_gain is None else q * self.query_gain, k
 
 
@@ -366,8 +377,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) to (..., D)."""
         if self.gate_proj is None:
-            return self.down_proj(activate(self.activation, self.up_proj(x)))
-        return self.down_proj(gated(self.activation, *project(x, self.gate_proj, self.up_proj)))
+            return self.down_proj(activate(self.activation, self.up_proj(x), reuse=not has_hooks(self.up_proj)))
+        projections = self.gate_proj, self.up_proj
+        reuse = not any(map(has_hooks, projections))  # a hook may have kept what they give
+        return self.down_proj(gated(self.activation, *project(x, *projections), reuse))
 
 
 class Block(nn.Module):
@@ -382,7 +395,7 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(*places):
-            return make_norm(config, config.hidden_size) if config.norm_places in places else nn.Identity()
+            return make_norm(config, config.hidden_size) if config.norm_places in places else NoNorm()
 
         self.parallel, self.shared_norm, self.scale = (
             config.parallel_residual, config.shared_norm, config.residual_scale,
@@ -390,7 +403,7 @@ class Block(nn.Module):
         self.input_layernorm = norm("before", "both")
         self.self_attn = Attention(config, layer)
         self.attention_output_norm, self.attention_sum_norm = norm("after", "both"), norm("sum")
-        self.post_attention_layernorm = nn.Identity() if config.shared_norm else norm("before", "both")
+        self.post_attention_layernorm = NoNorm() if config.shared_norm else norm("before", "both")
         self.sparse = bool(config.sparse) and config.sparse[layer]
         make_mlp = partial(MLP, config)
         if self.sparse:
@@ -412,10 +425,17 @@ class Block(nn.Module):
             added, logits = self.feed_forward(normed if self.shared_norm else self.post_attention_layernorm(x))
             y = x + attended + added
         else:
-            x = self.attention_sum_norm(x.add(attended, alpha=self.scale))
-            added, logits = self.feed_forward(self.post_attention_layernorm(x))
+            x, normed = self.add(x, attended)
+            added, logits = self.feed_forward(normed)
             y = self.mlp_sum_norm(x.add(self.mlp_output_norm(added), alpha=self.scale))
         return (y, logits) if routed else y
+
+    def add(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden states with what attention adds to them, and what the MLP gets."""
+        if isinstance(self.attention_sum_norm, NoNorm):
+            return self.post_attention_layernorm(x, attended, self.scale)
+        _, x = self.attention_sum_norm(x, attended, self.scale)
+        return x, x
 
     def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the MLP or the mixture of experts makes of x (B, T, D), and the logits of the experts or None."""
@@ -445,7 +465,7 @@ class Transformer(nn.Module):
         if config.embedding_norm:
             self.model["embed_norm"] = make_norm(config, D)
         self.model["layers"] = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.model["norm"] = make_norm(config, D) if config.final_norm else nn.Identity()
+        self.model["norm"] = make_norm(config, D) if config.final_norm else NoNorm()
         self.lm_head = Linear(E, config.vocab_size, bias=config.head_bias)
         self.tie_weights()
 

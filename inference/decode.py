@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from experts import Experts, choose
 from inference.kv_cache import KVCache
 from lora import Adapter, DoRALinear
-from model import MLP, Block, EachHeadNorm, JointNorm, LayerNorm, Linear, RMSNorm, Transformer, rope_angles
-from ops.activation import IN_CPP, plain_gated, plain_softcap
+from model import MLP, Block, EachHeadNorm, JointNorm, LayerNorm, Linear, NoNorm, RMSNorm, Transformer, rope_angles
+from ops.activation import IN_KERNELS, plain_gated, plain_softcap
 from ops.attention import Attend, masked_attention
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
@@ -438,10 +438,10 @@ def readable(layer: nn.Module, base: nn.Module) -> bool:
 
 
 class Norm:
-    """A norm of model.py; nn.Identity, which takes no call, is one too. heads: if it is over heads, how many."""
+    """A norm of model.py; `NoNorm`, which takes no call, is one too. heads: if it is over heads, how many."""
 
     def __init__(self, module: nn.Module, heads: int = 1):
-        self.is_identity = type(module) is nn.Identity
+        self.is_identity = type(module) is NoNorm
         if self.is_identity:
             return
         centered = {RMSNorm: False, JointNorm: False, LayerNorm: True, EachHeadNorm: True}[type(module)]
@@ -594,8 +594,8 @@ class CompiledDecoder(Decoder):
     def _mlp(self, parts, x, y, add=False):
         up = self._buffer("up", len(x), (1 + parts.gated) * parts.inner)
         inner = self._buffer("inner", len(x), parts.inner)
-        if parts.activation in IN_CPP:  # decode_cpu.cpp's `Activation` has their order
-            kind = (IN_CPP.index(parts.activation), parts.gated, torch.get_num_threads())
+        if parts.activation in IN_KERNELS:  # decode_cpu.cpp's `Activation` has their order
+            kind = (IN_KERNELS.index(parts.activation), parts.gated, torch.get_num_threads())
             activate = partial(cpp().activate, up.data_ptr(), inner.data_ptr(), *inner.shape, *kind)
         else:
             activate = partial(_activate_rare, parts.activation, up, inner)

@@ -137,7 +137,7 @@ def operator(signature: str) -> Callable[[Callable], Callable]:
 
     def register(function):
         name = OPERATORS.define(signature)
-        for device in ("CPU", "Meta"):
+        for device in ("CPU", "CUDA", "Meta"):
             OPERATORS.impl(name, function, device)
         return getattr(torch.ops.onetune, name)
 

@@ -129,8 +129,9 @@ void activate_all_backward(const T *grad, const T *x, const T *up, T *grad_x, T 
             Point point = A::at(load(x + i, count - i));
             Floats gradient = load(grad + i, count - i);
             if constexpr (GATED) {
+                Floats factor = load(up + i, count - i);  // grad_up may have its memory
                 store(grad_up + i, gradient * point.value, count - i);
-                gradient *= load(up + i, count - i);
+                gradient *= factor;
             }
             store(grad_x + i, gradient * point.slope, count - i);
         }
@@ -163,19 +164,20 @@ void rotate_all(const T *x, const float *cos, const float *sin, float sign, T *y
 // The first `count` lanes of a vector; the others are 0.
 Floats first_lanes(Floats x, int64_t count) { return lane_numbers() < (int32_t)count ? x : Floats{}; }
 
-// losses (rows,) = -log softmax(logits)[target], NaN if there is no such logit; with `backward` the logits become their
-// gradient: softmax, less 1 at the target. If CAPPED, the softmax is of softcap * tanh(logits / softcap), which is
-// computed again in each pass: in bf16 there is no room to keep it.
+// losses (rows,) = -log softmax(logits)[target] and log_sums (rows,) = log sum exp(logits), NaN if there is no such
+// logit; with `backward` the logits become the gradient of losses + z_loss * log_sums^2: (1 + 2 z_loss log_sum) softmax,
+// less 1 at the target. If CAPPED, the softmax is of softcap * tanh(logits / softcap), which is computed again in each
+// pass: in bf16 there is no room to keep it.
 template <class T, bool CAPPED>
-void loss_rows(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t size, bool backward,
-               float softcap, int64_t threads) {
+void loss_rows(T *logits, const int64_t *targets, float *losses, float *log_sums, int64_t rows, int64_t size,
+               bool backward, float softcap, float z_loss, int64_t threads) {
     const float inverse = 1 / softcap;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
         T *x = logits + row * size;
         int64_t target = targets[row];
         if (target < 0 || target >= size) {
-            losses[row] = NAN;
+            losses[row] = log_sums[row] = NAN;
             continue;
         }
         auto share = [&](Floats logit) { return CAPPED ? tanh(logit * inverse) : logit; };
@@ -189,10 +191,12 @@ void loss_rows(T *logits, const int64_t *targets, float *losses, int64_t rows, i
         }
         float total = sum(sums);
         Floats aim = share(Floats{} + load(x + target, 1)[0]);
-        losses[row] = std::log(total) + top - capped(aim)[0];
+        log_sums[row] = std::log(total) + top;
+        losses[row] = log_sums[row] - capped(aim)[0];
         if (!backward) continue;
+        float factor = (1 + 2 * z_loss * log_sums[row]) / total;
         for (int64_t i = 0; i < size; i += LANES) {
-            Floats t = share(load(x + i, size - i)), weight = exp_negative(capped(t) - top) * (1 / total);
+            Floats t = share(load(x + i, size - i)), weight = exp_negative(capped(t) - top) * factor;
             store(x + i, CAPPED ? weight * (1.0f - t * t) : weight, size - i);
         }
         Floats slope = CAPPED ? 1.0f - aim * aim : Floats{} + 1.0f;
@@ -494,7 +498,7 @@ void in_type(int64_t bf16, F f) {
     else f(float());
 }
 
-// f(A) with an activation by its place in activation.py's IN_CPP.
+// f(A) with an activation by its place in activation.py's IN_KERNELS.
 template <class F>
 void in_activation(int64_t place, F f) {
     if (place == 0) f(SiLU());
@@ -560,12 +564,12 @@ void rotate(int64_t bf16, const void *x, const float *cos, const float *sin, dou
     });
 }
 
-void loss(int64_t bf16, void *logits, const int64_t *targets, float *losses, int64_t rows, int64_t size,
-          int64_t backward, double softcap, int64_t threads) {
+void loss(int64_t bf16, void *logits, const int64_t *targets, float *losses, float *log_sums, int64_t rows,
+          int64_t size, int64_t backward, double softcap, double z_loss, int64_t threads) {
     in_type(bf16, [&](auto type) {
         using T = decltype(type);
         auto all = softcap ? loss_rows<T, true> : loss_rows<T, false>;
-        all((T *)logits, targets, losses, rows, size, backward, softcap, threads);
+        all((T *)logits, targets, losses, log_sums, rows, size, backward, softcap, z_loss, threads);
     });
 }
 

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm: the plain forms, and on a CPU kernels_cpu.cpp's, forward and backward.
+"""RMSNorm and LayerNorm: the plain forms, and norm_gpu.py's or, on a CPU, kernels_cpu.cpp's, forward and backward.
 
 What is normed is multiplied by a gain: `weight`, `weight` + 1 where that is how a family stores it, or nothing.
 """
@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.cpp import call_cpp, in_cpp, operator
+from ops.dtypes import alike
+from ops.gpu import in_triton, launch, tile, tiles
+
+LARGEST = 16384  # elements of a row that a program of norm_gpu.py can hold
+PROGRAMS = 512  # that add up the gradients of weight and bias, each of its rows: about four for each processor of a GPU
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
@@ -28,26 +33,52 @@ def plain_layer_norm(
     return F.layer_norm(x, (x.size(-1),), weight, bias, eps)
 
 
-@operator("norm(Tensor x, Tensor gain, Tensor shift, float eps, bool centred) -> (Tensor, Tensor, Tensor)")
-def _norm(x, gain, shift, eps, centred):
-    """The norm, the mean (...,) fp32 if `centred` (LayerNorm), and 1 / rms or 1 / standard deviation (...,) fp32."""
+@operator(
+    "norm(Tensor x, Tensor? added, float scale, Tensor? weight, Tensor? bias, float eps, bool plus_one, bool centred"
+    ") -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _norm(x, added, scale, weight, bias, eps, plus_one, centred):
+    """x + scale * added, (0,) if nothing is added; its norm; the mean (...,) fp32 if `centred` (LayerNorm), else (0,);
+    and 1 / rms or 1 / standard deviation (...,) fp32."""
     means, inverses = (x.new_empty(x.shape[:-1] if kept else 0, dtype=torch.float32) for kept in (centred, True))
-    y = torch.empty_like(x)
-    call_cpp("norm", x, gain, shift, eps, y, means, inverses, inverses.numel(), x.size(-1), centred)
-    return y, means, inverses
+    rows, size, y = inverses.numel(), x.size(-1), torch.empty_like(x)
+    total = x.new_empty(0) if added is None else torch.empty_like(x)
+    if in_triton(x):
+        how = tile(size)
+        given = (x, added, scale, weight, bias, eps, total, y, means if centred else None, inverses, rows, size)
+        launch("norm", (tiles(rows, how),), *given, plus_one=plus_one, **how)
+    else:
+        summed = x if added is None else torch.add(x, added, alpha=scale, out=total)
+        gain = _gain(x, weight, plus_one)
+        shift = gain.new_zeros(gain.shape if centred else 0) if bias is None else bias.float()
+        call_cpp("norm", summed, gain, shift, eps, y, means, inverses, rows, size, centred)
+    return total, y, means, inverses
 
 
 @operator(
-    "norm_backward(Tensor grad, Tensor x, Tensor gain, Tensor means, Tensor inverses, bool centred, bool[] trains"
-    ") -> (Tensor, Tensor, Tensor)"
+    "norm_backward(Tensor grad, Tensor? grad_total, Tensor x, Tensor? weight, Tensor means, Tensor inverses, "
+    "bool plus_one, bool[] trains) -> (Tensor, Tensor, Tensor)"
 )
-def _norm_backward(grad, x, gain, means, inverses, centred, trains):
-    """The gradients of x, and of gain and shift in fp32 if they train."""
-    parts = [torch.get_num_threads() * each for each in trains]  # an empty tensor's address is null: nothing is summed
-    gains, shifts = (x.new_zeros((count, x.size(-1)), dtype=torch.float32) for count in parts)
-    grad_x, rows = torch.empty_like(x), inverses.numel()
-    call_cpp("norm_backward", grad, x, gain, means, inverses, grad_x, gains, shifts, rows, x.size(-1), centred)
-    return grad_x, gains.sum(0), shifts.sum(0)
+def _norm_backward(grad, grad_total, x, weight, means, inverses, plus_one, trains):
+    """The gradients of x (`grad_total` is added to it), and of weight and bias in fp32 if they train, else (0,)."""
+    rows, size, grad_x, centred = inverses.numel(), x.size(-1), torch.empty_like(x), means.numel() > 0
+    in_gpu, how = in_triton(x), tile(size)
+    # Each program or thread has a sum of its own. An empty tensor's address is null: nothing is summed.
+    rounds = -(-tiles(rows, how) // PROGRAMS) if any(trains) else 1
+    parts = -(-tiles(rows, how) // rounds) if in_gpu else torch.get_num_threads()
+    gains, shifts = (x.new_zeros((parts * each, size), dtype=torch.float32) for each in trains)
+    if in_gpu:
+        given = (grad, grad_total, x, weight, means if centred else None, inverses, grad_x)
+        sums = (part if each else None for part, each in zip((gains, shifts), trains, strict=True))
+        launch("norm_backward", (parts,), *given, *sums, rows, size, rounds, plus_one=plus_one, **how)
+    else:
+        gain = _gain(x, weight, plus_one)
+        call_cpp("norm_backward", grad, x, gain, means, inverses, grad_x, gains, shifts, rows, size, centred)
+        if grad_total is not None:
+            grad_x += grad_total
+    return grad_x, *(
+        sums.sum(0) if each else x.new_empty(0) for sums, each in zip((gains, shifts), trains, strict=True)
+    )
 
 
 def _gain(x, weight, plus_one):
@@ -58,36 +89,81 @@ def _gain(x, weight, plus_one):
 
 
 class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, plus_one, centred):
-        x, gain = x.contiguous(), _gain(x, weight, plus_one)
-        shift = gain.new_zeros(gain.shape if centred else 0) if bias is None else bias.float()
-        y, means, inverses = _norm(x, gain, shift, eps, centred)
-        ctx.save_for_backward(x, weight, bias, means, inverses)
-        ctx.known = plus_one, centred
-        return y
+    """The norm of x, or with `added` the sum x + scale * added and the norm of that."""
 
     @staticmethod
-    def backward(ctx, grad):
-        (x, *parameters, means, inverses), (plus_one, centred) = ctx.saved_tensors, ctx.known
-        gain, trains = _gain(x, parameters[0], plus_one), ctx.needs_input_grad[1:3]
-        grad_x, *grads = _norm_backward(grad.contiguous(), x, gain, means, inverses, centred, trains)
-        each = zip(grads, parameters, trains, strict=True)
-        return grad_x, *(g.to(parameter.dtype) if needed else None for g, parameter, needed in each), None, None, None
+    def forward(ctx, x, added, scale, weight, bias, eps, plus_one, centred):
+        x, added = x.contiguous(), None if added is None else added.contiguous()
+        total, y, means, inverses = _norm(x, added, scale, weight, bias, eps, plus_one, centred)
+        ctx.save_for_backward(x if added is None else total, weight, bias, means, inverses)
+        ctx.known = scale, plus_one
+        ctx.set_materialize_grads(False)
+        return y if added is None else (total, y)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (x, weight, bias, means, inverses), (scale, plus_one) = ctx.saved_tensors, ctx.known
+        grad_total, grad = (None, *grads)[-2:]
+        if grad is None:  # nothing used the norm
+            grad_x, *grads = grad_total, None, None
+        else:
+            grad_total, trains = None if grad_total is None else grad_total.contiguous(), ctx.needs_input_grad[3:5]
+            given = (grad.contiguous(), grad_total, x, weight, means, inverses, plus_one, trains)
+            grad_x, *grads = _norm_backward(*given)
+            each = zip(grads, (weight, bias), trains, strict=True)
+            grads = [g.to(parameter.dtype) if needed else None for g, parameter, needed in each]
+        grad_added = None
+        if grad_x is not None and ctx.needs_input_grad[1]:
+            grad_added = grad_x if scale == 1 else grad_x * scale
+        return grad_x, grad_added, None, *grads, None, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
+def _sum_and_norm(plain, x, added, scale, weight, bias, eps, plus_one, centred):
+    """Of x + scale * added, the sum and the norm, or with nothing added the norm. plain: what gives it in torch."""
+    if added is not None:
+        x, added = alike(x, added)
+    if (in_triton(x) or in_cpp(x)) and x.size(-1) <= LARGEST:
+        return _Norm.apply(x, added, scale, weight, bias, eps, plus_one, centred)
+    if added is None:
+        return plain(x)
+    total = x.add(added, alpha=scale)
+    return total, plain(total)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    plus_one: bool = False,
+    added: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor | tuple[Tensor, Tensor]:
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), in x's dtype.
 
-    torch has a fused kernel for CUDA only; on a CPU its backward pass costs seven times LayerNorm's.
+    With `added`, of x's shape: x + scale * added, and the norm of that.
     """
-    if in_cpp(x):
-        return _Norm.apply(x, weight, None, eps, plus_one, False)
-    return plain_rms_norm(x, weight, eps, plus_one)
+
+    def plain(x):
+        return plain_rms_norm(x, weight, eps, plus_one)
+
+    return _sum_and_norm(plain, x, added, scale, weight, None, eps, plus_one, centred=False)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
-    """(x - mean) / standard deviation * weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450)."""
-    if in_cpp(x):
-        return _Norm.apply(x, weight, bias, eps, plus_one, True)
-    return plain_layer_norm(x, weight, bias, eps, plus_one)
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    plus_one: bool = False,
+    added: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x - mean) / standard deviation * weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450).
+
+    With `added`, of x's shape: x + scale * added, and the norm of that.
+    """
+
+    def plain(x):
+        return plain_layer_norm(x, weight, bias, eps, plus_one)
+
+    return _sum_and_norm(plain, x, added, scale, weight, bias, eps, plus_one, centred=True)

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from families.tiny import pytest_generate_tests, tiny, tiny_models  # noqa: F401 (for tests/families)
 
-from ops import cpp
+from ops import cpp, gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "tests" / ".cache"
@@ -67,13 +67,25 @@ def run_script():
     return run
 
 
-@pytest.fixture(params=["C++", "torch"])
+@pytest.fixture(params=["C++", "torch", "Triton"])
 def way(request, monkeypatch):
-    """How a CPU computes: by kernels_cpu.cpp, or as CUDA does and a CPU without a compiler."""
+    """How a CPU computes: by kernels_cpu.cpp, as one without a compiler, or as CUDA does, with Triton's interpreter."""
     if request.param == "torch":
         monkeypatch.setattr(cpp, "compiled_library", lambda *_: None)
+    elif request.param == "Triton":
+        request.getfixturevalue("interpreted")
     elif not cpp.compiled_library("kernels_cpu"):
         pytest.skip("no C++ compiler")
+    return request.param
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton's kernels compute on a CPU, as numpy."""
+    if not gpu.has_triton():
+        pytest.skip("Triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert type(gpu.kernel("norm")).__name__ == "InterpretedFunction"
 
 
 # ---------------------------------------------------------------------------------------------- tiny random models

@@ -100,18 +100,21 @@ def test_two_dtypes_are_multiplied_in_the_wider(name, way):
 @pytest.mark.parametrize("d, turned", [(8, 2), (10, 6), (40, 8), (80, 32), (64, 48), (5, 4)])
 @pytest.mark.parametrize("rows", [(), (1, 1), (2, 1)])
 def test_the_first_dimensions_are_turned(d, turned, rows, way):
-    x, angles = random(2, 3, 7, d), torch.randn(*rows, 7, turned // 2)
-    y = rotate(x, angles.cos(), angles.sin())
-    assert_alike(y, plain_rotate(x, angles.cos(), angles.sin()), (x,))
-    assert torch.equal(y[..., turned:], x[..., turned:]) and not torch.equal(y[..., :turned], x[..., :turned])
-    transposed = x.transpose(1, 2).contiguous().transpose(1, 2)  # as the model has it
-    assert torch.equal(rotate(transposed, angles.cos(), angles.sin()), y)
+    q, k, angles = random(2, 6, 7, d), random(2, 3, 7, d), torch.randn(*rows, 7, turned // 2)
+    turns = angles.cos(), angles.sin()
+    together, expected = rotate(q, k, *turns), [plain_rotate(x, *turns) for x in (q, k)]
+    assert_alike(torch.cat(together, dim=1), torch.cat(expected, dim=1), (q, k))
+    for x, y in zip((q, k), together, strict=True):
+        assert torch.equal(y[..., turned:], x[..., turned:]) and not torch.equal(y[..., :turned], x[..., :turned])
+    transposed = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))  # as the model has it
+    for one, other in zip(rotate(*transposed, *turns), together, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_rest_is_copied_in_bf16(way):
     x, angles = torch.randn(2, 3, 7, 20).bfloat16(), torch.randn(7, 4)
     cos, sin = (f(angles).bfloat16() for f in (torch.cos, torch.sin))
-    y = rotate(x, cos, sin)
+    y, _ = rotate(x, x[:, :1], cos, sin)
     assert torch.equal(y[..., 8:], x[..., 8:])
     expected = plain_rotate(x.double(), cos.double(), sin.double())
     torch.testing.assert_close(y.double(), expected, atol=2e-2, rtol=2**-7)  # what torch adds is rounded twice
