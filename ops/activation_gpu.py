@@ -5,8 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
+def tanh(x):
+    """tanh(x); near 0, where exp(-2|x|) loses digits, by Lambert's continued fraction."""
+    size, z = tl.abs(x), x * x
+    e = tl.exp(-2 * size)
+    near = x * (945 + z * (105 + z)) / (945 + z * (420 + z * 15))
+    return tl.where(size < 0.6, near, tl.where(x < 0, e - 1, 1 - e) / (1 + e))
 
 
 @triton.jit
@@ -16,12 +20,12 @@ def _activation(x, NAME: tl.constexpr):
     elif NAME == "gelu":
         return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":
-        return 0.5 * x * (1 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
     elif NAME == "relu":
-        return tl.where(x > 0, x, 0.0)
+        return tl.where(x <= 0, 0.0, x)
     else:
         tl.static_assert(NAME == "relu2")
-        return tl.where(x > 0, x * x, 0.0)
+        return tl.where(x <= 0, 0.0, x * x)
 
 
 @triton.jit
@@ -33,13 +37,13 @@ def _slope(x, NAME: tl.constexpr):
     elif NAME == "gelu":
         return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif NAME == "gelu_tanh":
-        t = _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
         return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 0.134145 * x * x)
     elif NAME == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
+        return tl.where(x <= 0, 0.0, 1.0)
     else:
         tl.static_assert(NAME == "relu2")
-        return tl.where(x > 0, 2 * x, 0.0)
+        return tl.where(x <= 0, 0.0, 2 * x)
 
 
 @triton.jit

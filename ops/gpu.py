@@ -1,12 +1,11 @@
 """Triton's kernels: for which tensors they compute, and how they are launched.
 
 They stand in the files called ..._gpu.py, each beside the file with its plain reference. Those files are imported on
-the first launch alone: a machine without a GPU need not have Triton. With TRITON_INTERPRET=1 in the environment Triton
-runs them as numpy, on tensors of a CPU: so they are tested here, slowly.
+the first launch alone: a machine without a GPU need not have Triton. With TRITON_INTERPRET=1 in the environment before
+its first import Triton runs them as numpy, slowly: so the tests try them on a CPU (`on_cpu`).
 """
 
 import importlib.util
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -17,25 +16,21 @@ from torch._subclasses.fake_tensor import is_fake
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEWEST_ELEMENTS = 2048  # that a program works on at a time where a row is short: so each of its threads has several
+on_cpu = False  # whether they compute with tensors of a CPU too, which takes Triton's interpreter
 # Functions that are called with each launch: (name, grid, arguments, how). bench/machine/kernels.py compiles what a
 # step of a model launches, for cards that are not there.
 observers: list[Callable] = []
 
 
 def in_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether Triton's kernels compute with x, cast to `dtype`: on CUDA, interpreted, and not in torch.compile.
+    """Whether Triton's kernels compute with x, cast to `dtype`: on CUDA, and not in torch.compile.
 
     "meta" stands for a CUDA device that is not there, in the prediction of memory.
     """
     if (dtype or x.dtype) not in DTYPES or torch.compiler.is_compiling():
         return False
     device = x.device.type
-    return device == "meta" or (device == "cuda" and has_triton()) or (device == "cpu" and is_interpreted())
-
-
-def is_interpreted() -> bool:
-    """Whether Triton's kernels are to be run as numpy."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return device == "meta" or (device == "cuda" and has_triton()) or (device == "cpu" and on_cpu)
 
 
 @lru_cache

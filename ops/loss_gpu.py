@@ -3,11 +3,13 @@
 import triton
 import triton.language as tl
 
+from ops.activation_gpu import tanh
+
 
 @triton.jit
 def _share(logit, softcap, CAPPED: tl.constexpr):
     """What a logit is of the soft cap: tanh(logit / softcap)."""
-    return 2 * tl.sigmoid(2 * logit / softcap) - 1 if CAPPED else logit
+    return tanh(logit / softcap) if CAPPED else logit
 
 
 @triton.jit

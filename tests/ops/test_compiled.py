@@ -27,7 +27,7 @@ def test_fewer_instructions_give_the_same(without, tmp_path):
     wrapper.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -mno-amx-tile -mno-amx-bf16 {without}\n')
     wrapper.chmod(0o755)
     names = "rms_norm swiglu rotate loss cpp_attention quantised several_rows gated activate norm_is_the_plain turned"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", " or ".join(names.split())]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"({' or '.join(names.split())}) and not Triton"]
     files = ("kernels", "attention", "activations", "norms", "scores", "capped_loss")
     command += [TESTS / "test_generate.py", *(TESTS / f"ops/test_{name}.py" for name in files)]
     environment = {**os.environ, "CXX": str(wrapper), "XDG_CACHE_HOME": str(tmp_path)}
