@@ -64,7 +64,7 @@ def _norm_backward(grad, grad_total, x, weight, means, inverses, plus_one, train
     rows, size, grad_x, centred = inverses.numel(), x.size(-1), torch.empty_like(x), means.numel() > 0
     in_gpu, how = in_triton(x), tile(size)
     # Each program or thread has a sum of its own. An empty tensor's address is null: nothing is summed.
-    rounds = -(-tiles(rows, how) // PROGRAMS) if any(trains) else 1
+    rounds = max(1, -(-tiles(rows, how) // PROGRAMS)) if any(trains) else 1
     parts = -(-tiles(rows, how) // rounds) if in_gpu else torch.get_num_threads()
     gains, shifts = (x.new_zeros((parts * each, size), dtype=torch.float32) for each in trains)
     if in_gpu:

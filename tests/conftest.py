@@ -83,6 +83,16 @@ def way(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(params=["C++", "Triton"])
+def fused(request):
+    """The ways to compute in one pass what torch does in several: in kernels_cpu.cpp, or with Triton's interpreter."""
+    if request.param == "Triton":
+        request.getfixturevalue("interpreted")
+    elif not cpp.compiled_library("kernels_cpu"):
+        pytest.skip("no C++ compiler")
+    return request.param
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """Triton's kernels compute on a CPU, as numpy."""

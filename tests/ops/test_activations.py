@@ -15,11 +15,11 @@ def random(*shape, scale=1.0):
     return (torch.randn(shape) * scale).requires_grad_()
 
 
-def assert_alike(y, expected, inputs, within=1e-5):
-    """The same result and the same gradients, from a random gradient of the result."""
+def assert_alike(y, expected, inputs, within=1e-5, **how):
+    """The same result and the same gradients, from a random gradient of the result. how: of torch.autograd.grad."""
     grad = torch.randn_like(expected)
     torch.testing.assert_close(y, expected, atol=within, rtol=within)
-    for one, other in zip(*(torch.autograd.grad(result, inputs, grad) for result in (y, expected)), strict=True):
+    for one, other in zip(*(torch.autograd.grad(result, inputs, grad, **how) for result in (y, expected)), strict=True):
         torch.testing.assert_close(one, other, atol=within, rtol=within)
 
 
@@ -39,6 +39,21 @@ def test_activate(name, shape, way):
     assert_alike(activate(name, x), ACTIVATIONS[name](x), (x,))
     x = x.detach().transpose(0, 1).requires_grad_()
     assert_alike(activate(name, x), ACTIVATIONS[name](x), (x,))
+
+
+@each_activation
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_gradients_in_the_memory_of_the_inputs(name, is_gated, way):
+    """The same gradients, and an error for who needs the inputs once more."""
+    leaves = [random(5, 70) for _ in range(1 + is_gated)]
+    ours, plain = (gated, plain_gated) if is_gated else (activate, lambda name, x: ACTIVATIONS[name](x))
+    inputs = [leaf * 1 for leaf in leaves]
+    y, before = ours(name, *inputs, reuse=True), [x.detach().clone() for x in inputs]
+    assert_alike(y, plain(name, *leaves), leaves, retain_graph=True)
+    if way != "torch":
+        assert not any(torch.equal(x, x_before) for x, x_before in zip(inputs, before, strict=True))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 @each_activation

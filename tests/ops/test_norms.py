@@ -1,12 +1,9 @@
-"""RMSNorm and LayerNorm in C++ against their plain references: every gain and bias, results and all gradients."""
+"""RMSNorm and LayerNorm in C++ and Triton against their plain references: every gain and bias, and all gradients."""
 
 import pytest
 import torch
 
-from ops.cpp import compiled_library
 from ops.norm import layer_norm, plain_layer_norm, plain_rms_norm, rms_norm
-
-pytestmark = pytest.mark.skipif(not compiled_library("kernels_cpu"), reason="no C++ compiler")
 
 SHAPES = [(2, 5, 24), (1, 1, 8), (7, 3), (3, 50), (2, 64), (33, 129)]
 # Whether there is a weight, what it is increased by, and whether there is a bias.
@@ -33,7 +30,7 @@ def results(function, given, grad):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weighted, plus_one, biased", GAINS)
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_norm_is_the_plain_one(kind, weighted, plus_one, biased, shape):
+def test_norm_is_the_plain_one(kind, weighted, plus_one, biased, shape, fused):
     size = shape[-1]
     given = random(*shape), random(size) if weighted else None, random(size) if biased and kind == "layer" else None
     grad, (ours, plain) = torch.randn(shape), norms(kind, plus_one)
@@ -43,7 +40,7 @@ def test_norm_is_the_plain_one(kind, weighted, plus_one, biased, shape):
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_rows_of_one_number(kind):
+def test_rows_of_one_number(kind, fused):
     """Less its mean it is 0, and the norm divides by sqrt(eps): 300 times the rounding."""
     x, weight, bias, grad = random(4, 1), random(1), random(1) if kind == "layer" else None, torch.randn(4, 1)
     ours, plain = (results(f, (x, weight, bias), grad) for f in norms(kind, False))
@@ -51,7 +48,7 @@ def test_rows_of_one_number(kind):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_share_the_sums_of_weight_and_bias(threads):
+def test_threads_share_the_sums_of_weight_and_bias(threads, fused):
     given, grad, before = (random(50, 20), random(20), random(20)), torch.randn(50, 20), torch.get_num_threads()
     torch.set_num_threads(threads)
     ours, plain = (results(f, given, grad) for f in norms("layer", False))
@@ -60,7 +57,7 @@ def test_threads_share_the_sums_of_weight_and_bias(threads):
 
 
 @pytest.mark.parametrize("trains", ["weight", "bias", "neither"])
-def test_only_what_trains_has_a_gradient(trains):
+def test_only_what_trains_has_a_gradient(trains, fused):
     x, weight, bias = random(6, 10), torch.randn(10), torch.randn(10)
     if trains != "neither":
         {"weight": weight, "bias": bias}[trains].requires_grad_()
@@ -70,7 +67,7 @@ def test_only_what_trains_has_a_gradient(trains):
 
 @pytest.mark.parametrize("weighted, plus_one, biased", GAINS)
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_norm_in_bf16_is_rounded_once(kind, weighted, plus_one, biased):
+def test_norm_in_bf16_is_rounded_once(kind, weighted, plus_one, biased, fused):
     """All arithmetic is in fp32: what comes out is the exact result, rounded (2^-8 of each number at most)."""
     given = random(40, 96), random(96) if weighted else None, random(96) if biased and kind == "layer" else None
     rounded = [None if x is None else x.detach().bfloat16().requires_grad_() for x in given]
@@ -93,7 +90,7 @@ def in_fp64(kind, plus_one):
     return norm
 
 
-def test_fp32_parameters_of_a_bf16_model_keep_their_dtype():
+def test_fp32_parameters_of_a_bf16_model_keep_their_dtype(fused):
     x, weight, bias = random(9, 20, dtype=torch.bfloat16), random(20), random(20)
     y = layer_norm(x, weight, bias, 1e-5)
     grads = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
@@ -101,15 +98,76 @@ def test_fp32_parameters_of_a_bf16_model_keep_their_dtype():
     torch.testing.assert_close(grads[2], torch.full((20,), 9.0))
 
 
-def test_a_large_mean_does_not_hide_the_deviation():
+def test_a_large_mean_does_not_hide_the_deviation(fused):
     x = torch.randn(4, 50) + 300
     expected = in_fp64("layer", False)(x.double(), None, None)
     torch.testing.assert_close(layer_norm(x, None, None, 1e-5).double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_any_layout_and_rows_that_are_all_alike():
+def test_any_layout_and_rows_that_are_all_alike(fused):
     x, weight = random(6, 10), random(6)
     ours, plain = (f(x.T, weight, None) for f in norms("layer", False))
     torch.testing.assert_close(ours, plain)
     assert torch.equal(layer_norm(torch.full((2, 5), 3.0), None, None, 1e-5), torch.zeros(2, 5))
     assert torch.equal(rms_norm(torch.zeros(2, 5), None, 1e-5), torch.zeros(2, 5))
+
+
+# --------------------------------------------------------------------------------------------- the norm of a sum of two
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("used", ["both", "sum", "norm"])
+@pytest.mark.parametrize("weighted, plus_one, biased", GAINS)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_of_a_sum(kind, weighted, plus_one, biased, used, scale, way):
+    x, added, weight = random(3, 5, 24), random(3, 5, 24), random(24) if weighted else None
+    bias = (random(24) if biased else None,) if kind == "layer" else ()
+    norm, (_, plain) = {"layer": layer_norm, "rms": rms_norm}[kind], norms(kind, plus_one)
+    ours = norm(x, weight, *bias, 1e-5, plus_one, added, scale)
+    total = x + scale * added
+    expected = total, plain(total, weight, *bias or [None])
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+    places = {"both": (0, 1), "sum": (0,), "norm": (1,)}[used]
+    inputs = [t for t in (x, added, weight, *bias) if t is not None and (used != "sum" or t.dim() == 3)]
+    grads = [torch.randn(3, 5, 24) for _ in places]
+    for results in zip(
+        *(torch.autograd.grad([r[i] for i in places], inputs, grads) for r in (ours, expected)), strict=True
+    ):
+        torch.testing.assert_close(*results, atol=2e-5, rtol=2e-5)
+
+
+def test_the_sum_is_rounded_before_the_norm(way):
+    """As x + added, then the norm, would do it in bf16; in the wider dtype of the two."""
+    x, added, weight = torch.randn(4, 30).bfloat16(), torch.randn(4, 30).bfloat16(), torch.randn(30)
+    total, y = rms_norm(x, weight, 1e-5, added=added)
+    assert total.dtype == y.dtype == torch.bfloat16 and torch.equal(total, x + added)
+    torch.testing.assert_close(y, rms_norm(x + added, weight, 1e-5), atol=0, rtol=2**-8)
+    total, y = rms_norm(x.float(), weight, 1e-5, added=added)
+    assert total.dtype == y.dtype == torch.float32 and torch.equal(total, x.float() + added.float())
+
+
+def test_what_adds_without_a_gradient_gets_none(way):
+    x, added = random(3, 8), torch.randn(3, 8)
+    total, y = layer_norm(x, None, None, 1e-5, added=added)
+    (total.sum() + y.square().sum()).backward()
+    expected = x.detach().clone().requires_grad_()
+    ((expected + added).sum() + plain_layer_norm(expected + added, None, None, 1e-5).square().sum()).backward()
+    torch.testing.assert_close(x.grad, expected.grad, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert not any(t.requires_grad for t in layer_norm(x, None, None, 1e-5, added=added))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 700])
+def test_any_number_of_rows_adds_up_in_the_gain(rows, fused):
+    """As many as one program of Triton's has at a time, fewer and more; and a row wider than a program holds."""
+    x, weight = random(rows, 130), random(130)
+    y, expected = rms_norm(x, weight, 1e-5), plain_rms_norm(x, weight, 1e-5)
+    grad = torch.randn(rows, 130)
+    for one, other in zip(*(torch.autograd.grad(r, (x, weight), grad) for r in (y, expected)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_wider_than_a_program_holds(monkeypatch, way):
+    monkeypatch.setattr("ops.norm.LARGEST", 16)
+    x, weight = random(3, 17), random(17)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), plain_rms_norm(x, weight, 1e-5))
