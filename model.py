@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from experts import ExpertConfig, Experts
@@ -29,7 +30,7 @@ from ops.attention import Scores, choose_attention
 from ops.dtypes import compute_dtype
 from ops.linear import linear
 from ops.loss import LOSS_CHUNK, head_loss
-from ops.norm import layer_norm, rms_norm
+from ops.norm import layer_norm, layer_norm_of_sum, rms_norm, rms_norm_of_sum
 from ops.rope import RoPE, angles, query_gain
 from ops.rotation import pairs_apart, rotate
 
@@ -123,9 +124,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps, self.plus_one = eps, plus_one
 
-    def forward(self, x: Tensor, added: Tensor | None = None, scale: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
-        """(..., size) in x's dtype. With `added`: x + scale * added, and the norm of that, in one operation."""
-        return rms_norm(x, self.weight, self.eps, self.plus_one, added, scale)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) in x's dtype."""
+        return rms_norm(x, self.weight, self.eps, self.plus_one)
 
 
 class LayerNorm(nn.Module):
@@ -137,20 +138,35 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
         self.eps, self.plus_one = eps, gain == "1 + weight"
 
-    def forward(self, x: Tensor, added: Tensor | None = None, scale: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
-        """As `RMSNorm.forward`."""
-        return layer_norm(x, self.weight, self.bias, self.eps, self.plus_one, added, scale)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) in x's dtype."""
+        return layer_norm(x, self.weight, self.bias, self.eps, self.plus_one)
 
 
-class NoNorm(nn.Identity):
-    """Where a family has no norm."""
+OF_SUMS = {  # of a class of norms the function for x + scale * added and the norm of that
+    RMSNorm: lambda norm, *sum: rms_norm_of_sum(*sum, norm.weight, norm.eps, norm.plus_one),
+    LayerNorm: lambda norm, *sum: layer_norm_of_sum(*sum, norm.weight, norm.bias, norm.eps, norm.plus_one),
+}
 
-    def forward(self, x: Tensor, added: Tensor | None = None, scale: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
-        """As `RMSNorm.forward`, without a norm."""
-        if added is None:
-            return x
-        total = x.add(added, alpha=scale)
-        return total, total
+
+def add_and_norm(x: Tensor, added: Tensor, scale: float, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + scale * added, and the norm of that: in one operation, unless the norm has hooks or was edited."""
+    together = type(norm) in OF_SUMS and not has_hooks(norm) and not torch.compiler.is_compiling()
+    if together and is_published(type(norm), type(norm).forward):
+        return OF_SUMS[type(norm)](norm, x, added, scale)
+    total = x.add(added, alpha=scale)
+    return total, norm(total)
+
+
+@functools.cache
+def is_published(kind: type, forward: Callable) -> bool:
+    """Whether `forward`, of a class of norms, computes what `OF_SUMS` has for it, tried on a few random numbers."""
+    with torch.random.fork_rng([]), _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
+        norm, x = kind(7, 1e-5), torch.randn(3, 7)
+        for parameter in norm.parameters():
+            parameter.copy_(torch.rand_like(parameter))
+        y, (_, expected) = forward(norm, x), OF_SUMS[kind](norm, x, torch.zeros_like(x), 1.0)
+        return y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-4)
 
 
 class JointNorm(RMSNorm):
@@ -182,7 +198,7 @@ def make_norm(config: Config, size: int) -> nn.Module:
 
 
 HEAD_NORMS = {
-    None: lambda config, heads: NoNorm(),
+    None: lambda config, heads: nn.Identity(),
     "head": lambda config, heads: make_norm(config, config.head_dim),
     "each head": lambda config, heads: EachHeadNorm(heads, config.head_dim, config.norm_eps),
     "joint": lambda config, heads: JointNorm(heads * config.head_dim, config.norm_eps),
@@ -395,7 +411,7 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(*places):
-            return make_norm(config, config.hidden_size) if config.norm_places in places else NoNorm()
+            return make_norm(config, config.hidden_size) if config.norm_places in places else nn.Identity()
 
         self.parallel, self.shared_norm, self.scale = (
             config.parallel_residual, config.shared_norm, config.residual_scale,
@@ -403,7 +419,7 @@ class Block(nn.Module):
         self.input_layernorm = norm("before", "both")
         self.self_attn = Attention(config, layer)
         self.attention_output_norm, self.attention_sum_norm = norm("after", "both"), norm("sum")
-        self.post_attention_layernorm = NoNorm() if config.shared_norm else norm("before", "both")
+        self.post_attention_layernorm = nn.Identity() if config.shared_norm else norm("before", "both")
         self.sparse = bool(config.sparse) and config.sparse[layer]
         make_mlp = partial(MLP, config)
         if self.sparse:
@@ -432,9 +448,9 @@ class Block(nn.Module):
 
     def add(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden states with what attention adds to them, and what the MLP gets."""
-        if isinstance(self.attention_sum_norm, NoNorm):
-            return self.post_attention_layernorm(x, attended, self.scale)
-        _, x = self.attention_sum_norm(x, attended, self.scale)
+        if isinstance(self.attention_sum_norm, nn.Identity):
+            return add_and_norm(x, attended, self.scale, self.post_attention_layernorm)
+        _, x = add_and_norm(x, attended, self.scale, self.attention_sum_norm)
         return x, x
 
     def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -465,7 +481,7 @@ class Transformer(nn.Module):
         if config.embedding_norm:
             self.model["embed_norm"] = make_norm(config, D)
         self.model["layers"] = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.model["norm"] = make_norm(config, D) if config.final_norm else NoNorm()
+        self.model["norm"] = make_norm(config, D) if config.final_norm else nn.Identity()
         self.lm_head = Linear(E, config.vocab_size, bias=config.head_bias)
         self.tie_weights()
 

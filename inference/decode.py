@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from experts import Experts, choose
 from inference.kv_cache import KVCache
 from lora import Adapter, DoRALinear
-from model import MLP, Block, EachHeadNorm, JointNorm, LayerNorm, Linear, NoNorm, RMSNorm, Transformer, rope_angles
+from model import MLP, Block, EachHeadNorm, JointNorm, LayerNorm, Linear, RMSNorm, Transformer, rope_angles
 from ops.activation import IN_KERNELS, plain_gated, plain_softcap
 from ops.attention import Attend, masked_attention
 from ops.cpp import compiled_library
@@ -438,10 +438,10 @@ def readable(layer: nn.Module, base: nn.Module) -> bool:
 
 
 class Norm:
-    """A norm of model.py; `NoNorm`, which takes no call, is one too. heads: if it is over heads, how many."""
+    """A norm of model.py; nn.Identity, which takes no call, is one too. heads: if it is over heads, how many."""
 
     def __init__(self, module: nn.Module, heads: int = 1):
-        self.is_identity = type(module) is NoNorm
+        self.is_identity = type(module) is nn.Identity
         if self.is_identity:
             return
         centered = {RMSNorm: False, JointNorm: False, LayerNorm: True, EachHeadNorm: True}[type(module)]

@@ -118,52 +118,48 @@ class _Norm(torch.autograd.Function):
         return grad_x, grad_added, None, *grads, None, None, None
 
 
-def _sum_and_norm(plain, x, added, scale, weight, bias, eps, plus_one, centred):
-    """Of x + scale * added, the sum and the norm, or with nothing added the norm. plain: what gives it in torch."""
-    if added is not None:
-        x, added = alike(x, added)
-    if (in_triton(x) or in_cpp(x)) and x.size(-1) <= LARGEST:
-        return _Norm.apply(x, added, scale, weight, bias, eps, plus_one, centred)
-    if added is None:
-        return plain(x)
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), in x's dtype."""
+    if _fits(x):
+        return _Norm.apply(x, None, 1.0, weight, None, eps, plus_one, False)
+    return plain_rms_norm(x, weight, eps, plus_one)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
+    """(x - mean) / standard deviation * weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450)."""
+    if _fits(x):
+        return _Norm.apply(x, None, 1.0, weight, bias, eps, plus_one, True)
+    return plain_layer_norm(x, weight, bias, eps, plus_one)
+
+
+def rms_norm_of_sum(
+    x: Tensor, added: Tensor, scale: float, weight: Tensor | None, eps: float, plus_one: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x + scale * added (the hidden states and what a branch adds to them), and its `rms_norm`."""
+    x, added = alike(x, added)
+    if _fits(x):
+        return _Norm.apply(x, added, scale, weight, None, eps, plus_one, False)
     total = x.add(added, alpha=scale)
-    return total, plain(total)
+    return total, plain_rms_norm(total, weight, eps, plus_one)
 
 
-def rms_norm(
+def layer_norm_of_sum(
     x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    plus_one: bool = False,
-    added: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), in x's dtype.
-
-    With `added`, of x's shape: x + scale * added, and the norm of that.
-    """
-
-    def plain(x):
-        return plain_rms_norm(x, weight, eps, plus_one)
-
-    return _sum_and_norm(plain, x, added, scale, weight, None, eps, plus_one, centred=False)
-
-
-def layer_norm(
-    x: Tensor,
+    added: Tensor,
+    scale: float,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     plus_one: bool = False,
-    added: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """(x - mean) / standard deviation * weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450).
+) -> tuple[Tensor, Tensor]:
+    """x + scale * added (the hidden states and what a branch adds to them), and its `layer_norm`."""
+    x, added = alike(x, added)
+    if _fits(x):
+        return _Norm.apply(x, added, scale, weight, bias, eps, plus_one, True)
+    total = x.add(added, alpha=scale)
+    return total, plain_layer_norm(total, weight, bias, eps, plus_one)
 
-    With `added`, of x's shape: x + scale * added, and the norm of that.
-    """
 
-    def plain(x):
-        return plain_layer_norm(x, weight, bias, eps, plus_one)
-
-    return _sum_and_norm(plain, x, added, scale, weight, bias, eps, plus_one, centred=True)
+def _fits(x):
+    """Whether norm_gpu.py or kernels_cpu.cpp computes the norms of the rows of x."""
+    return (in_triton(x) and x.size(-1) <= LARGEST) or in_cpp(x)

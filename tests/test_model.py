@@ -424,7 +424,8 @@ def test_published_parameter_counts(values, r, targets, trainable, frozen):
 
 def test_model_imports_only_torch():
     """A decoder that can be lifted out: no library but torch, and the files that compute for it."""
-    code = "import sys, torch; before = set(sys.modules); import model; print(*sorted(set(sys.modules) - before))"
+    imports = "import sys, torch, torch.utils.flop_counter"  # the latter imports Triton, where that is installed
+    code = f"{imports}; before = set(sys.modules); import model; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=model_module.__file__.rpartition("/")[0], capture_output=True, text=True
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ops.norm import layer_norm, plain_layer_norm, plain_rms_norm, rms_norm
+from ops.norm import layer_norm, layer_norm_of_sum, plain_layer_norm, plain_rms_norm, rms_norm, rms_norm_of_sum
 
 SHAPES = [(2, 5, 24), (1, 1, 8), (7, 3), (3, 50), (2, 64), (33, 129)]
 # Whether there is a weight, what it is increased by, and whether there is a bias.
@@ -122,8 +122,8 @@ def test_any_layout_and_rows_that_are_all_alike(fused):
 def test_norm_of_a_sum(kind, weighted, plus_one, biased, used, scale, way):
     x, added, weight = random(3, 5, 24), random(3, 5, 24), random(24) if weighted else None
     bias = (random(24) if biased else None,) if kind == "layer" else ()
-    norm, (_, plain) = {"layer": layer_norm, "rms": rms_norm}[kind], norms(kind, plus_one)
-    ours = norm(x, weight, *bias, 1e-5, plus_one, added, scale)
+    norm, (_, plain) = {"layer": layer_norm_of_sum, "rms": rms_norm_of_sum}[kind], norms(kind, plus_one)
+    ours = norm(x, added, scale, weight, *bias, 1e-5, plus_one)
     total = x + scale * added
     expected = total, plain(total, weight, *bias or [None])
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
@@ -139,22 +139,22 @@ def test_norm_of_a_sum(kind, weighted, plus_one, biased, used, scale, way):
 def test_the_sum_is_rounded_before_the_norm(way):
     """As x + added, then the norm, would do it in bf16; in the wider dtype of the two."""
     x, added, weight = torch.randn(4, 30).bfloat16(), torch.randn(4, 30).bfloat16(), torch.randn(30)
-    total, y = rms_norm(x, weight, 1e-5, added=added)
+    total, y = rms_norm_of_sum(x, added, 1.0, weight, 1e-5)
     assert total.dtype == y.dtype == torch.bfloat16 and torch.equal(total, x + added)
     torch.testing.assert_close(y, rms_norm(x + added, weight, 1e-5), atol=0, rtol=2**-8)
-    total, y = rms_norm(x.float(), weight, 1e-5, added=added)
+    total, y = rms_norm_of_sum(x.float(), added, 1.0, weight, 1e-5)
     assert total.dtype == y.dtype == torch.float32 and torch.equal(total, x.float() + added.float())
 
 
 def test_what_adds_without_a_gradient_gets_none(way):
     x, added = random(3, 8), torch.randn(3, 8)
-    total, y = layer_norm(x, None, None, 1e-5, added=added)
+    total, y = layer_norm_of_sum(x, added, 1.0, None, None, 1e-5)
     (total.sum() + y.square().sum()).backward()
     expected = x.detach().clone().requires_grad_()
     ((expected + added).sum() + plain_layer_norm(expected + added, None, None, 1e-5).square().sum()).backward()
     torch.testing.assert_close(x.grad, expected.grad, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        assert not any(t.requires_grad for t in layer_norm(x, None, None, 1e-5, added=added))
+        assert not any(t.requires_grad for t in layer_norm_of_sum(x, added, 1.0, None, None, 1e-5))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 700])
