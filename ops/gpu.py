@@ -70,7 +70,7 @@ def tile(columns: int) -> dict[str, int]:
     """Rows and columns of a tile that has whole rows of `columns` elements, and the warps for it."""
     width = power_of_two(columns)
     rows = max(1, FEWEST_ELEMENTS // width)
-    return {"ROWS": rows, "COLUMNS": width, "num_warps": min(16, max(4, rows * width // 1024))}
+    return {"ROWS": rows, "COLUMNS": width, "num_warps": min(16, max(4, rows * width // 512))}
 
 
 def tiles(rows: int, how: dict[str, int]) -> int:

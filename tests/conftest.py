@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,13 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(gpu, "on_cpu", True)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding(InterpreterBuilder.cast_impl))
+
+
+def kernels():
+    """The names of all Triton kernels: the public functions of ops/..._gpu.py that put something into memory."""
+    functions = r"@triton\.jit\ndef ([a-z]\w*)(.*?)(?=\n@|\Z)"
+    found = [each for path in ROOT.glob("ops/*_gpu.py") for each in re.findall(functions, path.read_text(), re.DOTALL)]
+    return {name for name, body in found if "tl.store" in body or "_turn(" in body}
 
 
 def rounding(cast):
