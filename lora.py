@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from model import Linear
+from ops.dropout import dropout
 from ops.linear import low_rank_linears
 from shell.cli import UserError
 
@@ -117,7 +118,7 @@ class LoRALinear(Adapter):
 
     def low_rank(self, x: Tensor) -> Tensor:
         """scale * B A dropout(x), multiplied in x's dtype."""
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x = dropout(x, self.dropout) if self.dropout and self.training else x
         x = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # (..., r): scaled where it is small
         return F.linear(x, self.lora_B.to(x.dtype))
 
@@ -128,18 +129,20 @@ class LoRALinear(Adapter):
         return self.base(x) + self.low_rank(x)
 
     def trains_by_hand(self) -> bool:
-        """Whether `together` may stand in for `forward`: in training, without dropout, and for standard LoRA alone.
+        """Whether `together` may stand in for `forward`: in training, and for standard LoRA alone.
 
         When nothing trains, the base may have a faster way. A subclass goes through its `forward` and `low_rank`.
         """
-        return self.standard and torch.is_grad_enabled() and not (self.dropout and self.training)
+        compiled_dropout = self.dropout and self.training and torch.compiler.is_compiling()
+        return self.standard and torch.is_grad_enabled() and not compiled_dropout
 
     @staticmethod
     def together(x: Tensor, layers: Sequence["LoRALinear"]) -> list[Tensor]:
         """What each of `layers` makes of x, in fewer products and with less kept than one after the other."""
         bases, scales = [layer.base for layer in layers], [layer.scale for layer in layers]
         factors = [(layer.lora_A, layer.lora_B) for layer in layers]
-        ys = low_rank_linears(x, [base.dequantize for base in bases], scales, factors)
+        dropouts = [layer.dropout if layer.training else 0.0 for layer in layers]
+        ys = low_rank_linears(x, [base.dequantize for base in bases], scales, factors, dropouts)
         return [y if base.bias is None else y + base.bias.to(y.dtype) for y, base in zip(ys, bases, strict=True)]
 
     @torch.no_grad()

@@ -3,9 +3,11 @@
 Autograd saves more tensors than it needs and makes a new one for every small step. Written by hand, a function saves
 only its inputs, computes the rest again where that is cheap, and works in place. Each has a plain reference, `plain_*`,
 in a few lines of ordinary torch. The tests compare with it, torch.compile is given it, and fuses it itself, and a CPU
-without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for everything except matrix products.
+without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for everything except matrix products; a GPU
+runs Triton's kernels.
 
 dtypes.py      in which dtype a product is computed
+dropout.py     dropout that keeps no mask
 linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA
 norm.py        RMSNorm and LayerNorm. Start here: the smallest
 activation.py  activations of MLPs, gated (SwiGLU and its kin) and plain
@@ -15,6 +17,7 @@ rotation.py    RoPE applied to queries and keys
 alibi.py       ALiBi: how much each head's scores fall with distance
 attention.py   attention, and the fastest way on a device: SDPA, variable-length FlashAttention, C++
 loss.py        cross-entropy at target positions, in chunks
+gpu.py         when Triton's kernels compute, and how they are launched. Each is in NAME_gpu.py beside NAME.py
 cpp.py         C++ compiled on first use, kept in a cache, called through ctypes
 allocator.py   memory of tensors on a CPU, so that a run's peak follows from their sizes
 core_sharing.py                cores that other processes want, too
@@ -23,5 +26,6 @@ kernels_cpu.cpp                the C++ of training
 decode_cpu.cpp                 the C++ of inference/decode.py
 vectors.h, matrix_tiles.h      what both compute with: vectors, bf16, small products; AMX tiles
 
-cpp.py and dtypes.py import none of these files; most others import one or both of them. Below model.py.
+cpp.py, gpu.py and dtypes.py import none of these files, but gpu.py the kernels; most others import them. All are below
+model.py.
 """

@@ -137,6 +137,29 @@ void activate_all_backward(const T *grad, const T *x, const T *up, T *grad_x, T 
         }
 }
 
+// MurmurHash3's last step.
+inline uint32_t mixed(uint32_t h) {
+    h = (h ^ h >> 16) * 0x85EBCA6B;
+    h = (h ^ h >> 13) * 0xC2B2AE35;
+    return h ^ h >> 16;
+}
+
+// y = x * factor where the hash of an element's number is at least the threshold, else 0.
+template <class T>
+void drop(const T *x, T *y, int64_t count, float factor, uint32_t threshold, uint32_t seed, uint32_t other_seed,
+          int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t start = 0; start < count; start += STRETCH) {
+        float factors[STRETCH];
+        for (int64_t i = 0; i < STRETCH; i++)
+            factors[i] = mixed(mixed((uint32_t)(start + i) ^ seed) ^ other_seed) >= threshold ? factor : 0.0f;
+        for (int64_t i = start; i < std::min(count, start + STRETCH); i += LANES) {
+            Floats value = load(x + i, count - i) * load(factors + i - start, LANES);
+            store(y + i, load(factors + i - start, LANES) == 0.0f ? Floats{} : value, count - i);
+        }
+    }
+}
+
 // y = x turned, for x (batch, positions, heads, d); cos, sin (batch or 1, positions, half). sign -1 turns back. What
 // comes after the first 2 half dimensions is copied.
 template <class T>
@@ -553,6 +576,14 @@ void activate_backward(int64_t bf16, const void *grad, const void *x, const void
             auto all = up ? activate_all_backward<A, true, T> : activate_all_backward<A, false, T>;
             all((const T *)grad, (const T *)x, (const T *)up, (T *)grad_x, (T *)grad_up, count, threads);
         });
+    });
+}
+
+void dropout(int64_t bf16, const void *x, void *y, int64_t count, double factor, int64_t threshold, int64_t seed,
+             int64_t other_seed, int64_t threads) {
+    in_type(bf16, [&](auto type) {
+        using T = decltype(type);
+        drop((const T *)x, (T *)y, count, factor, threshold, seed, other_seed, threads);
     });
 }
 

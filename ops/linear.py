@@ -7,12 +7,19 @@ Shapes: N positions (rows of a micro-batch end to end), r rank.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from ops.cpp import operator
+from ops.dropout import drop, new_seeds
 from ops.dtypes import as_multiplied
+from ops.gpu import in_triton, launch, power_of_two
+
+TOGETHER = 3  # layers whose thin products linear_gpu.py adds in one launch: queries, keys and values
 
 
 class _StoredLinear(torch.autograd.Function):
@@ -59,41 +66,92 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-class _LowRankLinears(torch.autograd.Function):
-    """x @ W.T + scale * (x @ A.T) @ B.T for several layers of one input, the small products added in place.
+@operator("add_low_rank_(Tensor(a!)[] ys, Tensor small, Tensor[] factors, float[] scales) -> ()")
+def _add_low_rank_(ys, small, factors, scales):
+    """Each y (N, out) += scale * its part (N, r) of small @ factor.T, for factors (out, r) of any layout, fp32."""
+    ranks = [factor.size(1) for factor in factors]
+    if in_triton(small):
+        for first in range(0, len(ys), TOGETHER):
+            some = slice(first, first + TOGETHER)
+            part = small if len(ys) <= TOGETHER else small.split(ranks, dim=1)[some]
+            part = part if isinstance(part, Tensor) else torch.cat(part, dim=1)
+            _launch_add(ys[some], part, factors[some], scales[some])
+    else:
+        for y, part, factor, scale in zip(ys, small.split(ranks, dim=1), factors, scales, strict=True):
+            y.addmm_(part, factor.to(y.dtype).T, alpha=scale)
 
-    All A are multiplied as one matrix, forward and backward: so thin a product costs as much as reading x.
+
+def _launch_add(ys, small, factors, scales):
+    columns, ranks = [y.size(1) for y in ys], [factor.size(1) for factor in factors]
+    how = {"ROWS": 64, "COLUMNS": 128, "RANK": min(64, max(16, power_of_two(max(ranks))))}
+    grid = -(-len(small) // how["ROWS"]), sum(-(-each // how["COLUMNS"]) for each in columns)
+    distances = zip(*(factor.stride() for factor in factors), strict=True)
+    ys, factors = ([*each, *[None] * (TOGETHER - len(each))] for each in (ys, factors))
+    numbers = [[*each, *[0] * (TOGETHER - len(each))] for each in (scales, columns, ranks, *distances)]
+    scales, columns, ranks, of_column, of_rank = numbers
+    given = (*ys, *factors, *map(float, scales), *columns, *ranks, len(small), *of_column, *of_rank)
+    launch("add_low_rank", grid, small, *given, **how)
+
+
+@register_flop_formula(torch.ops.onetune.add_low_rank_)
+def _add_low_rank_flops(ys, small, factors, scales, *_, out_shape=None):
+    return sum(2 * y[0] * factor[0] * factor[1] for y, factor in zip(ys, factors, strict=True))
+
+
+class _LowRankLinears(torch.autograd.Function):
+    """x @ W.T + scale * (drop(x) @ A.T) @ B.T for several layers of one input, the small products added in place.
+
+    Without dropout all A are multiplied as one matrix, forward and backward: so thin a product costs as much as reading
+    x. With it each layer drops others of x's elements, again in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, restores, scales, *factors):
+    def forward(ctx, x, restores, scales, drops, *factors):
         a, b = torch.cat(factors[0::2]).to(x.dtype), factors[1::2]
-        flat, ranks = x.flatten(0, -2), [factor.size(1) for factor in b]
-        small = flat @ a.T  # (N, sum of r)
+        flat, ranks = x.flatten(0, -2).contiguous(), [factor.size(1) for factor in b]
+        if drops:
+            small = torch.cat([drop(flat) @ part.T for drop, part in zip(drops, a.split(ranks), strict=True)], dim=1)
+        else:
+            small = flat @ a.T  # (N, sum of r)
         ys = [F.linear(flat, restore(x.dtype)) for restore in restores]
-        for y, part, factor, scale in zip(ys, small.split(ranks, dim=1), b, scales, strict=True):
-            y.addmm_(part, factor.to(x.dtype).T, alpha=scale)
+        _add_low_rank_(ys, small, b, scales)
         ctx.save_for_backward(flat, small, a, *b)
-        ctx.restores, ctx.scales, ctx.ranks, ctx.shape = restores, scales, ranks, x.shape
+        ctx.known, ctx.ranks, ctx.shape = (restores, scales, drops), ranks, x.shape
         return tuple(y.view(*x.shape[:-1], y.size(-1)) for y in ys)
 
     @staticmethod
     def backward(ctx, *grads):
-        flat, small, a, *b = ctx.saved_tensors
+        (flat, small, a, *b), (restores, scales, drops) = ctx.saved_tensors, ctx.known
         grads = [grad.reshape(-1, grad.size(-1)) for grad in grads]
         grad_small = torch.empty_like(small)
-        for grad, part, factor, scale in zip(grads, grad_small.split(ctx.ranks, dim=1), b, ctx.scales, strict=True):
+        for grad, part, factor, scale in zip(grads, grad_small.split(ctx.ranks, dim=1), b, scales, strict=True):
             part.copy_(grad @ factor.to(grad.dtype)).mul_(scale)
-        parts = zip(grads, small.split(ctx.ranks, dim=1), b, ctx.scales, strict=True)
+        parts = zip(grads, small.split(ctx.ranks, dim=1), b, scales, strict=True)
         grad_b = [(grad.T @ part).to(factor.dtype).mul_(scale) for grad, part, factor, scale in parts]
-        grad_a = (grad_small.T @ flat).to(b[0].dtype).split(ctx.ranks)
+        own = grad_small.split(ctx.ranks, dim=1)
+        if drops:
+            grad_a = [(part.T @ drop(flat)).to(b[0].dtype) for part, drop in zip(own, drops, strict=True)]
+        else:
+            grad_a = (grad_small.T @ flat).to(b[0].dtype).split(ctx.ranks)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_small @ a
-            for grad, restore in zip(grads, ctx.restores, strict=True):
-                grad_x.addmm_(grad, restore(grad.dtype))
+            weights = (restore(grad.dtype) for restore, grad in zip(restores, grads, strict=True))
+            grad_x = _sum_of_products(grads, weights)
+            if drops:
+                for part, factor, drop in zip(own, a.split(ctx.ranks), drops, strict=True):
+                    grad_x += drop(part @ factor)  # dropping is its own transpose
+            else:
+                _add_low_rank_([grad_x], grad_small, [a.T], [1.0])
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, *(gradient for pair in zip(grad_a, grad_b, strict=True) for gradient in pair)
+        return grad_x, None, None, None, *(each for pair in zip(grad_a, grad_b, strict=True) for each in pair)
+
+
+def _sum_of_products(xs, weights):
+    """The sum of x @ weight; no more than one weight is there at a time."""
+    total = None
+    for x, weight in zip(xs, weights, strict=True):
+        total = x @ weight if total is None else total.addmm_(x, weight)
+    return total
 
 
 def low_rank_linears(
@@ -101,10 +159,13 @@ def low_rank_linears(
     restores: Sequence[Callable[[torch.dtype], Tensor]],
     scales: Sequence[float],
     factors: Sequence[tuple[Tensor, Tensor]],
+    dropouts: Sequence[float] = (),
 ) -> tuple[Tensor, ...]:
     """Frozen linear layers of one input, each with its LoRA: (..., out) for each.
 
     x (..., in). restores: for each layer a function that gives its weight (out, in) in a dtype. factors: for each layer
-    A (r, in) and B (out, r), both trainable and fp32.
+    A (r, in) and B (out, r), both trainable and fp32. dropouts: for each layer the share of A's input that is dropped.
     """
-    return _LowRankLinears.apply(as_multiplied(x), restores, scales, *(matrix for pair in factors for matrix in pair))
+    x = as_multiplied(x)
+    drops = [partial(drop, p=p, seeds=new_seeds()) for p in dropouts] if any(dropouts) else None
+    return _LowRankLinears.apply(x, restores, scales, drops, *(matrix for pair in factors for matrix in pair))

@@ -105,6 +105,7 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(gpu, "on_cpu", True)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding(InterpreterBuilder.cast_impl))
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", multiplying(InterpreterBuilder.create_dot))
 
 
 def kernels():
@@ -112,6 +113,17 @@ def kernels():
     functions = r"@triton\.jit\ndef ([a-z]\w*)(.*?)(?=\n@|\Z)"
     found = [each for path in ROOT.glob("ops/*_gpu.py") for each in re.findall(functions, path.read_text(), re.DOTALL)]
     return {name for name, body in found if "tl.store" in body or "_turn(" in body}
+
+
+def multiplying(dot):
+    """The interpreter's product, which would take bf16 for whole numbers."""
+
+    def multiplied(self, a, b, *others):
+        from triton.language import float32
+
+        return dot(self, *(self.cast_impl(x, float32) for x in (a, b)), *others)
+
+    return multiplied
 
 
 def rounding(cast):

@@ -127,7 +127,7 @@ def launches(s: Settings) -> set[Launch]:
 
 def jobs() -> list[dict]:
     """What `plan.Job` gets beside model and device."""
-    adapter = lora.AdapterConfig(targets=r"model\.layers\..*")  # families call their projections differently
+    adapter = lora.AdapterConfig(targets=r"model\.layers\..*", dropout=0.1)  # whatever a family calls its projections
     in_bf16 = [{"quantize": name, "adapter": adapter} for name in (None, *QUANTIZERS)]
     return [*({"dtype": torch.bfloat16, **how} for how in [*in_bf16, {}]), {"dtype": torch.float32}]
 

@@ -8,6 +8,8 @@ from conftest import kernels
 
 from ops import gpu
 from ops.activation import activate, gated
+from ops.dropout import drop
+from ops.linear import _add_low_rank_
 from ops.loss import _loss_
 from ops.norm import _norm, _norm_backward
 from ops.rotation import rotate
@@ -73,6 +75,17 @@ def loss(backward):
     return lambda: _loss_(logits, targets, backward, 0.0, 0.0), N * D
 
 
+def dropping():
+    x = normal(N, D)
+    return lambda: drop(x, 0.1, (1, 2)), N * D
+
+
+def low_rank():
+    ys, factors = [normal(256, D) for _ in range(2)], [torch.randn(D, 8) for _ in range(2)]
+    small = normal(256, 16)
+    return lambda: _add_low_rank_(ys, small, factors, [1.0, 1.0]), 2 * 256 * D
+
+
 # Of each kernel: a phrase of its docstring that says how many bytes an element takes, and what to run.
 CASES = [
     ("norm", r"Moves (\d+) bytes an element", norm, False),
@@ -84,6 +97,8 @@ CASES = [
     ("activate", r"or (\d+) with `up`", activation, True),
     ("activate_backward", r"Moves (\d+) bytes an element", activation_backward, False),
     ("activate_backward", r"or (\d+) with `up`", activation_backward, True),
+    ("dropout", r"Moves (\d+) bytes an element", dropping),
+    ("add_low_rank", r"Moves ([\d.]+) bytes an element", low_rank),
     ("loss", r"Moves (\d+) bytes a logit", loss, True),
     ("loss", r"or (\d+) without BACKWARD", loss, False),
 ]

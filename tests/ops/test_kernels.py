@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ops.activation import gated, plain_gated
+from ops.dropout import plain_drop
 from ops.dtypes import compute_dtype
 from ops.linear import linear, low_rank_linears, stored_linear
 from ops.loss import head_loss, plain_head_loss
@@ -133,28 +134,42 @@ def test_a_cast_weight_is_not_kept():
     assert not kept
 
 
-@pytest.mark.parametrize("ranks", [(3,), (3, 1, 5)])
-@pytest.mark.parametrize("shape", [(2, 5, 12), (1, 1, 12), (4, 12)])
+@pytest.mark.parametrize("ranks", [(3,), (3, 1, 5), (2, 70), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(2, 5, 12), (1, 1, 12), (4, 12), (0, 12), (150, 12)])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_low_rank_linears(shape, ranks, stored):
-    x, weights = random(*shape), [torch.randn(7 + r, 12, dtype=stored) for r in ranks]
-    factors, scales = [(random(r, 12), random(7 + r, r)) for r in ranks], [0.5 * r for r in ranks]
-    ys = low_rank_linears(x, [weight.to for weight in weights], scales, factors)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_low_rank_linears(shape, ranks, stored, p, way, monkeypatch):
+    """With dropout: the same elements are dropped in the backward pass, others in each layer."""
+    seeds = [tuple(torch.randint(2**31, (2,)).tolist()) for _ in ranks]
+    monkeypatch.setattr("ops.linear.new_seeds", iter(seeds).__next__)
+    x, weights = random(*shape), [torch.randn(7 + 20 * r, 12, dtype=stored) for r in ranks]
+    factors, scales = [(random(r, 12), random(7 + 20 * r, r)) for r in ranks], [0.5 / r for r in ranks]
+    ys = low_rank_linears(x, [weight.to for weight in weights], scales, factors, [p for _ in ranks])
+    masks = [plain_drop(torch.ones(shape), p, seed) if p else 1 for seed in seeds]
     expected = [
-        F.linear(x, weight.float()) + scale * F.linear(F.linear(x, a), b)
-        for weight, scale, (a, b) in zip(weights, scales, factors, strict=True)
+        F.linear(x, weight.float()) + scale * F.linear(F.linear(x * mask, a), b)
+        for weight, scale, mask, (a, b) in zip(weights, scales, masks, factors, strict=True)
     ]
     inputs = (x, *(matrix for pair in factors for matrix in pair))
-    assert_alike(torch.cat(ys, dim=-1), torch.cat(expected, dim=-1), inputs, within=2e-5)
+    if x.numel():
+        assert_close_in_norm(torch.cat(ys, dim=-1), torch.cat(expected, dim=-1), inputs)
+    assert [y.shape for y in ys] == [y.shape for y in expected]
 
 
-def test_low_rank_linears_give_no_gradient_to_an_input_that_wants_none():
+def assert_close_in_norm(y, expected, inputs, within=1e-5):
+    """As `assert_alike`, over all elements of a tensor together: sums of many products differ in their rounding."""
+    grad = torch.randn_like(expected)
+    each = zip(*((r, *torch.autograd.grad(r, inputs, grad)) for r in (y, expected)), strict=True)
+    assert all(other.norm() > 0 and (one - other).norm() < within * other.norm() for one, other in each)
+
+
+def test_low_rank_linears_give_no_gradient_to_an_input_that_wants_none(way):
     x, a, b = torch.randn(4, 12), random(3, 12), random(7, 3)
     low_rank_linears(x, [torch.randn(7, 12).to], [1.0], [(a, b)])[0].sum().backward()
     assert x.grad is None and a.grad.norm() > 0 and b.grad.norm() > 0
 
 
-def test_low_rank_linears_keep_fp32_gradients_in_bf16():
+def test_low_rank_linears_keep_fp32_gradients_in_bf16(way):
     x, a, b = random(6, 12, dtype=torch.bfloat16), random(3, 12), random(7, 3)
     weight = torch.randn(7, 12, dtype=torch.bfloat16)
     (y,) = low_rank_linears(x, [weight.to], [2.0], [(a, b)])
