@@ -43,13 +43,15 @@ def add_low_rank(
         _add(
             y0, small, factor0, scale0, columns0, rank0, rows, width, of_column0, of_rank0, tile, ROWS, COLUMNS, RANK
         )  # fmt: skip
-    elif tile < end1:
-        _add(
-            y1, small + rank0, factor1, scale1, columns1, rank1, rows, width, of_column1, of_rank1, tile - end0,
-            ROWS, COLUMNS, RANK,
-        )  # fmt: skip
-    else:
-        _add(
-            y2, small + rank0 + rank1, factor2, scale2, columns2, rank2, rows, width, of_column2, of_rank2, tile - end1,
-            ROWS, COLUMNS, RANK,
-        )  # fmt: skip
+    if y1 is not None:
+        if (tile >= end0) & (tile < end1):
+            _add(
+                y1, small + rank0, factor1, scale1, columns1, rank1, rows, width, of_column1, of_rank1, tile - end0,
+                ROWS, COLUMNS, RANK,
+            )  # fmt: skip
+    if y2 is not None:
+        if tile >= end1:
+            _add(
+                y2, small + rank0 + rank1, factor2, scale2, columns2, rank2, rows, width, of_column2, of_rank2,
+                tile - end1, ROWS, COLUMNS, RANK,
+            )  # fmt: skip
