@@ -68,14 +68,15 @@ def balance_loss(logits: list[Tensor], per_token: int, counted: Tensor | None = 
     """How unevenly tokens are distributed among experts (Fedus et al. 2021, arXiv 2101.03961, eq. 4): a scalar in fp32.
 
     E times the sum over experts of the share of tokens that chose it times its mean probability: per_token where all
-    are equal. logits: (N, E) of each layer's router, over all of which shares and means are taken. counted: (N,) bool,
-    the tokens that count (padding does not); all by default.
+    are equal. logits: (N, E) of each layer's router, over all of which shares and means are taken. counted: (n,) int64,
+    the numbers of the tokens that count (padding does not); all by default.
     """
     stacked = torch.stack(logits).float()  # (layers, N, E)
     stacked = (stacked if counted is None else stacked[:, counted]).flatten(0, 1)
     probabilities, E = F.softmax(stacked, dim=-1), stacked.size(-1)
     chosen = torch.topk(probabilities.detach(), per_token, dim=-1).indices
-    shares = torch.bincount(chosen.flatten(), minlength=E) / len(stacked)
+    ones = probabilities.new_ones(chosen.numel())  # bincount would wait for the device
+    shares = probabilities.new_zeros(E).scatter_add_(0, chosen.flatten(), ones) / len(stacked)
     return E * (shares * probabilities.mean(dim=0)).sum()
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from batching import IGNORE, PLANNERS, Samples, in_order
 from experts import balance_loss
+from ops.devices import read_numbers, to_device
 from training import build, nonfinite, run_folder
 from training.build import Data, Run
 from training.memory import budget
@@ -165,26 +166,27 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
     positions = 0
     for indices in mine:
         result = forward(run, samples, indices)
-        micro_loss = result.summed / target_count
-        loss += micro_loss.detach()
+        loss += result.summed / target_count
         if s.optimizer_in_backward:  # the backward pass is about to change the weights
-            check_finite("the loss", loss)
+            check_finite("the loss", loss.item())
         fabric.backward(result.trained / target_count)
         positions += result.positions
         add_by_source(sums, result.losses, samples, indices)
     if fabric.world_size > 1:
         loss = sum_over_devices(run, loss)
         sums = fabric.all_reduce(sums, reduce_op="sum")
+    # The one place in a step where the host waits for the device: before what is no number can change a weight.
+    (loss,), (norm,), sums = read_numbers(loss, gradient_norm(run), sums)
     check_finite("the loss", loss)
-    norm = clip_and_step(run)
+    update(run, norm)
     seconds = time.perf_counter() - started
     tokens = samples.lengths[all_indices].sum().item()
     own_tokens = sum(samples.lengths[indices].sum().item() for indices in mine)
     return {
-        "loss": loss.item(),
+        "loss": loss,
         **losses_by_source("loss", run.sources, sums, samples, all_indices),
         "learning_rate": rate,
-        "grad_norm": norm.item(),
+        "grad_norm": norm,
         "tokens": tokens,
         "targets": target_count,
         "padding": 1 - own_tokens / max(1, positions),
@@ -195,20 +197,19 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
 
 
 class Forward(NamedTuple):
-    """Of a micro-batch: the sum of its losses, the loss of each target (n,), and how many positions it takes.
+    """Of a micro-batch: the scalar whose gradient is taken, the loss of each target (n,), and its number of positions.
 
-    balance: what is added to the sum that is trained, but to no loss that is shown (--balance_loss).
+    trained: the sum of the losses, and what is trained beside it but shown nowhere (--z_loss, --balance_loss).
     """
 
-    summed: Tensor
+    trained: Tensor
     losses: Tensor
     positions: int
-    balance: Tensor | float = 0.0
 
     @property
-    def trained(self) -> Tensor:
-        """The scalar whose gradient is taken."""
-        return self.summed + self.balance
+    def summed(self) -> Tensor:
+        """The sum of the losses, without gradient."""
+        return self.losses.sum()
 
 
 def forward(run: Run, samples: Samples, indices: list[int]) -> Forward:
@@ -222,49 +223,57 @@ def objective(run: Run, batch: tuple) -> Forward:
     The memory plan runs the model alone (training/memory/plan.py): what another objective adds, it does not see.
     """
     tokens, targets, offsets = batch
-    device, recompute = run.fabric.device, run.settings.recompute if run.model.training else 0.0
-    routed = [] if run.settings.balance_loss and run.model.training else None
-    tokens, targets = tokens.to(device), targets.to(device)
+    s, recompute = run.settings, run.settings.recompute if run.model.training else 0.0
+    routed = [] if s.balance_loss and run.model.training else None
     with run.fabric.autocast():
-        losses = run.model(tokens, targets, recompute=recompute, offsets=offsets, each=True, routed=routed)
-    added = unevenness(run, routed, targets, offsets) if routed else 0.0
-    return Forward(*losses, tokens.numel(), added)
+        trained, losses = run.model(
+            to_device(tokens, run.fabric.device), targets, recompute=recompute, offsets=offsets, each=True,
+            routed=routed, z_loss=s.z_loss,
+        )  # fmt: skip
+    if routed:
+        trained = trained + unevenness(run, routed, targets, offsets)
+    return Forward(trained, losses, tokens.numel())
 
 
 def unevenness(run: Run, routed: list[Tensor], targets: Tensor, offsets: list[int] | None) -> Tensor:
     """--balance_loss times the balance loss of a micro-batch, times its number of targets.
 
     So a step, whose sum is divided by all its targets, has each micro-batch's with its share of them. routed: router
-    logits (B * T, E) of each mixture. In padded rows (no offsets) tokens up to the last target of targets (B, T) count.
+    logits (B * T, E) of each mixture. In padded rows (no offsets) tokens up to the last target of targets (B, T), which
+    are on the CPU, count.
     """
-    is_target = targets != IGNORE
-    counted = None if offsets is not None else is_target.flip(1).cummax(1).values.flip(1).flatten()
+    is_target, counted = targets != IGNORE, None
+    if offsets is None:
+        rows = is_target.flip(1).cummax(1).values.flip(1).flatten().nonzero().squeeze(1)
+        counted = to_device(rows, run.fabric.device)
     loss = balance_loss(routed, run.model.config.experts.per_token, counted)
-    return run.settings.balance_loss * is_target.sum() * loss
+    return run.settings.balance_loss * is_target.sum().item() * loss
 
 
-def clip_and_step(run: Run) -> Tensor:
-    """Clip the gradient and let the optimiser step. Returns the gradient's norm before clipping, a scalar tensor.
+def gradient_norm(run: Run) -> Tensor:
+    """The gradient's norm, a scalar; then the gradient is clipped."""
+    if isinstance(run.optimizer, StepInBackward):  # the weights have changed already
+        return run.optimizer.take_norm()
+    most = run.settings.max_grad_norm or math.inf
+    return run.fabric.clip_gradients(run.model, run.optimizer, max_norm=most, error_if_nonfinite=False)
+
+
+def update(run: Run, norm: float) -> None:
+    """Let the optimiser step, if it has not in the backward pass. norm: the gradient's.
 
     Raises NotFinite if that is not finite; under 16-mixed only after SKIPPED_STEPS in a row, which change no weight.
     """
-    fabric, optimizer, name = run.fabric, run.optimizer, "the gradient's norm"
-    if isinstance(optimizer, StepInBackward):  # the weights have changed already
-        norm = optimizer.take_norm()
-        check_finite(name, norm)
-        return norm
-    most = run.settings.max_grad_norm or math.inf
-    norm = fabric.clip_gradients(run.model, optimizer, max_norm=most, error_if_nonfinite=False)
-    scaler = getattr(fabric.strategy.precision, "scaler", None)  # of 16-mixed: it skips the step and lowers its scale
+    optimizer, name = run.optimizer, "the gradient's norm"
+    scaler = getattr(run.fabric.strategy.precision, "scaler", None)  # of 16-mixed: it skips the step, lowers its scale
     if scaler is None:
         check_finite(name, norm)
     else:
-        scaler.skipped = 0 if norm.isfinite() else getattr(scaler, "skipped", 0) + 1
+        scaler.skipped = 0 if math.isfinite(norm) else getattr(scaler, "skipped", 0) + 1
         if scaler.skipped == SKIPPED_STEPS:
-            raise NotFinite(f"after {SKIPPED_STEPS} steps in a row that were skipped {name}", norm.item())
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+            raise NotFinite(f"after {SKIPPED_STEPS} steps in a row that were skipped {name}", norm)
+    if not isinstance(optimizer, StepInBackward):
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def sum_over_devices(run: Run, loss: Tensor) -> Tensor:
@@ -291,7 +300,8 @@ def validate(run: Run) -> dict:
     run.model.train()
     if fabric.world_size > 1:
         loss, sums = (fabric.all_reduce(total, reduce_op="sum") for total in (loss, sums))
-    loss = loss.item() / val.target_counts.sum().item()
+    (loss,), sums = read_numbers(loss, sums)
+    loss = loss / val.target_counts.sum().item()
     by_source = losses_by_source("val_loss", run.sources, sums, val, slice(None))
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700)), **by_source}
 

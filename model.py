@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
@@ -27,9 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from experts import ExpertConfig, Experts
 from ops.activation import activate, gated, plain_softcap
 from ops.attention import Scores, choose_attention
+from ops.devices import to_device
 from ops.dtypes import compute_dtype
 from ops.linear import linear
-from ops.loss import LOSS_CHUNK, head_loss
+from ops.loss import LOSS_CHUNK, head_loss, plain_losses
 from ops.norm import layer_norm, layer_norm_of_sum, rms_norm, rms_norm_of_sum
 from ops.rope import RoPE, angles, query_gain
 from ops.rotation import pairs_apart, rotate
@@ -311,7 +311,7 @@ class Layout:
         device, past = self.tokens.device, 0 if self.cache is None else self.cache.length
         index = torch.arange(past + self.tokens.size(1), device=device)[None]
         if self.offsets is not None:
-            starts = torch.tensor(self.offsets, device=device)
+            starts = to_device(torch.tensor(self.offsets), device)
             samples = torch.bucketize(index, starts, right=True)  # 1 is the first
             return Places(index - starts[samples - 1], samples)
         if self.cache is None or self.cache.padding is None:
@@ -326,7 +326,7 @@ class Layout:
             return (self.tree.positions.amax(dim=1, keepdim=True) + 1).expand_as(positions)
         if self.offsets is None:
             return positions[:, -1:].expand_as(positions) + 1
-        ends = torch.tensor(self.offsets, device=positions.device)
+        ends = to_device(torch.tensor(self.offsets), positions.device)
         return (ends[1:] - ends[:-1])[branches - 1]
 
     def back(self) -> Tensor:
@@ -499,10 +499,12 @@ class Transformer(nn.Module):
         offsets: list[int] | None = None,
         each: bool = False,
         routed: list[Tensor] | None = None,
+        z_loss: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) for tokens (B, T) int64; with `targets` (B, T) the sum of their losses, a scalar in fp32.
 
-        targets: the token that should follow each position, IGNORE where none counts.
+        targets: the token that should follow each position, IGNORE where none counts. They may be on the CPU, whatever
+            the device of `tokens`: so nothing waits for it.
         cache: a `KVCache` to read and extend; `tokens` follow what it holds.
         recompute: the share of the blocks with activation checkpointing: only their input is kept for the backward
             pass, which computes the rest again.
@@ -510,11 +512,12 @@ class Transformer(nn.Module):
         each: with `targets`, return that sum and the loss of each target, (n,) fp32 in the order of the flattened
             `targets`, without gradient.
         routed: a list to which each mixture of experts adds the logits (B * T, E) of its router, with gradient.
+        z_loss: as in `ops.loss.head_loss`.
         """
         x = self.hidden_states(tokens, cache, recompute, offsets, routed=routed)
         if targets is None:
             return self.logits(x)
-        loss, losses = self.target_losses(x, targets)
+        loss, losses = self.target_losses(x, targets, z_loss)
         return (loss, losses) if each else loss
 
     def hidden_states(
@@ -581,18 +584,21 @@ class Transformer(nn.Module):
         """Logits (..., V) of hidden states (..., E) that `finish` has made."""
         return plain_softcap(self.lm_head(x), self.config.logit_softcap)
 
-    def target_losses(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def target_losses(self, x: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         """-log p(target) at the target positions, for x (B, T, D): the sum, and each (n,) without gradient, both fp32.
 
-        The head sees only the rows that have a target.
+        The head sees only the rows that have a target. z_loss: as in `ops.loss.head_loss`, added to the sum.
         """
         rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
-        x, targets = x.flatten(0, 1)[rows], targets.flatten()[rows]
+        rows, targets = (to_device(each, x.device) for each in (rows, targets.flatten()[rows]))
+        x = x.flatten(0, 1)[rows]
         if type(self.lm_head) is Linear:  # exactly: another kind, such as an adapter, may compute otherwise
-            return head_loss(x, self.lm_head.weight, targets, self.lm_head.bias, self.config.logit_softcap)
+            bias, softcap = self.lm_head.bias, self.config.logit_softcap
+            return head_loss(x, self.lm_head.weight, targets, bias, softcap, z_loss)
         chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)  # the same, by autograd
-        losses = torch.cat([checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
-        return losses.sum(), losses.detach()
+        results = [checkpoint(self._cross_entropy, *chunk, z_loss, use_reentrant=False) for chunk in chunks]
+        losses = torch.cat([each for each, _ in results])
+        return losses.sum() + sum(added for _, added in results), losses.detach()
 
-    def _cross_entropy(self, x, targets):
-        return F.cross_entropy(self.logits(x).float(), targets, reduction="none")
+    def _cross_entropy(self, x, targets, z_loss):
+        return plain_losses(self.logits(x).float(), targets, z_loss)

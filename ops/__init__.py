@@ -8,6 +8,7 @@ runs Triton's kernels.
 
 dtypes.py      in which dtype a product is computed
 dropout.py     dropout that keeps no mask
+devices.py     copies between host and device that nobody waits for, and the one that somebody does
 linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA
 norm.py        RMSNorm and LayerNorm. Start here: the smallest
 activation.py  activations of MLPs, gated (SwiGLU and its kin) and plain

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ops.devices import to_device
 from quantize import quantized_layers
 from shell.cli import UserError
 from shell.files import project_version, whole_file
@@ -116,15 +117,17 @@ def add_by_source(sums: Tensor, losses: Tensor, samples: Samples, indices: list[
     """
     if len(sums):
         sources = samples.sources[indices].repeat_interleave(samples.target_counts[indices])
-        sums.index_add_(0, sources.to(sums.device), losses.to(sums.dtype))
+        sums.index_add_(0, to_device(sources, sums.device), losses.to(sums.dtype))
 
 
 def losses_by_source(
-    kind: str, names: list[str], sums: Tensor, samples: Samples, indices: list[int] | slice
+    kind: str, names: list[str], sums: list[float], samples: Samples, indices: list[int] | slice
 ) -> dict[str, float]:
     """Loss per target token of each source, "kind/name": number, without those that have no target in `indices`."""
     counts = targets_by_source(samples, indices, len(names))
-    means = (sums.cpu() / counts).float().tolist()  # rounded: on a GPU the last bits of `sums` vary
+    means = (
+        (torch.tensor(sums, dtype=torch.float64) / counts).float().tolist()
+    )  # rounded: on a GPU the last bits of `sums` vary
     return {f"{kind}/{name}": mean for name, mean, n in zip(names, means, counts.tolist(), strict=True) if n}
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from batching import IGNORE, PLANNERS
 from shell.cli import UserError
@@ -47,10 +47,10 @@ class NotFinite(UserError):
         self.what = what
 
 
-def check_finite(what: str, value: Tensor) -> None:
-    """Raise NotFinite if a scalar tensor is not finite."""
-    if not value.isfinite():
-        raise NotFinite(what, value.item())
+def check_finite(what: str, value: float) -> None:
+    """Raise NotFinite if a number is not finite."""
+    if not math.isfinite(value):
+        raise NotFinite(what, value)
 
 
 @dataclass

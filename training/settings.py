@@ -46,6 +46,8 @@ class Settings:
         balance_loss: In a mixture of experts, train the loss plus this times how unevenly tokens go to experts
             (experts.balance_loss, over the tokens of a micro-batch up to a row's last target); 0.001 to 0.01 is usual.
             metrics.csv has the loss without it.
+        z_loss: Train the loss plus this times the square of log sum exp(logits) of each target, which keeps logits near
+            0 (PaLM, arXiv 2204.02311, section 5, has 1e-4). metrics.csv has the loss without it.
         beta1: AdamW's decay of the first moment.
         beta2: AdamW's decay of the second moment.
         max_grad_norm: Clip the gradient to this norm; 0 for no clipping.
@@ -91,6 +93,7 @@ class Settings:
     warmup_steps: int = 10
     weight_decay: float = 0.0
     balance_loss: float = 0.0
+    z_loss: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
@@ -145,7 +148,7 @@ class Settings:
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
         zero_or_above = ("warmup_steps", "weight_decay", "max_grad_norm", "eval_interval", "save_interval", "keep_last")
-        cli.check_numbers(self, *zero_or_above, "seed", "balance_loss", least=0)
+        cli.check_numbers(self, *zero_or_above, "seed", "balance_loss", "z_loss", least=0)
         cli.check_numbers(self, "lora_dropout", "beta1", "beta2", least=0, below=1)
         cli.check_numbers(self, "recompute", least=0, most=1)
         if self.lora_targets == []:

@@ -33,7 +33,7 @@ def memory_dry_run(run: Run, forward: Callable) -> None:
     limit = no_more_than(free_memory("cpu")) if device.type == "cpu" else contextlib.nullcontext()
     with random_state, limit:
         held = budget.memory_of_later_steps(s, model, run.optimizer, gradients=most > run.fabric.world_size)
-        forward(run, run.train, indices).summed.backward()
+        forward(run, run.train, indices).trained.backward()
     if in_backward:
         run.optimizer.take_norm()
         run.optimizer.stopped = False
