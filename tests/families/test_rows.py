@@ -52,6 +52,25 @@ def test_loss_and_gradients(tiny, tmp_path):
     assert sum(gradient.norm() > 0 for gradient in theirs.values()) > len(theirs) / 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_the_same_in_triton(family, tiny_models, request):
+    """A packed row through the GPU's kernels, interpreted, and through the CPU's: of every parameter."""
+    tiny, results = tiny_models((family, 0)), []
+    tokens, targets = random_tokens(1, T), random_tokens(1, T)
+    for way in ("C++", "Triton"):
+        if way == "Triton":
+            request.getfixturevalue("interpreted")
+        model = tiny.load().requires_grad_(True)
+        loss = model(tokens, targets, offsets=[0, 5, T], z_loss=1e-3)
+        loss.backward()
+        results.append(
+            {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+        )
+    assert results[0].keys() == results[1].keys() and len(results[0]) > 10
+    for name, expected in results[0].items():
+        assert (results[1][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-6, name
+
+
 @torch.no_grad()
 def gradients_by_stored_name(reference, folder):
     """transformers' gradients under the names of the tensors in its files: saved as the weights of a model."""
