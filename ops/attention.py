@@ -227,12 +227,15 @@ def flex_attention(
     fill = max(0, flex.LEAST_HEAD_DIM - d)
     q, k, v = (F.pad(x, (0, fill)) if fill else x for x in _as_autocast(q, k, v))
     q, k, v = (_end_to_end(x).transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, B * T, d)
-    attend = flex.compiled() if q.is_cuda else flex.attend
+    if q.is_cuda:
+        attend, small_blocks = flex.compiled(), flex.needs_small_blocks(q.size(-1), q.device)
+    else:
+        attend, small_blocks = flex.attend, False
     if not is_in_torch_dispatch_mode():
-        y = attend(q, k, v, sinks, score, mask)
+        y = attend(q, k, v, sinks, score, mask, small_blocks)
     else:  # FLOPs are being counted, into which torch.compile does not go
         with _disable_current_modes():
-            y = attend(q, k, v, sinks, score, mask)
+            y = attend(q, k, v, sinks, score, mask, small_blocks)
         y = _Counted.apply(y, k.size(1), offsets)
     return _as_rows(y[0].transpose(0, 1), B)[..., :d]
 

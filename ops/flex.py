@@ -25,6 +25,10 @@ LEAST_HEAD_DIM = 16  # of Triton's matrix products
 # row of one block or of more. Its default is 8.
 GRAPHS = 64
 
+# Of heads above this size torch's own blocks need up to 151,552 bytes of shared memory (compiled by Triton 3.7.1 for
+# sm_89, head size 256). A100 and H100 have 166,912 and 232,448; cards of sm_86, sm_89 and sm_120 have 101,376.
+MANY_DIMS, MANY_BYTES = 128, 160_000
+
 
 def score_function(scores: Any, device: torch.device) -> Callable:
     """What a layer with these `ops.attention.Scores` makes of the product of a query and a key, but for the sinks.
@@ -85,10 +89,31 @@ def take_from_sinks(y: Tensor, log_sums: Tensor, sinks: Tensor) -> Tensor:
     return (y.float() * share[..., None]).to(y.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, score: Callable, mask: Any) -> Tensor:
+def needs_small_blocks(head_dim: int, device: torch.device) -> bool:
+    """Whether torch's choice of blocks would be too large for a CUDA card's shared memory."""
+    properties = torch.cuda.get_device_properties(device)
+    return head_dim > MANY_DIMS and properties.shared_memory_per_block_optin < MANY_BYTES
+
+
+def kernel_options(element_size: int, small_blocks: bool) -> dict[str, int | bool]:
+    """torch's FlexKernelOptions for tensors whose elements take so many bytes.
+
+    Small blocks need at most 70,016 bytes of shared memory for heads of 256 (compiled as above).
+    """
+    options = {"FORCE_USE_FLEX_ATTENTION": True}  # for all lengths: for less than 128 queries there is another kernel
+    if small_blocks:
+        size, stages = 64 // element_size, 4 // element_size  # 32 and 2 in 16 bits, 16 and 1 in fp32
+        options |= {f"fwd_{name}": size for name in ("BLOCK_M", "BLOCK_N")} | {"fwd_num_stages": stages}
+        options |= {f"bwd_BLOCK_{name}": size for name in ("M1", "N1", "M2", "N2")} | {"bwd_num_stages": stages}
+    return options
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, score: Callable, mask: Any, small_blocks: bool = False
+) -> Tensor:
     """Attention of q (1, H, T, d) to k, v (1, K, T, d): (1, H, T, d), by torch's FlexAttention.
 
-    score: a `score_function`. mask: a `block_mask`.
+    score: a `score_function`. mask: a `block_mask`. small_blocks: as `needs_small_blocks` says.
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
@@ -100,7 +125,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, score: Callabl
         block_mask=mask,
         scale=1.0,  # `score` has it
         enable_gqa=q.size(1) != k.size(1),
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},  # one kernel for all lengths: below 128 it takes another
+        kernel_options=kernel_options(q.element_size(), small_blocks),
         return_aux=AuxRequest(lse=True),
     )
     return y if sinks is None else take_from_sinks(y, also.lse, sinks)
