@@ -28,6 +28,7 @@ from ops.activation import activate, gated, plain_softcap
 from ops.attention import Scores, choose_attention
 from ops.devices import to_device
 from ops.dtypes import compute_dtype
+from ops.flex import block_mask
 from ops.linear import linear
 from ops.loss import LOSS_CHUNK, head_loss, plain_losses
 from ops.norm import layer_norm, layer_norm_of_sum, rms_norm, rms_norm_of_sum
@@ -302,6 +303,7 @@ class Layout:
     cache: Any = None
     offsets: list[int] | None = None
     tree: Places | None = None
+    block_masks: dict = dataclasses.field(default_factory=dict, init=False, repr=False)  # by window
 
     @functools.cached_property
     def places(self) -> Places:
@@ -328,6 +330,18 @@ class Layout:
             return positions[:, -1:].expand_as(positions) + 1
         ends = to_device(torch.tensor(self.offsets), positions.device)
         return (ends[1:] - ends[:-1])[branches - 1]
+
+    @property
+    def ends(self) -> list[int]:
+        """Where each sample begins, and the last one ends, if all rows lie end to end."""
+        B, T = self.tokens.shape
+        return self.offsets or list(range(0, (B + 1) * T, T))
+
+    def block_mask(self, window: int | None) -> Any:
+        """The `ops.flex.block_mask` of all rows end to end, made once: layers whose scores differ share it."""
+        if window not in self.block_masks:
+            self.block_masks[window] = block_mask(self.ends, window, self.tokens.device)
+        return self.block_masks[window]
 
     def back(self) -> Tensor:
         """From each token to each key, how many positions the key lies back: (B or 1, 1, T, S)."""

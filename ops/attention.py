@@ -1,7 +1,7 @@
 """Attention: the plain form, and the fastest way of each device.
 
-On CUDA the kernels are torch's, on a CPU they are kernels_cpu.cpp's. tests/ops/test_attention.py holds each way to the
-plain one.
+On CUDA the kernels are torch's, on a CPU they are kernels_cpu.cpp's. `choose_attention` says which way is taken when.
+tests/ops/test_attention.py holds each way to the plain one.
 
 Shapes: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K heads that share keys, d head size.
 """
@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from ops import flex
 from ops.activation import plain_softcap
 from ops.cpp import call_cpp, in_cpp, operator
 
+LARGEST_FLASH_HEAD_DIM = 256  # of torch's FlashAttention, which takes multiples of 8
 # From torch 2.12 on varlen_attn has to be told that query heads share keys. Before, it took them without a word.
 GROUPS_ANNOUNCED = torch.__version__ >= (2, 12)
 
@@ -65,14 +68,26 @@ def plain_attention(
 def choose_attention(layout: Any, head_dim: int, dtype: torch.dtype, scores: Scores) -> "Attend":
     """The fastest way to attend for the tokens of a `model.Layout`: a function of q, k, v of `dtype` and sinks.
 
-    It computes what `plain_attention` does with `layout.mask(scores.window)` and `layout.back()`.
+    It computes what `plain_attention` does with `layout.mask(scores.window)` and `layout.back()`. The first row that
+    fits decides. Samples: each row is one, or the packed row has several; no tokens are cached, and rows do not branch.
+
+        samples on a CPU in fp32 or bf16, with a C++ compiler   cpp_attention
+        samples on CUDA in 16 bits, d up to 256,
+            scores that are products                            flash_varlen_attention
+        other samples on CUDA: a soft cap, ALiBi, sinks,
+            larger heads, fp32                                  flex_attention
+        samples in a packed row elsewhere                       each_sample_attention
+        every key before the query's, scores that are products  causal_attention
+        all else                                                masked_attention
+
+    Only the last, and `each_sample_attention` for each sample, have a mask of all pairs of positions: on CUDA none does
+    in training. The device "meta", on which memory is planned (training/memory/plan.py), counts as CUDA; there
+    `flex_stand_in` takes the place of `flex_attention`.
     """
-    (B, T), cache, offsets, tree = layout.tokens.shape, layout.cache, layout.offsets, layout.tree
-    if cache is None and tree is None:
-        if in_cpp(layout.tokens, dtype):
-            return Attend(cpp_attention, scores=scores, offsets=offsets or list(range(0, (B + 1) * T, T)))
-        if offsets is not None:
-            return _varlen(layout, head_dim, dtype, scores)
+    cache, tree = layout.cache, layout.tree
+    if cache is None and tree is None and (attend := _choose_for_samples(layout, head_dim, dtype, scores)):
+        return attend
+    T = layout.tokens.size(1)
     S = T if cache is None else cache.length + T
     padded = cache is not None and cache.padding is not None
     causal = tree is None and not padded and (scores.window is None or scores.window >= S) and T in (1, S)
@@ -82,16 +97,23 @@ def choose_attention(layout: Any, head_dim: int, dtype: torch.dtype, scores: Sco
     return Attend(masked_attention, scores=scores, mask=layout.mask(scores.window), back=back)
 
 
-def _varlen(layout, head_dim, dtype, scores):
-    """The way for samples end to end in one row, where kernels_cpu.cpp is not used."""
-    offsets, device = layout.offsets, layout.tokens.device.type
-    # "meta" is a CUDA device that is not there, in training/memory/plan.py.
-    half = dtype != torch.float32 or (device == "cuda" and torch.is_autocast_enabled(device))
-    if device not in ("cuda", "meta") or not half or head_dim % 8 or not scores.are_products:
-        return Attend(each_sample_attention, scores=scores, offsets=offsets)
-    longest = max(end - start for start, end in pairwise(offsets))
-    on_device = torch.tensor(offsets, dtype=torch.int32, device=device)
-    return Attend(flash_varlen_attention, scores=scores, offsets=on_device, max_length=longest)
+def _choose_for_samples(layout, head_dim, dtype, scores):
+    """The way for samples, whether rows or packed in one, or None where `choose_attention` has none for these alone."""
+    device, ends = layout.tokens.device, layout.ends
+    if in_cpp(layout.tokens, dtype):
+        return Attend(cpp_attention, scores=scores, offsets=ends)
+    if device.type not in ("cuda", "meta"):
+        return layout.offsets and Attend(each_sample_attention, scores=scores, offsets=ends)
+    longest = max(end - start for start, end in pairwise(ends))
+    half = dtype != torch.float32 or (device.type == "cuda" and torch.is_autocast_enabled("cuda"))
+    flash = half and scores.are_products and head_dim <= LARGEST_FLASH_HEAD_DIM
+    if flash or device.type == "meta":
+        offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+        function = flash_varlen_attention if flash else flex_stand_in
+        return Attend(function, scores=scores, offsets=offsets, max_length=longest)
+    window = None if scores.window is None or scores.window >= longest else scores.window
+    mask, score = layout.block_mask(window), flex.score_function(scores, device)
+    return Attend(flex_attention, scores=scores, offsets=ends, score=score, mask=mask)
 
 
 class Attend:
@@ -144,27 +166,117 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 def flash_varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, offsets: Tensor, max_length: int
 ) -> Tensor:
-    """Causal attention of q (1, H, T, d) to k, v (1, K, T, d) inside each sample of a packed row: (1, H, T, d).
+    """Causal attention of q (B, H, T, d) to k, v (B, K, T, d) inside each sample: (B, H, T, d).
 
     In one kernel: FlashAttention (Dao 2023, arXiv 2307.08691), which takes bf16 and fp16 on CUDA alone.
-    offsets: (n + 1,) int32 on q's device; sample i takes the positions offsets[i] to before offsets[i + 1], T in all.
-    max_length: the length of the longest sample.
+    offsets: (n + 1,) int32 on q's device, of all rows end to end; sample i takes the positions offsets[i] to before
+    offsets[i + 1], B * T in all. max_length: the length of the longest sample.
     """
-    from torch.nn.attention.varlen import varlen_attn
+    d = q.size(-1)
+    padded = (F.pad(x, (0, -d % 8)) if d % 8 else x for x in (q, k, v))  # zeros add nothing to a product
+    return _varlen(*padded, scores, offsets, max_length)[0][..., :d]
 
-    if torch.is_autocast_enabled(q.device.type):  # it knows scaled_dot_product_attention, but not this kernel
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+
+def _varlen(q, k, v, scores, offsets, max_length):
+    """Of FlashAttention's operation: y (B, H, T, d), and the log-sums of its softmax (B, H, T) fp32."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    B = len(q)
+    q, k, v = (_end_to_end(x) for x in _as_autocast(q, k, v))
     groups = {"enable_gqa": True} if k.size(1) != q.size(1) and GROUPS_ANNOUNCED else {}
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, d)
     left = -1 if scores.window is None else scores.window - 1  # the kernel does not count the query itself
-    how = {"scale": scores.scale, "window_size": (left, 0), **groups}
-    return varlen_attn(q, k, v, offsets, offsets, max_length, max_length, **how).transpose(0, 1)[None]
+    how = {"scale": scores.scale, "window_size": (left, 0), "return_aux": AuxRequest(lse=True), **groups}
+    y, log_sums = varlen_attn(q, k, v, offsets, offsets, max_length, max_length, **how)
+    return _as_rows(y, B), log_sums.unflatten(1, (B, -1)).transpose(0, 1)
+
+
+def _as_autocast(*tensors):
+    """The tensors in the dtype of torch.autocast, which does not know these kernels; as they are where it is off."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _end_to_end(x):
+    """All rows of x (B, heads, T, d), one after another: (B * T, heads, d)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _as_rows(y, B):
+    """y (B * T, heads, d) as B rows: (B, heads, T, d)."""
+    return y.unflatten(0, (B, -1)).transpose(1, 2)
+
+
+def flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scores: Scores,
+    offsets: list[int],
+    score: Callable,
+    mask: Any,
+) -> Tensor:
+    """As `flash_varlen_attention`, with any scores, in fp32 too, and for heads of any size: ops/flex.py.
+
+    sinks: (H,) or None. offsets: of all rows, end to end: B * T positions. score, mask: `flex.score_function` of the
+    scores and `flex.block_mask` of offsets and window. Triton has no room for large heads on every card: torch says so.
+    """
+    B, d = len(q), q.size(-1)
+    fill = max(0, flex.LEAST_HEAD_DIM - d)
+    q, k, v = (F.pad(x, (0, fill)) if fill else x for x in _as_autocast(q, k, v))
+    q, k, v = (_end_to_end(x).transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, B * T, d)
+    if q.is_cuda:
+        attend, small_blocks = flex.compiled(), flex.needs_small_blocks(q.size(-1), q.device)
+    else:
+        attend, small_blocks = flex.attend, False
+    if not is_in_torch_dispatch_mode():
+        y = attend(q, k, v, sinks, score, mask, small_blocks)
+    else:  # FLOPs are being counted, into which torch.compile does not go
+        with _disable_current_modes():
+            y = attend(q, k, v, sinks, score, mask, small_blocks)
+        y = _Counted.apply(y, k.size(1), offsets)
+    return _as_rows(y[0].transpose(0, 1), B)[..., :d]
+
+
+class _Counted(torch.autograd.Function):
+    """Its input y (1, H, T, d). torch's modes see, forward and backward, the operations that FLOPs are known of."""
+
+    @staticmethod
+    def forward(ctx, y, key_heads, offsets):
+        _, H, T, d = y.shape
+        q, k = (torch.empty(1, T, heads, d, device="meta") for heads in (H, key_heads))
+        known = offsets, 0, 1.0, 0.0, ()
+        _, log_sums = _attend(q, k, k, None, *known)
+        ctx.arguments = q, q, k, k, None, log_sums, *known
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _attend_backward(*ctx.arguments)
+        return grad, None, None
+
+
+def flex_stand_in(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, offsets: Tensor, max_length: int
+) -> Tensor:
+    """On "meta" tensors, what takes the memory and the FLOPs of `flex_attention`, which torch compiles for CUDA alone.
+
+    It is FlashAttention's operation, for any dtype and head size: forward, both keep q, k, v, the output and the
+    log-sums of each softmax; backward, both make the three gradients. The sinks' share follows as in flex.attend.
+    """
+    y, log_sums = _varlen(q, k, v, scores, offsets, max_length)
+    return y if sinks is None else flex.take_from_sinks(y, log_sums, sinks)
 
 
 def each_sample_attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores, offsets: list[int]
 ) -> Tensor:
-    """The same, sample by sample, where that kernel cannot go: in fp32, or on a CPU without kernels_cpu.cpp."""
+    """The same for a packed row, sample by sample, on a CPU where kernels_cpu.cpp is not used: (1, H, T, d).
+
+    That is without a C++ compiler, in fp16, or where torch.compile traces the choice.
+    """
     parts = []
     for start, end in pairwise(offsets):
         part, index = [x[:, :, start:end] for x in (q, k, v)], torch.arange(end - start, device=q.device)

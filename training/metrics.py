@@ -206,7 +206,15 @@ def flop_counter() -> FlopCounterMode:
         attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
     }
-    return FlopCounterMode(display=False, custom_mapping=counts)
+    counter = FlopCounterMode(display=False, custom_mapping=counts)
+    counter.mod_tracker = _WholeModel()
+    return counter
+
+
+class _WholeModel(contextlib.nullcontext):
+    """In the place of torch's ModuleTracker, whose hooks on every module torch.compile cannot trace (ops/flex.py)."""
+
+    parents = ("Global",)
 
 
 class FirstStepFlops:

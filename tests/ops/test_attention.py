@@ -1,15 +1,24 @@
 """Every way to attend against attention written out, and each sample of a packed row against itself alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen
 
 from model import Layout
+from ops import flex
 from ops.attention import (
     Scores,
+    causal_attention,
+    choose_attention,
     cpp_attention,
     each_sample_attention,
     flash_varlen_attention,
+    flex_attention,
+    flex_stand_in,
+    masked_attention,
     plain_attention,
     sdpa_attention,
 )
@@ -99,6 +108,79 @@ def test_a_later_sample_does_not_change_an_earlier_one(window):
     with torch.no_grad():
         k[:, :, 46:], v[:, :, 46:] = 100, torch.nan
     assert torch.equal(by_samples(q, k, v, offsets.tolist(), window)[:, :, :46], before)
+
+
+PRODUCTS, SOFTCAP, SINKS = Scores(0.3), Scores(0.3, softcap=2.0), Scores(0.3, sinks=True)
+ALIBI, WINDOW = Scores(0.3, slopes=(0.5, 0.25)), Scores(0.3, window=4)
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "device, dtype, head_dim, scores, way, way_in_a_packed_row",
+    [
+        ("cpu", FULL, 8, SOFTCAP, cpp_attention, cpp_attention),
+        ("cpu", HALF, 6, WINDOW, cpp_attention, cpp_attention),
+        ("cpu", torch.float16, 8, PRODUCTS, causal_attention, each_sample_attention),
+        ("cpu", torch.float16, 8, WINDOW, masked_attention, each_sample_attention),
+        ("cpu", torch.float16, 8, SINKS, masked_attention, each_sample_attention),
+        *(
+            (device, dtype, head_dim, scores, way, way)
+            for device, other in (("cuda", flex_attention), ("meta", flex_stand_in))
+            for dtype, head_dim, scores, way in [
+                (HALF, 64, PRODUCTS, flash_varlen_attention),
+                (torch.float16, 64, WINDOW, flash_varlen_attention),
+                (HALF, 100, PRODUCTS, flash_varlen_attention),
+                (HALF, 256, WINDOW, flash_varlen_attention),
+                (HALF, 264, PRODUCTS, other),
+                (HALF, 64, SOFTCAP, other),
+                (HALF, 64, ALIBI, other),
+                (HALF, 64, SINKS, other),
+                (FULL, 64, PRODUCTS, other),
+            ]
+        ),
+    ],
+)
+@needs_compiler
+def test_which_way_is_taken_when(device, dtype, head_dim, scores, way, way_in_a_packed_row, packed, monkeypatch):
+    """On CUDA too, where only what is made there has to be left out."""
+    if device == "cuda":
+        monkeypatch.setattr(Layout, "block_mask", lambda self, window: window)
+        monkeypatch.setattr(flex, "score_function", lambda *known: None)
+        monkeypatch.setattr("ops.attention.torch.tensor", lambda values, **how: values)
+    shape = (1, 10) if packed else (2, 5)
+    tokens = torch.zeros(shape, dtype=torch.int64, device="meta" if device == "cuda" else device)
+    if device == "cuda":
+        tokens = SimpleNamespace(shape=tokens.shape, size=tokens.size, device=torch.device("cuda"))
+    attend = choose_attention(Layout(tokens, offsets=[0, 5, 10] if packed else None), head_dim, dtype, scores)
+    assert attend.function is (way_in_a_packed_row if packed else way)
+    if device == "cuda":
+        assert attend.known["offsets"] == [0, 5, 10]
+    if way is flex_attention:
+        assert attend.known["mask"] == scores.window
+
+
+def varlen_reference(q, k, v, starts, ends, longest, longest_key, scale, window_size, return_aux, enable_gqa=False):
+    """What torch's operation computes, and that it is asked as it wants to be: q (T, H, d), starts (n + 1,) int32."""
+    assert starts is ends and starts.dtype == torch.int32 and starts.diff().max() == longest == longest_key
+    assert q.size(-1) % 8 == 0 and q.size(-1) <= 256 and enable_gqa == (q.size(1) != k.size(1))
+    how = Scores(scale, window_size[0] + 1 or None)
+    layout = Layout(torch.zeros(1, len(q), dtype=torch.int64), offsets=starts.tolist())
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    y = plain_attention(q, k, v, None, how, layout.mask(how.window), layout.back())
+    return y[0].transpose(0, 1), torch.zeros(q.size(1), q.size(2))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("H, K, d", [(6, 3, 8), (4, 4, 5), (9, 3, 12), (2, 1, 1)])
+def test_the_fast_kernel_gets_samples_and_head_sizes_that_it_knows(H, K, d, window, monkeypatch):
+    """Packed samples and rows of a batch, for heads of any size."""
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_reference)
+    inputs, offsets = packed(LENGTHS, H, K, d)
+    assert_alike(flash(*inputs, offsets, 40, window), plain(*inputs, offsets.tolist(), window), inputs)
+    rows = [torch.randn(3, 20, heads, d).transpose(1, 2).requires_grad_() for heads in (H, K, K)]
+    ends = torch.arange(0, 80, 20, dtype=torch.int32)
+    assert_alike(flash(*rows, ends, 20, window), plain(*rows, window=window), rows)
 
 
 @pytest.mark.parametrize("window", [None, 3, 64])
