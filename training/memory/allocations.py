@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ops.offload import host_bytes
 from training.metrics import flop_counter
 
 if TYPE_CHECKING:
@@ -32,11 +33,14 @@ class Allocations(TorchDispatchMode):
     targets: how many positions have a target, for fake tensors, which hold no targets. rounding: to multiples of so
     many bytes. flops: so far. untraced: bytes by part that blocks which are not run would hold now. in_block: `live` at
     its peak since the newest block began.
+    device: the type of the one device whose tensors count, None for all. What is elsewhere, in host memory, adds up in
+    host, bytes now, and host_peak.
     """
 
-    def __init__(self, targets: int | None = None, rounding: int = 1):
+    def __init__(self, targets: int | None = None, rounding: int = 1, device: str | None = None):
         super().__init__()
-        self.targets, self.rounding = targets, rounding
+        self.targets, self.rounding, self.device = targets, rounding, device
+        self.host, self.host_peak, self.on_host = 0, 0, set()
         self.part, self.flops = "saved activations", 0
         self.live, self.untraced, self.at_peak, self.in_block = Counter(), Counter(), Counter(), Counter()
         self.storages = {}  # address of a living storage: its part and bytes
@@ -56,17 +60,32 @@ class Allocations(TorchDispatchMode):
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._add(tensor.untyped_storage())
+                self._add(tensor.untyped_storage(), self.device in (None, tensor.device.type))
         return out
 
-    def _add(self, storage):
+    def _add(self, storage, counts):
         if storage._cdata in self.storages:
+            return
+        if not counts:
+            self._add_on_host(storage)
             return
         nbytes = self.rounded(storage.nbytes())
         self.storages[storage._cdata] = (self.part, nbytes)
         weakref.finalize(storage, self._remove, storage._cdata)
         self.live[self.part] += nbytes
         self.note_peak()
+
+    def _add_on_host(self, storage):
+        address, nbytes = storage._cdata, host_bytes(storage.nbytes(), pinned=True)
+        if address not in self.on_host:
+            self.on_host.add(address)
+            weakref.finalize(storage, self._remove_on_host, address, nbytes)
+            self.host += nbytes
+            self.host_peak = max(self.host_peak, self.host)
+
+    def _remove_on_host(self, address, nbytes):
+        self.on_host.remove(address)
+        self.host -= nbytes
 
     def _remove(self, address):
         part, nbytes = self.storages.pop(address)

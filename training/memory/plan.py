@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 import model as model_file
 import quantize
-from ops import attention, dtypes, rope
+from ops import attention, dtypes, offload, rope
 from training.memory.allocations import Allocations, trace_step
 from training.optimizer import OPTIMIZERS
 
@@ -107,7 +107,7 @@ class NoRandomness(TorchDispatchMode):
 @contextlib.contextmanager
 def fake_tensors(mode: FakeTensorMode, device: str) -> Iterator[None]:
     """Tensors created inside are fake. Caches of functions are cleared, so that a real run finds no fake ones."""
-    modules = (model_file, attention, dtypes, rope, lora, quantize)
+    modules = (model_file, attention, dtypes, offload, rope, lora, quantize)
     cached = {f for module in modules for f in vars(module).values() if hasattr(f, "cache_clear")}
     autocast = torch.is_autocast_enabled
     with contextlib.ExitStack() as stack:
@@ -171,7 +171,8 @@ class Predictor:
 
     def __init__(self, job: Job):
         L = job.config.num_hidden_layers
-        recomputed = [number < round(job.recompute * L) for number in range(L)]
+        self.offloads = job.recompute == "offload"
+        recomputed = [self.offloads or number < round(job.recompute * L) for number in range(L)]
         quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
         kinds = list(zip(job.config.kinds_of_layers(), recomputed, quantizers, strict=True))
         runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of equal blocks
@@ -179,7 +180,8 @@ class Predictor:
         last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1
         more = [len(run) - TRACED_BLOCKS for run in runs]
         self.left_out = {end - 1: count for end, count in zip(last, more, strict=True) if count > 0}
-        self.job = dataclasses.replace(job, recompute=sum(recomputed[number] for number in traced) / len(traced))
+        share = "offload" if self.offloads else sum(recomputed[number] for number in traced) / len(traced)
+        self.job = dataclasses.replace(job, recompute=share)
         self.traces = {}
         if job.quantize:  # its table of 8-bit values must be a real tensor: the first one is cached for the process
             functional = quantize.bitsandbytes().functional
@@ -197,7 +199,8 @@ class Predictor:
     def trace(self, shape: Shape) -> tuple[Counter, int]:
         """Of a micro-batch: bytes by part at the peak of all blocks, and the FLOPs of all."""
         if shape not in self.traces:
-            allocations = Allocations(shape.targets, rounding=1 if self.job.device == "cpu" else CUDA_BLOCK)
+            rounding = 1 if self.job.device == "cpu" else CUDA_BLOCK
+            allocations = Allocations(shape.targets, rounding, self.job.device)
             with fake_tensors(self.mode, self.job.device):
                 tokens = torch.empty((shape.rows, shape.T), dtype=torch.int64, device=self.job.device)
                 offsets = shape.offsets and list(shape.offsets)
