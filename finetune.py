@@ -45,7 +45,7 @@ from training.metrics import (
     targets_by_source_name,
 )
 from training.nonfinite import NotFinite, check_finite
-from training.optimizer import StepInBackward
+from training.optimizer import InBackward, begin_step
 from training.run_folder import explained_write_errors
 from training.schedule import Schedule
 from training.steps import dropout_seed, planned_steps, steps_per_epoch, total_steps
@@ -67,6 +67,7 @@ def main(s: Settings) -> None:
         newest = run_folder.newest_checkpoint(s)
         budget.choose_micro_batch(s, data.train)
         budget.check_micro_batches(s, data.train)
+        budget.check_host_memory(s, data.train)
         identity = run_folder.identity(s, data.info)
         if newest:
             run_folder.check_same(s, newest, identity)
@@ -158,8 +159,7 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
     all_indices = [i for indices in micro_batches for i in indices]
     target_count = samples.target_counts[all_indices].sum().item()
     torch.manual_seed(dropout_seed(s, step, fabric.global_rank, fabric.world_size))
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    begin_step(run.optimizer, rate, len(mine))
     loss = torch.zeros((), device=fabric.device)
     sums = torch.zeros(len(run.sources), dtype=torch.float64, device=fabric.device)
     positions = 0
@@ -167,7 +167,7 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
         result = forward(run, samples, indices)
         micro_loss = result.summed / target_count
         loss += micro_loss.detach()
-        if s.optimizer_in_backward:  # the backward pass is about to change the weights
+        if s.optimizer_in_backward or s.offload:  # the backward pass is about to change the weights
             check_finite("the loss", loss)
         fabric.backward(result.trained / target_count)
         positions += result.positions
@@ -222,7 +222,7 @@ def objective(run: Run, batch: tuple) -> Forward:
     The memory plan runs the model alone (training/memory/plan.py): what another objective adds, it does not see.
     """
     tokens, targets, offsets = batch
-    device, recompute = run.fabric.device, run.settings.recompute if run.model.training else 0.0
+    device, recompute = run.fabric.device, run.settings.recompute
     routed = [] if run.settings.balance_loss and run.model.training else None
     tokens, targets = tokens.to(device), targets.to(device)
     with run.fabric.autocast():
@@ -249,7 +249,7 @@ def clip_and_step(run: Run) -> Tensor:
     Raises NotFinite if that is not finite; under 16-mixed only after SKIPPED_STEPS in a row, which change no weight.
     """
     fabric, optimizer, name = run.fabric, run.optimizer, "the gradient's norm"
-    if isinstance(optimizer, StepInBackward):  # the weights have changed already
+    if isinstance(optimizer, InBackward):  # which clips by itself
         norm = optimizer.take_norm()
         check_finite(name, norm)
         return norm

@@ -538,7 +538,8 @@ class Transformer(nn.Module):
         x = self.embed(tokens, layout.places.positions[:, -tokens.size(1) :])
         arguments = self.block_arguments(layout, x.dtype)
         offload = recompute == "offload"
-        recomputed, chunk = (len(layers), self.mlp_chunk()) if offload else (round(recompute * len(layers)), None)
+        share, chunk = (1.0, self.mlp_chunk()) if offload else (recompute, None)
+        recomputed = round(share * len(layers)) if torch.is_grad_enabled() else 0
         with Parking() if offload else contextlib.nullcontext():
             for number, block in enumerate(layers):
                 run = partial(block, chunk=chunk) if chunk else block

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ops.offload import host_bytes
 from training.metrics import flop_counter
+from training.offload import STAGED
 
 if TYPE_CHECKING:
     from model import Transformer
@@ -128,7 +129,7 @@ def trace_step(
     handles = [module.register_forward_pre_hook(trace.block_begins) for module in modules]
     handles += [parameter.register_post_accumulate_grad_hook(trace.gradient_ready) for parameter in trainable]
     for parameter in trainable:
-        parameter.grad = torch.zeros_like(parameter) if job.gradients == "kept" else None
+        parameter.grad = torch.zeros_like(parameter) if job.gradients == "kept" and not job.offload else None
     tokens, targets, offsets = batch
     with allocations:
         with torch.autocast(job.device, job.autocast) if job.autocast else contextlib.nullcontext():
@@ -147,6 +148,7 @@ class _BlockTrace:
         self.layers, self.allocations, self.job, self.left_out = layers, allocations, job, left_out
         self.before = []  # bytes and FLOPs before each block in the forward pass, and after the last
         self.after = {}  # FLOPs when the gradient of a block's input was there, by number
+        self.leaving = deque(maxlen=STAGED)  # gradients that are being copied to host memory
         self.swaps = {}  # what blocks left out then free (activations) and allocate (gradients), by number
 
     def block_begins(self, module: nn.Module, args: tuple) -> None:
@@ -191,7 +193,9 @@ class _BlockTrace:
     def gradient_ready(self, parameter: Tensor) -> None:
         """After the gradient of a trainable parameter is complete."""
         self.allocations.move(parameter.grad, "gradients")
-        if self.job.gradients == "freed":
+        if self.job.offload:
+            self.leaving.append(parameter.grad)
+        if self.job.offload or self.job.gradients == "freed":
             parameter.grad = None
 
     def costs(self):
@@ -204,4 +208,6 @@ class _BlockTrace:
 
 def new_gradient_bytes(block: nn.Module, allocations: Allocations, job: Job) -> int:
     """Bytes of gradients that exist after a block's backward pass, but not before."""
-    return sum(allocations.rounded(p.nbytes) for p in block.parameters() if p.requires_grad and job.gradients == "new")
+    if job.offload or job.gradients != "new":
+        return 0
+    return sum(allocations.rounded(p.nbytes) for p in block.parameters() if p.requires_grad)
