@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from conftest import FAMILIES, SMALL
+from lazy_stream import LazyStream
 from torch import nn
 
 import lora
@@ -103,26 +104,6 @@ def test_nothing_is_parked_where_nothing_goes_backward(parked):
     with torch.no_grad():
         assert torch.equal(model(tokens, recompute="offload"), model(tokens))
     assert not parked
-
-
-class LazyStream:
-    """A device whose copies happen when they are waited for and not before: who forgets to wait reads rubbish."""
-
-    def __init__(self):
-        self.queue, self.copies, self.most = [], 0, 0
-
-    def copy(self, target, source, computed=True):
-        target.view(-1).view(torch.uint8).fill_(255)  # NaN
-        self.copies += 1
-        self.queue.append((self.copies, target, source))
-        self.most = max(self.most, len(self.queue))
-        return self.copies
-
-    def wait(self, event):
-        while self.queue and self.queue[0][0] <= event:
-            _, target, source = self.queue.pop(0)
-            with torch.no_grad():
-                target.copy_(source)
 
 
 @pytest.fixture

@@ -157,7 +157,9 @@ class _BlockTrace:
         if allocations.part != "saved activations":  # it is computed again in the backward pass
             return
         number = len(self.before)
-        self.before.append((allocations.live.total(), allocations.flops))
+        # What a block parks it keeps, but that was allocated before it began.
+        parks = self.job.recompute == "offload" and allocations.device in (None, "cpu") and number < len(self.layers)
+        self.before.append((allocations.live.total() - parks * args[0].nbytes, allocations.flops))
         if number - 1 in self.left_out:
             self._stand_in(number - 1)
         allocations.in_block = allocations.live.copy()

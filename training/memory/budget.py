@@ -232,7 +232,7 @@ def suggestions(s: Settings, train: Samples, available: float) -> str:
         while tokens > longest and predictor.peak(plan.full_shape(train, tokens)) > available:
             tokens = max(longest, tokens // 2)
         changes[f"--micro_batch_tokens {tokens}"] = predictor.peak(plan.full_shape(train, tokens))
-    flags = [("recompute", 1.0), ("optimizer", "adamw-8bit"), ("quantize", "bnb.nf4-dq")]
+    flags = [("recompute", 1.0), ("optimizer", "adamw-8bit") if s.method == "full" else ("quantize", "bnb.nf4-dq")]
     if plan_job(s).device != "cpu":  # whose memory is that of the host
         flags += [("recompute", "offload"), ("offload", "optimizer")]
     for flag, value in flags:
