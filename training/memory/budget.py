@@ -154,7 +154,7 @@ def check_host_memory(s: Settings, train: Samples) -> None:
     if not s.offload and s.recompute != "offload":
         return
     job, steps = planned_job(s, train)
-    need = plan.Predictor(job).host_peak(plan.worst([shape for shapes in steps for shape in shapes]))
+    need = s.devices * plan.Predictor(job).host_peak(plan.worst([shape for shapes in steps for shape in shapes]))
     free = machine.free_memory("cpu")
     if need > free:
         flags = ["--offload optimizer"] * bool(s.offload) + ["--recompute offload"] * (s.recompute == "offload")
