@@ -102,7 +102,7 @@ class Parked:
         buffer = pool.take(x.nbytes) if pool else host_tensor(x.nbytes, pinned=False)
         if pool:
             weakref.finalize(self, pool.give, buffer).atexit = False
-        self.host, self.source = laid_in(buffer, x), x
+        self.host, self.source, self.version = laid_in(buffer, x), x, x._version
         self.left = self.stream.copy(self.host, x)
 
     def release(self) -> None:
@@ -111,6 +111,8 @@ class Parked:
         To mark it as used by the copy stream (record_stream) would do, too, but then when its memory is free depends on
         how far the CPU is ahead of the device.
         """
+        if self.source is not None and self.source._version != self.version:  # autograd cannot check it for a copy
+            raise RuntimeError("a tensor was changed in place while it was copied to host memory")
         self.stream.wait(self.left)
         self.source = None
 

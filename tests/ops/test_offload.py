@@ -138,6 +138,14 @@ def test_one_tensor_is_fetched_ahead_and_sources_are_let_go(lazy):
     assert first.take().unique().tolist() == [0]  # again, as for a second backward pass
 
 
+def test_a_source_that_is_changed_under_the_copy_is_an_error(lazy):
+    parking, x = Parking(), torch.zeros(3)
+    parking.park(x)
+    x += 1
+    with pytest.raises(RuntimeError, match="changed in place"):
+        parking.park(torch.zeros(3))
+
+
 def test_what_was_fetched_for_nobody_outlives_its_copy(lazy):
     stream, _ = lazy
     parked = Parked(torch.ones(3), None)

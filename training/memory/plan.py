@@ -180,8 +180,8 @@ class Predictor:
 
     def __init__(self, job: Job):
         L = job.config.num_hidden_layers
-        self.offloads = job.recompute == "offload"
-        recomputed = [self.offloads or number < round(job.recompute * L) for number in range(L)]
+        offloads = job.recompute == "offload"
+        recomputed = [offloads or number < round(job.recompute * L) for number in range(L)]
         quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
         kinds = list(zip(job.config.kinds_of_layers(), recomputed, quantizers, strict=True))
         runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of equal blocks
@@ -189,7 +189,7 @@ class Predictor:
         last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1
         more = [len(run) - TRACED_BLOCKS for run in runs]
         self.left_out = {end - 1: count for end, count in zip(last, more, strict=True) if count > 0}
-        share = "offload" if self.offloads else sum(recomputed[number] for number in traced) / len(traced)
+        share = "offload" if offloads else sum(recomputed[number] for number in traced) / len(traced)
         self.job = dataclasses.replace(job, recompute=share)
         self.traces = {}
         if job.quantize:  # its table of 8-bit values must be a real tensor: the first one is cached for the process
