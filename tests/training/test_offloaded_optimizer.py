@@ -95,6 +95,20 @@ def test_copies_are_waited_for(settings, monkeypatch, most, cut):  # noqa: F811
     assert run.optimizer.up.copies == 2 * len(ended[0]) == run.optimizer.down.copies / len(cut)
 
 
+def test_a_tied_head_steps_once(settings, monkeypatch, tiny_checkpoint):  # noqa: F811
+    """Its gradient comes from the head and from the embedding, and is complete after both."""
+    ended = []
+    for where in (None, "optimizer"):
+        s = settings(random_samples(3), max_grad_norm=0.0, offload=where, **FULL)
+        run = offloaded(dataclasses.replace(s, checkpoint_dir=tiny_checkpoint("llama-tied")), monkeypatch)  # noqa: F811
+        run.train = ended[0][0] if ended else run.train  # of the same samples
+        for step in range(2):
+            finetune.train_step(run, [[0, 1], [2]], step, 1e-3)
+        ended.append((run.train, dict(run.model.named_parameters())))
+    assert "lm_head.weight" not in ended[0][1]
+    assert all(torch.equal(p, ended[1][1][name]) for name, p in ended[0][1].items())
+
+
 @pytest.mark.parametrize("most", [0.0, 0.5])
 def test_gradients_leave_and_weights_step_while_the_backward_pass_goes_on(settings, monkeypatch, most):  # noqa: F811
     s = settings(random_samples(4), max_grad_norm=most, **FULL, offload="optimizer")
