@@ -46,7 +46,7 @@ from training.metrics import (
     targets_by_source_name,
 )
 from training.nonfinite import NotFinite, check_finite
-from training.optimizer import StepInBackward
+from training.optimizer import InBackward, begin_step
 from training.run_folder import explained_write_errors
 from training.schedule import Schedule
 from training.steps import dropout_seed, planned_steps, steps_per_epoch, total_steps
@@ -68,6 +68,7 @@ def main(s: Settings) -> None:
         newest = run_folder.newest_checkpoint(s)
         budget.choose_micro_batch(s, data.train)
         budget.check_micro_batches(s, data.train)
+        budget.check_host_memory(s, data.train)
         identity = run_folder.identity(s, data.info)
         if newest:
             run_folder.check_same(s, newest, identity)
@@ -159,15 +160,14 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
     all_indices = [i for indices in micro_batches for i in indices]
     target_count = samples.target_counts[all_indices].sum().item()
     torch.manual_seed(dropout_seed(s, step, fabric.global_rank, fabric.world_size))
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    begin_step(run.optimizer, rate, len(mine))
     loss = torch.zeros((), device=fabric.device)
     sums = torch.zeros(len(run.sources), dtype=torch.float64, device=fabric.device)
     positions = 0
     for indices in mine:
         result = forward(run, samples, indices)
         loss += result.summed / target_count
-        if s.optimizer_in_backward:  # the backward pass is about to change the weights
+        if s.optimizer_in_backward or s.offload:  # the backward pass is about to change the weights
             check_finite("the loss", loss.item())
         fabric.backward(result.trained / target_count)
         positions += result.positions
@@ -223,7 +223,7 @@ def objective(run: Run, batch: tuple) -> Forward:
     The memory plan runs the model alone (training/memory/plan.py): what another objective adds, it does not see.
     """
     tokens, targets, offsets = batch
-    s, recompute = run.settings, run.settings.recompute if run.model.training else 0.0
+    s, recompute = run.settings, run.settings.recompute
     routed = [] if s.balance_loss and run.model.training else None
     with run.fabric.autocast():
         trained, losses = run.model(
@@ -252,7 +252,7 @@ def unevenness(run: Run, routed: list[Tensor], targets: Tensor, offsets: list[in
 
 def gradient_norm(run: Run) -> Tensor:
     """The gradient's norm, a scalar; then the gradient is clipped."""
-    if isinstance(run.optimizer, StepInBackward):  # the weights have changed already
+    if isinstance(run.optimizer, InBackward):  # which clips by itself
         return run.optimizer.take_norm()
     most = run.settings.max_grad_norm or math.inf
     return run.fabric.clip_gradients(run.model, run.optimizer, max_norm=most, error_if_nonfinite=False)
@@ -271,7 +271,7 @@ def update(run: Run, norm: float) -> None:
         scaler.skipped = 0 if math.isfinite(norm) else getattr(scaler, "skipped", 0) + 1
         if scaler.skipped == SKIPPED_STEPS:
             raise NotFinite(f"after {SKIPPED_STEPS} steps in a row that were skipped {name}", norm)
-    if not isinstance(optimizer, StepInBackward):
+    if not isinstance(optimizer, InBackward):
         optimizer.step()
         optimizer.zero_grad()
 

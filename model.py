@@ -11,12 +11,14 @@ Shapes: B batch, T tokens in this call, S keys (cached ones and these), D hidden
 d head size, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +28,21 @@ from torch.utils.checkpoint import checkpoint
 from experts import ExpertConfig, Experts
 from ops.activation import activate, gated, plain_softcap
 from ops.attention import Scores, choose_attention
+from ops.chunks import in_chunks
 from ops.devices import to_device
 from ops.dtypes import compute_dtype
 from ops.flex import block_mask
 from ops.linear import linear
 from ops.loss import LOSS_CHUNK, head_loss, plain_losses
 from ops.norm import layer_norm, layer_norm_of_sum, rms_norm, rms_norm_of_sum
+from ops.offload import Parking
 from ops.rope import RoPE, angles, query_gain
 from ops.rotation import pairs_apart, rotate
 
 IGNORE = -100  # a target that does not count, as in torch's cross_entropy
+# Positions in an MLP at one time under recompute="offload". Llama-3-8B's gate, up and activation take 0.35 GB for 4,096
+# in bf16, 2.8 GB for 32,768; and that many rows fill a card, beside which dequantising the weight once more is little.
+MLP_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -413,6 +420,28 @@ class MLP(nn.Module):
         return self.down_proj(gated(self.activation, *project(x, *projections), reuse))
 
 
+@functools.cache
+def works_by_position(config: Config) -> bool:
+    """Whether the MLP makes of each position what it makes of it alone, so that it may be run over chunks of them.
+
+    A researcher may edit `MLP` in place, so that is tried on a small one. Then a line on standard error says so.
+    """
+    with torch.random.fork_rng([]), _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        torch.manual_seed(0)
+        mlp = MLP(dataclasses.replace(config, hidden_size=6), 5).to("cpu", torch.float64)
+        x = torch.randn(2, 3, 6, dtype=torch.float64, device="cpu")
+        for parameter in mlp.parameters():
+            parameter.normal_()
+        try:
+            parts = torch.cat([mlp(part) for part in x.flatten(0, 1).split(2)])
+            alike = torch.allclose(mlp(x).flatten(0, 1), parts)
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # what else an edit may lead to
+            alike = False
+    if not alike:
+        print("note: the MLP mixes positions: all of them go through it at one time", file=sys.stderr)
+    return alike
+
+
 class Block(nn.Module):
     """Attention and MLP, each of which adds to the hidden states.
 
@@ -443,20 +472,27 @@ class Block(nn.Module):
         self.mlp_output_norm, self.mlp_sum_norm = norm("after", "both"), norm("sum")
 
     def forward(
-        self, x: Tensor, angles: Angles | None, attention: Callable, cache: Any = None, routed: bool = False
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        attention: Callable,
+        cache: Any = None,
+        routed: bool = False,
+        chunk: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """x (B, T, D) to (B, T, D). The arguments are those of `Attention`.
 
         routed: return the logits (B * T, E) of the experts too, None where there are none.
+        chunk: how many positions go through the MLP at one time, None for all.
         """
         normed = self.input_layernorm(x)
         attended = self.attention_output_norm(self.self_attn(normed, angles, attention, cache))
         if self.parallel:
-            added, logits = self.feed_forward(normed if self.shared_norm else self.post_attention_layernorm(x))
+            added, logits = self.feed_forward(normed if self.shared_norm else self.post_attention_layernorm(x), chunk)
             y = x + attended + added
         else:
             x, normed = self.add(x, attended)
-            added, logits = self.feed_forward(normed)
+            added, logits = self.feed_forward(normed, chunk)
             y = self.mlp_sum_norm(x.add(self.mlp_output_norm(added), alpha=self.scale))
         return (y, logits) if routed else y
 
@@ -467,9 +503,12 @@ class Block(nn.Module):
         _, x = add_and_norm(x, attended, self.scale, self.attention_sum_norm)
         return x, x
 
-    def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the MLP or the mixture of experts makes of x (B, T, D), and the logits of the experts or None."""
-        return self.mlp(x) if self.sparse else (self.mlp(x), None)
+    def feed_forward(self, x: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the MLP or the mixture of experts makes of x (B, T, D), and the logits of the experts or None.
+
+        A mixture takes all positions at one time: each of its experts has a share of them only.
+        """
+        return self.mlp(x) if self.sparse else (in_chunks(self.mlp, x, chunk), None)
 
 
 # -------------------------------------------------------------------------------------------- the whole, and its loss
@@ -509,7 +548,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         cache: Any = None,
-        recompute: float = 0.0,
+        recompute: float | Literal["offload"] = 0.0,
         offsets: list[int] | None = None,
         each: bool = False,
         routed: list[Tensor] | None = None,
@@ -521,7 +560,8 @@ class Transformer(nn.Module):
             the device of `tokens`: so nothing waits for it.
         cache: a `KVCache` to read and extend; `tokens` follow what it holds.
         recompute: the share of the blocks with activation checkpointing: only their input is kept for the backward
-            pass, which computes the rest again.
+            pass, which computes the rest again. "offload": all blocks, their inputs kept in host memory, and an MLP run
+            over chunks of positions.
         offsets: of samples end to end in one row (B = 1): where each begins and the last one ends. Positions restart.
         each: with `targets`, return that sum and the loss of each target, (n,) fp32 in the order of the flattened
             `targets`, without gradient.
@@ -538,7 +578,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         cache: Any = None,
-        recompute: float = 0.0,
+        recompute: float | Literal["offload"] = 0.0,
         offsets: list[int] | None = None,
         tree: Places | None = None,
         routed: list[Tensor] | None = None,
@@ -550,20 +590,27 @@ class Transformer(nn.Module):
         layers, layout = self.model.layers, Layout(tokens, cache, offsets, tree)
         x = self.embed(tokens, layout.places.positions[:, -tokens.size(1) :])
         arguments = self.block_arguments(layout, x.dtype)
-        recomputed = round(recompute * len(layers))
-        for number, block in enumerate(layers):
-            if number < recomputed:
-                run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=True)
-            else:
-                run = block
-            if routed is None:
-                x = run(x, *arguments[number], cache)
-            else:  # taken here, not in the block: recomputation would add them again
-                x, logits = run(x, *arguments[number], cache, True)
-                routed += [] if logits is None else [logits]
+        offload = recompute == "offload"
+        share, chunk = (1.0, self.mlp_chunk()) if offload else (recompute, None)
+        recomputed = round(share * len(layers)) if torch.is_grad_enabled() else 0
+        with Parking() if offload else contextlib.nullcontext():
+            for number, block in enumerate(layers):
+                run = partial(block, chunk=chunk) if chunk else block
+                if number < recomputed:
+                    run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=True)
+                if routed is None:
+                    x = run(x, *arguments[number], cache)
+                else:  # taken here, not in the block: recomputation would add them again
+                    x, logits = run(x, *arguments[number], cache, True)
+                    routed += [] if logits is None else [logits]
         if cache is not None:
             cache.length += tokens.size(1)
         return self.finish(x)
+
+    def mlp_chunk(self) -> int | None:
+        """How many positions may go through an MLP at one time; None for all, if something in it may mix them."""
+        standard = all(getattr(module, "standard", True) for module in self.model.layers.modules())  # of adapters
+        return MLP_CHUNK if standard and works_by_position(self.config) else None
 
     def block_arguments(self, layout: Layout, dtype: torch.dtype) -> list[tuple]:
         """What each block takes beside its hidden states of `dtype`: the `Angles`, and how to attend."""

@@ -17,6 +17,8 @@ rope.py        RoPE: how fast each pair of dimensions turns, and the ways to str
 rotation.py    RoPE applied to queries and keys
 alibi.py       ALiBi: how much each head's scores fall with distance
 attention.py   attention, and the fastest way on a device: SDPA, variable-length FlashAttention, C++
+chunks.py      what is computed for each position by itself, for some positions at a time
+offload.py     tensors in host memory between forward and backward pass; copies beside the computations
 loss.py        cross-entropy at target positions, in chunks
 gpu.py         when Triton's kernels compute, and how they are launched. Each is in NAME_gpu.py beside NAME.py
 cpp.py         C++ compiled on first use, kept in a cache, called through ctypes

@@ -312,6 +312,7 @@ def test_what_the_optimizer_in_the_backward_pass_cannot_do(run, flags, words):
         dict(precision="16-mixed"),
         dict(precision="bf16-true", method="full", recompute=1.0),
         dict(precision="bf16-mixed", method="full"),
+        dict(precision="bf16-true", method="full", offload="optimizer", recompute="offload"),
         dict(optimizer="adamw-8bit", method="full"),
         dict(optimizer="adamw-8bit"),
         dict(optimizer="adamw-paged"),

@@ -24,7 +24,8 @@ from shell.cli import UserError
 from shell.files import read_json
 from text.tokenizer import Tokenizer
 from training.from_settings import DTYPES, adapter_config, autocast_dtype
-from training.optimizer import StepInBackward, build_optimizer
+from training.offload import OffloadedAdamW
+from training.optimizer import InBackward, StepInBackward, build_optimizer
 from weights.checkpoint import load_model, load_optimizer, read_config
 from weights.peft_layout import outside_peft
 
@@ -54,7 +55,7 @@ class Run:
     settings: Settings
     fabric: Fabric
     model: Transformer
-    optimizer: torch.optim.Optimizer | StepInBackward
+    optimizer: torch.optim.Optimizer | InBackward
     train: Samples
     val: Samples | None = None
     sources: list[str] = field(default_factory=list)
@@ -66,14 +67,21 @@ class Run:
 def build_run(s: Settings, fabric: Fabric, data: Data, newest: Path | None, identity: dict) -> Run:
     """The run at its start, or as it was at the checkpoint folder `newest`."""
     model, adapter = build_model(s, fabric.device, newest)
-    optimizer = build_optimizer(s, model)
-    optimizer = StepInBackward(model, optimizer) if s.optimizer_in_backward else fabric.setup_optimizers(optimizer)
+    optimizer = place_optimizer(s, fabric, model)
     if s.compile:
         compile_blocks(model, fabric.device)
     if newest:
         load_optimizer(optimizer, newest)
         fabric.strategy.precision.load_state_dict(read_json(newest / "scaler.json"))
     return Run(s, fabric, model.train(), optimizer, data.train, data.val, data.sources, data.info, adapter, identity)
+
+
+def place_optimizer(s: Settings, fabric: Fabric, model: Transformer) -> torch.optim.Optimizer | InBackward:
+    """The optimiser of the run where it steps: after the backward pass or in it, on the device or in host memory."""
+    if s.offload == "optimizer":
+        return OffloadedAdamW(model, s)
+    optimizer = build_optimizer(s, model)
+    return StepInBackward(model, optimizer) if s.optimizer_in_backward else fabric.setup_optimizers(optimizer)
 
 
 def open_data(s: Settings) -> Data:
@@ -108,7 +116,7 @@ def check_model(s: Settings, data: Data) -> Transformer:
             note_outside_peft(model, s.method)
     if s.balance_loss and not config.experts:
         raise UserError(f"--balance_loss {s.balance_loss:g}: the model in {s.checkpoint_dir} has no experts")
-    if s.method == "full" and s.precision == "bf16-true":
+    if s.method == "full" and s.precision == "bf16-true" and not s.offload:  # which steps weights in fp32
         print(
             "note: small steps on bf16 weights round to nothing; --precision bf16-mixed trains fp32 weights",
             file=sys.stderr,

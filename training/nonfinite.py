@@ -27,7 +27,7 @@ from batching import IGNORE, PLANNERS
 from shell.cli import UserError
 from shell.files import whole_file
 from training import build
-from training.optimizer import StepInBackward
+from training.optimizer import InBackward
 from training.steps import dropout_seed
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def explained(run: Run, micro_batches: list[list[int]], step: int, objective: Ca
     try:
         yield
     except NotFinite as error:
-        in_backward = isinstance(run.optimizer, StepInBackward)
+        in_backward = isinstance(run.optimizer, InBackward)
         scaler = getattr(fabric.strategy.precision, "scaler", None)
         bad = KeptStep(
             number=step,
@@ -108,7 +108,7 @@ def explained(run: Run, micro_batches: list[list[int]], step: int, objective: Ca
             seeds=[dropout_seed(s, step, rank, fabric.world_size) for rank in range(fabric.world_size)],
             scale=scaler.get_scale() if scaler else 1.0,
             message=str(error),
-            moved=in_backward and error.what != "the loss",
+            moved=in_backward and run.optimizer.early and error.what != "the loss",
         )
         kept = f"run it again with --config {s.out_dir}/config.yaml --replay {s.out_dir / FILE}"
         if fabric.is_global_zero:
@@ -246,7 +246,7 @@ def replay(s: Settings, objective: Callable) -> None:
     run = build.Run(s, fabric, model.train(), optimizer=None, train=None)
     print(f"step {step.number + 1}, when {step.message}: {len(step.batches)} micro-batches")
     if step.moved:
-        print("note: --optimizer_in_backward had updated some weights before: the numbers differ from that step's")
+        print("note: some weights had been updated in the backward pass before: the numbers differ from that step's")
     loss, first = torch.zeros((), device=fabric.device), None
     model.zero_grad()
     for rank, seed in enumerate(step.seeds):

@@ -21,12 +21,22 @@ if TYPE_CHECKING:
 def build_optimizer(s: Settings, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of `--optimizer` over the trainable parameters; norms and biases do not decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": s.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    matrices, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
+    groups = [{"params": part, "weight_decay": decay(s, part[0])} for part in (matrices, others) if part]
     return OPTIMIZERS[s.optimizer].build(groups, s)
+
+
+def decay(s: Settings, parameter: Tensor) -> float:
+    """The weight decay of a parameter: norms and biases have none."""
+    return s.weight_decay if parameter.dim() >= 2 else 0.0
+
+
+def begin_step(optimizer: torch.optim.Optimizer | InBackward, rate: float, micro_batches: int) -> None:
+    """Before the first micro-batch of a step, of which there are so many: set the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if isinstance(optimizer, InBackward):
+        optimizer.expect(micro_batches)
 
 
 # -------------------------------------------------------------------------------------------------- AdamW, four times
@@ -84,12 +94,31 @@ OPTIMIZERS = {
 }
 
 
-class StepInBackward:
+class InBackward:
+    """An optimiser that takes each weight's gradient away in the backward pass.
+
+    After the first gradient that is not finite it is `stopped`: no weight is updated any more.
+    early: whether weights may have changed before all gradients of a step are known to be finite.
+    """
+
+    stopped: bool
+    early: bool
+
+    def expect(self, micro_batches: int) -> None:
+        """Before a step: it has so many micro-batches."""
+
+    def take_norm(self) -> Tensor:
+        """After the backward passes of a step: finish it. The norm of its gradients, a scalar in fp32."""
+        raise NotImplementedError
+
+
+class StepInBackward(InBackward):
     """Updates each weight as soon as its gradient is complete, then frees it: there is never more than one gradient.
 
     At that moment no other weight has a gradient, so a step of the whole optimiser is a step of that weight alone.
-    After the first gradient that is not finite it is `stopped`: no weight is updated any more.
     """
+
+    early = True
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.optimizer, self.stopped, self._squares = optimizer, False, []

@@ -34,6 +34,7 @@ from shell.files import (
 )
 from text.style_templates import save_chat_template
 from training.from_settings import DTYPES
+from training.offload import STATE_BYTES
 from training.optimizer import OPTIMIZERS
 from weights import peft_format
 from weights.checkpoint import NOTES, read_config, save_model, save_optimizer
@@ -314,6 +315,8 @@ def sizes(s: Settings, model: Transformer) -> tuple[int, int]:
     trained = [p.to(dtype) if full else p for p in model.parameters() if full or p.requires_grad]
     weights = sum(p.nbytes for p in trained)
     moments = sum(OPTIMIZERS[s.optimizer].moment_bytes(p, "cpu") for p in trained)  # on a disk nothing is paged
+    if s.offload:
+        moments = sum(STATE_BYTES * p.numel() for p in trained)
     return weights, weights + moments
 
 

@@ -52,9 +52,13 @@ class Settings:
         beta2: AdamW's decay of the second moment.
         max_grad_norm: Clip the gradient to this norm; 0 for no clipping.
         recompute: Share of the blocks with activation checkpointing: less memory, at 1 a third more time.
+            "offload": all blocks, and their inputs wait in host memory, for long contexts on a GPU; MLPs run over
+            chunks of positions.
         compile: Let torch.compile fuse the small operations of a block; takes a while at the start of a run.
         optimizer_in_backward: With "full", update each weight as soon as its gradient is computed, and free the
             gradient: none are kept in memory, but a step must fit in one micro-batch, and there is no clipping.
+        offload: With "full", keep fp32 weights and AdamW's moments in host memory ("optimizer"), where the CPU steps
+            them; gradients are copied there as they come. With max_grad_norm 0 weights step in the backward pass.
         eval_interval: Validate every so many steps, and at the end; 0 for never.
         save_interval: Write a checkpoint every so many steps; 0 for only when a signal stops the run.
         keep_last: How many of the newest checkpoints to keep; 0 for all.
@@ -97,9 +101,10 @@ class Settings:
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
-    recompute: float = 0.0
+    recompute: float | Literal["offload"] = 0.0
     compile: bool = False
     optimizer_in_backward: bool = False
+    offload: Literal["optimizer"] | None = None
     eval_interval: int = 100
     save_interval: int = 100
     keep_last: int = 2
@@ -118,6 +123,7 @@ class Settings:
         self._check_ranges()
         self._check_checkpoints()
         self._check_optimizer_in_backward()
+        self._check_offload()
         if self.method == "full" and self.quantize:
             raise UserError(
                 "--quantize needs --method lora or another adapter, not full: quantised weights cannot train"
@@ -171,3 +177,16 @@ class Settings:
                 raise UserError(f"--optimizer_in_backward needs --{name} {value}, not {getattr(self, name)}")
         if self.precision == "16-mixed":
             raise UserError("--optimizer_in_backward needs another --precision: 16-mixed scales its gradients")
+
+    def _check_offload(self):
+        if self.recompute == "offload" and self.compile:
+            raise UserError("--recompute offload needs --compile false: it runs a block's MLP in chunks")
+        if not self.offload:
+            return
+        needs = (("method", "full"), ("optimizer", "adamw"), ("optimizer_in_backward", False), ("devices", 1))
+        for name, value in needs:
+            if getattr(self, name) != value:
+                given = str(getattr(self, name))
+                raise UserError(f"--offload optimizer needs --{name} {str(value).lower()}, not {given.lower()}")
+        if self.precision == "16-mixed":
+            raise UserError("--offload optimizer needs another --precision: 16-mixed scales its gradients")

@@ -304,7 +304,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | Path) -> None
             if torch.is_tensor(value) and not value.isfinite().all():
                 again = f"delete {folder} and resume an earlier one"
                 raise UserError(f"{path}: {number}.{key} holds NaN or infinity: {again}")
-            optimizer.state[parameter][key] = value.to(parameter.device) if torch.is_tensor(value) else value
+            held = optimizer.state[parameter].get(key)
+            if torch.is_tensor(held):  # from the start, such as a weight in host memory
+                held.copy_(value)
+            else:
+                optimizer.state[parameter][key] = value.to(parameter.device) if torch.is_tensor(value) else value
 
 
 def _parameters(optimizer):

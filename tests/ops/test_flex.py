@@ -1,4 +1,4 @@
-"""FlexAttention, uncompiled and as torch.compile traces it, against the plain form; and its block masks against torch's.
+"""FlexAttention, uncompiled and as torch.compile traces it, against the plain form; its block masks against torch's.
 
 Here, without a GPU, it is torch's own reference that runs, with all scores in memory. torch.compile makes kernels of it
 on CUDA alone: tests/training/test_gpu.py.

@@ -78,6 +78,7 @@ WAYS = {
     "lora, 8-bit AdamW, random": dict(optimizer="adamw-8bit", weight_decay=0.1, planner="random"),
     "full, recompute": dict(method="full", recompute=1.0),
     "full, 8-bit AdamW, grouped": dict(method="full", optimizer="adamw-8bit", planner="grouped"),
+    "full, AdamW in host memory": dict(method="full", offload="optimizer", precision="bf16-true"),
     "full, step in backward": dict(method="full", optimizer_in_backward=True, max_grad_norm=0.0),
 }
 # Functions at whose calls a process is killed: those that save, rotate and report.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Ids
+from conftest import SMALL, Ids
 
 import finetune
 import lora
@@ -14,11 +14,14 @@ from batching import Samples
 from generate import Settings as Sampling
 from inference.decode import fastest_decoder
 from inference.sampling import generate
+from model import Transformer
+from ops.offload import Parking
 from preparation.record_store import SampleWriter
 from quantize import NF4_VALUES, QUANTIZERS, nf4_dequantize, nf4_quantize
 from training import build
 from training.steps import planned_steps
 from weights.checkpoint import load_model, load_optimizer, save_optimizer
+from weights.families import config_from_json
 
 HAS_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run as numpy then, without a GPU
@@ -51,7 +54,7 @@ def trainer(folder, samples, **changes):
     torch.set_float32_matmul_precision("highest")
     assert fabric.device.type == "cuda"
     model, _ = build.build_model(settings, fabric.device, newest=None)
-    optimizer = fabric.setup_optimizers(build.build_optimizer(settings, model))
+    optimizer = build.place_optimizer(settings, fabric, model)
     plan = planned_steps(settings, samples, 0, 100)
     model.train()
 
@@ -160,15 +163,20 @@ def test_the_fused_optimiser_steps_as_the_plain_one_on_a_cpu():
 
 
 @needs_gpu
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"])
-def test_an_optimisers_state_survives_saving(tiny_model_dir, samples, tmp_path, optimizer):
-    first, model, state, _ = trainer(tiny_model_dir, samples, method="full", optimizer=optimizer, precision="32-true")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(optimizer="adamw"), dict(optimizer="adamw-8bit"), dict(optimizer="adamw-paged"),
+        dict(optimizer="adamw-8bit-paged"), dict(offload="optimizer"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_optimisers_state_survives_saving(tiny_model_dir, samples, tmp_path, flags):
+    first, model, state, _ = trainer(tiny_model_dir, samples, method="full", precision="32-true", **flags)
     for _ in range(2):
         first()
     save_optimizer(state, tmp_path)
-    second, copy, copied_state, _ = trainer(
-        tiny_model_dir, samples, method="full", optimizer=optimizer, precision="32-true"
-    )
+    second, copy, copied_state, _ = trainer(tiny_model_dir, samples, method="full", precision="32-true", **flags)
     with torch.no_grad():
         for parameter, source in zip(copy.parameters(), model.parameters(), strict=True):
             parameter.copy_(source)
@@ -203,6 +211,87 @@ def test_a_loss_scale_too_large_skips_the_step_and_halves(tiny_model_dir, sample
     scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**8})
     step()
     assert any(not torch.equal(value, before[name]) for name, value in trainable(model).items())
+
+
+# -------------------------------------------------------------------------------------------------------- host memory
+
+
+def wide_model(dtype):
+    """Blocks whose inputs are large enough that a copy takes a while: 4 MB in fp32 for 2,048 positions."""
+    values = {"model_type": "llama", **SMALL, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8,
+              "num_key_value_heads": 4, "num_hidden_layers": 8, "max_position_embeddings": 4096}  # fmt: skip
+    model = Transformer(config_from_json(values))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
+    return model.to("cuda", dtype).train()
+
+
+@needs_gpu
+@pytest.mark.parametrize("chunk", [4096, 300])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_inputs_of_blocks_wait_in_pinned_memory(dtype, tolerance, chunk, monkeypatch):
+    """Steps of different lengths one after the other, so that buffers are used again while copies go on."""
+    parked, park = [], Parking.park
+    monkeypatch.setattr(Parking, "park", lambda self, x: parked.append(park(self, x)) or parked[-1])
+    monkeypatch.setattr("model.MLP_CHUNK", chunk)
+    model = wide_model(dtype)
+    for T in (2048, 1500, 2048, 7):
+        tokens, results = torch.randint(3, 500, (1, T), device="cuda"), []
+        for recompute in (1.0, "offload"):
+            loss = model(tokens, tokens, recompute=recompute, offsets=[0, T // 3, T])
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.parameters())])
+            model.zero_grad()
+        assert len(parked) == 8 and all(x.host.is_pinned() and x.source is None for x in parked)
+        parked.clear()
+        for value, reference in zip(*reversed(results), strict=True):
+            assert (value - reference).float().norm() < tolerance * reference.float().norm() + 1e-5
+
+
+@needs_gpu
+def test_parked_inputs_take_no_memory_on_the_gpu():
+    model, tokens = wide_model(torch.float32), torch.randint(3, 500, (1, 2048), device="cuda")
+    kept = {}
+    for recompute in (1.0, "offload", 1.0, "offload"):  # the first ones also allocate what libraries keep
+        before = torch.cuda.memory_allocated()
+        loss = model(tokens, tokens, recompute=recompute)
+        kept[recompute] = torch.cuda.memory_allocated() - before
+        loss.backward()
+        model.zero_grad()
+        del loss
+    assert kept[1.0] - kept["offload"] > 6 * 2048 * 512 * 4  # of 8 blocks
+
+
+@needs_gpu
+@pytest.mark.parametrize("most", [0.0, 1.0])
+def test_adamw_in_host_memory_steps_as_on_the_gpu(tiny_model_dir, samples, most):
+    ended = []
+    for where in (None, "optimizer"):
+        flags = dict(method="full", precision="32-true", max_grad_norm=most, offload=where)
+        step, model, optimizer, _ = trainer(tiny_model_dir, samples, **flags)
+        start, rows = trainable(model), [step() for _ in range(3)]
+        ended.append((rows, trainable(model)))
+    assert all(p.grad is None for p in model.parameters())
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert all(value.device.type == "cpu" and value.dtype == torch.float32 for value in states)
+    buffer = optimizer.buffers.get()
+    assert buffer.is_pinned()
+    (rows, there), (rows_here, here) = ended
+    assert [row["loss"] for row in rows_here] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    assert [row["grad_norm"] for row in rows_here] == pytest.approx([row["grad_norm"] for row in rows], rel=1e-3)
+    for name, value in there.items():
+        assert (here[name] - value).norm() < 0.02 * (value - start[name]).norm(), name
+
+
+@needs_gpu
+def test_bf16_weights_are_those_of_host_memory(tiny_model_dir, samples):
+    flags = dict(method="full", offload="optimizer", recompute="offload", max_grad_norm=0.0)
+    step, model, optimizer, _ = trainer(tiny_model_dir, samples, **flags)
+    rows = [step() for _ in range(5)]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    for parameter, weight in optimizer.weights.items():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter.detach().cpu(), weight.master.detach().to(torch.bfloat16))
 
 
 # ----------------------------------------------------------------------------------------------------------- decoding

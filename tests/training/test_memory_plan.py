@@ -16,7 +16,9 @@ from test_finetune import random_samples, write_data
 
 import finetune
 import lora
+import model as model_file
 from batching import Samples
+from bench.shapes import SHAPES as PUBLISHED
 from model import IGNORE
 from ops.cpp import compiled_library
 from quantize import bitsandbytes
@@ -116,6 +118,78 @@ def test_gradients_that_come_as_activations_go(kind, gradients):
     for shape in (Shape(1, 4, 2), PACKED):  # few positions: the gradients are larger than the activations
         real = real_trace(job, shape)[0].at_peak.total()
         assert activations(predictor, shape) == pytest.approx(real, rel=0.02, abs=64)
+
+
+@pytest.mark.parametrize("chunk", [4096, 64])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_parked_inputs_and_chunks_are_counted(kind, chunk, monkeypatch):
+    """On a CPU, where what is parked takes memory, too."""
+    monkeypatch.setattr(model_file, "MLP_CHUNK", chunk)
+    assert_traced_as_real(tiny_job(kind, config=tiny_config(layers=4), recompute="offload"), PACKED)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gradients", ["kept", "new", "freed"])
+def test_gradients_on_their_way_to_host_memory_are_counted(gradients, shape):
+    job = tiny_job("full", config=tiny_config(layers=4), gradients=gradients, offload="optimizer")
+    assert activations(Predictor(job), shape) == pytest.approx(real_trace(job, shape)[0].at_peak.total(), abs=64)
+
+
+def test_what_a_card_has_in_host_memory_is_counted_by_itself(capsys):
+    """Block inputs of 192 positions, 48 wide, in bf16: 18,432 bytes, in pinned buffers of 32,768."""
+    shape = plan.packed_shape(192, 192, 100)
+    job = tiny_job("lora", config=tiny_config(layers=9), device="meta", dtype=torch.bfloat16, recompute=1.0)
+    there, away = Predictor(job), Predictor(dataclasses.replace(job, recompute="offload"))
+    assert there.host_peak(shape) == 0 and away.host_peak(shape) == 9 * 32768
+    kept = [predictor.parts(shape)["saved activations"] for predictor in (there, away)]
+    assert kept[0] - kept[1] >= 8 * 18432  # at the peak at least those of all blocks but one or two wait outside
+    text = plan.describe(dataclasses.replace(job, recompute="offload"), [[shape]], 1e12, "a guess", 1)
+    assert f"host memory            {9 * 32768 / 1e9:.3f} GB" in text
+    assert "host memory" not in plan.describe(job, [[shape]], 1e12, "a guess", 1)
+
+
+CARD = 24e9 - plan.CUDA_OVERHEAD
+
+
+def largest_tensor(predictor, shape, monkeypatch):
+    """Bytes of the largest tensor that a step creates."""
+    sizes, add = [], Allocations._add
+    with monkeypatch.context() as patch:
+        patch.setattr(Allocations, "_add", lambda self, storage, counts: sizes.append(storage.nbytes()) or add(
+            self, storage, counts))  # fmt: skip
+        predictor.peak(shape)
+    return max(sizes)
+
+
+def test_a_context_of_32768_tokens_fits_a_card_of_24_gb(monkeypatch):
+    """QLoRA of Llama-3.1-8B on all projections; nothing has a size of tokens times tokens or times vocabulary."""
+    config, T = config_from_json(PUBLISHED["Llama-3.1-8B"]), 32768
+    adapter = lora.AdapterConfig(r=16)
+    job = Job(config, "meta", torch.bfloat16, quantize="bnb.nf4-dq", adapter=adapter, recompute="offload")
+    predictor, shape = Predictor(job), plan.packed_shape(T, T, T - 1)
+    largest = largest_tensor(predictor, shape, monkeypatch)
+    peak, host = predictor.peak(shape), predictor.host_peak(shape)
+    print(f"{peak / 1e9:.2f} GB on the card, {host / 1e9:.2f} GB in host memory, largest tensor {largest / 1e9:.2f} GB")
+    assert peak < CARD / 1.7
+    assert host == 32 * T * 4096 * 2
+    assert largest <= T * 4096 * 4  # hidden states in fp32; an MLP's are 3.5 times as wide
+    alone = Predictor(dataclasses.replace(job, recompute=1.0))
+    assert largest_tensor(alone, shape, monkeypatch) >= T * 14336 * 2
+    assert alone.peak(shape) - peak > 8e9
+
+
+def test_full_finetuning_of_7b_fits_a_card_of_24_gb():
+    """Llama-2-7B in bf16, with its AdamW in host memory: without, the states alone take twice as much as the card."""
+    config, shape = config_from_json(PUBLISHED["Llama-2-7B"]), plan.packed_shape(2048, 2048, 2047)
+    job = Job(config, "meta", torch.bfloat16, recompute=1.0, offload="optimizer")
+    predictor = Predictor(job)
+    peak, host, weights = predictor.peak(shape), predictor.host_peak(shape), 6_738_415_616
+    print(f"{peak / 1e9:.2f} GB on the card, {host / 1e9:.2f} GB in host memory")
+    assert 2 * weights < peak < 2 * weights + 2e9 < CARD
+    assert 16 * weights < host < 16 * weights + 1e9
+    once = Predictor(dataclasses.replace(job, gradients="freed"))
+    assert 12 * weights < once.host_peak(shape) < 12 * weights + 2e9 and once.peak(shape) == peak
+    assert Predictor(dataclasses.replace(job, offload=None)).peak(shape) > 2 * CARD
 
 
 def test_a_allocations_counts_a_storage_once_and_until_it_dies():
@@ -337,6 +411,8 @@ def wide_run(tmp_path_factory):
         ("--precision", "32-true", "--lora_dropout", "0.1", "--micro_batch_tokens", "1024"),
         ("--quantize", "bnb.nf4", "--precision", "32-true"),
         ("--micro_batch_tokens", "auto", "--memory_budget", "200MB"),
+        ("--recompute", "offload"),
+        ("--method", "full", "--offload", "optimizer", "--learning_rate", "1e-4"),
     ],
 )
 def test_a_run_takes_what_the_plan_says_and_no_more_with_every_step(flags, wide_run):

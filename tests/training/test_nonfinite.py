@@ -24,6 +24,7 @@ from shell.cli import UserError
 from training import build, metrics, nonfinite
 from training.memory import budget, dry_run
 from training.nonfinite import FILE
+from training.offload import OffloadedAdamW
 from weights.checkpoint import load_optimizer, read_config, save_optimizer
 
 BAD_TOKEN = 505  # which only the samples that are to be found have
@@ -70,6 +71,11 @@ def spoil(monkeypatch):
             seen["optimizer"] = build_optimizer(s, model)
             return seen["optimizer"]
 
+        def offload_watched(model, s):
+            seen["optimizer"] = OffloadedAdamW(model, s)
+            return seen["optimizer"]
+
+        monkeypatch.setattr(build, "OffloadedAdamW", offload_watched)
         monkeypatch.setattr(build, "build_model", build_bad_model)
         monkeypatch.setattr(build, "build_optimizer", build_watched)
         return seen
@@ -107,7 +113,12 @@ def assert_untouched(seen):
     after = weights(seen["model"])
     assert after.keys() == seen["before"].keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in seen["before"].items())
-    assert not any(seen["optimizer"].state.values())
+    assert not any(steps_done(seen))
+
+
+def steps_done(seen):
+    """Of each weight, by the optimiser's state."""
+    return [state.get("step", 0) for state in seen["optimizer"].state.values()]
 
 
 def plant_nan(model):
@@ -122,12 +133,15 @@ def infinite_loss(model):
 
 
 IN_BACKWARD = dict(method="full", optimizer_in_backward=True, max_grad_norm=0.0, micro_batch_tokens=1000)
+OFFLOADED = dict(method="full", offload="optimizer", max_grad_norm=0.0, micro_batch_tokens=1000)
 KINDS = {
     "lora": {},
     "padded": dict(planner="sorted_in_step"),
     "full": dict(method="full"),
     "recomputed": dict(recompute=1.0, lora_dropout=0.2),
     "in backward": IN_BACKWARD,
+    "in host memory": OFFLOADED,
+    "in host memory, clipped": dict(method="full", offload="optimizer", micro_batch_tokens=20),
 }
 
 
@@ -140,7 +154,7 @@ def test_a_nan_in_a_weight_stops_before_the_step_and_names_the_samples(settings,
     assert "model.embed_tokens.weight holds NaN or infinity" in message
     after = {name: p.nan_to_num(7.0) for name, p in weights(seen["model"]).items()}
     assert all(torch.equal(after[name], p.nan_to_num(7.0)) for name, p in seen["before"].items())
-    assert not any(seen["optimizer"].state.values()) and rows(s.out_dir) == []
+    assert not any(steps_done(seen)) and rows(s.out_dir) == []
 
 
 @pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
@@ -182,7 +196,9 @@ def infinite_gradient(model):
     model.model.layers[1].mlp.register_forward_hook(overflow)
 
 
-@pytest.mark.parametrize("flags", [{}, dict(method="full")], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "flags", [{}, dict(method="full"), KINDS["in host memory, clipped"]], ids=["lora", "full", "in host memory"]
+)
 def test_an_infinite_gradient_stops_before_the_step_and_names_the_samples(settings, spoil, flags):
     bad = sorted(random.sample(range(6), 2))
     s, seen = settings(with_bad_token(bad), **flags), spoil(infinite_gradient)
@@ -192,8 +208,9 @@ def test_an_infinite_gradient_stops_before_the_step_and_names_the_samples(settin
     assert_untouched(seen)
 
 
-def test_in_the_backward_pass_no_weight_steps_from_an_infinite_gradient_on(settings, spoil):
-    s, seen = settings(with_bad_token([2]), **IN_BACKWARD), spoil(infinite_gradient)
+@pytest.mark.parametrize("flags", [IN_BACKWARD, OFFLOADED], ids=["in backward", "in host memory"])
+def test_in_the_backward_pass_no_weight_steps_from_an_infinite_gradient_on(settings, spoil, flags):
+    s, seen = settings(with_bad_token([2]), **flags), spoil(infinite_gradient)
     assert blamed(stopped(s)) == [2]
     after = weights(seen["model"])
     assert all(p.isfinite().all() for p in after.values())

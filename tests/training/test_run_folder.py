@@ -198,6 +198,8 @@ def test_a_run_ends_at_its_budget(run, settings, monkeypatch, clock):  # noqa: F
         dict(planner="grouped", method="full", optimizer="adamw-8bit", recompute=1.0),
         dict(method="full", optimizer_in_backward=True, max_grad_norm=0.0, micro_batch_tokens=1000),
         dict(method="full", optimizer="adamw-8bit-paged", precision="bf16-true"),
+        dict(method="full", offload="optimizer", precision="bf16-true", recompute="offload", micro_batch_tokens=40),
+        dict(method="full", offload="optimizer", max_grad_norm=0.0, micro_batch_tokens=1000, weight_decay=0.1),
         dict(method="dora", optimizer="adamw-paged", quantize="bnb.int8", deterministic=True),
     ],
     ids=lambda flags: " ".join(map(str, flags.values())),

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ops.offload import host_bytes
 from training.metrics import flop_counter
+from training.offload import STAGED
 
 if TYPE_CHECKING:
     from model import Transformer
@@ -32,11 +34,14 @@ class Allocations(TorchDispatchMode):
     targets: how many positions have a target, for fake tensors, which hold no targets. rounding: to multiples of so
     many bytes. flops: so far. untraced: bytes by part that blocks which are not run would hold now. in_block: `live` at
     its peak since the newest block began.
+    device: the type of the one device whose tensors count, None for all. What is elsewhere, in host memory, adds up in
+    host, bytes now, and host_peak.
     """
 
-    def __init__(self, targets: int | None = None, rounding: int = 1):
+    def __init__(self, targets: int | None = None, rounding: int = 1, device: str | None = None):
         super().__init__()
-        self.targets, self.rounding = targets, rounding
+        self.targets, self.rounding, self.device = targets, rounding, device
+        self.host, self.host_peak, self.on_host = 0, 0, set()
         self.part, self.flops = "saved activations", 0
         self.live, self.untraced, self.at_peak, self.in_block = Counter(), Counter(), Counter(), Counter()
         self.storages = {}  # address of a living storage: its part and bytes
@@ -56,17 +61,32 @@ class Allocations(TorchDispatchMode):
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._add(tensor.untyped_storage())
+                self._add(tensor.untyped_storage(), self.device in (None, tensor.device.type))
         return out
 
-    def _add(self, storage):
+    def _add(self, storage, counts):
         if storage._cdata in self.storages:
+            return
+        if not counts:
+            self._add_on_host(storage)
             return
         nbytes = self.rounded(storage.nbytes())
         self.storages[storage._cdata] = (self.part, nbytes)
         weakref.finalize(storage, self._remove, storage._cdata)
         self.live[self.part] += nbytes
         self.note_peak()
+
+    def _add_on_host(self, storage):
+        address, nbytes = storage._cdata, host_bytes(storage.nbytes(), pinned=True)
+        if address not in self.on_host:
+            self.on_host.add(address)
+            weakref.finalize(storage, self._remove_on_host, address, nbytes)
+            self.host += nbytes
+            self.host_peak = max(self.host_peak, self.host)
+
+    def _remove_on_host(self, address, nbytes):
+        self.on_host.remove(address)
+        self.host -= nbytes
 
     def _remove(self, address):
         part, nbytes = self.storages.pop(address)
@@ -109,7 +129,7 @@ def trace_step(
     handles = [module.register_forward_pre_hook(trace.block_begins) for module in modules]
     handles += [parameter.register_post_accumulate_grad_hook(trace.gradient_ready) for parameter in trainable]
     for parameter in trainable:
-        parameter.grad = torch.zeros_like(parameter) if job.gradients == "kept" else None
+        parameter.grad = torch.zeros_like(parameter) if job.gradients == "kept" and not job.offload else None
     tokens, targets, offsets = batch
     with allocations:
         with torch.autocast(job.device, job.autocast) if job.autocast else contextlib.nullcontext():
@@ -128,6 +148,7 @@ class _BlockTrace:
         self.layers, self.allocations, self.job, self.left_out = layers, allocations, job, left_out
         self.before = []  # bytes and FLOPs before each block in the forward pass, and after the last
         self.after = {}  # FLOPs when the gradient of a block's input was there, by number
+        self.leaving = deque(maxlen=STAGED)  # gradients that are being copied to host memory
         self.swaps = {}  # what blocks left out then free (activations) and allocate (gradients), by number
 
     def block_begins(self, module: nn.Module, args: tuple) -> None:
@@ -136,7 +157,9 @@ class _BlockTrace:
         if allocations.part != "saved activations":  # it is computed again in the backward pass
             return
         number = len(self.before)
-        self.before.append((allocations.live.total(), allocations.flops))
+        # What a block parks it keeps, but that was allocated before it began.
+        parks = self.job.recompute == "offload" and allocations.device in (None, "cpu") and number < len(self.layers)
+        self.before.append((allocations.live.total() - parks * args[0].nbytes, allocations.flops))
         if number - 1 in self.left_out:
             self._stand_in(number - 1)
         allocations.in_block = allocations.live.copy()
@@ -172,7 +195,9 @@ class _BlockTrace:
     def gradient_ready(self, parameter: Tensor) -> None:
         """After the gradient of a trainable parameter is complete."""
         self.allocations.move(parameter.grad, "gradients")
-        if self.job.gradients == "freed":
+        if self.job.offload:
+            self.leaving.append(parameter.grad)
+        if self.job.offload or self.job.gradients == "freed":
             parameter.grad = None
 
     def costs(self):
@@ -185,4 +210,6 @@ class _BlockTrace:
 
 def new_gradient_bytes(block: nn.Module, allocations: Allocations, job: Job) -> int:
     """Bytes of gradients that exist after a block's backward pass, but not before."""
-    return sum(allocations.rounded(p.nbytes) for p in block.parameters() if p.requires_grad and job.gradients == "new")
+    if job.offload or job.gradients != "new":
+        return 0
+    return sum(allocations.rounded(p.nbytes) for p in block.parameters() if p.requires_grad)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from batching import Samples
     from training.settings import Settings
 
-RECOMPUTED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # that --plan tries, for the smallest one that fits
+RECOMPUTED = (0.0, 0.25, 0.5, 0.75, 1.0, "offload")  # what --plan tries, for the first one that fits
 OUT_OF_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc")  # in a plain RuntimeError
 
 
@@ -41,6 +41,7 @@ OUT_OF_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std
 def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
     """The `plan.Job` of this run."""
     config = read_config(s.checkpoint_dir)
+    one_by_one = s.optimizer_in_backward or (s.offload and not s.max_grad_norm and gradients == "new")
     return plan.Job(
         config=config,
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -50,7 +51,8 @@ def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
         adapter=None if s.method == "full" else adapter_config(s, config),
         optimizer=s.optimizer,
         recompute=s.recompute,
-        gradients="freed" if s.optimizer_in_backward else gradients,
+        gradients="freed" if one_by_one else gradients,
+        offload=s.offload,
     )
 
 
@@ -87,9 +89,12 @@ def memory_of_later_steps(
 ) -> list[Tensor]:
     """Allocate what later micro-batches find allocated, and the first does not: AdamW's moments.
 
+    With --offload optimizer there is nothing: it allocates its states when it is made.
     Returns tensors of their size, to be held while a micro-batch runs. With `gradients`, those of earlier micro-batches
     too: zeros in their place.
     """
+    if s.offload:
+        return []
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable if gradients else ():
         parameter.grad = torch.zeros_like(parameter)
@@ -116,7 +121,7 @@ def choose_micro_batch(s: Settings, train: Samples) -> None:
         return
     s.micro_batch_tokens, budget = most_that_fits(s, train)
     if not s.micro_batch_tokens:
-        hint = "see --plan" if s.recompute == 1 else "raise --recompute, or see --plan"
+        hint = "see --plan" if s.recompute in (1, "offload") else "raise --recompute, or see --plan"
         raise UserError(f"the longest sample does not fit in {budget / 1e9:.2f} GB: {hint}")
     print(f"--micro_batch_tokens {s.micro_batch_tokens}: the most that fits in {budget / 1e9:.2f} GB", file=sys.stderr)
     s.memory_budget = None  # it has done its work: a run from this one's config.yaml takes the number
@@ -132,14 +137,38 @@ def check_micro_batches(s: Settings, train: Samples) -> None:
         )
 
 
+def more_recomputed(recompute: float | str) -> list[float | str]:
+    """This --recompute and, of `RECOMPUTED`, those that keep less on the device."""
+    if recompute == "offload":
+        return [recompute]
+    return [recompute, *(share for share in RECOMPUTED if share == "offload" or share > recompute)]
+
+
+def described(value: float | str) -> str:
+    """The value of a flag as on the command line."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def check_host_memory(s: Settings, train: Samples) -> None:
+    """Raise UserError if host memory has no room for what a run on a GPU keeps there; Linux would kill the process."""
+    if not s.offload and s.recompute != "offload":
+        return
+    job, steps = planned_job(s, train)
+    need = s.devices * plan.Predictor(job).host_peak(plan.worst([shape for shapes in steps for shape in shapes]))
+    free = machine.free_memory("cpu")
+    if need > free:
+        flags = ["--offload optimizer"] * bool(s.offload) + ["--recompute offload"] * (s.recompute == "offload")
+        raise UserError(f"{' and '.join(flags)}: {need / 1e9:.3g} GB of host memory are needed, {free / 1e9:.3g} free")
+
+
 def print_plan(s: Settings, train: Samples) -> None:
     """Print for --plan what fits in the budget, if there is one, then the prediction for the run."""
     if s.memory_budget or s.micro_batch_tokens == "auto":
-        for share in sorted({s.recompute, *(share for share in RECOMPUTED_SHARES if share > s.recompute)}):
-            s.recompute = share
+        for recompute in more_recomputed(s.recompute):
+            s.recompute = recompute
             tokens, budget = most_that_fits(s, train)
             fits = f"at most --micro_batch_tokens {tokens} fit" if tokens else "the longest sample does not fit"
-            print(f"in {budget / 1e9:.2f} GB with --recompute {share:g} {fits}")
+            print(f"in {budget / 1e9:.2f} GB with --recompute {described(recompute)} {fits}")
             if tokens:
                 break
         if not tokens:
@@ -153,8 +182,8 @@ def print_plan(s: Settings, train: Samples) -> None:
         rate, source = rate * s.devices, f"{source}, times {s.devices} devices"
     base = describe_quantization(s.quantize) if s.quantize else s.precision
     print(
-        f"--method {s.method} on {base}, --micro_batch_tokens {s.micro_batch_tokens} --recompute {s.recompute:g}, "
-        f"{job.device}"
+        f"--method {s.method} on {base}, --micro_batch_tokens {s.micro_batch_tokens} "
+        f"--recompute {described(s.recompute)}, {job.device}"
     )
     print(plan.describe(job, steps, rate, source, total_steps(s, train)))
 
@@ -203,11 +232,13 @@ def suggestions(s: Settings, train: Samples, available: float) -> str:
         while tokens > longest and predictor.peak(plan.full_shape(train, tokens)) > available:
             tokens = max(longest, tokens // 2)
         changes[f"--micro_batch_tokens {tokens}"] = predictor.peak(plan.full_shape(train, tokens))
-    changes["--recompute 1"] = peak(shape, recompute=1.0)
-    if s.method == "full":
-        changes["--optimizer adamw-8bit"] = peak(shape, optimizer="adamw-8bit")
-    else:
-        changes["--quantize bnb.nf4-dq"] = peak(shape, quantize="bnb.nf4-dq")
+    flags = [("recompute", 1.0), ("optimizer", "adamw-8bit") if s.method == "full" else ("quantize", "bnb.nf4-dq")]
+    if plan_job(s).device != "cpu":  # whose memory is that of the host
+        flags += [("recompute", "offload"), ("offload", "optimizer")]
+    for flag, value in flags:
+        with contextlib.suppress(UserError):  # it does not go with another flag of the run
+            if flag != "recompute" or value in more_recomputed(s.recompute):
+                changes[f"--{flag} {described(value)}"] = peak(shape, **{flag: value})
     half = max(1, longest // 2)
     shorter = plan.Shape(1, half, min(half, shape.targets))
     if shape.positions == longest:

@@ -10,7 +10,7 @@ import torch
 from ops.allocator import no_more_than
 from training.memory import budget
 from training.memory.machine import free_memory
-from training.optimizer import StepInBackward
+from training.optimizer import InBackward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,9 +26,10 @@ def memory_dry_run(run: Run, forward: Callable) -> None:
     """
     s, model, device = run.settings, run.model, run.fabric.device
     indices, most = budget.largest_planned_micro_batch(s, run.train)
-    in_backward = isinstance(run.optimizer, StepInBackward)
+    in_backward = isinstance(run.optimizer, InBackward)
     if in_backward:
         run.optimizer.stopped = True
+        run.optimizer.expect(most)
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
     limit = no_more_than(free_memory("cpu")) if device.type == "cpu" else contextlib.nullcontext()
     with random_state, limit:

@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -30,12 +30,14 @@ import model as model_file
 import quantize
 from ops import attention, dtypes, rope
 from training.memory.allocations import Allocations, trace_step
+from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
 from training.optimizer import OPTIMIZERS
 
 if TYPE_CHECKING:
     from batching import Samples
 
 aten = torch.ops.aten
+HOST = "host memory"  # no part of the device's
 PARTS = ("weights", "adapters", "gradients", "moments", "saved activations", "working set", "loss")
 TRACED_BLOCKS = 2  # of equal ones in a row: the input of the very first may need no gradient, so it keeps less
 TOKEN_STEP = 64  # of micro_batch_tokens, between which a budget decides
@@ -60,6 +62,9 @@ class Job:
     optimizer, recompute: as in finetune.py.
     gradients: "kept" from earlier micro-batches of a step, "new" if it has only one, "freed" one by one if the
         optimiser steps in the backward pass.
+    offload: "optimizer" if AdamW is in host memory, where `gradients` are then, too; else None.
+
+    Of a CPU, host memory is the device's; of a CUDA device it is counted by itself.
     """
 
     config: model_file.Config
@@ -69,8 +74,9 @@ class Job:
     quantize: str | dict | None = None
     adapter: lora.AdapterConfig | None = None
     optimizer: str = "adamw"
-    recompute: float = 0.0
+    recompute: float | Literal["offload"] = 0.0
     gradients: str = "kept"
+    offload: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def build(job: Job, numbers: list[int]) -> model_file.Transformer:
 
 
 def parameter_bytes(module: nn.Module, job: Job, elsewhere: Collection[int] = ()) -> Counter:
-    """What a module holds all the time, in bytes by part, without activations.
+    """What a module holds all the time, in bytes by part, without activations. HOST: in host memory.
 
     elsewhere: the ids of tensors that do not count, because another module that is counted has them too.
     """
@@ -153,6 +159,9 @@ def parameter_bytes(module: nn.Module, job: Job, elsewhere: Collection[int] = ()
     frozen += sum(layer.nbytes() for layer in quantize.quantized_layers(module))
     trainable = [tensor for tensor in tensors if tensor.requires_grad]
     training = sum(p.nbytes for p in trainable)
+    if job.offload:
+        of_element = STATE_BYTES + (0 if job.gradients == "freed" else GRADIENT_BYTES)
+        return Counter({"weights": frozen + training, HOST: of_element * sum(p.numel() for p in trainable)})
     return Counter(
         {
             "weights": frozen + (0 if job.adapter else training),
@@ -171,7 +180,8 @@ class Predictor:
 
     def __init__(self, job: Job):
         L = job.config.num_hidden_layers
-        recomputed = [number < round(job.recompute * L) for number in range(L)]
+        offloads = job.recompute == "offload"
+        recomputed = [offloads or number < round(job.recompute * L) for number in range(L)]
         quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
         kinds = list(zip(job.config.kinds_of_layers(), recomputed, quantizers, strict=True))
         runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of equal blocks
@@ -179,7 +189,8 @@ class Predictor:
         last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1
         more = [len(run) - TRACED_BLOCKS for run in runs]
         self.left_out = {end - 1: count for end, count in zip(last, more, strict=True) if count > 0}
-        self.job = dataclasses.replace(job, recompute=sum(recomputed[number] for number in traced) / len(traced))
+        share = "offload" if offloads else sum(recomputed[number] for number in traced) / len(traced)
+        self.job = dataclasses.replace(job, recompute=share)
         self.traces = {}
         if job.quantize:  # its table of 8-bit values must be a real tensor: the first one is cached for the process
             functional = quantize.bitsandbytes().functional
@@ -193,17 +204,31 @@ class Predictor:
             shared = {id(tensor) for tensor in (*before.parameters(), *before.buffers())}
             block = parameter_bytes(self.model.model["layers"][number], job, shared)
             self.fixed.update({part: count * nbytes for part, nbytes in block.items()})
+        self.host = self.fixed.pop(HOST, 0) + self._host_working_bytes()
+        if job.device == "cpu":  # there it is all one memory
+            self.fixed["moments"] += self.host
 
-    def trace(self, shape: Shape) -> tuple[Counter, int]:
-        """Of a micro-batch: bytes by part at the peak of all blocks, and the FLOPs of all."""
+    def _host_working_bytes(self):
+        """What --offload optimizer takes in host memory beside states and gradients that stay."""
+        if not self.job.offload:
+            return 0
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        one = GRADIENT_BYTES * max(p.numel() for p in trainable) if self.job.gradients == "freed" else 0
+        return buffer_bytes(trainable, pinned=self.job.device != "cpu") + one
+
+    def trace(self, shape: Shape) -> tuple[Counter, int, int]:
+        """Of a micro-batch: bytes by part at the peak of all blocks, the FLOPs of all, and bytes in host memory."""
         if shape not in self.traces:
-            allocations = Allocations(shape.targets, rounding=1 if self.job.device == "cpu" else CUDA_BLOCK)
+            rounding = 1 if self.job.device == "cpu" else CUDA_BLOCK
+            allocations = Allocations(shape.targets, rounding, self.job.device)
             with fake_tensors(self.mode, self.job.device):
                 tokens = torch.empty((shape.rows, shape.T), dtype=torch.int64, device=self.job.device)
                 offsets = shape.offsets and list(shape.offsets)
                 blocks = trace_step(self.model, (tokens, tokens, offsets), allocations, self.job, self.left_out)
             more = sum(count * blocks[number][1] for number, count in self.left_out.items())
-            self.traces[shape] = allocations.at_peak, allocations.flops + more
+            # Of the blocks' inputs, which are of one size, the trace has seen those of the traced blocks.
+            parked = allocations.host_peak * self.job.config.num_hidden_layers // len(self.model.model["layers"])
+            self.traces[shape] = allocations.at_peak, allocations.flops + more, parked
         return self.traces[shape]
 
     def parts(self, shape: Shape) -> Counter:
@@ -213,6 +238,10 @@ class Predictor:
     def peak(self, shape: Shape) -> int:
         """Bytes at the peak of a step, with micro-batches of `shape`."""
         return self.parts(shape).total()
+
+    def host_peak(self, shape: Shape) -> int:
+        """Bytes of host memory that a CUDA device uses at the peak of a step, with micro-batches of `shape`."""
+        return 0 if self.job.device == "cpu" else self.host + self.trace(shape)[2]
 
     def flops(self, shape: Shape) -> int:
         """FLOPs of a micro-batch, forward and backward."""
@@ -294,6 +323,8 @@ def describe(job: Job, steps: list[list[Shape]], flops_per_second: float, source
         f"  {'together':18} {parts.total() / 1e9:9.3f} GB",
         f"{flops / 1e12:.4g} TFLOP a step: {seconds:.3g} s, {seconds * total / 60:.3g} min for {total} steps,",
     ]
+    if host := predictor.host_peak(shape):
+        lines.insert(-1, f"  {'host memory':18} {host / 1e9:9.3f} GB beside that, pinned or of the optimiser")
     if job.device == "cpu":
         lines.insert(-1, f"The process takes up to {CPU_OVERHEAD / 1e9:.2f} GB beside these tensors and its imports.")
     lines[-1] += f" at {flops_per_second / 1e12:.3g} TFLOP/s ({source}); a real step reaches a part of that speed"
