@@ -7,20 +7,20 @@ without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for 
 runs Triton's kernels.
 
 dtypes.py      in which dtype a product is computed
-dropout.py     dropout that keeps no mask
 devices.py     copies between host and device that nobody waits for, and the one that somebody does
-linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA
-norm.py        RMSNorm and LayerNorm. Start here: the smallest
-activation.py  activations of MLPs, gated (SwiGLU and its kin) and plain
+norm.py        RMSNorm and LayerNorm. Start here: the smallest; norm_gpu.py, its kernels
+linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA; linear_gpu.py, its kernel
+dropout.py     dropout that keeps no mask; dropout_gpu.py, its kernel
+activation.py  activations of MLPs, gated (SwiGLU and its kin) and plain; activation_gpu.py, their kernels
 grouping.py    tokens sorted by the expert that they go to, and back
 rope.py        RoPE: how fast each pair of dimensions turns, and the ways to stretch it
-rotation.py    RoPE applied to queries and keys
+rotation.py    RoPE applied to queries and keys; rotation_gpu.py, its kernel
 alibi.py       ALiBi: how much each head's scores fall with distance
 attention.py   attention, and the fastest way on a device: SDPA, variable-length FlashAttention, C++
 chunks.py      what is computed for each position by itself, for some positions at a time
 offload.py     tensors in host memory between forward and backward pass; copies beside the computations
-loss.py        cross-entropy at target positions, in chunks
-gpu.py         when Triton's kernels compute, and how they are launched. Each is in NAME_gpu.py beside NAME.py
+loss.py        cross-entropy at target positions, in chunks; loss_gpu.py, its kernel
+gpu.py         when Triton's kernels compute, and how they are launched
 cpp.py         C++ compiled on first use, kept in a cache, called through ctypes
 allocator.py   memory of tensors on a CPU, so that a run's peak follows from their sizes
 core_sharing.py                cores that other processes want, too
