@@ -7,6 +7,7 @@ without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for 
 
 dtypes.py      in which dtype a product is computed
 linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA
+dequantize.py  weights in 4 and 8 bits: to numbers, and products with a few rows; dequantize_gpu.py, its kernels
 norm.py        RMSNorm and LayerNorm. Start here: the smallest
 activation.py  activations of MLPs, gated (SwiGLU and its kin) and plain
 grouping.py    tokens sorted by the expert that they go to, and back

@@ -94,6 +94,7 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(gpu, "on_cpu", True)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding(InterpreterBuilder.cast_impl))
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", of_numbers(InterpreterBuilder.create_dot))
 
 
 def rounding(cast):
@@ -108,6 +109,18 @@ def rounding(cast):
         return TensorHandle(torch.tensor(x.data).bfloat16().view(torch.uint16).numpy(), bfloat16)
 
     return rounded
+
+
+def of_numbers(dot):
+    """The interpreter's product of matrices, but of bf16 the numbers: it multiplies their bits as whole numbers."""
+
+    def in_fp32(self, a, b, *others):
+        from triton.language import bfloat16, float32
+
+        a, b = (self.cast_impl(x, float32) if x.dtype.scalar == bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *others)
+
+    return in_fp32
 
 
 # ---------------------------------------------------------------------------------------------- tiny random models
