@@ -118,8 +118,8 @@ class Linear4bit(QuantizedLinear):
     def is_standard(cls) -> bool:
         """Whether this is `Linear4bit` itself (no subclass) and multiplies by what codes and scales stand for.
 
-        A researcher may edit `dequantize`, or `QuantizedLinear.forward`, in place, so that is tried on a small layer.
-        Then a line on standard error says that the fast way is not taken.
+        A researcher may edit `dequantize`, or `QuantizedLinear.forward`, in place, so that is tried on a small layer
+        of a CPU. Then a line on standard error says that the fast way is not taken.
         """
         if cls is not Linear4bit:
             return False
