@@ -1,8 +1,8 @@
 """Linear layers whose frozen weight is kept in 4 or 8 bits: what `--quantize` chooses among.
 
 bitsandbytes does the quantising, called directly, on CPU and CUDA alike. A layer stores its result and multiplies by
-what that dequantises to, so the gradient is the exact one of the dequantised weight. NF4 (Dettmers et al. 2023, arXiv
-2305.14314) is written out in plain torch at the end of this file: slow, readable, and bit for bit the same.
+what that dequantises to, so the gradient is the exact one of the dequantised weight. ops/dequantize.py writes the
+formats out in plain torch: slow, readable, and bit for bit the same. On CUDA its Triton kernels dequantise.
 
 A model's layers may all have the same quantiser, or each its own. Then they have a plan: a dict from the path of every
 linear layer in the blocks to a key of `QUANTIZERS` or "none". eval/quality.py --sensitivity writes one to a file.
@@ -16,21 +16,33 @@ layer is made.
 """
 
 import logging
+import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from model import Config
+from ops.dequantize import (
+    BLOCK,
+    BlockScales,
+    dequantize_4bit,
+    dequantize_rows,
+    fits_multiply_4bit,
+    multiply_4bit,
+    plain_multiply_4bit,
+)
+from ops.dtypes import as_multiplied
+from ops.gpu import in_triton
 from ops.linear import stored_linear
 from shell.cli import UserError
 from shell.files import read_json, whole_file, write_json
 
-BLOCK = 64  # weights that share one scale in the 4-bit formats
 BLOCKS = "model.layers."  # before the path of every layer that may be quantised
 
 
@@ -78,6 +90,9 @@ class Linear4bit(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """As in `QuantizedLinear`."""
+        if in_triton(self.codes, dtype):
+            shape = (self.out_features, self.in_features)
+            return dequantize_4bit(self.codes, self.stored_scales(), self.state.code, shape, dtype)
         # The operation itself, which torch.compile can trace; bitsandbytes' function around it would break the graph.
         # Whole blocks are given as rows, as its AVX-512 kernel takes each row for the start of a block.
         scales = self.block_scales()
@@ -86,16 +101,50 @@ class Linear4bit(QuantizedLinear):
         return blocks.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As in `QuantizedLinear`; a single row is faster on CUDA."""
-        one_row = x.numel() == self.in_features and self.in_features % BLOCK == 0
-        if x.is_cuda and one_row and not torch.is_grad_enabled():
-            return self.one_row(x)
+        """As in `QuantizedLinear`; a few rows without gradient, as in decoding, by a kernel that reads the codes."""
+        x = as_multiplied(x)
+        learns = torch.is_grad_enabled() and x.requires_grad
+        if not learns and in_triton(x) and fits_multiply_4bit(x) and self.is_standard():
+            return self._from_codes(x, multiply_4bit)
         return super().forward(x)
 
-    def one_row(self, x: Tensor) -> Tensor:
-        """The product with one row in bitsandbytes' kernel, which reads the codes alone: x (1, ..., in_features)."""
-        y = bitsandbytes().functional.gemv_4bit(x, self.codes, state=self.state)
+    def _from_codes(self, x, multiply):
+        """x (..., in_features) to (..., out_features) by `multiply_4bit` or the plain form of it."""
+        y = multiply(x, self.codes, self.stored_scales(), self.state.code, self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @classmethod
+    @cache
+    def is_standard(cls) -> bool:
+        """Whether this is `Linear4bit` itself (no subclass) and multiplies by what codes and scales stand for.
+
+        A researcher may edit `dequantize`, or `QuantizedLinear.forward`, in place, so that is tried on a small layer
+        of a CPU. Then a line on standard error says that the fast way is not taken.
+        """
+        if cls is not Linear4bit:
+            return False
+        with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            try:
+                follows = cls._follows_formula()
+            except (AttributeError, RuntimeError, TypeError, ValueError):  # what else an edit may lead to
+                follows = False
+        if not follows:
+            print(f"note: {cls.__name__} computes something new: going on without its fast way", file=sys.stderr)
+        return follows
+
+    @classmethod
+    def _follows_formula(cls):
+        """Whether a small layer, of 5 rows, computes what its codes and scales stand for."""
+        x, weight, bias = (torch.linspace(-9, 9, n, device="cpu").sin() for n in (3 * BLOCK, 5 * BLOCK, 5))
+        layer, x = cls(weight.view(5, BLOCK), bias, data_type="nf4", double_quant=True), x.view(3, BLOCK)
+        found, formula = QuantizedLinear.forward(layer, x), layer._from_codes(x, plain_multiply_4bit)
+        return found.shape == formula.shape and torch.allclose(found, formula, rtol=1e-4, atol=1e-4)
+
+    def stored_scales(self) -> BlockScales:
+        """The scale of each block as it is stored."""
+        if not self.state.nested:
+            return BlockScales(self.state.absmax)
+        return BlockScales(self.state.absmax, self.state.state2.code, self.state.state2.absmax, self.state.offset)
 
     def block_scales(self) -> Tensor:
         """The scale of each block of 64 weights, in row order: fp32, also where they are stored in 8 bits."""
@@ -125,6 +174,8 @@ class Linear8bit(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """As in `QuantizedLinear`."""
+        if in_triton(self.codes, dtype):
+            return dequantize_rows(self.codes, self.scales, dtype)
         return bitsandbytes().functional.int8_vectorwise_dequant(self.codes, self.scales).to(dtype)
 
     def nbytes(self) -> int:
@@ -238,35 +289,3 @@ def _check_plan(plan, model, where):
         if quantizer != "none" and (not isinstance(quantizer, str) or quantizer not in QUANTIZERS):
             choices = ", ".join(("none", *QUANTIZERS))
             raise UserError(f"{where}: {name} has {str(quantizer)[:100]}: expected one of {choices}")
-
-
-# ------------------------------------------------------------------------------------ NF4, the readable reference
-
-# The 16 values of NormalFloat4: quantiles of a normal distribution, scaled to [-1, 1], with an exact zero. The paper
-# (appendix E) prints them.
-NF4_VALUES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-
-
-def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """NF4 codes and scales of a weight whose size is a multiple of 64.
-
-    Returns codes (size/2,) uint8, the first of two weights in the high half, and absmax (size/64,) fp32.
-    """
-    values = torch.tensor(NF4_VALUES, device=weight.device)
-    blocks = weight.float().reshape(-1, BLOCK)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]  # times the reciprocal, as the fast kernel does
-    codes = torch.bucketize(scaled, (values[1:] + values[:-1]) / 2).flatten().to(torch.uint8)
-    return codes[0::2] << 4 | codes[1::2], absmax
-
-
-def nf4_dequantize(codes: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The weight of `shape` and `dtype` that NF4 codes and scales stand for."""
-    values = torch.tensor(NF4_VALUES, device=codes.device)
-    pairs = torch.stack((codes >> 4, codes & 15), dim=1)
-    return (values[pairs.int()].reshape(-1, BLOCK) * absmax[:, None]).reshape(shape).to(dtype)

@@ -10,13 +10,14 @@ dtypes.py      in which dtype a product is computed
 devices.py     copies between host and device that nobody waits for, and the one that somebody does
 norm.py        RMSNorm and LayerNorm. Start here: the smallest; norm_gpu.py, its kernels
 linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA; linear_gpu.py, its kernel
+dequantize.py  weights in 4 and 8 bits: to numbers, and products with a few rows; dequantize_gpu.py, its kernels
 dropout.py     dropout that keeps no mask; dropout_gpu.py, its kernel
 activation.py  activations of MLPs, gated (SwiGLU and its kin) and plain; activation_gpu.py, their kernels
 grouping.py    tokens sorted by the expert that they go to, and back
 rope.py        RoPE: how fast each pair of dimensions turns, and the ways to stretch it
 rotation.py    RoPE applied to queries and keys; rotation_gpu.py, its kernel
 alibi.py       ALiBi: how much each head's scores fall with distance
-attention.py   attention, and the fastest way on a device: SDPA, variable-length FlashAttention, C++
+attention.py   attention, and the fastest way on a device: SDPA, FlashAttention, FlexAttention, C++
 chunks.py      what is computed for each position by itself, for some positions at a time
 offload.py     tensors in host memory between forward and backward pass; copies beside the computations
 loss.py        cross-entropy at target positions, in chunks; loss_gpu.py, its kernel

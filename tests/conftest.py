@@ -105,7 +105,7 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(gpu, "on_cpu", True)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding(InterpreterBuilder.cast_impl))
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", multiplying(InterpreterBuilder.create_dot))
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", of_numbers(InterpreterBuilder.create_dot))
 
 
 def kernels():
@@ -113,17 +113,6 @@ def kernels():
     functions = r"@triton\.jit\ndef ([a-z]\w*)(.*?)(?=\n@|\Z)"
     found = [each for path in ROOT.glob("ops/*_gpu.py") for each in re.findall(functions, path.read_text(), re.DOTALL)]
     return {name for name, body in found if "return" not in body}
-
-
-def multiplying(dot):
-    """The interpreter's product, which would take bf16 for whole numbers."""
-
-    def multiplied(self, a, b, *others):
-        from triton.language import float32
-
-        return dot(self, *(self.cast_impl(x, float32) for x in (a, b)), *others)
-
-    return multiplied
 
 
 def rounding(cast):
@@ -138,6 +127,18 @@ def rounding(cast):
         return TensorHandle(torch.tensor(x.data).bfloat16().view(torch.uint16).numpy(), bfloat16)
 
     return rounded
+
+
+def of_numbers(dot):
+    """The interpreter's product of matrices, but of bf16 the numbers: it multiplies their bits as whole numbers."""
+
+    def in_fp32(self, a, b, *others):
+        from triton.language import bfloat16, float32
+
+        a, b = (self.cast_impl(x, float32) if x.dtype.scalar == bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *others)
+
+    return in_fp32
 
 
 # ---------------------------------------------------------------------------------------------- tiny random models

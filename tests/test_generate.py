@@ -526,18 +526,6 @@ def test_a_decoder_over_a_quantiser_and_a_layer_that_it_does_not_know(kind):
     assert model(tokens, tokens).item() == pytest.approx(losses.item(), rel=1e-5)  # the fused loss has no such head
 
 
-@pytest.mark.skipif(
-    torch.cpu._is_avx512_bf16_supported(),
-    reason="bitsandbytes' kernel for this processor wants other codes, and aborts",
-)
-def test_one_row_in_four_bits_is_the_dequantised_product():
-    """bitsandbytes' own kernel for one row, which CUDA takes; here in its plain form."""
-    for name in ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4"):
-        layer = QUANTIZERS[name](torch.randn(48, 128), torch.randn(48))
-        x = torch.randn(1, 1, 128)
-        torch.testing.assert_close(layer.one_row(x), layer(x), rtol=1e-5, atol=1e-4)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4"])

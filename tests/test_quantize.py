@@ -7,7 +7,8 @@ from torch import nn
 
 import quantize
 from model import Linear
-from quantize import QUANTIZERS, nf4_dequantize, nf4_quantize
+from ops.dequantize import NF4_VALUES, BlockScales, plain_dequantize_4bit, plain_quantize_4bit
+from quantize import QUANTIZERS
 from weights.checkpoint import load_model
 
 every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
@@ -31,6 +32,14 @@ def relative(a, b):
 # ------------------------------------------------------------------------------------------------ NF4, written out
 
 
+def nf4_quantize(weight):
+    return plain_quantize_4bit(weight, torch.tensor(NF4_VALUES))
+
+
+def nf4_dequantize(codes, absmax, shape, dtype):
+    return plain_dequantize_4bit(codes, BlockScales(absmax), torch.tensor(NF4_VALUES), shape, dtype)
+
+
 def difficult(kind):
     weight = torch.randn(64, 192)
     if kind == "zero blocks":
@@ -50,11 +59,11 @@ def difficult(kind):
     elif kind == "fp16":
         weight = weight.half()
     elif kind == "between two values":  # where the last bit of a scale decides
-        values = torch.tensor(quantize.NF4_VALUES)
+        values = torch.tensor(NF4_VALUES)
         middle = torch.cat(((values[1:] + values[:-1]) / 2, torch.ones(1)))
         weight = middle.repeat(64, 12) * torch.rand(64, 1)
     elif kind == "the values themselves":
-        weight = torch.tensor(quantize.NF4_VALUES).repeat(64, 12) * 0.37
+        weight = torch.tensor(NF4_VALUES).repeat(64, 12) * 0.37
     return weight
 
 
@@ -87,7 +96,7 @@ def test_nf4_keeps_what_it_can_represent():
 def test_nf4_picks_the_nearest_value():
     weight = torch.randn(32, 64)
     result = nf4_dequantize(*nf4_quantize(weight), weight.shape, torch.float32)
-    choices = torch.tensor(quantize.NF4_VALUES) * weight.abs().amax(dim=1)[:, None, None]
+    choices = torch.tensor(NF4_VALUES) * weight.abs().amax(dim=1)[:, None, None]
     nearest = (weight[..., None] - choices).abs().amin(dim=-1)
     assert torch.allclose((weight - result).abs(), nearest, atol=1e-6)
 

@@ -94,7 +94,7 @@ from inference import sampling
 from inference.decode import fastest_decoder
 from model import Transformer
 from preparation.record_store import SampleWriter
-from quantize import BLOCK, bitsandbytes, nf4_quantize
+from quantize import BLOCK, QUANTIZERS, bitsandbytes
 from training import build
 from training.from_settings import adapter_config
 from training.memory import plan
@@ -152,7 +152,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Dequantizing:
-    """The two NF4 kernels on a weight of the shape's MLP."""
+    """Our NF4 kernels and bitsandbytes' on a weight of the shape's MLP."""
 
     shape: str
     seconds = 10
@@ -511,36 +511,41 @@ def weight_bytes(model):
     return sum(layer.weight.nbytes if isinstance(layer, nn.Linear) else layer.nbytes() for layer in layers)
 
 
+@torch.no_grad()
 def measure_dequantizing(s, run, limits):
-    """Microseconds for one gate_proj from NF4 to bf16: bitsandbytes' kernel, and nf4_triton.py's if it runs."""
-    if s.device != "cuda":
-        return {"skipped": "Triton compiles for GPUs only"}
-    from bench.machine.nf4_triton import nf4_dequantize_triton
-
+    """Microseconds for one gate_proj in NF4, made bf16 and multiplied by a few rows: ours, and bitsandbytes'."""
     shape, device = SHAPES[s.shape][run.shape], torch.device(s.device)
     size = (shape["intermediate_size"], shape["hidden_size"])
     # More than the cache holds, taken in turn: in training another layer's weight comes between.
-    weights = [nf4_quantize(torch.randn(size, device=device)) for _ in range(4)]
-    functional = bitsandbytes().functional
-    states = [
-        functional.QuantState(absmax, torch.Size(size), dtype=torch.bfloat16, blocksize=BLOCK, quant_type="nf4")
-        for _, absmax in weights
-    ]
-    ways = {"bitsandbytes": lambda i: functional.dequantize_4bit(weights[i][0][:, None], states[i])}
-    for block, warps in ((512, 4), (1024, 4), (2048, 8)):
-        ways[f"triton {block}, {warps} warps"] = lambda i, b=block, w=warps: nf4_dequantize_triton(
-            *weights[i], size, torch.bfloat16, b, w
-        )
-    reference = ways["bitsandbytes"](0)
-    for name, way in ways.items():
-        assert torch.equal(way(0), reference), f"{name} gives another weight"
-    turn = itertools.cycle(range(len(weights)))
-    seconds = {name: seconds_per_call(lambda: way(next(turn)), device, 40) for name, way in ways.items()}  # noqa: B023
-    moved = reference.nbytes + sum(tensor.nbytes for tensor in weights[0])
-    return {
-        "microseconds": {name: 1e6 * value for name, value in seconds.items()},
-        "shares": {name: moved / value / 1e9 / limits["gigabytes_per_second"] for name, value in seconds.items()},
-    }
+    layers = [QUANTIZERS["bnb.nf4"](torch.randn(size, device=device), None) for _ in range(4)]
+    moved = {"dequantised": 2 * size[0] * size[1] + layers[0].nbytes()}
+    ways = {"dequantised": (lambda layer: layer.dequantize(torch.bfloat16), their_weight)}
+    for rows in (1, 2, 4, 16):
+        x = torch.randn(rows, size[1], device=device, dtype=torch.bfloat16)
+        ways[f"rows: {rows}"] = (lambda layer, x=x: layer(x), lambda layer, x=x: their_product(layer, x))
+        moved[f"rows: {rows}"] = layers[0].nbytes()
+    for name, (our_way, their_way) in ways.items():
+        ours, theirs = our_way(layers[0]).float(), their_way(layers[0]).float()
+        assert (ours - theirs).norm() <= 0.01 * theirs.norm(), f"{name} gives something else"
+    turn, row = itertools.cycle(layers), {"microseconds": {}, "shares": {}}
+    for name, pair in ways.items():
+        for side, way in zip((name, f"{name}, bitsandbytes"), pair, strict=True):
+            seconds = seconds_per_call(lambda: way(next(turn)), device, 40)  # noqa: B023
+            row["microseconds"][side] = 1e6 * seconds
+            row["shares"][side] = moved[name] / seconds / 1e9 / limits["gigabytes_per_second"]
+    return row
+
+
+def their_weight(layer):
+    """bitsandbytes' own dequantisation of an NF4 layer."""
+    size = (layer.out_features, layer.in_features)
+    return torch.ops.bitsandbytes.dequantize_4bit(layer.codes, layer.state.absmax, BLOCK, "nf4", size, torch.bfloat16)
+
+
+def their_product(layer, x):
+    """bitsandbytes' own product with an NF4 layer."""
+    size = (layer.out_features, layer.in_features)
+    return torch.ops.bitsandbytes.gemm_4bit(x, layer.codes, size, layer.state.absmax, BLOCK, "nf4")
 
 
 # ------------------------------------------------------------------------------------------------------------- results

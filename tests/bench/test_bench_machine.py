@@ -37,6 +37,10 @@ def test_every_part_runs_in_small(tmp_path, run_script):
     assert float(first["plan"]) == pytest.approx(lora["predicted_gb"] / lora["peak_gb"], abs=6e-4)
     decoding = [row for row in rows if row["part"] == "decoding"]
     assert {(row["quantize"], row["batch"]) for row in decoding} == {(q, b) for q in (None, "bnb.nf4") for b in (1, 16)}
+    (dequantizing,) = (row for row in rows if row["part"] == "dequantizing")
+    names = ["dequantised", *(f"rows: {rows}" for rows in (1, 2, 4, 16))]
+    names = {name + side for name in names for side in ("", ", bitsandbytes")}
+    assert dequantizing["microseconds"].keys() == dequantizing["shares"].keys() == names
     assert all(row["new_tokens"] == 5 and row["tokens_per_second"] > 0 for row in decoding)
     assert all(f"{kind}{', recomputing' * recompute}: {side}" in out for kind, recompute, side in runs)
 

@@ -1,6 +1,5 @@
 """What only a GPU can show: bitsandbytes' CUDA kernels, optimisers, loss scaling, decoding. `pytest -m gpu` runs it."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,16 @@ from generate import Settings as Sampling
 from inference.decode import fastest_decoder
 from inference.sampling import generate
 from model import Transformer
+from ops.dequantize import NF4_VALUES, plain_block_scales, plain_dequantize_4bit, plain_quantize_4bit
 from ops.offload import Parking
 from preparation.record_store import SampleWriter
-from quantize import NF4_VALUES, QUANTIZERS, nf4_dequantize, nf4_quantize
+from quantize import QUANTIZERS, Linear8bit, bitsandbytes
 from training import build
 from training.steps import planned_steps
 from weights.checkpoint import load_model, load_optimizer, save_optimizer
 from weights.families import config_from_json
 
 HAS_GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run as numpy then, without a GPU
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 pytestmark = pytest.mark.gpu
 
@@ -76,17 +75,34 @@ def trainable(model):
 def test_nf4_on_the_gpu_is_the_plain_reference():
     weight = torch.randn(96, 256, device="cuda")
     layer = QUANTIZERS["bnb.nf4"](weight, None)
-    codes, absmax = nf4_quantize(weight)
+    codes, absmax = plain_quantize_4bit(weight, torch.tensor(NF4_VALUES, device="cuda"))
     assert torch.equal(layer.state.absmax.flatten(), absmax)
     assert (layer.codes.flatten() != codes).float().mean() < 1e-3  # a value between two codes may fall to either
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        expected = nf4_dequantize(layer.codes.flatten(), absmax, weight.shape, dtype)
-        assert torch.equal(layer.dequantize(dtype), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(96, 256), (129, 192), (1, 64), (37, 75), (300, 640)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_weight_dequantised_on_the_gpu_is_bitsandbytes(name, dtype, shape):
+    layer = QUANTIZERS[name](torch.randn(shape, device="cuda"), None)
+    if isinstance(layer, Linear8bit):
+        expected = bitsandbytes().functional.int8_vectorwise_dequant(layer.codes, layer.scales).to(dtype)
+    else:
+        given = layer.codes, layer.stored_scales(), layer.state.code, shape, dtype
+        assert torch.equal(layer.block_scales(), plain_block_scales(layer.stored_scales()))
+        expected = plain_dequantize_4bit(*given)
+        whole = (len(layer.state.absmax), 64)
+        theirs = torch.ops.bitsandbytes.dequantize_4bit(
+            layer.codes, layer.block_scales(), 64, layer.state.quant_type, whole, dtype
+        )
+        assert torch.equal(expected, theirs.flatten()[: expected.numel()].view(shape))
+    assert torch.equal(layer.dequantize(dtype), expected)
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 40])
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_quantised_layer_multiplies_by_what_it_dequantises_to(name, rows, dtype, tolerance):
     layer = QUANTIZERS[name](torch.randn(96, 256, device="cuda"), torch.randn(96, device="cuda"))
@@ -100,22 +116,6 @@ def test_a_quantised_layer_multiplies_by_what_it_dequantises_to(name, rows, dtyp
         assert (value.float() - reference).norm() < tolerance * reference.norm()
     with torch.no_grad():  # decoding may take another kernel
         assert (layer(x).float() - expected).norm() < tolerance * expected.norm()
-
-
-@pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="needs a CUDA GPU, or Triton with TRITON_INTERPRET=1")
-@pytest.mark.parametrize("shape", [(64, 64), (129, 192), (1, 64), (300, 640)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_tritons_nf4_is_the_plain_reference(shape, dtype):
-    pytest.importorskip("triton")
-    from bench.machine.nf4_triton import nf4_dequantize_triton
-
-    codes, absmax = nf4_quantize(torch.randn(shape, device="cuda" if HAS_GPU else "cpu"))
-    assert codes.bitwise_and(15).unique().numel() == len(NF4_VALUES) or codes.numel() < 100
-    got, expected = nf4_dequantize_triton(codes, absmax, shape, dtype), nf4_dequantize(codes, absmax, shape, dtype)
-    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts the last bits off where a GPU rounds
-        torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)
-    else:
-        assert torch.equal(got, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
