@@ -13,7 +13,8 @@ grouping.py    tokens sorted by the expert that they go to, and back
 rope.py        RoPE: how fast each pair of dimensions turns, and the ways to stretch it
 rotation.py    RoPE applied to queries and keys
 alibi.py       ALiBi: how much each head's scores fall with distance
-attention.py   attention, and the fastest way on a device: SDPA, variable-length FlashAttention, C++
+attention.py   attention, and the fastest way on a device: SDPA, FlashAttention, FlexAttention, C++
+flex.py        what FlexAttention is made of on CUDA: scores, block masks, sinks, and its compiled form
 loss.py        cross-entropy at target positions, in chunks
 cpp.py         C++ compiled on first use, kept in a cache, called through ctypes
 allocator.py   memory of tensors on a CPU, so that a run's peak follows from their sizes

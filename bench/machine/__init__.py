@@ -3,5 +3,6 @@
 limits.py      matrix products at a model's shapes, copying and reading memory. Start here
 gpu.py         one GPU: training, decoding and kernels at 7B shapes, against its limits and transformers + PEFT
 contention.py  two processes at once on the same cores: training, decoding, ours and the peers'
+flex_kernels.py  FlexAttention's kernels compiled for cards that are not here: whether they fit
 nf4_triton.py  an experiment that gpu.py times: NF4 dequantised by Triton
 """

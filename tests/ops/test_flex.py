@@ -1,4 +1,4 @@
-"""FlexAttention, uncompiled and as torch.compile traces it, against the plain form; and its block masks against torch's.
+"""FlexAttention, uncompiled and as torch.compile traces it, against the plain form; its block masks against torch's.
 
 Here, without a GPU, it is torch's own reference that runs, with all scores in memory. torch.compile makes kernels of it
 on CUDA alone: tests/training/test_gpu.py.
@@ -124,6 +124,18 @@ def test_flops_are_those_of_any_other_attention():
         y.sum().backward()
     assert torch.equal(x, y) and torch.equal(x.grad, torch.ones_like(x))
     assert passed_on.get_total_flops() == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "head_dim, element_size, shared_memory, blocks",
+    [
+        (128, 2, 101376, "torch's"), (130, 2, 101376, "small"), (256, 2, 101376, "small"), (64, 4, 101376, "torch's"),
+        (80, 4, 101376, "small"), (256, 4, 101376, "smallest"), (256, 4, 166912, "torch's"),
+        (256, 2, 232448, "torch's"), (264, 2, 232448, "smallest"),
+    ],
+)  # fmt: skip
+def test_blocks_fit_the_card(head_dim, element_size, shared_memory, blocks):
+    assert flex.blocks_that_fit(head_dim, element_size, shared_memory) == blocks
 
 
 def test_kinds_differ():
