@@ -8,6 +8,7 @@ Shapes: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K h
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -227,17 +228,21 @@ def flex_attention(
     fill = max(0, flex.LEAST_HEAD_DIM - d)
     q, k, v = (F.pad(x, (0, fill)) if fill else x for x in _as_autocast(q, k, v))
     q, k, v = (_end_to_end(x).transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, B * T, d)
-    if q.is_cuda:
-        attend, small_blocks = flex.compiled(), flex.needs_small_blocks(q.size(-1), q.device)
-    else:
-        attend, small_blocks = flex.attend, False
+    attend = _compiled_for(q) if q.is_cuda else flex.attend
     if not is_in_torch_dispatch_mode():
-        y = attend(q, k, v, sinks, score, mask, small_blocks)
+        y = attend(q, k, v, sinks, score, mask)
     else:  # FLOPs are being counted, into which torch.compile does not go
         with _disable_current_modes():
-            y = attend(q, k, v, sinks, score, mask, small_blocks)
+            y = attend(q, k, v, sinks, score, mask)
         y = _Counted.apply(y, k.size(1), offsets)
     return _as_rows(y[0].transpose(0, 1), B)[..., :d]
+
+
+def _compiled_for(q):
+    """`flex.attend`, compiled, with blocks for the card and the heads of q."""
+    card = torch.cuda.get_device_properties(q.device)
+    blocks = flex.blocks_that_fit(q.size(-1), q.element_size(), card.shared_memory_per_block_optin)
+    return partial(flex.compiled(), blocks=blocks)
 
 
 class _Counted(torch.autograd.Function):

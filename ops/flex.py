@@ -11,6 +11,7 @@ Shapes: B rows, T positions, H query heads, K key/value heads, d head size.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,14 @@ LEAST_HEAD_DIM = 16  # of Triton's matrix products
 # row of one block or of more. Its default is 8.
 GRAPHS = 64
 
-# Of heads above this size torch's own blocks need up to 151,552 bytes of shared memory (compiled by Triton 3.7.1 for
-# sm_89, head size 256). A100 and H100 have 166,912 and 232,448; cards of sm_86, sm_89 and sm_120 have 101,376.
-MANY_DIMS, MANY_BYTES = 128, 160_000
+
+def _options(size, stages):
+    """torch's FlexKernelOptions for blocks of so many queries and keys, in so many stages of a pipeline."""
+    names = [f"fwd_BLOCK_{name}" for name in "MN"] + [f"bwd_BLOCK_{name}" for name in ("M1", "N1", "M2", "N2")]
+    return dict.fromkeys(names, size) | {"fwd_num_stages": stages, "bwd_num_stages": stages}
+
+
+BLOCKS = {"torch's": {}, "small": _options(32, 2), "smallest": _options(16, 1)}
 
 
 def score_function(scores: Any, device: torch.device) -> Callable:
@@ -89,31 +95,26 @@ def take_from_sinks(y: Tensor, log_sums: Tensor, sinks: Tensor) -> Tensor:
     return (y.float() * share[..., None]).to(y.dtype)
 
 
-def needs_small_blocks(head_dim: int, device: torch.device) -> bool:
-    """Whether torch's choice of blocks would be too large for a CUDA card's shared memory."""
-    properties = torch.cuda.get_device_properties(device)
-    return head_dim > MANY_DIMS and properties.shared_memory_per_block_optin < MANY_BYTES
+def blocks_that_fit(head_dim: int, element_size: int, shared_memory: int) -> str:
+    """Which of BLOCKS has room in a CUDA card's shared memory. All sizes are in bytes, but for head_dim.
 
-
-def kernel_options(element_size: int, small_blocks: bool) -> dict[str, int | bool]:
-    """torch's FlexKernelOptions for tensors whose elements take so many bytes.
-
-    Small blocks need at most 70,016 bytes of shared memory for heads of 256 (compiled as above).
+    What kernels take was found by compiling them with Triton 3.7.1: bench/machine/flex_kernels.py. With torch's own
+    blocks they take up to 98,304 while a row of a head has 256 bytes, and 197,632 above. Cards of sm_86, sm_89 and
+    sm_120 (RTX 3090, 4090, 5090) have 101,376, A100 166,912 and H100 232,448; torch chooses for each of the large ones.
+    "small" takes up to 70,016 for rows of 512 bytes, "smallest" 66,560 for 1,024.
     """
-    options = {"FORCE_USE_FLEX_ATTENTION": True}  # for all lengths: for less than 128 queries there is another kernel
-    if small_blocks:
-        size, stages = 64 // element_size, 4 // element_size  # 32 and 2 in 16 bits, 16 and 1 in fp32
-        options |= {f"fwd_{name}": size for name in ("BLOCK_M", "BLOCK_N")} | {"fwd_num_stages": stages}
-        options |= {f"bwd_BLOCK_{name}": size for name in ("M1", "N1", "M2", "N2")} | {"bwd_num_stages": stages}
-    return options
+    row = 2 ** math.ceil(math.log2(head_dim)) * element_size  # the kernels round up
+    if head_dim <= 256 and (row <= 256 or shared_memory > 160_000):
+        return "torch's"
+    return "small" if row <= 512 else "smallest"
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, score: Callable, mask: Any, small_blocks: bool = False
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, score: Callable, mask: Any, blocks: str = "torch's"
 ) -> Tensor:
     """Attention of q (1, H, T, d) to k, v (1, K, T, d): (1, H, T, d), by torch's FlexAttention.
 
-    score: a `score_function`. mask: a `block_mask`. small_blocks: as `needs_small_blocks` says.
+    score: a `score_function`. mask: a `block_mask`. blocks: of the kernel, a name in BLOCKS.
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
@@ -125,7 +126,8 @@ def attend(
         block_mask=mask,
         scale=1.0,  # `score` has it
         enable_gqa=q.size(1) != k.size(1),
-        kernel_options=kernel_options(q.element_size(), small_blocks),
+        # For all lengths: for less than 128 queries there is another kernel.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} | BLOCKS[blocks],
         return_aux=AuxRequest(lse=True),
     )
     return y if sinks is None else take_from_sinks(y, also.lse, sinks)

@@ -126,6 +126,18 @@ def test_flops_are_those_of_any_other_attention():
     assert passed_on.get_total_flops() == counter.get_total_flops()
 
 
+@pytest.mark.parametrize(
+    "head_dim, element_size, shared_memory, blocks",
+    [
+        (128, 2, 101376, "torch's"), (130, 2, 101376, "small"), (256, 2, 101376, "small"), (64, 4, 101376, "torch's"),
+        (80, 4, 101376, "small"), (256, 4, 101376, "smallest"), (256, 4, 166912, "torch's"),
+        (256, 2, 232448, "torch's"), (264, 2, 232448, "smallest"),
+    ],
+)  # fmt: skip
+def test_blocks_fit_the_card(head_dim, element_size, shared_memory, blocks):
+    assert flex.blocks_that_fit(head_dim, element_size, shared_memory) == blocks
+
+
 def test_kinds_differ():
     """So that what is compared above is what each kind is there for."""
     (q, k, v, _), offsets = packed(LENGTHS, 4, 2, 16, "scale")

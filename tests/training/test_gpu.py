@@ -1,5 +1,6 @@
 """What only a GPU can show: bitsandbytes' CUDA kernels, optimisers, loss scaling, decoding. `pytest -m gpu` runs it."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from batching import Samples
 from generate import Settings as Sampling
 from inference.decode import fastest_decoder
 from inference.sampling import generate
-from model import Transformer
+from model import Layout, Transformer
+from ops.alibi import alibi_slopes
+from ops.attention import Scores, choose_attention, flash_varlen_attention, flex_attention, plain_attention
 from ops.dequantize import NF4_VALUES, plain_block_scales, plain_dequantize_4bit, plain_quantize_4bit
 from ops.offload import Parking
 from preparation.record_store import SampleWriter
 from quantize import QUANTIZERS, Linear8bit, bitsandbytes
 from training import build
+from training.metrics import flop_counter
 from training.steps import planned_steps
 from weights.checkpoint import load_model, load_optimizer, save_optimizer
 from weights.families import config_from_json
@@ -292,6 +296,139 @@ def test_bf16_weights_are_those_of_host_memory(tiny_model_dir, samples):
     for parameter, weight in optimizer.weights.items():
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter.detach().cpu(), weight.master.detach().to(torch.bfloat16))
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+H, K, LENGTHS = 6, 2, (5, 1, 140, 128, 2, 300)  # 576 positions: four and a half blocks of FlexAttention
+SCORES = {
+    "products": {},
+    "softcap": dict(softcap=1.5),
+    "ALiBi": dict(slopes=alibi_slopes(H)),
+    "sinks": dict(sinks=True),
+    "all": dict(softcap=3.0, slopes=alibi_slopes(H), sinks=True),
+}
+# |difference| / |exact|. bf16 and fp16 round to 2^-9 and 2^-12. On a CPU attention written out in bf16 is up to 0.006
+# from the exact, values and every gradient, with these lengths and scores.
+TOLERANCES = {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 2e-5}
+
+
+@pytest.fixture
+def no_kernels():
+    """Kernels that earlier tests have compiled count towards the limit of graphs."""
+    torch._dynamo.reset()
+
+
+def random_rows(rows, T, d, dtype, sinks):
+    """q, k, v as transposed views like the model's and the sinks (or None), on the GPU, with gradients."""
+    q, k, v = (torch.randn(rows, T, heads, d, dtype=dtype, device="cuda").transpose(1, 2) for heads in (H, K, K))
+    sinks = torch.randn(H, device="cuda") if sinks else None
+    return [x if x is None else x.requires_grad_() for x in (q, k, v, sinks)]
+
+
+def assert_is_plain(inputs, layout, scores, way):
+    """What `choose_attention` chooses is `way`, and gives values and gradients of attention written out in fp32."""
+    torch.set_float32_matmul_precision("highest")
+    q = inputs[0]
+    attend = choose_attention(layout, q.size(-1), q.dtype, scores)
+    assert attend.function is way
+    exact = [None if x is None else x.detach().float().requires_grad_() for x in inputs]
+    y = attend(*inputs)
+    expected = plain_attention(*exact, scores, layout.mask(scores.window), layout.back())
+    grad = torch.randn_like(y)
+    given, of = ([x for x in tensors if x is not None] for tensors in (inputs, exact))
+    got, wanted = torch.autograd.grad(y, given, grad), torch.autograd.grad(expected, of, grad.float())
+    assert y.dtype == q.dtype and [x.dtype for x in got] == [x.dtype for x in given]
+    for one, other in zip((y, *got), (expected, *wanted), strict=True):
+        assert (one.float() - other).norm() < TOLERANCES[q.dtype] * other.norm()
+
+
+def layout_of(rows):
+    """Samples of LENGTHS in one row, or rows of 200."""
+    offsets = None if rows > 1 else [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    T = 200 if rows > 1 else sum(LENGTHS)
+    return Layout(torch.zeros(rows, T, dtype=torch.int64, device="cuda"), offsets=offsets)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [64, 100, 10, 128, 256])
+@pytest.mark.parametrize("rows, window", [(1, None), (1, 50), (3, None), (3, 50)])
+def test_flash_attention_is_the_plain_one(rows, window, d, dtype):
+    layout = layout_of(rows)
+    inputs = random_rows(rows, layout.tokens.size(1), d, dtype, sinks=False)
+    assert_is_plain(inputs, layout, Scores(d**-0.5, window), flash_varlen_attention)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "kind, dtype, d, rows, window",
+    [
+        ("products", torch.float32, 64, 1, None),
+        ("products", torch.float32, 10, 3, 50),
+        ("all", torch.float32, 64, 1, 150),
+        ("all", torch.float32, 128, 3, None),
+        ("softcap", torch.bfloat16, 256, 1, 150),  # Gemma 2
+        ("ALiBi", torch.bfloat16, 64, 1, None),  # BLOOM, Falcon-RW
+        ("ALiBi", torch.bfloat16, 128, 3, None),  # MPT
+        ("sinks", torch.bfloat16, 64, 1, 128),  # GPT-OSS
+        ("all", torch.float16, 80, 1, 150),
+    ],
+)
+def test_flex_attention_is_the_plain_one(kind, dtype, d, rows, window, no_kernels):
+    layout, known = layout_of(rows), SCORES[kind]
+    inputs = random_rows(rows, layout.tokens.size(1), d, dtype, known.get("sinks"))
+    assert_is_plain(inputs, layout, Scores(d**-0.5, window, **known), flex_attention)
+
+
+@needs_gpu
+def test_layers_share_a_block_mask_and_lengths_a_kernel(no_kernels):
+    graphs = []
+    for lengths in ((300, 41), (700,), (256, 257, 1000), (20, 400)):
+        offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        layout = Layout(torch.zeros(1, offsets[-1], dtype=torch.int64, device="cuda"), offsets=offsets)
+        inputs = random_rows(1, offsets[-1], 64, torch.bfloat16, sinks=False)
+        ways = [choose_attention(layout, 64, torch.bfloat16, Scores(scale, softcap=9.0)) for scale in (0.1, 0.2)]
+        assert ways[0].known["mask"] is ways[1].known["mask"]
+        for attend in ways:
+            attend(*inputs).sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1]
+
+
+@needs_gpu
+def test_flex_attention_has_no_tensor_of_all_pairs_of_positions(no_kernels):
+    T = 32768
+    inputs = random_rows(1, T, 64, torch.bfloat16, sinks=True)
+    layout = Layout(torch.zeros(1, T, dtype=torch.int64, device="cuda"), offsets=[0, 3000, T])
+    attend = choose_attention(layout, 64, torch.bfloat16, Scores(0.125, sinks=True))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend(*inputs).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < T * T  # a mask would take a byte a pair
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["gemma2", "bloom", "mpt", "gpt_oss"])
+@pytest.mark.parametrize("recompute", [0.0, 1.0])
+def test_families_train_on_the_gpu_as_on_the_cpu(family, recompute, tiny_models, samples, no_kernels):
+    """Packed samples, without FLOPs counted and with them."""
+    tokens, targets, offsets = samples.packed([0, 1, 2, 3])
+    tokens = tokens % 150 + 3
+    targets = torch.where(targets < 0, targets, targets % 150 + 3)
+    results = []
+    for device, count in (("cpu", False), ("cuda", False), ("cuda", True)):
+        torch.set_float32_matmul_precision("highest")
+        model = tiny_models((family, 0)).load().to(device).requires_grad_(True)
+        with flop_counter() if count else contextlib.nullcontext() as counter:
+            loss = model(tokens.to(device), targets.to(device), recompute=recompute, offsets=offsets)
+            loss.backward()
+        assert not count or counter.get_total_flops() > 0
+        results.append([loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)])
+    reference, *others = results
+    for other in others:
+        for value, wanted in zip(other, reference, strict=True):
+            assert (value - wanted).norm() < 1e-4 * wanted.norm() + 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------- decoding

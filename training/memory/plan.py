@@ -55,8 +55,8 @@ CPU_OVERHEAD = 250e6
 class Job:
     """What decides a step's memory, beside the shapes of its micro-batches.
 
-    device: "cpu" or "cuda"; "meta" stands for a CUDA device that this machine lacks. Packed rows in 16 bits take their
-        kernel there; other attention is traced as torch writes it out, which keeps the weights of every two positions.
+    device: "cpu" or "cuda"; "meta" stands for a CUDA device that this machine lacks. Attention is what it is there, but
+        for FlexAttention, which torch cannot trace: `ops.attention.flex_stand_in` takes its place.
     dtype: of the weights. autocast: dtype of the products under torch.autocast, or None.
     quantize: as `quantize.read_quantization` returns it. adapter: a `lora.AdapterConfig`, None to train all weights.
     optimizer, recompute: as in finetune.py.
