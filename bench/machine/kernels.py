@@ -76,19 +76,22 @@ import torch
 import lora
 from bench.measuring import print_table
 from ops import gpu
-from quantize import QUANTIZERS
+from quantize import QUANTIZERS, quantized_layers
 from training.memory import plan
 from weights.families import config_from_json
 
 
 class Launch(NamedTuple):
-    """A kernel as it is specialised: Triton's type of each argument, its constants, which arguments divide by 16."""
+    """A kernel as it is specialised: Triton's type of each argument, its constants, which arguments divide by 16.
+
+    options: for Triton's compiler, with the number of warps.
+    """
 
     name: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
-    num_warps: int
+    options: tuple[tuple[str, Any], ...]
 
 
 def main(s: Settings) -> None:
@@ -100,7 +103,7 @@ def main(s: Settings) -> None:
         "kernel": "{name}", "constants": "{constants}", "sm": "{card}", "warps": "{warps}", "registers": "{registers}",
         "spilled": "{spilled}", "shared": "{shared}", "occupancy": "{occupancy:.0%}",
     }  # fmt: skip
-    print_table(columns, rows)
+    print_table(columns, list({tuple(row.values()): row for row in rows}.values()))
     wrong = [f"{row['name']} on sm_{row['card']}" for row in rows if row["spilled"] or not row["occupancy"]]
     if wrong:
         raise UserError(f"registers are spilled, or a card has not enough: {', '.join(wrong)}")
@@ -119,10 +122,21 @@ def launches(s: Settings) -> set[Launch]:
             config = config_from_json(SHAPES[name])
             shape = plan.packed_shape(s.tokens, s.tokens, s.tokens)
             for how in jobs():
-                plan.Predictor(plan.Job(config, "meta", **how)).trace(shape)
+                predictor = plan.Predictor(plan.Job(config, "meta", **how))
+                predictor.trace(shape)
+                with plan.fake_tensors(predictor.mode, "meta"):
+                    multiply_few_rows(predictor.model)
     finally:
         gpu.observers.remove(note)
     return found
+
+
+@torch.no_grad()
+def multiply_few_rows(model: torch.nn.Module) -> None:
+    """What decoding multiplies by quantised weights: one row, as many as are added up one by one, and more."""
+    for layer in quantized_layers(model):
+        for rows in (1, 2, 16):
+            layer(torch.empty(rows, layer.in_features, dtype=torch.bfloat16, device="meta"))
 
 
 def jobs() -> list[dict]:
@@ -134,9 +148,8 @@ def jobs() -> list[dict]:
 
 def specialised(name: str, arguments: tuple, how: dict) -> Launch:
     """A launch as Triton would specialise it: None and 1 are constants, and numbers that divide by 16 are known to."""
-    how = dict(how)
-    num_warps = how.pop("num_warps", 4)
     names = list(inspect.signature(gpu.kernel(name).fn).parameters)
+    options = {"num_warps": 4} | {option: value for option, value in how.items() if option not in names}
     signature, constants, aligned = {}, {}, []
     for place, (parameter, value) in enumerate(zip(names, arguments, strict=False)):
         if value is None or (isinstance(value, int) and value == 1):
@@ -149,9 +162,11 @@ def specialised(name: str, arguments: tuple, how: dict) -> Launch:
             aligned += [place] * (value % 16 == 0)
         else:
             signature[parameter] = "fp32"
-    for parameter, value in how.items():
-        signature[parameter], constants[parameter] = "constexpr", value
-    return Launch(name, tuple(signature.items()), tuple(constants.items()), tuple(aligned), num_warps)
+    for parameter in how.keys() - options.keys():
+        signature[parameter], constants[parameter] = "constexpr", how[parameter]
+    described = (tuple(sorted(values.items())) for values in (constants, options))
+    constants, options = described
+    return Launch(name, tuple(signature.items()), constants, tuple(aligned), options)
 
 
 TYPES = {
@@ -168,12 +183,13 @@ def compiled(launch: Launch, card: int) -> dict:
 
     function, attributes = gpu.kernel(launch.name), {(place,): [["tt.divisibility", 16]] for place in launch.aligned}
     source = ASTSource(function, dict(launch.signature), dict(launch.constants), attributes)
-    result = triton.compile(source, target=GPUTarget("cuda", card, WARP), options={"num_warps": launch.num_warps})
+    result = triton.compile(source, target=GPUTarget("cuda", card, WARP), options=dict(launch.options))
     registers, spilled, shared = resources(result.asm["cubin"])
-    row = {"name": launch.name, "card": card, "warps": launch.num_warps, "registers": registers, "spilled": spilled}
+    warps = dict(launch.options)["num_warps"]
+    row = {"name": launch.name, "card": card, "warps": warps, "registers": registers, "spilled": spilled}
     constants = " ".join(f"{name}={value}" for name, value in launch.constants if name.isupper())
     tensors = ",".join(kind[1:] for _, kind in launch.signature if kind[0] == "*")
-    share = occupancy(CARDS[card], launch.num_warps, registers, shared)
+    share = occupancy(CARDS[card], warps, registers, shared)
     return row | {"constants": f"{tensors} {constants}", "shared": shared, "occupancy": share}
 
 

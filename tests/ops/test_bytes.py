@@ -13,6 +13,7 @@ from ops.linear import _add_low_rank_
 from ops.loss import _loss_
 from ops.norm import _norm, _norm_backward
 from ops.rotation import rotate
+from quantize import QUANTIZERS
 
 BF16 = torch.bfloat16
 N, D = 96, 2048  # rows, columns
@@ -86,6 +87,25 @@ def low_rank():
     return lambda: _add_low_rank_(ys, small, factors, [1.0, 1.0]), 2 * 256 * D
 
 
+def quantised(name):
+    return QUANTIZERS[name](torch.randn(256, 4096), None)
+
+
+def dequantising(name):
+    layer = quantised(name)
+    return lambda: layer.dequantize(BF16), 256 * 4096
+
+
+def multiplying(name, rows):
+    layer, x = quantised(name), normal(rows, 4096)
+
+    def run():
+        with torch.no_grad():
+            layer(x)
+
+    return run, 256 * 4096
+
+
 # Of each kernel: a phrase of its docstring that says how many bytes an element takes, and what to run.
 CASES = [
     ("norm", r"Moves (\d+) bytes an element", norm, False),
@@ -99,6 +119,12 @@ CASES = [
     ("activate_backward", r"or (\d+) with `up`", activation_backward, True),
     ("dropout", r"Moves (\d+) bytes an element", dropping),
     ("add_low_rank", r"Moves ([\d.]+) bytes an element", low_rank),
+    ("dequantize_4bit", r"Moves ([\d.]+) bytes a weight", dequantising, "bnb.nf4"),
+    ("dequantize_4bit", r"or ([\d.]+) with scales in 8 bits", dequantising, "bnb.fp4-dq"),
+    ("dequantize_rows", r"Moves ([\d.]+) bytes a weight", dequantising, "bnb.int8"),
+    ("multiply_4bit_sums", r"Moves ([\d.]+) bytes a weight", multiplying, "bnb.nf4", 1),
+    ("multiply_4bit_sums", r"or ([\d.]+) with scales in 8 bits", multiplying, "bnb.nf4-dq", 1),
+    ("multiply_4bit_dots", r"Moves ([\d.]+) bytes a weight", multiplying, "bnb.nf4", 16),
     ("loss", r"Moves (\d+) bytes a logit", loss, True),
     ("loss", r"or (\d+) without BACKWARD", loss, False),
 ]
