@@ -441,7 +441,7 @@ def louder_norm(monkeypatch):
 
 
 def other_activation(monkeypatch):
-    monkeypatch.setattr(model_file, "gated", lambda name, gate, up: torch.nn.functional.gelu(gate) * up)
+    monkeypatch.setattr(model_file, "gated", lambda name, gate, up, reuse: torch.nn.functional.gelu(gate) * up)
 
 
 def other_residual(monkeypatch):
@@ -450,7 +450,7 @@ def other_residual(monkeypatch):
 
 
 def other_rotation(monkeypatch):
-    monkeypatch.setattr(model_file, "rotate", lambda x, cos, sin: x)
+    monkeypatch.setattr(model_file, "rotate", lambda q, k, cos, sin: (q, k))
 
 
 def no_gate(monkeypatch):

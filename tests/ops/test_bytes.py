@@ -123,7 +123,7 @@ CASES = [
     ("dequantize_4bit", r"or ([\d.]+) with scales in 8 bits", dequantising, "bnb.fp4-dq"),
     ("dequantize_rows", r"Moves ([\d.]+) bytes a weight", dequantising, "bnb.int8"),
     ("multiply_4bit_sums", r"Moves ([\d.]+) bytes a weight", multiplying, "bnb.nf4", 1),
-    ("multiply_4bit_sums", r"or ([\d.]+) with scales in 8 bits", multiplying, "bnb.nf4-dq", 1),
+    ("multiply_4bit_sums", r"or ([\d.]+) with\s+scales in 8 bits", multiplying, "bnb.nf4-dq", 1),
     ("multiply_4bit_dots", r"Moves ([\d.]+) bytes a weight", multiplying, "bnb.nf4", 16),
     ("loss", r"Moves (\d+) bytes a logit", loss, True),
     ("loss", r"or (\d+) without BACKWARD", loss, False),
