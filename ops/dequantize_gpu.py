@@ -69,7 +69,7 @@ def multiply_4bit_sums(
     """y (parts, rows, n) = x (rows, k) times the transposed 4-bit weight (n, k), each part from `part` blocks of a row.
 
     For a few rows: multiplied and added one by one. Moves 1.08 bytes a weight for one row, or 1.16 with
-    scales in 8 bits: 0.56 or 0.52 of codes and scales; the rest is x and the tables, which stay in a cache.
+    scales in 8 bits: 0.56 or 0.52 of codes and scales; the rest is x and the tables, from a cache.
     """
     out, blocks, m = tl.program_id(0) * NS + tl.arange(0, NS), k // 64, tl.arange(0, ROWS)
     inside, start = (out < n)[:, None], out[:, None].to(tl.int64) * blocks
@@ -96,7 +96,7 @@ def multiply_4bit_dots(
 ):  # fmt: skip
     """As `multiply_4bit_sums`, for more rows: on tensor cores, with the weight rounded to x's dtype.
 
-    Moves 1.57 bytes a weight for 16 rows: 0.56 of codes and scales; the rest is x and the tables, which stay in a cache.
+    Moves 1.57 bytes a weight for 16 rows: 0.56 of codes and scales; the rest is x and the tables, from a cache.
     """
     out, blocks, m = tl.program_id(0) * NS + tl.arange(0, NS), k // 64, tl.arange(0, ROWS)[None]
     inside, start = (out < n)[:, None], out[:, None].to(tl.int64) * blocks
