@@ -95,8 +95,7 @@ class Texts:
     def add(self, lengths, room=30):
         prompts = [random_ids(length) for length in lengths]
         tokens, padding = padded(prompts)
-        join, start = self.decoder.join, self.decoder.start
-        read = join(tokens, padding, room) if self.rows else start(tokens, padding, tokens.size(1) + room)
+        read = self.decoder.take(self.decoder.read(tokens, padding, tokens.size(1)).finish(), room)
         rows = [(prompt, len(prompt), [logits.clone()]) for prompt, logits in zip(prompts, read, strict=True)]
         self.rows += rows
         self.all += rows
