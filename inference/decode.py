@@ -48,8 +48,8 @@ from ops.loss import LOSS_CHUNK
 from quantize import BLOCK, Linear4bit, Linear8bit
 
 # Positions of prompts that are read in one pass, those of all rows together. They bound its memory: masks and, with
-# soft caps or sinks, scores have so many rows, each of all keys. Many fewer, and a GPU would read the weights, or unpack
-# them from 4 bits, for longer than it multiplies by them.
+# soft caps or sinks, scores have so many rows, each of all keys. Many fewer, and a GPU would read the weights, or
+# unpack them from 4 bits, for longer than it multiplies by them.
 CHUNK = 2048
 NO_ROOM = "the cache has room for {} positions, one more is needed"
 Scorers = Mapping[int, Callable[[int, Tensor], None]]  # by the number of a row: see `Decoder.read`
