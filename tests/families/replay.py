@@ -54,14 +54,18 @@ class Recording(TorchDispatchMode):
 
 
 class ReplayedDecoder(StaticDecoder):
-    """A `StaticDecoder` as it is on CUDA. layouts: each (count, room) that it has recorded, in order."""
+    """A `StaticDecoder` as it is on CUDA. layouts: each (count, room) that it recorded: a list for each memory."""
 
     def __init__(self, model):
         self.layouts = []
         super().__init__(model)
 
+    def _forget_recorded(self):
+        super()._forget_recorded()
+        self.layouts.append([])
+
     def record(self, run):
-        self.layouts.append((self.slots.count, self.slots.room))
+        self.layouts[-1].append((self.slots.count, self.slots.room))
         with Recording() as recording:
             logits = run()
 
