@@ -93,6 +93,19 @@ def test_rows_move_into_fewer_and_smaller_slots_when_others_leave(model):
     assert (slots.count, slots.room, slots.numbers, slots.lengths) == (4, 8, [0, 1, 2], [3, 6, 1])
 
 
+def test_steps_that_were_recorded_in_memory_that_is_gone_are_recorded_anew(model):
+    """Memory grows under a row that gets longer, and layouts that it had before come again."""
+    decoder, plain = ReplayedDecoder(model), Decoder(model)
+    for length in (3, 5, 2):
+        tokens = start(decoder, length)
+        logits = plain.start(tokens, torch.zeros(1, dtype=torch.int64), 60)
+        for _ in range(30):
+            ids = logits.argmax(-1)
+            logits = plain.step(ids)
+            torch.testing.assert_close(decoder.step(ids), logits, rtol=1e-5, atol=3e-5)
+    assert decoder.layouts[-1] == [(1, 64), (1, 8), (1, 16), (1, 32)]
+
+
 @torch.inference_mode()
 def test_what_others_left_does_not_spread(model):
     """A row that overflowed leaves NaN in its slot; rows that come later see none, wherever they are moved."""
