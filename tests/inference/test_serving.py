@@ -171,7 +171,8 @@ def test_rows_that_are_read_together(model, kind, chunk):
     """Chunks are of columns: a short prompt may begin in the last one. One row is dropped on the way."""
     lengths = [3, 40, 1, 17, 29]
     s = Settings(checkpoint_dir="any", temperature=0, max_new_tokens=6)
-    rows = [Row([random.randrange(3, 512) for _ in range(n)], Ids(), s, 0, 2, True) for n in lengths]
+    prompts = [[random.randrange(3, 512) for _ in range(n)] for n in lengths]
+    rows = [Row(prompt, Ids(), s, 0, 2, i % 2 == 0) for i, prompt in enumerate(prompts)]
     batch, dropped = Batch(kind(model)), rows[1]
     batch.begin(rows)
     assert batch.read(chunk) == [] and batch.joining == rows
