@@ -297,8 +297,7 @@ class StaticDecoder(Decoder):
     @torch.inference_mode()
     def take(self, reading: Reading, more: int) -> Tensor:
         """As in `Decoder`."""
-        if self.slots.join(reading.cache):
-            self._forget_recorded()
+        self.slots.join(reading.cache)
         self.left = more
         return reading.logits
 
@@ -308,8 +307,7 @@ class StaticDecoder(Decoder):
         slots = self.slots
         if not self.left:
             raise ValueError(NO_ROOM.format(slots.longest))
-        if slots.fit(len(slots.numbers), slots.longest + 1):
-            self._forget_recorded()
+        slots.fit(len(slots.numbers), slots.longest + 1)
         slots.ids.index_copy_(0, slots.order, ids)
         logits = self._recorded_step()().index_select(0, slots.order)
         slots.advance()
@@ -351,6 +349,8 @@ class StaticDecoder(Decoder):
 
     def _recorded_step(self):
         """The step for the layout of the slots, recorded when it is first taken: an answer of one token needs none."""
+        if self.slots.grown != self.recorded_after:
+            self._forget_recorded()
         layout = self.slots.count, self.slots.room
         if layout not in self.recorded:
             self._make_angles(self.slots.room)
@@ -360,6 +360,7 @@ class StaticDecoder(Decoder):
     def _forget_recorded(self):
         """What was recorded has addresses that hold no more. Graphs share memory: only one is replayed at a time."""
         self.recorded: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        self.recorded_after = self.slots.grown
         self.pool = torch.cuda.graph_pool_handle() if self.slots.device.type == "cuda" else None
 
     def _make_angles(self, room):

@@ -29,6 +29,7 @@ class Slots:
     """Keys, values and tokens of rows. `count` slots of `room` positions each are in use, of which rows have some.
 
     numbers: the slot of each row, in the order in which rows joined. lengths: how many positions each has.
+    grown: how often there has been more memory, with other addresses.
     On the device: ids (n,) int64, the token that each slot is to read next; position (n,) int64, its place; live (n,)
     int64, 1 if a row has the slot; order (B,) int64, `numbers`.
     """
@@ -38,7 +39,7 @@ class Slots:
         self.context, self.device = config.max_position_embeddings, device
         self.kinds = [(1, 1, torch.int64), *[(K, d, dtype)] * (2 * config.num_hidden_layers)]  # tokens, k, v, k, v, ...
         self.flat: list[Tensor] = [torch.empty(0, dtype=dtype, device=device) for _, _, dtype in self.kinds]
-        self.size = self.count = self.room = 0  # size: positions for which there is memory
+        self.size = self.count = self.room = self.grown = 0  # size: positions for which there is memory
         self.numbers: list[int] = []
         self.lengths: list[int] = []
 
@@ -52,22 +53,22 @@ class Slots:
         """The most positions that a row has."""
         return max(self.lengths, default=0)
 
-    def fit(self, rows: int, positions: int) -> bool:
-        """Lay out for so many rows of at most so many positions; returns whether addresses have changed."""
+    def fit(self, rows: int, positions: int) -> None:
+        """Lay out for so many rows of at most so many positions."""
         count, room = rounded_up(rows), max(rounded_up(positions), LEAST_ROOM)
         if LEAST_ROOM <= self.context < room and positions <= self.context:
             room = self.context
         if (count, room) == (self.count, self.room) and self.size:
-            return False
+            return
         grows = count * room > self.size
         if grows or room != self.room or max(self.numbers, default=0) >= count:
             self._move(count, room, count * room if grows else self.size)
         self.count, self.room = count, room
         if grows:
+            self.grown += 1
             slots = self.size // LEAST_ROOM  # of any layout
             self.ids, self.position, self.live = torch.zeros(3, slots, dtype=torch.int64, device=self.device)
         self._tell_device()
-        return grows
 
     def _move(self, count, room, size):
         """Put the rows into the first slots of another layout, each kind of memory by itself: a copy of one is made."""
@@ -98,17 +99,16 @@ class Slots:
             slots = self.view(kind, self.count, self.room)
             slots[numbers, :, :longest], slots[numbers, :, longest:] = held, 0
 
-    def join(self, cache: KVCache) -> bool:
-        """Give the rows of a cache slots, after the rows that have some; returns whether addresses have changed."""
+    def join(self, cache: KVCache) -> None:
+        """Give the rows of a cache slots, after the rows that have some."""
         before, new = len(self.numbers), len(cache.tokens)
         padding = [0] * new if cache.padding is None else cache.padding.tolist()
         lengths = [cache.length - unused for unused in padding]
-        changed = self.fit(before + new, max(self.longest, *lengths) + 1)
+        self.fit(before + new, max(self.longest, *lengths) + 1)
         free = [slot for slot in range(self.count) if slot not in self.numbers]
         self.numbers, self.lengths = self.numbers + free[:new], self.lengths + lengths
         self.put(list(range(before, before + new)), cache)
         self._tell_device()
-        return changed
 
     def keep(self, rows: list[int]) -> None:
         """Free the slots of all but these rows."""

@@ -70,12 +70,13 @@ def test_a_slot_is_not_longer_than_the_context(model):
 
 def test_addresses_change_only_when_there_is_not_enough(model):
     slots = Slots(model.config, torch.float32, torch.device("cpu"))
-    assert slots.fit(4, 60)
+    slots.fit(4, 60)
     before = [flat.data_ptr() for flat in slots.flat]
-    layouts = [(16, 16), (1, 256), (2, 8), (4, 64)]
-    assert [slots.fit(*layout) for layout in layouts] == [False] * 4
-    assert [flat.data_ptr() for flat in slots.flat] == before
-    assert slots.fit(5, 60) and slots.size == 8 * 64
+    for layout in ((16, 16), (1, 256), (2, 8), (4, 64)):
+        slots.fit(*layout)
+    assert slots.grown == 1 and [flat.data_ptr() for flat in slots.flat] == before
+    slots.fit(5, 60)
+    assert slots.grown == 2 and slots.size == 8 * 64
 
 
 def test_rows_move_into_fewer_and_smaller_slots_when_others_leave(model):
@@ -104,6 +105,23 @@ def test_steps_that_were_recorded_in_memory_that_is_gone_are_recorded_anew(model
             logits = plain.step(ids)
             torch.testing.assert_close(decoder.step(ids), logits, rtol=1e-5, atol=3e-5)
     assert decoder.layouts[-1] == [(1, 64), (1, 8), (1, 16), (1, 32)]
+
+
+def test_memory_that_grows_when_a_row_leaves(model):
+    """The others have filled their slots, and lie in larger ones from then on."""
+    decoder, plain = ReplayedDecoder(model), Decoder(model)
+    for _ in range(2):
+        tokens = random_tokens(5).repeat(4, 1)
+        for each in (decoder, plain):
+            each.start(tokens, torch.zeros(4, dtype=torch.int64), 40)
+        for step in range(8):
+            ids = torch.randint(3, 512, (4 - (step >= 3),))
+            torch.testing.assert_close(decoder.step(ids), plain.step(ids), rtol=1e-5, atol=3e-5)
+            if step == 2:
+                before = decoder.slots.grown
+                for each in (decoder, plain):
+                    each.keep(torch.tensor([0, 1, 3]))
+    assert before == decoder.slots.grown == 2
 
 
 @torch.inference_mode()
