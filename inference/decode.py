@@ -4,8 +4,8 @@
 
 - `CompiledDecoder`: on a CPU. The products read the weights as they are stored, 16, 8 or 4 bits, and compute in fp32;
   they and what lies between them are decode_cpu.cpp.
-- `StaticDecoder`: on CUDA, where a step is some hundred launches of small kernels. Its shapes and addresses never
-  change, so the step is recorded once as a CUDA graph and replayed.
+- `StaticDecoder`: on CUDA, where a step is some hundred launches of small kernels. Rows have slots (slots.py) whose
+  shapes and addresses stay when rows join and leave, so a step is recorded once as a CUDA graph and replayed.
 - `Decoder`: the model's blocks with its `KVCache`. What is left without a compiler, and for what `in_decode_cpp` says.
 - `PlainDecoder`: `Transformer.forward` and nothing else. The reference.
 
@@ -16,7 +16,7 @@ after more than PROBE_LENGTH positions, or by less than PROBE_TOLERANCE (10% in 
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -25,15 +25,34 @@ import torch
 from torch import Tensor, nn
 
 from experts import Experts, choose
-from inference.kv_cache import KVCache
+from inference.kv_cache import KVCache, joined
+from inference.slots import Slots, StepCache
 from lora import Adapter, DoRALinear
-from model import MLP, Block, EachHeadNorm, JointNorm, LayerNorm, Linear, RMSNorm, Transformer, rope_angles
+from model import (
+    MLP,
+    Angles,
+    Block,
+    Config,
+    EachHeadNorm,
+    JointNorm,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    Transformer,
+    rope_angles,
+)
 from ops.activation import IN_KERNELS, plain_gated, plain_softcap
-from ops.attention import Attend, masked_attention
 from ops.cpp import compiled_library
 from ops.dtypes import compute_dtype
 from ops.loss import LOSS_CHUNK
 from quantize import BLOCK, Linear4bit, Linear8bit
+
+# Positions of prompts that are read in one pass, those of all rows together. They bound its memory: masks and, with
+# soft caps or sinks, scores have so many rows, each of all keys. Many fewer, and a GPU would read the weights, or
+# unpack them from 4 bits, for longer than it multiplies by them.
+CHUNK = 2048
+NO_ROOM = "the cache has room for {} positions, one more is needed"
+Scorers = Mapping[int, Callable[[int, Tensor], None]]  # by the number of a row: see `Decoder.read`
 
 PROBE_LENGTH = 8  # tokens on which a decoder is compared with the model: 0.2 s for 135M parameters on one core
 # How far its logits may then be from the model's, |difference| / |logits|. Rounding in bf16 makes them differ by 1 to
@@ -81,63 +100,74 @@ def probe(kind: type["Decoder"], model: Transformer, tokens: Tensor, expected: T
     difference = ((logits - expected).norm() / expected.norm()).item()
     if expected.isfinite().all() and not difference <= PROBE_TOLERANCE[model.model.embed_tokens.weight.dtype]:
         return f"it computes something else than this model.py (logits differ by {difference:.1%})"
-    decoder.cache = None
+    decoder.forget()
     return decoder
 
 
 class Decoder:
-    """`start` reads B prompts, `step` takes one token for each: both give the logits of the next, (B, V)."""
+    """`start` reads B prompts, `step` takes one token for each: both give the logits of the next, (B, V).
+
+    Rows join in two steps: `read` begins to read their prompts, which `Reading.advance` does a chunk at a time, between
+    steps of the rows that are there; `take` adds them to the batch.
+    """
+
+    keeps_cheaply = False  # whether `keep` copies no cache, so that rows had best leave as soon as they end
 
     def __init__(self, model: Transformer):
         self.model, self.cache = model, None
 
     @torch.inference_mode()
-    def start(
-        self, tokens: Tensor, padding: Tensor, room: int, score: Callable | None = None, scored: Sequence[int] = ()
-    ) -> Tensor:
-        """Read prompts. tokens (B, T) int64, of which the first `padding` (B,) are none; room: positions, T included.
-
-        score: called with (row, position, logits (n, V)) for stretches of each of the rows `scored`: what the model
-        predicts after the tokens from that position of the prompt on, the last one included.
-        """
-        self.cache = self._new_cache(tokens, padding, room)
-        logits = self._read(tokens, self.cache, score, scored)
-        self._rows_changed()
-        return logits
+    def start(self, tokens: Tensor, padding: Tensor, room: int, scores: Scorers | None = None) -> Tensor:
+        """Forget all rows, and read prompts at once: `read` and `take`. room: positions of a row, T included."""
+        self.forget()
+        return self.take(self.read(tokens, padding, room, scores).finish(), room - tokens.size(1))
 
     @torch.inference_mode()
-    def join(
-        self, tokens: Tensor, padding: Tensor, more: int, score: Callable | None = None, scored: Sequence[int] = ()
-    ) -> Tensor:
-        """Read more prompts, which become the last rows of the batch; its logits (B, V) are those rows' alone.
+    def read(self, tokens: Tensor, padding: Tensor, room: int, scores: Scorers | None = None) -> "Reading":
+        """Begin to read prompts. tokens (B, T) int64, of which the first `padding` (B,) of each row are none.
 
-        more: positions that any row may still need after its tokens so far. The rest as in `start`.
+        room: positions to make room for now, T at least. scores: for rows whose prompts are to be scored, a function
+        that is called with (position, logits (n, V)) for each stretch of the prompt in turn: what the model predicts
+        after the tokens from that position of the prompt on, the last one included.
         """
-        cache = self._new_cache(tokens, padding, tokens.size(1))
-        logits = self._read(tokens, cache, score, scored)
-        self.cache = self.cache.joined(cache, more)
+        return Reading(self, tokens, self._new_cache(tokens, padding, room), scores or {})
+
+    @torch.inference_mode()
+    def take(self, reading: "Reading", more: int) -> Tensor:
+        """Make the rows of a reading that is done the last ones of the batch; returns its logits (B, V).
+
+        more: positions that any row of the batch may still need after its tokens so far.
+        """
+        if self.cache is None and reading.cache.length + more <= reading.cache.k.size(3):
+            self.cache = reading.cache
+        else:
+            self.cache = joined([cache for cache in (self.cache, reading.cache) if cache is not None], more)
         self._rows_changed()
-        return logits
+        return reading.logits
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
         """Read the next token of each row: ids (B,) int64. The logits (B, V) are good until the next step."""
         cache = self.cache
         if cache.length == cache.k.size(3):
-            raise ValueError(f"the cache has room for {cache.length} positions, one more is needed")
+            raise ValueError(NO_ROOM.format(cache.length))
         cache.tokens[:, cache.length] = ids
         if cache.length not in self.outgrown:
             return self._step(ids)
         tokens, cache.length = cache.tokens[:, : cache.length + 1], 0
-        logits = self._read(tokens, cache)
+        logits = Reading(self, tokens, cache, {}).finish().logits
         self.prepare()
         return logits
 
     @torch.inference_mode()
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone: indices (B',) int64."""
+        """Go on with these rows alone: indices (B',) int64, one at least."""
         self.cache.keep(rows)
         self._rows_changed()
+
+    def forget(self) -> None:
+        """Go on without rows."""
+        self.cache = None
 
     def prepare(self) -> None:
         """Make what a step needs, for the cache as it now is."""
@@ -148,12 +178,11 @@ class Decoder:
         That is where longrope's other factors begin. (In dynamic RoPE old keys stay as they are, as in transformers.)
         """
         padding = [0] if self.cache.padding is None else self.cache.padding.tolist()
-        ropes = [rope for rope in set(self.model.config.ropes) if rope is not None and rope.scaling == "longrope"]
-        self.outgrown = {rope.original_context + unused for rope in ropes for unused in padding}
+        self.outgrown = {length + unused for length in longrope_contexts(self.model.config) for unused in padding}
         self.prepare()
 
     def _step(self, ids):
-        return self._read(ids[:, None], self.cache)
+        return self.extend(ids[:, None], self.cache)
 
     def _new_cache(self, tokens, padding, room):
         weight = self.model.model.embed_tokens.weight
@@ -163,103 +192,216 @@ class Decoder:
         cache.tokens[:, : tokens.size(1)] = tokens
         return cache
 
-    def _read(self, tokens, cache, score=None, scored=()):
-        """The logits after the last of `tokens` (B, T), which extend the cache; `score` gets those before, too."""
+    def extend(self, tokens: Tensor, cache: KVCache, scores: Scorers | None = None) -> Tensor:
+        """Read tokens (B, T) that extend the cache: logits (B, V) after the last; `scores` get those before, too."""
+        start = cache.length
         hidden = self.model.hidden_states(tokens, cache)
-        for row in scored:
-            first = 0 if cache.padding is None else int(cache.padding[row])
-            for position in range(first, tokens.size(1), LOSS_CHUNK):
-                chunk = hidden[row, position : position + LOSS_CHUNK]
-                score(row, position - first, self.model.logits(chunk))
+        score_stretches(scores or {}, cache, start, hidden, self.model.logits)
         return self.model.logits(hidden[:, -1])
+
+
+class Reading:
+    """Prompts that are being read for a decoder, a chunk of their columns at a time, into a cache of their own."""
+
+    def __init__(self, decoder: Decoder, tokens: Tensor, cache: KVCache, scores: Scorers):
+        """tokens (B, T), to be read into the cache, which has nothing yet. scores: as in `Decoder.read`."""
+        self.decoder, self.tokens, self.cache, self.scores = decoder, tokens, cache, scores
+        self.logits: Tensor | None = None  # (B, V), after the last tokens, once it is done
+
+    @property
+    def done(self) -> bool:
+        """Whether the prompts have been read."""
+        return self.cache.length == self.tokens.size(1)
+
+    @torch.inference_mode()
+    def advance(self, positions: int = CHUNK) -> None:
+        """Read the next chunk: at most so many positions, those of all rows together, but at least one of each."""
+        start = self.cache.length
+        end = start + max(1, positions // len(self.tokens))
+        if start == 0:
+            end = max(end, self._first_end())
+        self.logits = self.decoder.extend(self.tokens[:, start:end], self.cache, self.scores)
+
+    def finish(self) -> "Reading":
+        """Read what is left."""
+        while not self.done:
+            self.advance()
+        return self
+
+    @torch.inference_mode()
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone, one at least."""
+        kept = torch.tensor(rows, device=self.tokens.device)
+        self.tokens = self.tokens[kept]
+        self.cache.keep(kept)
+        self.scores = {new: self.scores[old] for new, old in enumerate(rows) if old in self.scores}
+
+    def _first_end(self):
+        """The least column at which the first chunk may end.
+
+        Where the length of a text decides how its beginning is turned, the first chunk has to show it. longrope asks
+        only whether the text is longer than the context of pre-training; dynamic RoPE needs its whole length.
+        """
+        T, config = self.tokens.size(1), self.decoder.model.config
+        padding = [0] if self.cache.padding is None else self.cache.padding.tolist()
+        enough = [length + unused + 1 for length in longrope_contexts(config) for unused in padding]
+        dynamic = [rope.original_context for rope in config.ropes if rope is not None and rope.scaling == "dynamic"]
+        return max([end for end in enough if end <= T] + [T for length in dynamic if T - min(padding) > length] + [0])
+
+
+def longrope_contexts(config: Config) -> set[int]:
+    """The lengths beyond which a text's positions are turned by longrope's other factors."""
+    return {rope.original_context for rope in config.ropes if rope is not None and rope.scaling == "longrope"}
+
+
+def score_stretches(scores: Scorers, cache: KVCache, start: int, hidden: Tensor, logits: Callable) -> None:
+    """Call `scores` (`Decoder.read`) for the columns from `start` on, with what `logits` makes of hidden (B, T, D)."""
+    for row, score in scores.items():
+        unused = 0 if cache.padding is None else int(cache.padding[row])
+        for column in range(max(start, unused), start + hidden.size(1), LOSS_CHUNK):
+            score(column - unused, logits(hidden[row, column - start : column - start + LOSS_CHUNK]))
 
 
 class PlainDecoder(Decoder):
     """`Transformer.forward` alone, which makes logits for every position of a prompt, needed or not."""
 
-    def _read(self, tokens, cache, score=None, scored=()):
+    def extend(self, tokens: Tensor, cache: KVCache, scores: Scorers | None = None) -> Tensor:
+        """As in `Decoder`."""
+        start = cache.length
         logits = self.model(tokens, cache=cache)
-        for row in scored:
-            first = 0 if cache.padding is None else int(cache.padding[row])
-            for position in range(first, tokens.size(1), LOSS_CHUNK):
-                score(row, position - first, logits[row, position : position + LOSS_CHUNK])
+        score_stretches(scores or {}, cache, start, logits, lambda part: part)
         return logits[:, -1]
 
 
 # ------------------------------------------------------------------------------------------------------------- CUDA
 
 
-class StaticCache(KVCache):
-    """A cache whose position is a tensor, and which always returns all of its room: what a CUDA graph can record."""
-
-    def __init__(self, cache: KVCache):
-        self.k, self.v = cache.k, cache.v
-        self.padding = (
-            torch.zeros_like(self.k[0, :, 0, 0, 0], dtype=torch.int64) if cache.padding is None else cache.padding
-        )
-        self.position = torch.tensor([cache.length], device=self.k.device)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, K, 1, d) of one layer in their place; returns all its room, (B, K, room, d)."""
-        self.k[layer].index_copy_(2, self.position, k)
-        self.v[layer].index_copy_(2, self.position, v)
-        return self.k[layer], self.v[layer]
-
-    def back(self) -> Tensor:
-        """How many positions each key lies back: (1, 1, 1, room)."""
-        return (self.position - torch.arange(self.k.size(3), device=self.k.device))[None, None, None]
-
-    def mask(self, window: int | None) -> Tensor:
-        """The keys that the new position may see: bool (B, 1, 1, room)."""
-        key = torch.arange(self.k.size(3), device=self.k.device)
-        mask = (key <= self.position) & (key >= self.padding[:, None])
-        if window is not None:
-            mask &= key > self.position - window
-        return mask[:, None, None]
-
-
 class StaticDecoder(Decoder):
-    """A step of fixed shapes, on CUDA recorded as a graph. On a CPU it runs as it is, so that it can be tested."""
+    """A step of fixed shapes and addresses, on CUDA recorded as a graph. On a CPU it runs as it is, to be tested.
 
-    def prepare(self) -> None:
-        """As in `Decoder`: the buffers whose addresses the graph will have."""
-        self.static = StaticCache(self.cache)
-        self.ids = torch.zeros(self.cache.k.size(1), dtype=torch.int64, device=self.cache.k.device)
-        self.graph = None  # recorded in the first step: an answer of one token needs none
+    Each number of slots and size of a slot is recorded once, and replayed whichever rows are in them.
+    """
 
-    def _step(self, ids):
-        self.ids.copy_(ids)
-        if self.ids.is_cuda:
-            if self.graph is None:
-                self._record()
-            self.graph.replay()
-        else:
-            self.logits = self._static_step()
-        self.static.position += 1
-        self.cache.length += 1
-        return self.logits
+    keeps_cheaply = True
 
-    def _static_step(self):
-        model, c, cache = self.model, self.model.config, self.static
-        positions = (cache.position - cache.padding)[:, None]  # (B, 1)
-        x = model.embed(self.ids[:, None], positions)
-        angles = {rope: rope_angles(rope, positions, lambda: positions + 1, x.dtype) for rope in set(c.ropes)}
-        masks = {window: cache.mask(window) for window in set(c.windows)}
-        for number, block in enumerate(model.model.layers):
-            how = {"scores": c.scores(number), "mask": masks[c.windows[number]], "back": cache.back()}
-            x = block(x, angles[c.ropes[number]], Attend(masked_attention, **how), cache)
-        return model.logits(model.finish(x)[:, -1])
+    def __init__(self, model: Transformer):
+        super().__init__(model)
+        c, weight = model.config, model.model.embed_tokens.weight
+        self.slots = Slots(c, compute_dtype(weight.dtype, weight.device.type), weight.device)
+        self.slopes = None if c.slopes is None else torch.tensor(c.slopes, device=weight.device)
+        self.outgrown = longrope_contexts(c)
+        self.angles: dict[int, dict] = {}  # of all positions of a slot, by its size
+        self.left = 0  # steps that may still be taken
+        self._forget_recorded()
 
-    def _record(self):
+    @torch.inference_mode()
+    def take(self, reading: Reading, more: int) -> Tensor:
+        """As in `Decoder`."""
+        self.slots.join(reading.cache)
+        self.left = more
+        return reading.logits
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        """As in `Decoder`."""
+        slots = self.slots
+        if not self.left:
+            raise ValueError(NO_ROOM.format(slots.longest))
+        slots.fit(len(slots.numbers), slots.longest + 1)
+        slots.ids.index_copy_(0, slots.order, ids)
+        logits = self._recorded_step()().index_select(0, slots.order)
+        slots.advance()
+        self.left -= 1
+        for row, length in enumerate(slots.lengths):
+            if length - 1 in self.outgrown:
+                logits[row] = self._read_again(row)
+        return logits
+
+    @torch.inference_mode()
+    def keep(self, rows: Tensor) -> None:
+        """As in `Decoder`."""
+        self.slots.keep(rows.tolist())
+
+    @torch.inference_mode()
+    def forget(self) -> None:
+        """As in `Decoder`. Memory and recorded steps stay, for the next rows."""
+        self.slots.clear()
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A function that does on the device what `run` does, and returns the same tensor each time: a CUDA graph."""
+        if not self.slots.ids.is_cuda:
+            return run
         side = torch.cuda.Stream()  # libraries allocate on their first calls, which must not be recorded
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._static_step()
+                run()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._static_step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = run()
+
+        def replay():
+            graph.replay()
+            return logits
+
+        return replay
+
+    def _recorded_step(self):
+        """The step for the layout of the slots, recorded when it is first taken: an answer of one token needs none."""
+        if self.slots.grown != self.recorded_after:
+            self._forget_recorded()
+        layout = self.slots.count, self.slots.room
+        if layout not in self.recorded:
+            self._make_angles(self.slots.room)
+            self.recorded[layout] = self.record(partial(self._static_step, *layout))
+        return self.recorded[layout]
+
+    def _forget_recorded(self):
+        """What was recorded has addresses that hold no more. Graphs share memory: only one is replayed at a time."""
+        self.recorded: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        self.recorded_after = self.slots.grown
+        self.pool = torch.cuda.graph_pool_handle() if self.slots.device.type == "cuda" else None
+
+    def _make_angles(self, room):
+        """Of each position when it is the newest. Made before recording: longrope's factors come from the host."""
+        if room not in self.angles:
+            positions = torch.arange(room, device=self.slots.device)
+            new, dtype = partial(torch.add, positions, 1), self.slots.flat[1].dtype
+            ropes = set(self.model.config.ropes)
+            self.angles[room] = {rope: rope_angles(rope, positions, new, dtype) for rope in ropes}
+
+    def _static_step(self, count, room):
+        """The logits (count, V) after the next token of each slot."""
+        model, c, cache = self.model, self.model.config, StepCache(self.slots, count, room)
+        x = model.embed(cache.ids[:, None], cache.position[:, None])
+        angles = {rope: angles and angles_at(angles, cache.position) for rope, angles in self.angles[room].items()}
+        scores = [c.scores(number) for number in range(c.num_hidden_layers)]
+        attention = {kind: cache.attention(kind, self.slopes) for kind in set(scores)}
+        for number, block in enumerate(model.model.layers):
+            x = block(x, angles[c.ropes[number]], attention[scores[number]], cache)
+        return model.logits(model.finish(x)[:, -1])
+
+    def _read_again(self, row):
+        """The logits (V,) after a row whose keys have to be turned anew; its slot gets them."""
+        slots = self.slots
+        length = slots.lengths[row]
+        tokens = slots.view(0, slots.count, slots.room)[slots.numbers[row], :, :length, 0]  # (1, length)
+        reading = self.read(tokens, torch.zeros_like(tokens[:, 0]), length).finish()
+        slots.put([row], reading.cache)
+        return reading.logits[0]
+
+    def _new_cache(self, tokens, padding, room):
+        return super()._new_cache(tokens, padding, tokens.size(1))  # the slots have the room
+
+
+def angles_at(angles: Angles, positions: Tensor) -> Angles:
+    """Of the `angles` of all positions those of `positions` (B,): (B, 1, 1, dims/2)."""
+    cos, sin, gain = (
+        None if table is None else table.index_select(0, positions)[:, None, None]
+        for table in (angles.cos, angles.sin, angles.query_gain)
+    )
+    return Angles(cos, sin, angles.interleaved, gain)
 
 
 # -------------------------------------------------------------------------------------------------------------- CPU

@@ -48,25 +48,26 @@ class KVCache:
         if self.padding is not None:
             self.padding = self.padding[rows]
 
-    def joined(self, other: "KVCache", more: int) -> "KVCache":
-        """A new cache: this one's rows, then those of `other`, moved so that all end together, and room for `more`.
 
-        Keys and values hold for a row wherever it begins: positions count from its padding, and ALiBi and windows from
-        a row's query back. Columns that are padding in every row are left out.
-        """
-        parts = [(cache, 0 if cache.padding is None else int(cache.padding.min())) for cache in (self, other)]
-        length = max(cache.length - unused for cache, unused in parts)
-        layers, _, K, _, d = self.k.shape
-        shape = (layers, self.k.size(1) + other.k.size(1), K, length + more, d)
-        result = copy.copy(self)
-        result.k, result.v, result.length = self.k.new_zeros(shape), self.v.new_zeros(shape), length
-        result.tokens = self.tokens.new_zeros(shape[1], shape[3])
-        result.padding, first = torch.zeros(shape[1], dtype=torch.int64, device=self.k.device), 0
-        for cache, unused in parts:
-            rows, start = slice(first, first + cache.k.size(1)), length - (cache.length - unused)
-            for old, new in ((cache.k, result.k), (cache.v, result.v)):
-                new[:, rows, :, start:length] = old[:, :, :, unused : cache.length]
-            result.tokens[rows, start:length] = cache.tokens[:, unused : cache.length]
-            result.padding[rows] = start - unused if cache.padding is None else cache.padding + (start - unused)
-            first = rows.stop
-        return result
+def joined(caches: list[KVCache], more: int) -> KVCache:
+    """A new cache: the rows of all in turn, moved so that they end together, and room for `more` positions.
+
+    Keys and values hold for a row wherever it begins: positions count from its padding, and ALiBi and windows from a
+    row's query back. Columns that are padding in every row are left out.
+    """
+    parts = [(cache, 0 if cache.padding is None else int(cache.padding.min())) for cache in caches]
+    length = max(cache.length - unused for cache, unused in parts)
+    layers, _, K, _, d = caches[0].k.shape
+    shape = (layers, sum(cache.k.size(1) for cache in caches), K, length + more, d)
+    result = copy.copy(caches[0])
+    result.k, result.v, result.length = result.k.new_zeros(shape), result.k.new_zeros(shape), length
+    result.tokens = result.tokens.new_zeros(shape[1], shape[3])
+    result.padding, first = torch.zeros(shape[1], dtype=torch.int64, device=result.k.device), 0
+    for cache, unused in parts:
+        rows, start = slice(first, first + cache.k.size(1)), length - (cache.length - unused)
+        for old, new in ((cache.k, result.k), (cache.v, result.v)):
+            new[:, rows, :, start:length] = old[:, :, :, unused : cache.length]
+        result.tokens[rows, start:length] = cache.tokens[:, unused : cache.length]
+        result.padding[rows] = start - unused if cache.padding is None else cache.padding + (start - unused)
+        first = rows.stop
+    return result

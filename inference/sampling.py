@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from inference.decode import Decoder
+from inference.decode import CHUNK, Decoder, Reading
 from shell.cli import UserError
 from text.tokenizer import StreamDecoder, Tokenizer
 
@@ -82,14 +82,18 @@ class Row:
 class Batch:
     """Rows that are generated a token at a time: `add` them, then `step` while any are `going`.
 
+    Or `begin` with them and `read` their prompts a chunk at a time, between steps of the rows that are there.
+
     Prompts of unequal lengths are padded on the left. Rows that have ended stay until half of the batch has ended, or
-    until others join: taking them out copies the cache. Only where positions are learned they leave at once.
+    until others join, if taking them out copies the cache. Where positions are learned they leave at once.
     """
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.config = decoder, decoder.model.config
         self.device = decoder.model.model.embed_tokens.weight.device
         self.rows: list[Row] = []  # in the decoder's order, those included that have ended
+        self.joining: list[Row] = []  # whose prompts are being read, in the order of `reading`
+        self.reading: Reading | None = None
         self.ids: Tensor | None = None  # (B,) int64: the last token of each, which the decoder has not read yet
         self.seen: Tensor | None = None  # (B, V) bool: the tokens that have occurred in each
         self.counts: Tensor | None = None  # (B, V) int32: how often each token was generated
@@ -99,14 +103,51 @@ class Batch:
         """The rows that have not ended."""
         return [row for row in self.rows if row.going]
 
-    @torch.inference_mode()
     def add(self, rows: list[Row]) -> None:
         """Read the prompts of more rows and choose their first tokens. UserError if a prompt is empty or too long."""
+        self.begin(rows)
+        while self.joining:
+            self.read()
+
+    def begin(self, rows: list[Row]) -> None:
+        """Begin to read the prompts of more rows, when none are being read. UserError as in `add`."""
         for row in rows:
             row.room = room_for(row.prompt, row.settings.max_new_tokens, self.config.max_position_embeddings)
             row.generator = torch.Generator(self.device).manual_seed(row.seed)
         self._remove_ended(self.going)
-        logits = self._read_prompts(rows)
+        longest = max(len(row.prompt) for row in rows)
+        tokens = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in rows], device=self.device)
+        padding = torch.tensor([longest - len(row.prompt) for row in rows], device=self.device)
+        for row in rows:
+            row.prompt_scores += [None] * row.score_prompt
+        scores = {i: partial(score_prompt, row) for i, row in enumerate(rows) if row.score_prompt}
+        room = longest if self.rows else longest + max(row.room for row in rows)
+        self.joining, self.reading = list(rows), self.decoder.read(tokens, padding, room, scores)
+
+    def read(self, positions: int = CHUNK) -> list[Row]:
+        """Read at most so many positions more of the prompts; returns the rows that have joined, when all are read.
+
+        Rows that are not wanted any more are read no further.
+        """
+        wanted = [i for i, row in enumerate(self.joining) if row.going]
+        if wanted and len(wanted) < len(self.joining):
+            self.joining = [self.joining[i] for i in wanted]
+            self.reading.keep(wanted)
+        if wanted:
+            self.reading.advance(positions)
+            if not self.reading.done:
+                return []
+            self._join()
+        joined, self.joining, self.reading = self.joining, [], None
+        return joined if wanted else []
+
+    @torch.inference_mode()
+    def _join(self):
+        """The rows whose prompts have been read become part of the batch, with their first tokens."""
+        rows = self.joining
+        self._remove_ended(self.going)
+        more = max(row.room - row.reply.length for row in (*self.rows, *rows))
+        logits = self.decoder.take(self.reading, more)
         seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=self.device)
         for row, row_seen in zip(rows, seen, strict=True):
             row_seen[row.prompt] = True
@@ -119,32 +160,21 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Choose the next token of each row that is going. There must be such a row."""
+        """Choose the next token of each row that is going."""
         going = self.going
+        if not going:  # another thread has dropped them since the caller looked
+            return
         # A row that stays goes on, and may come past the last position that is learned.
-        if 2 * len(going) <= len(self.rows) or self.config.learned_positions:
+        at_once = self.decoder.keeps_cheaply or self.config.learned_positions
+        if at_once or 2 * len(going) <= len(self.rows):
             self._remove_ended(going)
         self.ids = self._choose(self.rows, self.decoder.step(self.ids).float(), self.seen, self.counts)
 
-    def _read_prompts(self, rows):
-        """The logits (B, V) after the prompts of rows that join; scores of the prompts are kept where asked for."""
-        longest = max(len(row.prompt) for row in rows)
-        tokens = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in rows], device=self.device)
-        padding = torch.tensor([longest - len(row.prompt) for row in rows], device=self.device)
-        scored = [i for i, row in enumerate(rows) if row.score_prompt]
-        for i in scored:
-            rows[i].prompt_scores.append(None)
-        scores = dict(score=partial(score_prompt, rows), scored=scored)
-        more = max(row.room - row.reply.length for row in (*self.rows, *rows))
-        if self.rows:
-            return self.decoder.join(tokens, padding, more=more, **scores)
-        return self.decoder.start(tokens, padding, room=longest + more, **scores)
-
     def _remove_ended(self, going):
         """Keep only the rows `going`."""
-        if len(going) == len(self.rows):
-            return
-        if going:
+        if not going:
+            self.decoder.forget()
+        elif len(going) < len(self.rows):
             kept = torch.tensor([i for i, row in enumerate(self.rows) if row in going], device=self.device)
             self.decoder.keep(kept)
             self.ids, self.seen, self.counts = self.ids[kept], self.seen[kept], self.counts[kept]
@@ -227,9 +257,8 @@ def score(logits: Tensor, ids: Tensor, top: int) -> list[Score]:
     return [Score(value, list(zip(*pair, strict=True))) for value, pair in zip(chosen, pairs, strict=True)]
 
 
-def score_prompt(rows: list[Row], i: int, position: int, logits: Tensor) -> None:
-    """Keep the scores of prompt tokens of row i, given the logits (n, V) after its tokens from `position` on."""
-    row = rows[i]
+def score_prompt(row: Row, position: int, logits: Tensor) -> None:
+    """Keep the scores of prompt tokens of a row, given the logits (n, V) after its tokens from `position` on."""
     following = row.prompt[position + 1 : position + 1 + len(logits)]
     ids = torch.tensor(following, dtype=torch.int64, device=logits.device)
     row.prompt_scores += score(logits[: len(ids)], ids, row.top or 0)

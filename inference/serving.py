@@ -1,7 +1,8 @@
 """Continuous batching: requests that come at any time are answered together, by one thread that owns the model.
 
 Nothing here knows of HTTP. A request is one or more `Task`s; each is a row of a `sampling.Batch`, whose `step` makes a
-token for every row. Tasks that wait join the batch between two steps, as soon as it has room, in the order they came.
+token for every row. Tasks that wait join the batch between two steps, as soon as it has room, in the order they came;
+their prompts are read in chunks, one between two steps, so that a long one does not halt the answers of others.
 """
 
 import collections
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from inference.decode import Decoder
+from inference.decode import CHUNK, Decoder
 from inference.sampling import Batch, Reply, Row, room_for
 from shell.cli import UserError
 from text.tokenizer import StreamDecoder, Tokenizer
 
-PREFILL_TOKENS = 8192  # positions of prompts that are read together, padding included: they bound the peak memory
+# Positions of prompts that are read between two decoding steps, padding included: the answers that are being generated
+# wait for them. 512 keep a GPU busy with products; the pass then takes about as long as a few steps.
+CHUNK_BETWEEN_STEPS = 512
 
 
 class QueueFull(Exception):
@@ -59,8 +62,8 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """How many rows are in the batch."""
-        return len(self.batch.going)
+        """How many rows are in the batch, or will be when their prompts have been read."""
+        return len({row for row in (*self.batch.rows, *self.batch.joining) if row.going})
 
     def submit(self, tasks: list[Task]) -> None:
         """Put tasks into the queue, all or none. Raises QueueFull."""
@@ -71,7 +74,7 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, tasks: Iterable[Task]) -> None:
-        """Remove tasks from the queue, and from the batch with its next step."""
+        """Remove tasks from the queue, and from the batch with its next step; no more of their prompts is read."""
         with self._changed:
             for task in tasks:
                 task.dropped = True
@@ -83,41 +86,44 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self.cancel([*self.waiting, *self.batch.rows])
+        self.cancel([*self.waiting, *self.batch.joining, *self.batch.rows])
         self._thread.join()
 
     def _run(self):
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self.waiting or self.batch.going or self._closing)
+                self._changed.wait_for(lambda: self.waiting or self.batch.joining or self.batch.going or self._closing)
                 if self._closing:
                     return
-                new = self._take()
+                new = [] if self.batch.joining else self._take()
             try:
                 self._advance(new)
             except Exception as error:  # whatever it is, the thread goes on: later requests are to be answered
                 traceback.print_exc(file=sys.stderr)
-                self._fail([*self.batch.going, *new], f"the model failed: {error or type(error).__name__}")
+                self._fail(
+                    [*self.batch.going, *self.batch.joining, *new], f"the model failed: {error or type(error).__name__}"
+                )
 
     def _take(self):
-        """Take from the queue the tasks that the batch has room for, and whose prompts fit one forward pass."""
+        """Take from the queue the tasks that the batch has room for, and whose prompts fit one pass; or one task."""
         taken, longest, places = [], 0, self.max_batch_size - len(self.batch.going)
         while self.waiting and len(taken) < places:
             longest = max(longest, len(self.waiting[0].prompt))
-            if taken and longest * (len(taken) + 1) > PREFILL_TOKENS:
+            if taken and longest * (len(taken) + 1) > CHUNK:
                 break
             taken.append(self.waiting.popleft())
         return taken
 
     def _advance(self, new):
-        """One token for all rows in the batch, and the first token for new ones."""
-        if self.batch.going:
-            moved = self.batch.going
+        """One token for all rows in the batch, and a chunk of the prompts of new ones, in the end their first token."""
+        moved = self.batch.going
+        if moved:
             self.batch.step()
             self._notify(moved)
         if new:
-            self.batch.add(new)
-            self._notify(new)
+            self.batch.begin(new)
+        if self.batch.joining:
+            self._notify(self.batch.read(CHUNK_BETWEEN_STEPS if self.batch.going else CHUNK))
 
     def _fail(self, tasks, why):
         self.batch = Batch(self.decoder)

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import conftest
@@ -215,7 +216,7 @@ def test_rows_can_join_the_batch(model_of, kind, family):
             longest = max(map(len, prompts))
             padding = torch.tensor([longest - len(prompt) for prompt in prompts])
             tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-            read = decoder.join(tokens, padding, 20) if row_of else decoder.start(tokens, padding, longest + 20)
+            read = decoder.take(decoder.read(tokens, padding, longest).finish(), 20)
             row_of += [list(prompt) for prompt in prompts]
             logits += read.clone()
             expected += [model(torch.tensor([prompt]))[0, -1] for prompt in prompts]
@@ -240,7 +241,7 @@ def test_a_prompt_is_scored_while_it_is_read(model_of, kind, monkeypatch):
         assert len(logits) <= 128 and position == sum(map(len, got.setdefault(row, [])))
         got[row].append(logits.clone())
 
-    last = decoder.start(tokens, padding, 201, score, [0, 2, 3, 4])
+    last = decoder.start(tokens, padding, 201, {row: partial(score, row) for row in (0, 2, 3, 4)})
     for row, prompt in enumerate(prompts):
         expected = model(torch.tensor([prompt]))[0]
         torch.testing.assert_close(last[row], expected[-1], rtol=1e-5, atol=3e-5)
@@ -248,7 +249,7 @@ def test_a_prompt_is_scored_while_it_is_read(model_of, kind, monkeypatch):
             torch.testing.assert_close(torch.cat(got[row]), expected, rtol=1e-5, atol=3e-5)
     assert {row: len(chunks) for row, chunks in got.items()} == {0: 1, 2: 1, 3: 2, 4: 2}
     got.clear()
-    decoder.join(tokens[1:2, 197:], torch.zeros(1, dtype=torch.int64), 5, score, [0])
+    decoder.read(tokens[1:2, 197:], torch.zeros(1, dtype=torch.int64), 3, {0: partial(score, 0)}).finish()
     torch.testing.assert_close(torch.cat(got[0]), model(torch.tensor([prompts[1]]))[0], rtol=1e-5, atol=3e-5)
 
 
@@ -416,7 +417,8 @@ def test_rows_that_have_ended_leave_and_the_others_do_not_notice(model_of, kind)
     for _ in sampling.generate(decoder, prompts, replies, s, [1, 2, 3, 4, 5]):
         pass
     assert [len(reply.ids) for reply in replies] == lengths
-    assert seen == [5] * 6 + [2] * 5 + [1] * 8
+    sizes = [4] * 2 + [3] * 4 + [2] * 5 + [1] * 8  # or, to copy the cache less often, when half have ended
+    assert seen == (sizes if decoder.keeps_cheaply else [5] * 6 + [2] * 5 + [1] * 8)
     for prompt, reply, seed in zip(prompts, replies, [1, 2, 3, 4, 5], strict=True):
         alone = new_ids(model, [prompt], s, [seed])[0]
         assert alone[: len(reply.ids)] == reply.ids
@@ -490,7 +492,8 @@ def test_what_is_done_to_the_logits_is_done_in_decoding(monkeypatch, capsys):
     prompts = [random_prompt(5), random_prompt(130)]
     tokens = torch.tensor([[0] * 125 + prompts[0], prompts[1]])
     scores = {0: [], 1: []}
-    logits = decoder.start(tokens, torch.tensor([125, 0]), 140, lambda row, at, part: scores[row].append(part), [0, 1])
+    scorers = {row: lambda at, part, kept=kept: kept.append(part) for row, kept in scores.items()}
+    logits = decoder.start(tokens, torch.tensor([125, 0]), 140, scorers)
     for row, prompt in enumerate(prompts):
         expected = model(torch.tensor([prompt]))[0]
         torch.testing.assert_close(torch.cat(scores[row]), expected, rtol=1e-5, atol=3e-5)

@@ -7,11 +7,12 @@ and dynamic RoPE change.
 import copy
 import dataclasses
 import random
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from conftest import Ids
+from families.replay import Recording, ReplayedDecoder
 from families.rows import ROWS
 from families.tiny import distance, usual_distance
 
@@ -93,11 +94,16 @@ class Texts:
         self.decoder, self.rows, self.all = decoder, [], []
 
     def add(self, lengths, room=30):
-        prompts = [random_ids(length) for length in lengths]
-        tokens, padding = padded(prompts)
-        join, start = self.decoder.join, self.decoder.start
-        read = join(tokens, padding, room) if self.rows else start(tokens, padding, tokens.size(1) + room)
-        rows = [(prompt, len(prompt), [logits.clone()]) for prompt, logits in zip(prompts, read, strict=True)]
+        self.take(self.begin(lengths).finish(), room)
+
+    def begin(self, lengths):
+        """Prompts that are to be read in chunks: `advance` them, and `take` them when they are done."""
+        self.prompts = [random_ids(length) for length in lengths]
+        return self.decoder.read(*padded(self.prompts), max(lengths))
+
+    def take(self, reading, room=40):
+        read = self.decoder.take(reading, room)
+        rows = [(prompt, len(prompt), [logits.clone()]) for prompt, logits in zip(self.prompts, read, strict=True)]
         self.rows += rows
         self.all += rows
 
@@ -140,6 +146,56 @@ def test_every_step_is_the_pass_over_the_whole_text(pair, family, number, kind):
     texts.add([1])
     texts.step(9)
     assert texts.worst(reference, model) < TOLERANCE
+
+
+@EACH_ROW
+@DECODERS
+def test_rows_that_come_and_go_at_random(pair, family, number, kind, monkeypatch):
+    """Their prompts in chunks of random sizes between the steps. Slots are small, so that the layout changes often."""
+    monkeypatch.setattr("inference.slots.LEAST_ROOM", 4)
+    reference, model = pair(family, number)
+    if kind is StaticDecoder and not model.config.experts:  # their rows are chosen on the host: see `fastest_decoder`
+        kind = ReplayedDecoder
+    texts = Texts(kind(model))
+    for _ in range(4):
+        reading = texts.begin([random.choice((1, 3, 8, 20)) for _ in range(random.randint(1, 3))])
+        while not reading.done:
+            texts.step(random.randint(0, 2) if texts.rows else 0)
+            reading.advance(random.randint(1, 30))
+        texts.take(reading)
+        texts.step(random.randint(0, 4))
+        if random.random() < 0.7:
+            kept = random.sample(range(len(texts.rows)), random.randint(1, len(texts.rows)))
+            texts.keep(*sorted(kept))
+    texts.step(5)
+    assert texts.worst(reference, model) < TOLERANCE
+
+
+@EACH_ROW
+def test_a_prompt_is_scored_in_chunks(pair, family, number):
+    """Logits at every position, in order, and those after the last token, are those of one pass over the prompt."""
+    _, model = pair(family, number)
+    prompts, seen = [random_ids(length) for length in (1, 23, 9, 17)], {row: [] for row in (0, 1, 3)}
+    tokens, padding = padded(prompts)
+
+    def score(row, position, logits):
+        assert position == sum(map(len, seen[row]))
+        seen[row].append(logits.clone())
+
+    with torch.inference_mode():
+        reading = Decoder(model).read(tokens, padding, 23, {row: partial(score, row) for row in seen})
+        while not reading.done:
+            reading.advance(random.randint(1, 30))
+        for row, prompt in enumerate(prompts):
+            right = model(torch.tensor([prompt]))[0]
+            assert distance(reading.logits[row], right[-1]) < TOLERANCE
+            assert row not in seen or distance(torch.cat(seen[row]), right) < TOLERANCE
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x + x.sum().item(), lambda x: x * torch.tensor(2.0), lambda x: x[x > 0]])
+def test_a_step_that_waits_for_the_host_is_noticed(wrong):
+    with pytest.raises(AssertionError, match="host"), Recording():
+        wrong(torch.randn(3))
 
 
 @EACH_ROW
