@@ -2,6 +2,7 @@
 
 limits.py      matrix products at a model's shapes, copying and reading memory. Start here
 gpu.py         one GPU: training, decoding and kernels at 7B shapes, against its limits and transformers + PEFT
+rates.py       a CPU's speed in each operation of a step, for ../roofline.py
 contention.py  two processes at once on the same cores: training, decoding, ours and the peers'
 nf4_triton.py  an experiment that gpu.py times: NF4 dequantised by Triton
 """
