@@ -105,13 +105,13 @@ class Operations(TorchDispatchMode):
     """Counts the operations inside it.
 
     lengths: of the samples of a packed row, which fake offsets do not say. targets: positions that have one.
-    thin: products with a dimension of at most so much are the adapter's.
+    ranks: products with a dimension of one of these sizes are the adapter's.
     counts: how often each `Operation` was run. unknown: names of those that come out at no cost and are not in FREE.
     """
 
-    def __init__(self, lengths: list[int] = (), targets: int | None = None, thin: int = 0):
+    def __init__(self, lengths: list[int] = (), targets: int | None = None, ranks: tuple = ()):
         super().__init__()
-        self.lengths, self.targets, self.thin = lengths, targets, thin
+        self.lengths, self.targets, self.ranks = lengths, targets, {*ranks}
         self.counts, self.unknown = Counter(), set()
         self.formulas = flop_counter().flop_registry
 
@@ -152,8 +152,7 @@ class Operations(TorchDispatchMode):
         if name in KINDS:
             return KINDS[name]
         if flops:
-            sizes = [size for x in tree_leaves(args) if isinstance(x, Tensor) for size in x.shape[-2:]]
-            return "adapter" if min(sizes) <= self.thin else "products"
+            return "products" if self.ranks.isdisjoint(n for x in tensors(args) for n in x.shape) else "adapter"
         return "dequantising" if "dequantize" in name else OTHERS
 
 
@@ -187,8 +186,9 @@ def is_view(func: Callable, args: tuple, kwargs: dict, out: Any) -> bool:
 
 
 def is_empty(args: tuple, kwargs: dict, out: Any) -> bool:
-    """Whether there is nothing to move: all tensors have no element."""
-    return not any(x.numel() for x in tensors((args, kwargs, out)))
+    """Whether there is nothing to move: there are tensors, and none has an element."""
+    found = tensors((args, kwargs, out))
+    return bool(found) and not any(x.numel() for x in found)
 
 
 def moved(func: Callable, args: tuple, kwargs: dict, out: Any) -> tuple[int, int]:
@@ -264,8 +264,12 @@ def micro_batch(job: plan.Job, shape: plan.Shape) -> Trace:
                 loss = model(tokens, tokens, recompute=job.recompute, offsets=shape.offsets and list(shape.offsets))
             loss.backward()
 
-    thin = 4 * job.adapter.r if job.adapter else 0  # q, k and v have one matrix together
-    return all_blocks(job, run, lambda: Operations(lengths, shape.targets, thin))
+    return all_blocks(job, run, lambda: Operations(lengths, shape.targets, ranks(job)))
+
+
+def ranks(job: plan.Job) -> tuple[int, ...]:
+    """The sizes by which an adapter's products are known: up to three layers of one input have one matrix A."""
+    return tuple(layers * job.adapter.r for layers in (1, 2, 3)) if job.adapter else ()
 
 
 def token(job: plan.Job, batch: int, context: int) -> Trace:
@@ -282,7 +286,7 @@ def token(job: plan.Job, batch: int, context: int) -> Trace:
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float) -> Tensor:
-    """F.scaled_dot_product_attention of a token as the one kernel that CUDA has for it: a meta tensor takes it apart."""
+    """F.scaled_dot_product_attention of a token as the one kernel of CUDA: for a meta tensor torch takes it apart."""
     if attn_mask is None:
         return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
     mask = attn_mask.expand(*q.shape[:3], k.size(2))

@@ -318,9 +318,7 @@ def show_decoding(s):
             job = plan.Job(config, "meta", torch.bfloat16, quantize=quantize)
             trace = operations.token(job, batch, s.context)
             assert not trace.unknown, trace.unknown
-            rows += [
-                {"model": model} | decoding_row(s, job, model, batch, card, trace.counts) for card in s.cards
-            ]
+            rows += [{"model": model} | decoding_row(s, job, model, batch, card, trace.counts) for card in s.cards]
     print(f"Decoding with {s.context} cached positions, tokens/s of all texts together:")
     columns = {"model": "model", "weights": "weights", "texts": "batch", "card": "card", "at limits": "limit:,.0f"}
     columns |= {"predicted": "predicted:,.0f", "weights once": "once:,.0f", "GB": "gb:.1f", "fits": "fits"}
@@ -416,7 +414,7 @@ def sizes(job: plan.Job, shape: plan.Shape) -> set[int]:
     c, targets = job.config, shape.targets
     heads = {c.num_attention_heads, c.num_key_value_heads}
     own = {c.vocab_size, c.hidden_size, c.intermediate_size, c.head_dim, c.head_dim // 2, *heads}
-    own |= {count * c.head_dim for count in heads} | ({n * job.adapter.r for n in (1, 2, 3)} if job.adapter else set())
+    own |= {count * c.head_dim for count in heads} | {*operations.ranks(job)}
     return {shape.T, shape.positions, targets, min(targets, LOSS_CHUNK), targets % LOSS_CHUNK} - own - {0, 1}
 
 
