@@ -18,6 +18,11 @@ SHAPES = {
         num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=32768,
         sliding_window=4096, tie_word_embeddings=False,
     ),
+    "Llama-3-8B": dict(
+        model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=8192,
+        rope_theta=500000.0, tie_word_embeddings=False,
+    ),
     "Pythia-160M": dict(
         model_type="gpt_neox", vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
         intermediate_size=3072, max_position_embeddings=2048, rotary_pct=0.25, tie_word_embeddings=False,

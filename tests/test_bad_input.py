@@ -189,6 +189,7 @@ GOOD_FLAGS = {
     "bench/training/accuracy.py": model_and_data,
     "bench/training/speed.py": model_and_data,
     "bench/training/fits.py": lambda p: {},
+    "bench/roofline.py": lambda p: {},
     "bench/random_model.py": lambda p: {"shape": "Pythia-160M", "tokenizer_dir": p.model, "out_dir": "random"},
     "bench/training/gradients.py": lambda p: {"checkpoint_dir": p.model},
     "bench/inference/speed.py": model_and_data,
