@@ -231,7 +231,7 @@ def flex_attention(
     attend = _compiled_for(q) if q.is_cuda else flex.attend
     if not is_in_torch_dispatch_mode():
         y = attend(q, k, v, sinks, score, mask)
-    else:  # FLOPs are being counted, into which torch.compile does not go
+    else:  # FLOPs are counted, in a mode of torch in which nothing is compiled; what is compiled goes backward in it
         with _disable_current_modes():
             y = attend(q, k, v, sinks, score, mask)
         y = _Counted.apply(y, k.size(1), offsets)

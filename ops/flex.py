@@ -98,10 +98,10 @@ def take_from_sinks(y: Tensor, log_sums: Tensor, sinks: Tensor) -> Tensor:
 def blocks_that_fit(head_dim: int, element_size: int, shared_memory: int) -> str:
     """Which of BLOCKS has room in a CUDA card's shared memory. All sizes are in bytes, but for head_dim.
 
-    What kernels take was found by compiling them with Triton 3.7.1: bench/machine/flex_kernels.py. With torch's own
-    blocks they take up to 98,304 while a row of a head has 256 bytes, and 197,632 above. Cards of sm_86, sm_89 and
-    sm_120 (RTX 3090, 4090, 5090) have 101,376, A100 166,912 and H100 232,448; torch chooses for each of the large ones.
-    "small" takes up to 70,016 for rows of 512 bytes, "smallest" 66,560 for 1,024.
+    Cards of sm_86, sm_89 and sm_120 (RTX 3090, 4090, 5090) have 101,376, A100 166,912 and H100 232,448. What kernels
+    take was found by compiling them with Triton 3.7.1: bench/machine/flex_kernels.py. torch's own blocks fit A100 and
+    H100; on the others they take up to 98,304 while a row of a head has 256 bytes, and up to 151,552 above. "small"
+    takes up to 70,016 for rows of 512 bytes, "smallest" 66,560 for 1,024.
     """
     row = 2 ** math.ceil(math.log2(head_dim)) * element_size  # the kernels round up
     if head_dim <= 256 and (row <= 256 or shared_memory > 160_000):

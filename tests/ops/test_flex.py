@@ -12,7 +12,7 @@ from torch.nn.attention import flex_attention as torchs
 
 from model import Layout
 from ops import flex
-from ops.attention import _Counted, cpp_attention, flex_attention
+from ops.attention import Attend, _Counted, cpp_attention, flex_attention
 from ops.cpp import compiled_library
 from training.metrics import flop_counter
 
@@ -88,6 +88,21 @@ def test_torch_compiles_it_once_for_all_lengths(kind, monkeypatch):
         how = scores(kind, 10, window=len(lengths) * 100)
         assert_alike(attended(inputs, how, offsets), plain(inputs, how, offsets), inputs)
         assert counter.frame_count == 1
+
+
+def test_it_is_compiled_within_a_compiled_block_too(monkeypatch):
+    """Which leaves attention alone (--compile), so that it would run uncompiled if torch took that for all within."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(flex, "attend", torch.compile(flex.attend, backend=counter, dynamic=True, fullgraph=True))
+    monkeypatch.setattr(Attend, "__call__", torch.compiler.disable(Attend.__call__))
+    inputs, offsets = packed((100, 241), 10, 5, 16, "all")
+    how = scores("all", 10)
+    known = {"score": flex.score_function(how, CPU), "mask": flex.block_mask(offsets, None, CPU)}
+    attend = Attend(flex_attention, scores=how, offsets=offsets, **known)
+    block = torch.compile(lambda q, *others: attend(q * 2, *others) + 1, backend="aot_eager", dynamic=True)
+    q, *others = inputs
+    assert_alike(block(*inputs), plain((q * 2, *others), how, offsets) + 1, inputs)
+    assert counter.frame_count == 1
 
 
 def test_blocks_with_activation_checkpointing(monkeypatch):
