@@ -155,7 +155,7 @@ def flash_varlen_attention(
     if torch.is_autocast_enabled(q.device.type):  # it knows scaled_dot_product_attention, but not this kernel
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     groups = {"enable_gqa": True} if k.size(1) != q.size(1) and GROUPS_ANNOUNCED else {}
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, d)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # (T, heads, d); the gradient of x[0] would be a copy
     left = -1 if scores.window is None else scores.window - 1  # the kernel does not count the query itself
     how = {"scale": scores.scale, "window_size": (left, 0), **groups}
     return varlen_attn(q, k, v, offsets, offsets, max_length, max_length, **how).transpose(0, 1)[None]
