@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: it would run kernels as numpy
 
 import torch
 

@@ -185,6 +185,12 @@ def test_the_optimizer_reads_what_torchs_does():
 # ----------------------------------------------------------------------------------------------------------- all blocks
 
 
+def test_nothing_is_copied_around_attention():
+    names = {o.name for o in operations.micro_batch(job(TINY), plan.packed_shape(77, 30, 50)).counts}
+    assert "torch_attn::_varlen_attn_backward" in names
+    assert not names & {"aten::select_backward", "aten::clone"}
+
+
 @pytest.mark.parametrize("method", roofline.METHODS)
 @pytest.mark.parametrize("recompute", [0.0, 1.0])
 def test_two_blocks_stand_for_all(method, recompute):
