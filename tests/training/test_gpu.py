@@ -1,6 +1,7 @@
 """What only a GPU can show: bitsandbytes' CUDA kernels, optimisers, loss scaling, decoding. `pytest -m gpu` runs it."""
 
 import contextlib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,25 @@ def test_an_adapter_learns(tiny_model_dir, samples, quantize):
     assert all(row["grad_norm"] > 0 for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert all(value.dtype == torch.float32 for value in trainable(model).values())
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "flags", [{}, {"method": "full"}, {"quantize": "bnb.nf4", "recompute": 1.0, "lora_dropout": 0.1}]
+)
+def test_a_step_waits_for_the_gpu_once(tiny_model_dir, samples, flags):
+    """tests/training/test_waiting.py shows the same without a GPU."""
+    step, _, _, _ = trainer(tiny_model_dir, samples, **flags)
+    step(), step()  # kernels are compiled and memory is taken in the first ones
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in warned if "synchronizing" in str(warning.message)]
+    assert len(waits) == 1, waits
 
 
 @needs_gpu
