@@ -125,9 +125,9 @@ class _LowRankLinears(torch.autograd.Function):
         grads = [grad.reshape(-1, grad.size(-1)) for grad in grads]
         grad_small = torch.empty_like(small)
         for grad, part, factor, scale in zip(grads, grad_small.split(ctx.ranks, dim=1), b, scales, strict=True):
-            part.copy_(grad @ factor.to(grad.dtype)).mul_(scale)
+            _scaled_product(grad, factor.to(grad.dtype), scale, part)
         parts = zip(grads, small.split(ctx.ranks, dim=1), b, scales, strict=True)
-        grad_b = [(grad.T @ part).to(factor.dtype).mul_(scale) for grad, part, factor, scale in parts]
+        grad_b = [_scaled_product(grad.T, part, scale).to(factor.dtype) for grad, part, factor, scale in parts]
         own = grad_small.split(ctx.ranks, dim=1)
         if drops:
             grad_a = [(part.T @ drop(flat)).to(b[0].dtype) for part, drop in zip(own, drops, strict=True)]
@@ -144,6 +144,12 @@ class _LowRankLinears(torch.autograd.Function):
                 _add_low_rank_([grad_x], grad_small, [a.T], [1.0])
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, None, *(each for pair in zip(grad_a, grad_b, strict=True) for each in pair)
+
+
+def _scaled_product(a, b, scale, out=None):
+    """scale * a @ b, into `out` if there is one: on a GPU such small products take as long as they take to launch."""
+    out = a.new_empty(a.size(0), b.size(1)) if out is None else out
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def _sum_of_products(xs, weights):
