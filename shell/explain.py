@@ -93,8 +93,13 @@ def _abbreviates(words, flag_words):
 
 
 def _shared_words(words, flag_words):
-    """The share of a flag's words that also occur, or begin one that occurs, among others (schedule in scheduler)."""
-    return sum(any(word.startswith(whole) for word in words) for whole in flag_words) / len(flag_words)
+    """The share of a flag's words that also occur, or begin one that occurs, among others (schedule in scheduler).
+
+    A single letter, as in z_loss, begins too many.
+    """
+    return sum(
+        any(word == whole or (len(whole) > 1 and word.startswith(whole)) for word in words) for whole in flag_words
+    ) / len(flag_words)
 
 
 # ------------------------------------------------------------------------------------------------------ types, in words

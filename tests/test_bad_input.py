@@ -194,6 +194,8 @@ GOOD_FLAGS = {
     "bench/training/gradients.py": lambda p: {"checkpoint_dir": p.model},
     "bench/inference/speed.py": model_and_data,
     "bench/machine/gpu.py": lambda p: {},
+    "bench/machine/flex_kernels.py": lambda p: {},
+    "bench/machine/kernels.py": lambda p: {},
     "bench/machine/limits.py": lambda p: {"checkpoint_dir": p.model},
     "bench/inference/harness.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
     "bench/machine/contention.py": model_and_data,

@@ -4,10 +4,9 @@ A kernel that takes more shared memory than a card has is an error there, when t
 `flex.attend` on a CPU; Inductor is told that the tensors are on CUDA, and Triton which card to compile for. Nothing is
 run. It patches what torch asks a card about itself, so it works with the versions of requirements.txt alone.
 
-    python bench/machine/flex_kernels.py --cards 8.9 9.0 --head_dims 64 256 --dtypes bfloat16
+    python bench/machine/flex_kernels.py --cards '[89, 90]' --head_dims '[64, 256]' --dtypes '[bfloat16]'
 """
 
-import argparse
 import contextlib
 import functools
 import importlib.util
@@ -16,24 +15,57 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
+
+if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from shell import cli
+from shell.cli import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+# Bytes of shared memory that a block may take (CUDA C++ Programming Guide, technical specifications by compute
+# capability, less the 1,024 that the system takes).
+CARDS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass
+class Settings:
+    """The command line.
+
+    Args:
+        cards: Compute capabilities, as 80.
+        head_dims: Sizes of a head.
+        dtypes: Of queries, keys and values.
+    """
+
+    cards: list[int] = field(default_factory=lambda: [*CARDS])
+    head_dims: list[int] = field(default_factory=lambda: [16, 64, 128, 256])
+    dtypes: list[str] = field(default_factory=lambda: ["bfloat16", "float32"])
+
+    def __post_init__(self):
+        for what, given, known in (("cards", self.cards, CARDS), ("dtypes", self.dtypes, DTYPES)):
+            unknown = [each for each in given if each not in known]
+            if unknown:
+                raise UserError(f"--{what} {unknown[0]}: expected some of {', '.join(map(str, known))}")
+        if not self.head_dims or min(self.head_dims) < 1:
+            raise UserError(f"--head_dims {self.head_dims}: expected sizes above 0")
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)
 
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: it would run kernels as numpy
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # this script is run by its path
-
 from ops import flex
 from ops.attention import Scores
 
-# Bytes of shared memory that a block may take (CUDA C++ Programming Guide, technical specifications by compute
-# capability, less the 1,024 that the system takes).
-CARDS = {"8.0": 166912, "8.6": 101376, "8.9": 101376, "9.0": 232448, "10.0": 232448, "12.0": 101376}
-DTYPES = ("bfloat16", "float16", "float32")
 HEADS, KEY_HEADS, T = 10, 2, 700
 SCORES = Scores(0.25, window=100, softcap=20.0, slopes=(0.1,) * HEADS, sinks=True)
 CUDA = torch.device("cuda", 0)
@@ -162,7 +194,7 @@ def shared_memory_of(name: str, source: str, folder: str) -> int:
     return max(result.kernel.shared for result in kernel.compile_results)
 
 
-def report(card: str, head_dim: int, dtype: str) -> bool:
+def report(card: int, head_dim: int, dtype: str) -> bool:
     """Print what the two kernels of attention take on a card; whether that is what it has."""
     import torch._functorch.config
     import torch._inductor.config
@@ -170,31 +202,25 @@ def report(card: str, head_dim: int, dtype: str) -> bool:
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.fx_graph_cache = torch._functorch.config.enable_autograd_cache = False
     sources, fit = [], True
-    with patches(tuple(map(int, card.split("."))), CARDS[card], sources), tempfile.TemporaryDirectory() as folder:
+    with patches(divmod(card, 10), CARDS[card], sources), tempfile.TemporaryDirectory() as folder:
         kernels = kernel_sources(head_dim, getattr(torch, dtype), CARDS[card], sources)
         for name, source in kernels:
             taken = shared_memory_of(name, source, folder)
             fit = fit and taken <= CARDS[card]
             if "_tem_" in name:  # a template's: attention itself, not what Inductor adds around it
                 which = "backward" if "backward" in name else "forward"
-                print(f"{card:>5} {dtype:>8} {head_dim:4} {which:8} {taken:7} of {CARDS[card]:,}", flush=True)
+                print(f"{card:5} {dtype:>8} {head_dim:4} {which:8} {taken:7} of {CARDS[card]:,}", flush=True)
     return fit and sum("_tem_" in name for name, _ in kernels) == 2
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Each case in a process of its own, as torch asks a card about itself once. Exit status 1 if one does not fit."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cards", nargs="+", choices=CARDS, default=[*CARDS])
-    parser.add_argument("--head_dims", nargs="+", type=int, default=[16, 64, 128, 256])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.one:
-        card, head_dim, dtype = given.one
-        return not report(card, int(head_dim), dtype)
-    cases = [(c, str(d), t) for c in given.cards for t in given.dtypes for d in given.head_dims]
-    return max(subprocess.run([sys.executable, __file__, "--one", *case]).returncode for case in cases)
+def main(s: Settings) -> None:
+    """Each case in a process of its own, as torch asks a card about itself once."""
+    cases = [(card, dim, dtype) for card in s.cards for dtype in s.dtypes for dim in s.head_dims]
+    code = "import sys; from bench.machine.flex_kernels import report; sys.exit(not report{})"
+    failed = [case for case in cases if subprocess.run([sys.executable, "-c", code.format(case)], cwd=ROOT).returncode]
+    if failed:
+        raise UserError(f"kernels do not fit, or do not compile: {', '.join(map(str, failed))}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main, settings)
