@@ -29,7 +29,7 @@ from experts import ExpertConfig, Experts
 from ops.activation import activate, gated, plain_softcap
 from ops.attention import Scores, choose_attention
 from ops.chunks import in_chunks
-from ops.devices import to_device
+from ops.devices import numbers_on, to_device
 from ops.dtypes import compute_dtype
 from ops.flex import block_mask
 from ops.linear import linear
@@ -320,7 +320,7 @@ class Layout:
         device, past = self.tokens.device, 0 if self.cache is None else self.cache.length
         index = torch.arange(past + self.tokens.size(1), device=device)[None]
         if self.offsets is not None:
-            starts = to_device(torch.tensor(self.offsets), device)
+            starts = numbers_on(device, self.offsets)
             samples = torch.bucketize(index, starts, right=True)  # 1 is the first
             return Places(index - starts[samples - 1], samples)
         if self.cache is None or self.cache.padding is None:
@@ -335,7 +335,7 @@ class Layout:
             return (self.tree.positions.amax(dim=1, keepdim=True) + 1).expand_as(positions)
         if self.offsets is None:
             return positions[:, -1:].expand_as(positions) + 1
-        ends = to_device(torch.tensor(self.offsets), positions.device)
+        ends = numbers_on(positions.device, self.offsets)
         return (ends[1:] - ends[:-1])[branches - 1]
 
     @property

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ops import flex
 from ops.activation import plain_softcap
 from ops.cpp import call_cpp, in_cpp, operator
+from ops.devices import constants_on, numbers_on
 
 LARGEST_FLASH_HEAD_DIM = 256  # of torch's FlashAttention, which takes multiples of 8
 # From torch 2.12 on varlen_attn has to be told that query heads share keys. Before, it took them without a word.
@@ -109,7 +110,7 @@ def _choose_for_samples(layout, head_dim, dtype, scores):
     half = dtype != torch.float32 or (device.type == "cuda" and torch.is_autocast_enabled("cuda"))
     flash = half and scores.are_products and head_dim <= LARGEST_FLASH_HEAD_DIM
     if flash or device.type == "meta":
-        offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+        offsets = numbers_on(device, ends, torch.int32)
         function = flash_varlen_attention if flash else flex_stand_in
         return Attend(function, scores=scores, offsets=offsets, max_length=longest)
     window = None if scores.window is None or scores.window >= longest else scores.window
@@ -143,7 +144,7 @@ def masked_attention(
     if scores.softcap is not None or sinks is not None:
         return plain_attention(q, k, v, sinks, scores, mask, back)
     if scores.slopes is not None:
-        slopes = torch.tensor(scores.slopes, device=q.device)[:, None, None]
+        slopes = constants_on(q.device, scores.slopes)[:, None, None]
         mask = (-slopes * back).masked_fill(~mask, -torch.inf).to(q.dtype)
     return sdpa_attention(q, k, v, mask, scores.scale)
 

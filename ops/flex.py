@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ops.activation import plain_softcap
+from ops.devices import constants_on, to_device
 
 BLOCK = 128  # queries, and keys, of a block: torch's default, which the blocks of its kernels divide
 LEAST_HEAD_DIM = 16  # of Triton's matrix products
@@ -44,7 +45,7 @@ def score_function(scores: Any, device: torch.device) -> Callable:
     number = functools.partial(torch.full, (), device=device, dtype=torch.float32)
     scale = number(fill_value=scores.scale)
     softcap = None if scores.softcap is None else number(fill_value=scores.softcap)
-    slopes = None if scores.slopes is None else torch.tensor(scores.slopes, device=device)
+    slopes = None if scores.slopes is None else constants_on(device, scores.slopes)
 
     def function(score, row, head, query, key):
         score = plain_softcap(score * scale, softcap)
@@ -67,7 +68,7 @@ def block_mask(offsets: list[int], window: int | None, device: torch.device) -> 
     first = ends[:-1].repeat_interleave(ends.diff())  # of each query's sample
     if window is not None:
         first = torch.maximum(first, positions - (window - 1))
-    first = first.to(device, torch.int32)
+    first = to_device(first.to(torch.int32), device)
 
     def sees(row, head, query, key):
         return (first[query] <= key) & (key <= query)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.devices import numbers_on
+
 
 class Groups(NamedTuple):
     """Where pairs of a token and an expert lie: pair number n * k + i is token n with its i-th expert.
@@ -37,7 +39,7 @@ def group(experts: Tensor, counts: list[int] | None = None, multiple: int = 1) -
     if counts is None:
         return Groups([], order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device)))
     sizes = [-(-count // multiple) * multiple for count in counts]
-    unused = torch.tensor([size - count for size, count in zip(sizes, counts, strict=True)], device=device)
+    unused = numbers_on(device, [size - count for size, count in zip(sizes, counts, strict=True)])
     before = unused.cumsum(0) - unused  # unused places before those of each expert
     sorted_places = torch.arange(len(order), device=device) + before[experts[order]]
     pairs = order.new_zeros(sum(sizes)).scatter_(0, sorted_places, order)

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ops.devices import constants_on
+
 
 @dataclass(frozen=True)
 class RoPE:
@@ -92,12 +94,6 @@ def inverse_frequencies(rope: RoPE, device: torch.device) -> Tensor:
     return SCALINGS[rope.scaling](rope, plain_frequencies(rope.theta, rope.dims, device))
 
 
-@lru_cache
-def numbers_on(device: torch.device, numbers: tuple[float, ...]) -> Tensor:
-    """A tensor of these numbers, made once: the host waits for a copy of it to the device."""
-    return torch.tensor(numbers, device=device)
-
-
 def frequencies_by_length(rope: RoPE, lengths: Tensor) -> Tensor:
     """The same, where the length of a token's text decides: (..., dims/2) fp32 for lengths (...) int64.
 
@@ -106,7 +102,7 @@ def frequencies_by_length(rope: RoPE, lengths: Tensor) -> Tensor:
     """
     lengths, device = lengths[..., None], lengths.device
     if rope.scaling == "longrope":
-        short, long = (numbers_on(device, f) for f in (rope.short_factors, rope.long_factors))
+        short, long = (constants_on(device, f) for f in (rope.short_factors, rope.long_factors))
         factors = torch.where(lengths > rope.original_context, long, short)
         return plain_frequencies(rope.theta, rope.dims, device) / factors
     beyond = (lengths / rope.original_context).clamp(min=1)

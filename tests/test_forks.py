@@ -373,23 +373,23 @@ def test_a_quantiser(fork):
 
 
 def test_an_objective(fork):
-    """The z-loss of PaLM (arXiv 2204.02311, section 5) beside the cross-entropy."""
+    """Label smoothing (Szegedy et al. 2015, arXiv 1512.00567, section 7)."""
     fork.edit(
         "model.py",
-        "return head_loss(x, self.lm_head.weight, targets, self.lm_head.bias, self.config.logit_softcap)",
-        "logits = self.lm_head(x).float()\n"
-        '            losses = F.cross_entropy(logits, targets, reduction="none") + 0.1 * logits.logsumexp(-1) ** 2\n'
+        "return head_loss(x, self.lm_head.weight, targets, bias, softcap, z_loss)",
+        "how = dict(reduction='none', label_smoothing=0.3)\n"
+        "            losses = nn.functional.cross_entropy(self.lm_head(x).float(), targets, **how)\n"
         "            return losses.sum(), losses.detach()",
     )
 
-    def z_loss(logits, targets):
-        return cross_entropy(logits, targets) + 0.1 * logits.logsumexp(-1).square().sum()
+    def smoothed(logits, targets):
+        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.3)
 
     fork.run()
     losses = [row["loss"] for row in rows(fork.out / "run")]
     base = load_model(fork.model_dir, torch.float32)
-    assert losses[0] == pytest.approx(fork.loss(base, of_logits=z_loss), rel=1e-5)
-    assert losses[0] > fork.loss(base) + 0.1 and losses[3] < losses[0]
+    assert losses[0] == pytest.approx(fork.loss(base, of_logits=smoothed), rel=1e-5)
+    assert abs(losses[0] - fork.loss(base)) > 1e-3 and losses[3] < losses[0]
     expected = fork.expected_model()
     fork.check(expected, base)
     fork.check_merged(expected)

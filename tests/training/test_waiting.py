@@ -4,6 +4,7 @@ Here the device is "meta", on which every attempt to read a number is an error; 
 """
 
 import contextlib
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,12 @@ from weights.families import config_from_json
 LLAMA = {"model_type": "llama", **SMALL}
 WINDOW = {"model_type": "mistral", **SMALL, "sliding_window": 7}
 DYNAMIC = {**LLAMA, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
-EXPERTS = {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+LONGROPE = {
+    **SMALL, "model_type": "phi3", "pad_token_id": 0, "original_max_position_embeddings": 16,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+                        "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+}  # fmt: skip
+ALIBI = {"model_type": "bloom", "vocab_size": 512, "hidden_size": 48, "n_layer": 2, "n_head": 6}
 
 
 class Copies(TorchDispatchMode):
@@ -104,6 +110,8 @@ WAYS = {
     "recomputing": (LLAMA, dict(method="lora", recompute=1.0)),
     "a window": (WINDOW, {}),
     "rope that depends on lengths": (DYNAMIC, {}),
+    "two kinds of rope": (LONGROPE, {}),
+    "alibi": (ALIBI, {}),
     "z-loss": (LLAMA, dict(z_loss=1e-4)),
     "no clipping": (LLAMA, dict(max_grad_norm=0)),
     "padded rows": (LLAMA, dict(planner="sorted_in_step")),
@@ -125,18 +133,34 @@ def test_the_host_waits_once(way, tmp_path, monkeypatch):
         reads.append([x.numel() for x in tensors])
         return [[1.5] * x.numel() for x in tensors]
 
-    def send(x, device):
+    def to_device(x, device):
         """A copy that nobody waits for."""
         with torch.utils._python_dispatch._disable_current_modes():
-            return x.to(device)
+            return x.to("meta")
 
-    for file in ("finetune", "model", "training.metrics", "ops.attention", "ops.flex"):
-        with contextlib.suppress(AttributeError, ImportError):
-            monkeypatch.setattr(f"{file}.to_device", send)
+    def numbers_on(device, numbers, dtype=None):
+        return to_device(tensor(numbers, dtype=dtype), device)
+
+    tensor, from_lists = torch.tensor, []
+
+    def counted(*arguments, **how):
+        """torch.tensor, which on a GPU copies and waits."""
+        from_lists.append(how)
+        return tensor(*arguments, **how)
+
+    for file in ("finetune", "model", "training.metrics", "ops.attention", "ops.flex", "ops.grouping"):
+        module = importlib.import_module(file)
+        for function in (to_device, numbers_on):
+            if hasattr(module, function.__name__):
+                monkeypatch.setattr(module, function.__name__, function)
     monkeypatch.setattr(finetune, "read_numbers", read)
+    finetune.train_step(run, micro_batches, 0, 1e-3)  # what is made once is made now
+    reads.clear()
+    monkeypatch.setattr(torch, "tensor", counted)
     with Copies() as copies:
-        row = finetune.train_step(run, micro_batches, 0, 1e-3)
+        row = finetune.train_step(run, micro_batches, 1, 1e-3)
     assert reads == [[1, 1, 2]] and copies.found == 0
+    assert not [how for how in from_lists if how.get("device") is not None]
     assert row["loss"] == row["grad_norm"] == 1.5
 
 

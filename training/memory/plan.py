@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 import model as model_file
 import quantize
-from ops import attention, dtypes, rope
+from ops import attention, devices, dtypes, rope
 from training.memory.allocations import Allocations, trace_step
 from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
 from training.optimizer import OPTIMIZERS
@@ -113,7 +113,7 @@ class NoRandomness(TorchDispatchMode):
 @contextlib.contextmanager
 def fake_tensors(mode: FakeTensorMode, device: str) -> Iterator[None]:
     """Tensors created inside are fake. Caches of functions are cleared, so that a real run finds no fake ones."""
-    modules = (model_file, attention, dtypes, rope, lora, quantize)
+    modules = (model_file, attention, devices, dtypes, rope, lora, quantize)
     cached = {f for module in modules for f in vars(module).values() if hasattr(f, "cache_clear")}
     autocast = torch.is_autocast_enabled
     with contextlib.ExitStack() as stack:
