@@ -83,7 +83,7 @@ def measurements(s):
 
 
 def launched(s, shape):
-    """A `Kernel` for each operator of ours, at each shape once. "meta" stands for CUDA in a dry run."""
+    """A `Kernel` for each operator of ours, at each shape once. In a dry run "meta" stands for CUDA."""
     config, device, seen = config_from_json(SHAPES[s.shape][shape]), "meta" if s.device == "cuda" else "cpu", set()
     adapter = AdapterConfig(r=16, targets=tuple(default_targets(config)))
     dropping = AdapterConfig(r=16, targets=tuple(default_targets(config)), dropout=0.1)
@@ -100,10 +100,16 @@ def launched(s, shape):
         name = f"decode {quantize or 'bf16'}, batch {batch}"
         traces[name] = operations.token(job(quantize), batch, s.prompt_tokens)
     for where, trace in traces.items():
-        ours = {each: n for each, n in trace.counts.items() if each.name.startswith(OURS) and each not in seen}
-        seen |= ours.keys()
-        for each in sorted(ours, key=lambda each: -ours[each] * each.bytes):
-            yield Kernel(shape, where, each, ours[each])
+        ours = [each for each in trace.counts if each.name.startswith(OURS)]
+        for each in sorted(ours, key=lambda each: -trace.counts[each] * each.bytes):
+            if looks(each) not in seen:
+                seen.add(looks(each))
+                yield Kernel(shape, where, each, trace.counts[each])
+
+
+def looks(operation):
+    """Equal for operations that take the same time: numbers such as the sign of a rotation do not count."""
+    return operation.function, tuple(operation.specs()), operation.bytes
 
 
 @torch.no_grad()
@@ -139,11 +145,11 @@ def measure_dequantizing(s, run, limits):
     for name, (our_way, their_way) in ways.items():
         ours, theirs = our_way(layers[0]).float(), their_way(layers[0]).float()
         assert (ours - theirs).norm() <= 0.01 * theirs.norm(), f"{name} gives something else"
-    turn, row = itertools.cycle(layers), {"microseconds": {}, "shares": {}}
+    turn, row = itertools.cycle(layers), {"compared": {}, "shares": {}}
     for name, pair in ways.items():
         for side, way in zip((name, f"{name}, bitsandbytes"), pair, strict=True):
             seconds = seconds_per_call(lambda: way(next(turn)), device, 40)  # noqa: B023
-            row["microseconds"][side] = 1e6 * seconds
+            row["compared"][side] = 1e6 * seconds
             row["shares"][side] = moved[name] / seconds / 1e9 / limits["gigabytes_per_second"]
     return row
 
