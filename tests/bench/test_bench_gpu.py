@@ -204,7 +204,8 @@ with open(pathlib.Path(out, "gpu.jsonl"), "a") as lines:
     lines.write('{"part": "%s"}\\n' % part)
 if part == "decoding":  # it hangs, with a child, and does not listen
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    subprocess.run(["sleep", "300"])
+    child = subprocess.Popen(["sleep", "300"])
+    pathlib.Path(out, "child").write_text(str(child.pid))
     time.sleep(300)
 sys.exit(part == "kernels")
 """
@@ -229,6 +230,21 @@ def run_project(project, **environment):
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120)
 
 
+def is_running(pid):
+    """Whether there is a process of this number that has not ended."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_no_part_starts_when_the_time_is_up(project):
+    done = run_project(project, BUDGET="4")  # which is kept to kill what hangs
+    assert done.returncode == 1 and "failed: gpu-tests training decoding kernels resume" in done.stderr
+    ended = [json.loads(line) for line in (project / "out" / "gpu.jsonl").read_text().splitlines()]
+    assert [(line["part"], line["status"]) for line in ended] == [("ended", 124)] * 5
+
+
 def test_a_part_that_hangs_or_fails_costs_only_its_own_time(project):
     started = time.monotonic()
     done = run_project(project, BUDGET="96")
@@ -238,8 +254,7 @@ def test_a_part_that_hangs_or_fails_costs_only_its_own_time(project):
     assert [line["part"] for line in lines if line["part"] != "ended"] == ["training", "decoding", "kernels", "resume"]
     ended = {line["name"]: line["status"] for line in lines if line["part"] == "ended"}
     assert ended == {"gpu-tests": 0, "training": 0, "decoding": 137, "kernels": 1, "resume": 0}
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(project) not in left
+    assert not is_running((project / "out" / "child").read_text())
 
 
 def test_results_are_not_mixed_with_earlier_ones(project):
