@@ -194,6 +194,7 @@ GOOD_FLAGS = {
     "bench/training/gradients.py": lambda p: {"checkpoint_dir": p.model},
     "bench/inference/speed.py": model_and_data,
     "bench/gpu/measure.py": lambda p: {"part": "kernels", "out_dir": p.out},
+    "bench/machine/kernels.py": lambda p: {},
     "bench/machine/limits.py": lambda p: {"checkpoint_dir": p.model},
     "bench/inference/harness.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
     "bench/machine/contention.py": model_and_data,

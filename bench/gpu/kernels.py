@@ -145,11 +145,11 @@ def measure_dequantizing(s, run, limits):
     for name, (our_way, their_way) in ways.items():
         ours, theirs = our_way(layers[0]).float(), their_way(layers[0]).float()
         assert (ours - theirs).norm() <= 0.01 * theirs.norm(), f"{name} gives something else"
-    turn, row = itertools.cycle(layers), {"compared": {}, "shares": {}}
+    turn, row = itertools.cycle(layers), {"microseconds": {}, "shares": {}}
     for name, pair in ways.items():
         for side, way in zip((name, f"{name}, bitsandbytes"), pair, strict=True):
             seconds = seconds_per_call(lambda: way(next(turn)), device, 40)  # noqa: B023
-            row["compared"][side] = 1e6 * seconds
+            row["microseconds"][side] = 1e6 * seconds
             row["shares"][side] = moved[name] / seconds / 1e9 / limits["gigabytes_per_second"]
     return row
 
