@@ -37,7 +37,7 @@ def medians(lines, part):
 def print_rows(lines):
     """Print a table of the lines of one part, and what has no place in it in words."""
     part = lines[0]["part"] if lines else None
-    panels = [(key, heading, form) for key, heading, form in PANELS.get(part, ())]
+    panels = PANELS.get(part, ())
     first = {line["name"]: line for line in reversed(lines)}
     rows = medians(lines, part) if panels else []
     columns = {"median": "{name}", "runs": "{runs}"}

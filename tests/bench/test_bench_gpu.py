@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ops import gpu
 from weights.families import config_from_json
 
 SIZES = {"--tokens": 64, "--sample_tokens": 32, "--prompt_tokens": 8, "--new_tokens": 5, "--steps": 2}
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # so that python3 is this one
 DECODED = {(quantize, batch) for quantize in (None, "bnb.nf4") for batch in (1, 16)}
 
 
@@ -30,7 +32,11 @@ def run(tmp_path_factory):
     command = ["bash", "bench/gpu.sh", "--shape", "tiny", "--device", "cpu", "--repetitions", 1]
     command += [word for size in SIZES.items() for word in size]
     done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env={**os.environ, "OUT": str(out)}, capture_output=True, text=True
+        list(map(str, command)),
+        cwd=ROOT,
+        env={**os.environ, "PATH": PATH, "OUT": str(out)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr + "".join(path.read_text() for path in out.glob("*.txt"))
     parts = {}
@@ -226,7 +232,7 @@ def project(tmp_path):
 
 def run_project(project, **environment):
     command = ["bash", "bench/gpu.sh", "--shape", "tiny"]
-    environment = {**os.environ, "OUT": str(project / "out"), **environment}
+    environment = {**os.environ, "PATH": PATH, "OUT": str(project / "out"), **environment}
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120)
 
 
