@@ -1,29 +1,59 @@
 #!/usr/bin/env bash
-# All that needs a GPU, on one, in under 10 minutes: the tests marked `gpu`, then bench/machine/gpu.py (which gets the
-# arguments). Writes gpu-tests.txt and gpu.jsonl into the folder $OUT, or out/gpu.
+# All that needs a GPU, on one, in at most 8 minutes ($BUDGET seconds): the tests marked `gpu`, then the parts of
+# bench/gpu/measure.py, which get the arguments. Each part is a process with a clock of its own: one that hangs is
+# killed when its time is up and the next one starts. Ends with status 1 if a part failed, and says which.
+#
+# Writes into the folder $OUT, by default a new one in out/gpu: gpu.jsonl and gpu.png, after each part; gpu-tests.txt,
+# and of each part PART.txt; profile-....txt. A machine with a CPU alone tries it all in small with
+#   bash bench/gpu.sh --shape tiny --device cpu
 #
 # It installs nothing. Besides PyTorch with CUDA and Triton (2.11 or later) it takes these packages, in the versions of
 # requirements.txt and requirements-dev.txt or near them:
 #   bitsandbytes, jsonargparse, docstring_parser   (rarely there: unpack their wheels into a folder on PYTHONPATH)
 #   lightning, safetensors, tokenizers, sentencepiece, Jinja2, PyYAML, numpy, matplotlib, tqdm
-#   transformers, peft, pytest
+#   transformers, peft, pytest; and flash-attn, for one more side of the comparison
 # COMMIT names the code in the results where there is no git to ask.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && source .venv/bin/activate
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-out="${OUT:-out/gpu}"
-mkdir -p "$out"
-
-timeout 150 python3 -m pytest -q -m gpu $(grep -rl --include='test_*.py' 'mark\.gpu' tests) >"$out/gpu-tests.txt" 2>&1
-tests=$?
-grep -E '^(FAILED|ERROR|SKIPPED|[0-9]+ |no tests|E  )' "$out/gpu-tests.txt" | cut -c1-300 | tail -40
-echo "GPU tests ended with status $tests after $SECONDS s (0: none failed; 124: out of time)"
-
+budget="${BUDGET:-480}" grace=4 # seconds in all; between asking a part to end and killing it
+out="${OUT:-out/gpu/$(date +%Y-%m-%d-%H%M%S)}"
 commit="$(git rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}")"
-timeout $((585 - SECONDS)) python3 bench/machine/gpu.py --out_file "$out/gpu.jsonl" --commit "$commit" \
-    --seconds $((540 - SECONDS)) "$@" 2>"$out/gpu-errors.txt"
-bench=$?
-grep -E '^(error|.*Error|.*error:)' "$out/gpu-errors.txt" | cut -c1-300 | tail -20
-echo "bench/machine/gpu.py ended with status $bench after $SECONDS s"
-exit $((tests != 0 || bench != 0))
+if [ -e "$out/gpu.jsonl" ]; then
+    echo "error: OUT=$out has results: choose another folder" >&2
+    exit 2
+fi
+mkdir -p "$out"
+failed=()
+
+# run NAME SHARE COMMAND...: the command with SHARE of 480 parts of the budget, or what is left of that; its output goes
+# to $out/NAME.txt. "{}" in it stands for the seconds after which it should start nothing more.
+run() {
+    local name=$1 seconds=$(($2 * budget / 480)) left=$((budget - SECONDS - grace)) started=$SECONDS status
+    shift 2
+    [ "$seconds" -gt "$left" ] && seconds=$left
+    status=124
+    if [ "$seconds" -gt 0 ]; then
+        timeout --kill-after="$grace" "$seconds" "${@//\{\}/$((seconds * 9 / 10))}" >"$out/$name.txt" 2>&1
+        status=$?
+        grep -E '^(\||FAILED|ERROR|SKIPPED|[0-9]+ |no tests|E  |error|.*Error:)' "$out/$name.txt" |
+            cut -c1-200 | tail -60
+    fi
+    echo "$name ended with status $status after $((SECONDS - started)) s (0: good; 124 or 137: out of time)"
+    printf '{"part": "ended", "name": "%s", "status": %d, "seconds": %d}\n' \
+        "$name" "$status" "$((SECONDS - started))" >>"$out/gpu.jsonl"
+    [ "$status" -eq 0 ] || failed+=("$name")
+}
+
+run gpu-tests 100 python3 -m pytest -q -m gpu $(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+measure=(python3 bench/gpu/measure.py --out_dir "$out" --commit "$commit" --seconds "{}" "$@")
+run training 170 "${measure[@]}" --part training
+run decoding 60 "${measure[@]}" --part decoding
+run kernels 60 "${measure[@]}" --part kernels
+run resume 85 "${measure[@]}" --part resume
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]} (their output is in $out)" >&2
+    exit 1
+fi
+echo "all parts are good after $SECONDS s; results are in $out"

@@ -50,6 +50,12 @@ if __name__ == "__main__":
 
 def main(s):
     """Write the folder, in bf16."""
+    count = write_random_model(SHAPES[s.shape], s.tokenizer_dir, s.out_dir)
+    print(f"wrote {s.out_dir}: {count:,} random weights")
+
+
+def write_random_model(shape, tokenizer_dir, out_dir):
+    """Write the folder of a shape's config.json, in bf16. Returns the number of its weights."""
     import torch
 
     from model import Transformer
@@ -57,7 +63,7 @@ def main(s):
     from weights.checkpoint import SIDE_FILES, write_model_weights
     from weights.families import config_from_json
 
-    values = {**SHAPES[s.shape], "torch_dtype": "bfloat16"}
+    values = {**shape, "torch_dtype": "bfloat16"}
     torch.manual_seed(0)
     model = Transformer(config_from_json(values)).bfloat16()
     with torch.no_grad():
@@ -66,13 +72,13 @@ def main(s):
             parameter.normal_(std=SCALE).add_(float(is_gain))
     parameters = dict(model.named_parameters())
     layout = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in parameters.items()}
-    with new_folder(s.out_dir) as folder:
+    with new_folder(out_dir) as folder:
         write_model_weights(folder, model.config, layout, parameters.__getitem__)
         for name in SIDE_FILES:
-            if (s.tokenizer_dir / name).is_file():
-                shutil.copyfile(s.tokenizer_dir / name, folder / name)
+            if (tokenizer_dir / name).is_file():
+                shutil.copyfile(tokenizer_dir / name, folder / name)
         write_json(folder / "config.json", values)
-    print(f"wrote {s.out_dir}: {sum(parameter.numel() for parameter in parameters.values()):,} random weights")
+    return sum(parameter.numel() for parameter in parameters.values())
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ GOOD_FLAGS = {
     "bench/random_model.py": lambda p: {"shape": "Pythia-160M", "tokenizer_dir": p.model, "out_dir": "random"},
     "bench/training/gradients.py": lambda p: {"checkpoint_dir": p.model},
     "bench/inference/speed.py": model_and_data,
-    "bench/machine/gpu.py": lambda p: {},
+    "bench/gpu/measure.py": lambda p: {"part": "kernels", "out_dir": p.out},
     "bench/machine/flex_kernels.py": lambda p: {},
     "bench/machine/kernels.py": lambda p: {},
     "bench/machine/limits.py": lambda p: {"checkpoint_dir": p.model},

@@ -1,7 +1,6 @@
 """What a machine can do.
 
 limits.py      matrix products at a model's shapes, copying and reading memory. Start here
-gpu.py         one GPU: training, decoding and kernels at 7B shapes, against its limits and transformers + PEFT
 kernels.py     Triton kernels compiled for cards that need not be there: registers, shared memory, occupancy
 rates.py       a CPU's speed in each operation of a step, for ../roofline.py
 contention.py  two processes at once on the same cores: training, decoding, ours and the peers'

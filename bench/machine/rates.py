@@ -86,8 +86,8 @@ def seconds_of(function: Callable, arguments: tuple, named: tuple) -> float:
     return statistics.median(times[1:])
 
 
-def random_storages(tree: Any) -> dict[int, Tensor]:
-    """A flat tensor for every storage that the `Spec`s in it share, large enough for all."""
+def random_storages(tree: Any, device: str = "cpu") -> dict[int, Tensor]:
+    """A flat tensor on a device for every storage that the `Spec`s in it share, large enough for all."""
     specs = all_specs(tree)
     least = min((size for spec in specs for size in spec.shape if size), default=1)  # whole numbers are indices
     storages = {}
@@ -95,9 +95,9 @@ def random_storages(tree: Any) -> dict[int, Tensor]:
         elements = extent(spec)
         if spec.storage not in storages or storages[spec.storage].numel() < elements:
             if spec.dtype.is_floating_point:
-                storages[spec.storage] = torch.empty(elements, dtype=spec.dtype).uniform_(-0.1, 0.1)
+                storages[spec.storage] = torch.empty(elements, dtype=spec.dtype, device=device).uniform_(-0.1, 0.1)
             else:
-                storages[spec.storage] = (torch.arange(elements) % least).to(spec.dtype)
+                storages[spec.storage] = (torch.arange(elements, device=device) % least).to(spec.dtype)
     return storages
 
 
