@@ -371,13 +371,15 @@ def compare(s):
     timed = operations.micro_batch(job, timed_shape).counts
     bandwidth = limits.copy_rate(256, "cpu")
     step = ours.step_function(ours.build_run(training, build.start_fabric(training), samples))
+    between = between_operations(training, samples, job, step, bandwidth)
     call, lines, parts = describe(s), [], Counter()
     for number in range(s.runs + peers.SKIP):
         measured_rates = rates.measured(timed, sizes(job, timed_shape), bandwidth)
         started = cpu_times()
         seconds = step(number, steps[number])["seconds"]
         others = others_share(started, cpu_times())
-        predicted = predicted_parts(job, measured_rates, [shape_of(training, samples, b) for b in steps[number]])
+        shapes = [shape_of(training, samples, b) for b in steps[number]]
+        predicted = predicted_parts(job, measured_rates, shapes, between)
         if number >= peers.SKIP:
             whole = sum(predicted.values())
             line = {"measured": seconds, "predicted": whole, "ratio": whole / seconds, "others_cpu": others}
@@ -385,6 +387,20 @@ def compare(s):
             lines.append({"step": number} | line)
             parts.update(predicted)
     show_comparison(s, call, lines, parts, bandwidth, timed_shape)
+
+
+def between_operations(training, samples, job, step, bandwidth) -> float:
+    """Seconds that Python and autograd take for an operation: what a step takes beyond its operations, of each.
+
+    Found with the shortest sample by itself, whose operations are timed at their own sizes.
+    """
+    shortest = [samples.lengths.argmin().item()]
+    shape = shape_of(training, samples, shortest)
+    alone = operations.micro_batch(job, shape).counts
+    of_operations = rates.measured(alone, sizes(job, shape), bandwidth)
+    seconds = statistics.median(step(0, [shortest])["seconds"] for _ in range(rates.CALLS + peers.SKIP))
+    count = alone.total() + operations.optimizer_step(job).counts.total()
+    return max(0.0, seconds - predicted_parts(job, of_operations, [shape]).total()) / count
 
 
 def settings_of(s):
@@ -418,13 +434,14 @@ def sizes(job: plan.Job, shape: plan.Shape) -> set[int]:
     return {shape.T, shape.positions, targets, min(targets, LOSS_CHUNK), targets % LOSS_CHUNK} - own - {0, 1}
 
 
-def predicted_parts(job, measured_rates, shapes) -> Counter:
-    """Seconds of a step by kind of operation, from rates."""
+def predicted_parts(job, measured_rates, shapes, between=0.0) -> Counter:
+    """Seconds of a step by kind of operation, from rates. between: what each takes beside."""
     parts = Counter()
     traces = [(operations.micro_batch(job, shape), sizes(job, shape)) for shape in shapes]
     for trace, known in (*traces, (operations.optimizer_step(job), set())):
         for operation, count in trace.counts.items():
             parts[operation.kind] += count * measured_rates.seconds(operation, known)
+            parts["Python and autograd"] += count * between
     return parts
 
 

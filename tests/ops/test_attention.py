@@ -147,7 +147,7 @@ def test_which_way_is_taken_when(device, dtype, head_dim, scores, way, way_in_a_
     if device == "cuda":
         monkeypatch.setattr(Layout, "block_mask", lambda self, window: window)
         monkeypatch.setattr(flex, "score_function", lambda *known: None)
-        monkeypatch.setattr("ops.attention.torch.tensor", lambda values, **how: values)
+        monkeypatch.setattr("ops.attention.numbers_on", lambda device, values, dtype: values)
     shape = (1, 10) if packed else (2, 5)
     tokens = torch.zeros(shape, dtype=torch.int64, device="meta" if device == "cuda" else device)
     if device == "cuda":
