@@ -14,15 +14,11 @@ from torch import Tensor
 from inference.kv_cache import KVCache
 from model import Config
 from ops.attention import Attend, Scores, masked_attention, sdpa_attention
+from ops.gpu import power_of_two
 
 # Positions of the smallest slot. A smaller one would save little: with 256 positions of a row, a step of Llama 7B reads
 # 1% more than its weights. And each size is recorded by itself.
 LEAST_ROOM = 256
-
-
-def rounded_up(number: int) -> int:
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()
 
 
 class Slots:
@@ -55,7 +51,7 @@ class Slots:
 
     def fit(self, rows: int, positions: int) -> None:
         """Lay out for so many rows of at most so many positions."""
-        count, room = rounded_up(rows), max(rounded_up(positions), LEAST_ROOM)
+        count, room = power_of_two(rows), max(power_of_two(positions), LEAST_ROOM)
         if LEAST_ROOM <= self.context < room and positions <= self.context:
             room = self.context
         if (count, room) == (self.count, self.room) and self.size:

@@ -22,6 +22,7 @@ from ops import flex
 from ops.activation import plain_softcap
 from ops.cpp import call_cpp, in_cpp, operator
 from ops.devices import constants_on, numbers_on
+from ops.dtypes import as_multiplied
 
 LARGEST_FLASH_HEAD_DIM = 256  # of torch's FlashAttention, which takes multiples of 8
 # From torch 2.12 on varlen_attn has to be told that query heads share keys. Before, it took them without a word.
@@ -184,20 +185,12 @@ def _varlen(q, k, v, scores, offsets, max_length):
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     B = len(q)
-    q, k, v = (_end_to_end(x) for x in _as_autocast(q, k, v))
+    q, k, v = (_end_to_end(as_multiplied(x)) for x in (q, k, v))
     groups = {"enable_gqa": True} if k.size(1) != q.size(1) and GROUPS_ANNOUNCED else {}
     left = -1 if scores.window is None else scores.window - 1  # the kernel does not count the query itself
     how = {"scale": scores.scale, "window_size": (left, 0), "return_aux": AuxRequest(lse=True), **groups}
     y, log_sums = varlen_attn(q, k, v, offsets, offsets, max_length, max_length, **how)
     return _as_rows(y, B), log_sums.unflatten(1, (B, -1)).transpose(0, 1)
-
-
-def _as_autocast(*tensors):
-    """The tensors in the dtype of torch.autocast, which does not know these kernels; as they are where it is off."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _end_to_end(x):
@@ -227,7 +220,7 @@ def flex_attention(
     """
     B, d = len(q), q.size(-1)
     fill = max(0, flex.LEAST_HEAD_DIM - d)
-    q, k, v = (F.pad(x, (0, fill)) if fill else x for x in _as_autocast(q, k, v))
+    q, k, v = (F.pad(x, (0, fill)) if fill else x for x in map(as_multiplied, (q, k, v)))
     q, k, v = (_end_to_end(x).transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, B * T, d)
     attend = _compiled_for(q) if q.is_cuda else flex.attend
     if not is_in_torch_dispatch_mode():

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from ops.gpu import power_of_two
+
 
 def has_streams(x: Tensor) -> bool:
     """Whether a tensor is on a device that copies and computes at the same time."""
@@ -27,7 +29,7 @@ def host_tensor(nbytes: int, pinned: bool) -> Tensor:
 
 def host_bytes(nbytes: int, pinned: bool) -> int:
     """What `host_tensor` takes: torch rounds pinned memory up to a power of two."""
-    return 1 << (nbytes - 1).bit_length() if pinned and nbytes else nbytes
+    return power_of_two(nbytes) if pinned and nbytes else nbytes
 
 
 def laid_in(buffer: Tensor, x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from families.replay import ReplayedDecoder
 
 from inference import slots as slots_file
 from inference.decode import Decoder, StaticDecoder
-from inference.slots import Slots, rounded_up
+from inference.slots import Slots
+from ops.gpu import power_of_two
 from weights.checkpoint import load_model
 
 
@@ -44,7 +45,7 @@ def join(decoder, length, more=300):
 
 
 def test_the_next_power_of_two():
-    assert [rounded_up(n) for n in (1, 2, 3, 4, 5, 8, 9, 1000)] == [1, 2, 4, 4, 8, 8, 16, 1024]
+    assert [power_of_two(n) for n in (1, 2, 3, 4, 5, 8, 9, 1000)] == [1, 2, 4, 4, 8, 8, 16, 1024]
 
 
 def test_memory_is_what_the_rows_of_the_time_need_rounded_up(model):
