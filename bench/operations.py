@@ -72,6 +72,12 @@ class Spec(NamedTuple):
     stride: tuple[int, ...]
     storage: int
 
+    def extent(self) -> int:
+        """Elements from its first to its last one in memory."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+
 
 class Operation(NamedTuple):
     """One kernel. function: what torch calls. read, written: bytes.
@@ -99,6 +105,16 @@ class Operation(NamedTuple):
         """Those of its tensors, in order."""
         leaves = tree_leaves((self.arguments, self.named), is_leaf=lambda x: isinstance(x, Spec))
         return [leaf for leaf in leaves if isinstance(leaf, Spec)]
+
+    def call(self, tensor: Callable[[Spec], Tensor]) -> tuple[tuple, dict]:
+        """Its arguments by position and by name, with `tensor(spec)` in the place of each `Spec`, in order."""
+
+        def filled(tree):
+            if isinstance(tree, Spec):
+                return tensor(tree)
+            return tuple(map(filled, tree)) if isinstance(tree, tuple) else tree
+
+        return filled(self.arguments), dict(filled(self.named))
 
 
 class Operations(TorchDispatchMode):
@@ -130,8 +146,13 @@ class Operations(TorchDispatchMode):
                 self.unknown.add(name)
             storages = {}
             given = spec(args, storages), spec(tuple(sorted(kwargs.items())), storages)
-            self.counts[Operation(name, self.kind(name, args, flops), func, *given, flops, read, written)] += 1
+            kind = self.kind(name, args, flops)
+            self.record(Operation(name, kind, func, *given, flops, read, written), tensors((args, kwargs)), out)
         return out
+
+    def record(self, operation: Operation, given: list[Tensor], out: Any) -> None:
+        """Count an operation that got these tensors."""
+        self.counts[operation] += 1
 
     def flops(self, func: Callable, name: str, args: tuple, kwargs: dict, out: Any) -> int:
         """FLOPs of an operation, 0 for what is not a product."""
@@ -251,7 +272,16 @@ class Trace(NamedTuple):
 
 def micro_batch(job: plan.Job, shape: plan.Shape) -> Trace:
     """Of a micro-batch, forward and backward."""
-    lengths = plan.sample_lengths(shape)
+    return all_blocks(job, micro_batch_run(job, shape), lambda: micro_batch_mode(job, shape))
+
+
+def micro_batch_mode(job: plan.Job, shape: plan.Shape, mode: type[Operations] = Operations) -> Operations:
+    """The mode that knows what a trace of a micro-batch does not say."""
+    return mode(plan.sample_lengths(shape), shape.targets, ranks(job))
+
+
+def micro_batch_run(job: plan.Job, shape: plan.Shape) -> Callable:
+    """`run(model, mode)` of a micro-batch, forward and backward."""
 
     def run(model, mode):
         for parameter in model.parameters():
@@ -264,7 +294,7 @@ def micro_batch(job: plan.Job, shape: plan.Shape) -> Trace:
                 loss = model(tokens, tokens, recompute=job.recompute, offsets=shape.offsets and list(shape.offsets))
             loss.backward()
 
-    return all_blocks(job, run, lambda: Operations(lengths, shape.targets, ranks(job)))
+    return run
 
 
 def ranks(job: plan.Job) -> tuple[int, ...]:
@@ -321,13 +351,14 @@ def all_blocks(job: plan.Job, run: Callable, make_mode: Callable[[], Operations]
     """
     L = job.config.num_hidden_layers
     if not equal_blocks(job):
-        return traced(job, L, run, make_mode)
+        whole = traced(job, L, run, make_mode)
+        return Trace(whole.counts, frozenset(whole.unknown))
     one, two = (traced(job, blocks, run, make_mode) for blocks in (1, min(2, L)))
     counts, more = one.counts.copy(), two.counts.copy()
     more.subtract(one.counts)
     assert all(count >= 0 for count in more.values()), "a block changed what others do"
     counts.update({operation: count * (L - 1) for operation, count in more.items() if count})
-    return Trace(counts, one.unknown | two.unknown)
+    return Trace(counts, frozenset(one.unknown | two.unknown))
 
 
 def equal_blocks(job: plan.Job) -> bool:
@@ -336,12 +367,12 @@ def equal_blocks(job: plan.Job) -> bool:
     return one_kind and job.recompute in (0, 1) and not isinstance(job.quantize, dict)
 
 
-def traced(job: plan.Job, blocks: int, run: Callable, make_mode: Callable[[], Operations]) -> Trace:
-    """What `run(model, mode)` does in the first blocks of the model of `job`."""
+def traced(job: plan.Job, blocks: int, run: Callable, make_mode: Callable[[], Operations]) -> Operations:
+    """The mode that has seen what `run(model, mode)` does in the first blocks of the model of `job`."""
     if job.quantize:  # its table of 8-bit values must be a real tensor: the first one is cached for the process
         functional = quantize.bitsandbytes().functional
         functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     mode = make_mode()
     with plan.fake_tensors(FakeTensorMode(allow_non_fake_inputs=True), job.device):
         run(plan.build(job, list(range(blocks))), mode)
-    return Trace(mode.counts, frozenset(mode.unknown))
+    return mode

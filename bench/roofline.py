@@ -7,8 +7,8 @@
 A step of the model's own code is traced on tensors without memory (operations.py). An operation takes the longer of its
 FLOPs at the card's speed and its bytes at the card's bandwidth. "at limits" has the data sheet's figures and nothing
 else; "predicted" what kernels reach of them (`REACHED`), and a time for each launch. No figure of a card was measured:
-what the method is worth, --device cpu shows. It times each operation by itself at another size (machine/rates.py), and
-compares the step predicted so with the step of finetune.py.
+what the method is worth, --device cpu shows. It times the traced operations of half a micro-batch of other samples, in
+their order and without the model (machine/replay.py), and compares the step predicted so with the step of finetune.py.
 
 MFU counts 4 FLOPs for each weight of a product and token with an adapter, 6 for all weights, whatever is computed
 besides, over the data sheet's speed. Every position is a target. A decoded token is `Transformer.forward` with a cache,
@@ -59,6 +59,7 @@ REACHED = {"products": 790 / 989.4, "bandwidth": 4300 / 4800}
 # Assumed, not measured: what a kernel takes beside its work (start and end), and what Python, autograd and torch take
 # to launch one. A step takes at least the latter for all of its kernels.
 LAUNCH, HOST = 2e-6, 10e-6
+REPLAYS = 7  # of the shortest sample, of which the median counts
 
 MODELS = ("Llama-2-7B", "Mistral-7B", "Llama-3-8B")
 METHODS = ("lora", "qlora", "full")  # rank 16 on all projections over bf16 or NF4; all weights with adamw-8bit
@@ -128,7 +129,7 @@ from torch import nn
 
 from batching import PLANNERS, Samples
 from bench import operations
-from bench.machine import limits, rates
+from bench.machine import limits, replay
 from bench.operations import Operation
 from bench.shapes import SHAPES
 from bench.training import ours, peers
@@ -361,20 +362,20 @@ def bytes_of_cache(config: Config, batch: int, context: int) -> int:
 
 
 def compare(s):
-    """Predict steps of finetune.py from operations timed one by one, measure them, in turns, and print both."""
+    """Predict steps of finetune.py from timed operations, measure them, in turns, and print both."""
     training = settings_of(s)
     samples = Samples(s.data_dir / "train.safetensors")
     steps = dict(planned_steps(training, samples, 0, s.runs + peers.SKIP + 1))
     *_, other = steps.values()  # of the last step nothing is trained: its samples are what operations are timed with
     job = budget.plan_job(training, "kept" if any(len(step) > 1 for step in steps.values()) else "new")
     timed_shape = half_shape(training, samples, other)
-    timed = operations.micro_batch(job, timed_shape).counts
+    recorded = replay.record(job, timed_shape)
     bandwidth = limits.copy_rate(256, "cpu")
     step = ours.step_function(ours.build_run(training, build.start_fabric(training), samples))
     between = between_operations(training, samples, job, step, bandwidth)
     call, lines, parts = describe(s), [], Counter()
     for number in range(s.runs + peers.SKIP):
-        measured_rates = rates.measured(timed, sizes(job, timed_shape), bandwidth)
+        measured_rates = replay.measured(recorded, sizes(job, timed_shape), bandwidth)
         started = cpu_times()
         seconds = step(number, steps[number])["seconds"]
         others = others_share(started, cpu_times())
@@ -396,10 +397,10 @@ def between_operations(training, samples, job, step, bandwidth) -> float:
     """
     shortest = [samples.lengths.argmin().item()]
     shape = shape_of(training, samples, shortest)
-    alone = operations.micro_batch(job, shape).counts
-    of_operations = rates.measured(alone, sizes(job, shape), bandwidth)
-    seconds = statistics.median(step(0, [shortest])["seconds"] for _ in range(rates.CALLS + peers.SKIP))
-    count = alone.total() + operations.optimizer_step(job).counts.total()
+    alone = replay.record(job, shape)
+    of_operations = replay.measured(alone, sizes(job, shape), bandwidth, REPLAYS)
+    seconds = statistics.median(step(0, [shortest])["seconds"] for _ in range(REPLAYS))
+    count = alone.counts.total() + operations.optimizer_step(job).counts.total()
     return max(0.0, seconds - predicted_parts(job, of_operations, [shape]).total()) / count
 
 

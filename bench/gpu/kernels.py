@@ -17,7 +17,6 @@ from bench import operations
 from bench.gpu.device import seconds_per_call
 from bench.gpu.random_models import SHAPES
 from bench.machine import limits as machine_limits
-from bench.machine import rates
 from bench.roofline import kernel_name
 from lora import AdapterConfig
 from ops import linear
@@ -115,15 +114,33 @@ def looks(operation):
 @torch.no_grad()
 def seconds_of(operation, device):
     """The median of a few calls on random tensors, each on copies just made: some operators work in place."""
-    storages = rates.random_storages((operation.arguments, operation.named), device)
+    storages = random_storages(operation.specs(), device)
     clock = machine_limits.cuda_seconds if device == "cuda" else machine_limits.cpu_seconds
     other, times = torch.empty(CACHE[device], dtype=torch.uint8, device=device), []
     for _ in range(CALLS[device] + 2):
         fresh = {number: tensor.clone() for number, tensor in storages.items()}
-        positional, named = rates.real(operation.arguments, fresh), dict(rates.real(operation.named, fresh))
+        positional, named = operation.call(lambda spec: look(fresh[spec.storage], spec))  # noqa: B023 (called at once)
         other.zero_()
         times.append(clock(lambda: operation.function(*positional, **named)))  # noqa: B023 (called before they change)
     return statistics.median(times[2:])
+
+
+def random_storages(specs, device):
+    """A flat tensor for every storage that tensors share, large enough for all."""
+    least = min((size for spec in specs for size in spec.shape if size), default=1)  # whole numbers are indices
+    storages = {}
+    for spec in sorted(specs, key=lambda spec: spec.extent()):
+        if spec.dtype.is_floating_point:
+            values = torch.empty(spec.extent(), dtype=spec.dtype, device=device).uniform_(-0.1, 0.1)
+        else:
+            values = (torch.arange(spec.extent(), device=device) % least).to(spec.dtype)
+        storages[spec.storage] = values
+    return storages
+
+
+def look(storage, spec):
+    """A flat tensor as an operation sees it."""
+    return storage.view(spec.dtype).as_strided(spec.shape, spec.stride)
 
 
 # ------------------------------------------------------------------------------------------------------ bitsandbytes

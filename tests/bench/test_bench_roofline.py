@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import weakref
 from collections import Counter
 from unittest.mock import patch
 
@@ -11,7 +12,7 @@ import torch
 
 import prepare_data
 from bench import operations, roofline
-from bench.machine import rates
+from bench.machine import rates, replay
 from bench.operations import Operation, Operations, Spec
 from bench.shapes import SHAPES
 from training.memory import plan
@@ -273,12 +274,14 @@ def test_the_script_prints_its_tables(run_script):
 # ------------------------------------------------------------------------------------------------- on this machine
 
 
-def test_every_operation_of_a_step_can_be_timed_and_found_again():
+@pytest.mark.parametrize("method", roofline.METHODS)
+def test_every_operation_of_a_step_can_be_timed_and_found_again(method):
     """At another size: what is looked up for a step was timed in another micro-batch, whatever its kind."""
-    given = job(TINY, device="cpu")
+    given = job(TINY, method, device="cpu")
     small, large = plan.packed_shape(61, 25, 37), plan.packed_shape(113, 50, 71)
-    timed = operations.micro_batch(given, small).counts
-    found = rates.measured(timed, roofline.sizes(given, small), bandwidth=1e10)
+    recorded = replay.record(given, small)
+    assert recorded.counts == operations.micro_batch(given, small).counts
+    found = replay.measured(recorded, roofline.sizes(given, small), bandwidth=1e10)
     step = operations.micro_batch(given, large).counts
     missing = {o.name for o in step if rates.key(o, roofline.sizes(given, large)) not in found.timed}
     assert missing <= {"aten::bucketize", "aten::index", "aten::lift_fresh"}  # of offsets, one for each sample
@@ -295,12 +298,63 @@ def test_time_grows_with_the_work():
     assert known.seconds(twice._replace(flops=5000), {11}) == pytest.approx(1e-6 + 5e-6)
 
 
-def test_tensors_of_one_storage_stay_together():
-    x = Spec(torch.float32, (3,), (1,), 0)
+def recorded(work, *tensors):
+    with replay.Recorded() as mode, torch.no_grad():
+        work(*tensors)
+    return mode
+
+
+def test_operations_are_replayed_in_order_on_the_tensors_that_they_had():
+    """A view is of the tensor it was of; what is written in place is there for the next one."""
+
+    def work(x, index):
+        y = x[1:].t() * 2.0
+        y[:3].add_(1.0)
+        z = torch.empty_like(y)
+        z.copy_(y)
+        return z[:, index.add(1)]
+
     seen = []
-    rates.seconds_of(lambda a, b, c, flag: seen.append((a, b, c, flag)), (x, x, x._replace(storage=1), True), ())
-    a, b, c, flag = seen[0]
-    assert a.data_ptr() == b.data_ptr() != c.data_ptr() and flag is True
+    real = replay.elapsed
+
+    def elapsed(function, arguments, named):
+        taken, out = real(function, arguments, named)
+        seen.append((function._schema.name, arguments, out))
+        return taken, out
+
+    mode = recorded(work, torch.empty(6, 4), torch.zeros(2, dtype=torch.int64))
+    with patch.object(replay, "elapsed", elapsed):
+        replay.replay(mode, set())
+    names = [name.removeprefix("aten::") for name, _, _ in seen]
+    assert names == ["mul", "add_", "copy_", "add", "index"]
+    (x, _), y = seen[0][1], seen[0][2]
+    assert x.shape == (4, 5) and x.storage_offset() == 4 and x.std() > 0
+    twice = 2 * x
+    twice[:3] += 1
+    assert torch.equal(y, twice) and seen[1][1][0].data_ptr() == y.data_ptr()
+    z = seen[2][2]
+    assert torch.equal(z, y) and z.data_ptr() != y.data_ptr() and seen[4][1][0].data_ptr() == z.data_ptr()
+
+
+def test_a_replayed_tensor_lives_until_nothing_takes_it():
+    alive = []
+
+    def work(x):
+        y = x + 1
+        z = y + x
+        z + 1
+
+    def elapsed(function, arguments, named):
+        alive.append([ref() is not None for ref in refs])
+        out = function(*arguments, **named)
+        refs.append(weakref.ref(out.untyped_storage()))
+        return 1.0, out
+
+    refs, mode = [], recorded(work, torch.empty(3))
+    with patch.object(replay, "elapsed", elapsed):
+        seconds = replay.replay(mode, set())
+    assert sum(seconds.values()) == 3
+    assert alive == [[], [True], [False, True]]
 
 
 def test_a_cpu_is_predicted_and_measured(tiny_model_dir, tmp_path, run_script):
