@@ -222,7 +222,8 @@ def moved(func: Callable, args: tuple, kwargs: dict, out: Any) -> tuple[int, int
         for tensor in tensors(value):
             if mutated:
                 writes[part(tensor)] = size(tensor)
-            if not (mutated and (argument.is_out or name in OVERWRITING)):
+            ignored = argument.name == "self" and kwargs.get("beta") == 0  # of addmm: a product that is not added
+            if not ignored and not (mutated and (argument.is_out or name in OVERWRITING)):
                 reads[part(tensor)] = size(tensor)
     given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
     writes |= {part(x): size(x) for x in tensors(out) if x.untyped_storage()._cdata not in given}

@@ -107,7 +107,8 @@ class _LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, restores, scales, drops, *factors):
-        a, b = torch.cat(factors[0::2]).to(x.dtype), factors[1::2]
+        a, b = factors[0::2], factors[1::2]
+        a = (a[0] if len(a) == 1 else torch.cat(a)).to(x.dtype)
         flat, ranks = x.flatten(0, -2).contiguous(), [factor.size(1) for factor in b]
         if drops:
             small = torch.cat([drop(flat) @ part.T for drop, part in zip(drops, a.split(ranks), strict=True)], dim=1)
@@ -127,12 +128,12 @@ class _LowRankLinears(torch.autograd.Function):
         for grad, part, factor, scale in zip(grads, grad_small.split(ctx.ranks, dim=1), b, scales, strict=True):
             _scaled_product(grad, factor.to(grad.dtype), scale, part)
         parts = zip(grads, small.split(ctx.ranks, dim=1), b, scales, strict=True)
-        grad_b = [_scaled_product(grad.T, part, scale).to(factor.dtype) for grad, part, factor, scale in parts]
+        grad_b = [_scaled_gradient(grad.T, part, factor.dtype, scale) for grad, part, factor, scale in parts]
         own = grad_small.split(ctx.ranks, dim=1)
         if drops:
-            grad_a = [(part.T @ drop(flat)).to(b[0].dtype) for part, drop in zip(own, drops, strict=True)]
+            grad_a = [_scaled_gradient(part.T, drop(flat), b[0].dtype) for part, drop in zip(own, drops, strict=True)]
         else:
-            grad_a = (grad_small.T @ flat).to(b[0].dtype).split(ctx.ranks)
+            grad_a = _scaled_gradient(grad_small.T, flat, b[0].dtype).split(ctx.ranks)
         grad_x = None
         if ctx.needs_input_grad[0]:
             weights = (restore(grad.dtype) for restore, grad in zip(restores, grads, strict=True))
@@ -150,6 +151,14 @@ def _scaled_product(a, b, scale, out=None):
     """scale * a @ b, into `out` if there is one: on a GPU such small products take as long as they take to launch."""
     out = a.new_empty(a.size(0), b.size(1)) if out is None else out
     return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+def _scaled_gradient(a, b, dtype, scale=1.0):
+    """scale * a @ b in the dtype of a weight; on a GPU by one kernel, which does not round to that of a and b before."""
+    if a.dtype == dtype or a.device.type == "cpu":
+        return _scaled_product(a, b, scale).to(dtype)
+    out = a.new_empty((a.size(0), b.size(1)), dtype=dtype)
+    return torch.addmm(out, a, b, out_dtype=dtype, beta=0, alpha=scale)
 
 
 def _sum_of_products(xs, weights):

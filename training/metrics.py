@@ -202,8 +202,10 @@ def flop_counter() -> FlopCounterMode:
 
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the others torch knows by itself
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    add_product = lambda _, a, b, *__, **___: 2 * a[0] * a[1] * b[1]  # noqa: E731 (torch's takes no out_dtype)
     counts = {
-        torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1],  # torch knows the one out of place
+        torch.ops.aten.addmm: add_product,
+        torch.ops.aten.addmm_: add_product,
         attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
     }

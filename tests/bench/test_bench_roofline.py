@@ -121,6 +121,8 @@ X = 2 * 6 * 10  # bytes of a bf16 tensor of (6, 10)
         (lambda x, y: x[:1].expand(6, 10) + y, X // 6 + X, X),
         (lambda x, y: torch.cat([x, y, x]), 2 * X, 3 * X),
         (lambda x, y: x.t().contiguous(), X, X),
+        (lambda x, y: torch.addmm(x[:, :6], x, y.t(), beta=0), 2 * X, 6 * X // 10),
+        (lambda x, y: torch.addmm(x[:, :6], x[:, 6:], y.t()[:4], beta=1), X + 4 * X // 10, 6 * X // 10),
         (lambda x, y: aten.select_backward(x[0], (6, 10), 0, 1), X // 6, 2 * X),
     ],
 )
@@ -190,6 +192,15 @@ def test_nothing_is_copied_around_attention():
     names = {o.name for o in operations.micro_batch(job(TINY), plan.packed_shape(77, 30, 50)).counts}
     assert "torch_attn::_varlen_attn_backward" in names
     assert not names & {"aten::select_backward", "aten::clone"}
+
+
+def test_an_adapters_gradients_come_in_fp32_without_a_cast():
+    """A cast of so small a matrix takes as long as its launch: there were eleven in each block."""
+    counts = operations.micro_batch(job(TINY), plan.packed_shape(77, 30, 50)).counts
+    cast = [o for o in counts if o.name == "aten::_to_copy" and o.specs()[0].dtype == torch.bfloat16]
+    assert not [o for o in cast if 16 in o.specs()[0].shape]
+    gradients = [o for o in counts if o.name == "aten::addmm" and torch.float32 in o.arguments]
+    assert gradients and all(o.flops and o.kind == "adapter" for o in gradients)
 
 
 @pytest.mark.parametrize("method", roofline.METHODS)
