@@ -154,7 +154,7 @@ def _scaled_product(a, b, scale, out=None):
 
 
 def _scaled_gradient(a, b, dtype, scale=1.0):
-    """scale * a @ b in the dtype of a weight; on a GPU by one kernel, which does not round to that of a and b before."""
+    """scale * a @ b in the dtype of a weight; on a GPU by one kernel, which does not round to a's dtype before."""
     if a.dtype == dtype or a.device.type == "cpu":
         return _scaled_product(a, b, scale).to(dtype)
     out = a.new_empty((a.size(0), b.size(1)), dtype=dtype)
