@@ -15,6 +15,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import quantize
+from inference.decode import StaticDecoder
 from inference.kv_cache import KVCache
 from training.memory import plan
 from training.metrics import flop_counter
@@ -59,6 +61,7 @@ FREE = {
 OVERWRITING = {"aten::copy_", "aten::zero_", "aten::fill_"}  # in place, without a look at what was there
 GATHERING = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}  # read as much as they write
 SCATTERING = {"aten::index_put_", "aten::_index_put_impl_", "aten::index_add_", "aten::scatter_add_"}
+PUTTING = {"aten::scatter_", "aten::index_copy_"}  # write what they are given to some places
 FILLED_BEFORE = {"aten::select_backward", "aten::slice_backward"}  # with zeros, by a kernel of its own
 # Queries and keys that attention computes at one time: kernels_cpu.cpp's, and FlashAttention-2's for heads of 128.
 CPU_TILE, FLASH_TILE = (32, 16), (128, 64)
@@ -129,7 +132,8 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.lengths, self.targets, self.ranks = lengths, targets, {*ranks}
         self.counts, self.unknown = Counter(), set()
-        self.formulas = flop_counter().flop_registry
+        linear = lambda x, *_, out_val: 2 * out_val.numel() * x.size(-1)  # noqa: E731 (inference mode leaves it whole)
+        self.formulas = flop_counter().flop_registry | {aten.linear: linear}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operation, and count it."""
@@ -233,6 +237,8 @@ def moved(func: Callable, args: tuple, kwargs: dict, out: Any) -> tuple[int, int
     if name in SCATTERING:  # of the tensor itself only as much as is added
         added = read - size(args[0])
         read, written = 2 * added, added
+    if name in PUTTING:
+        read, written = read - size(args[0]), read - size(args[0])
     return read, written * (2 if name in FILLED_BEFORE else 1)
 
 
@@ -304,14 +310,16 @@ def ranks(job: plan.Job) -> tuple[int, ...]:
 
 
 def token(job: plan.Job, batch: int, context: int) -> Trace:
-    """Of the forward pass of the next token of each of `batch` texts, with `context` positions in the cache."""
+    """Of a step of decoding for `batch` texts with `context` positions in the cache: what CUDA replays as a graph."""
 
     def run(model, mode):
-        cache = KVCache(model.config, batch, context + 1, job.dtype, job.device)
-        cache.length = context
-        tokens = torch.empty((batch, 1), dtype=torch.int64, device=job.device)
-        with mode, torch.no_grad(), patch.object(F, "scaled_dot_product_attention", fused_attention):
-            model.eval()(tokens, cache=cache)
+        cache = KVCache(model.config, batch, context, job.dtype, job.device)
+        cache.length, cache.tokens = context, torch.zeros((batch, context), dtype=torch.int64, device=job.device)
+        decoder = StaticDecoder(model.eval())
+        decoder.take(SimpleNamespace(cache=cache, logits=None), more=1)
+        decoder._recorded_step()  # what is made once for a layout is made here
+        with mode, patch.object(F, "scaled_dot_product_attention", fused_attention):
+            decoder.step(torch.zeros(batch, dtype=torch.int64, device=job.device))
 
     return all_blocks(job, run, Operations)
 

@@ -11,9 +11,9 @@ what the method is worth, --device cpu shows. It times the traced operations of 
 their order and without the model (machine/replay.py), and compares the step predicted so with the step of finetune.py.
 
 MFU counts 4 FLOPs for each weight of a product and token with an adapter, 6 for all weights, whatever is computed
-besides, over the data sheet's speed. Every position is a target. A decoded token is `Transformer.forward` with a cache,
-with no time for Python: CUDA replays it as a graph. "weights once" is a decoder that reads each weight, as it is
-stored, and each cached key and value once, and does nothing else, at the bandwidth reached.
+besides, over the data sheet's speed. Every position is a target. A decoded token is a step of `StaticDecoder`, with no
+time for Python: CUDA replays it as a graph. "weights once" is a decoder that reads each weight, as it is stored, and
+each cached key and value once, and does nothing else, at the bandwidth reached.
 """
 
 import statistics
@@ -89,7 +89,7 @@ class Settings:
         sample_tokens: Positions of a sample.
         micro_batches: How many are in an optimiser step.
         recompute: Activation checkpointing in every block.
-        context: Positions in the cache before a decoded token.
+        context: Positions of each text before a decoded token. A slot of the cache has room for a power of two.
         checkpoint_dir: Model folder, for --device cpu.
         data_dir: Folder made by prepare_data.py, for --device cpu.
         samples: Samples in a step, for --device cpu.
@@ -105,7 +105,7 @@ class Settings:
     sample_tokens: int = 512
     micro_batches: int = 8
     recompute: bool = False
-    context: int = 1024
+    context: int = 1000
     checkpoint_dir: Path | None = None
     data_dir: Path | None = None
     samples: int = 16

@@ -14,6 +14,7 @@ from torch import Tensor
 from inference.kv_cache import KVCache
 from model import Config
 from ops.attention import Attend, Scores, masked_attention, sdpa_attention
+from ops.devices import numbers_on
 from ops.gpu import power_of_two
 
 # Positions of the smallest slot. A smaller one would save little: with 256 positions of a row, a step of Llama 7B reads
@@ -132,7 +133,7 @@ class Slots:
             tensor[self.order] = self._on_device(values)
 
     def _on_device(self, numbers):
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        return numbers_on(self.device, numbers, torch.int64)
 
 
 class StepCache:
@@ -159,13 +160,14 @@ class StepCache:
         mask = self.back >= 0
         if scores.window is not None:
             mask = mask & (self.back < scores.window)
-        if slopes is None or scores.softcap is not None or scores.sinks:
+        if scores.softcap is not None or scores.sinks:
             return Attend(masked_attention, scores=scores, mask=mask, back=self.back)
-        # `masked_attention` would bring the slopes from the host in every layer.
-        bias = (-slopes[:, None, None] * self.back).masked_fill(~mask, -torch.inf)
+        # From a mask of yes and no torch would make the same in every layer; slopes would come from the host each time.
+        bias = torch.zeros(mask.shape, device=mask.device) if slopes is None else -slopes[:, None, None] * self.back
+        bias = bias.masked_fill(~mask, -torch.inf).to(self.views[1].dtype)
         return Attend(biased_attention, scale=scores.scale, bias=bias)
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, sinks: None, scale: float, bias: Tensor) -> Tensor:
-    """Attention of q (B, H, 1, d) to k, v (B, K, S, d) with `bias` (B, H, 1, S) added to its scores: ALiBi."""
-    return sdpa_attention(q, k, v, bias.to(q.dtype), scale)
+    """Attention of q (B, H, 1, d) to k, v (B, K, S, d) with `bias`, (B, 1 or H, 1, S) in q's dtype, on its scores."""
+    return sdpa_attention(q, k, v, bias, scale)

@@ -158,7 +158,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
         q = q.view(B, K, H // K, d)
         if mask is not None and mask.size(1) == H:
             mask = mask.view(len(mask), K, H // K, -1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(B, H, T, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return y.reshape(B, H, T, d)  # CUDA's kernel for masks gives it in another order
     causal, grouped = mask is None, K != H
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 

@@ -338,3 +338,22 @@ def test_a_nan_does_not_vanish_in_cpp_attention():
     y = fast(*inputs, offsets.tolist())
     seen = y.isnan().any(dim=-1)[0]  # (H, T): the heads that share the key head, from its position on
     assert seen[:2, 5:20].all() and seen.sum() == 2 * 15
+
+
+@pytest.mark.parametrize("H, K", [(6, 6), (6, 3), (6, 1)])
+def test_a_token_gets_the_same_from_a_kernel_that_lays_heads_out_last(H, K, monkeypatch):
+    """As CUDA's kernel for masks does: what it gives for heads that share keys cannot be viewed as heads."""
+    fused = F.scaled_dot_product_attention
+    heads_last = lambda *args, **how: fused(*args, **how).transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", heads_last)
+    q, k, v, mask = (
+        torch.randn(2, H, 1, 8),
+        torch.randn(2, K, 9, 8),
+        torch.randn(2, K, 9, 8),
+        torch.rand(2, 1, 1, 9) < 0.6,
+    )
+    mask[..., 0] = True
+    expected = plain_attention(q, k, v, None, Scores(0.3), mask, None)
+    bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    for how in (mask, bias, bias.expand(2, H, 1, 9)):
+        torch.testing.assert_close(sdpa_attention(q, k, v, how, 0.3), expected)
