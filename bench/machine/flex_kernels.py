@@ -23,13 +23,11 @@ from unittest.mock import patch
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.machine.cards import CARDS, check_known
 from shell import cli
 from shell.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-# Bytes of shared memory that a block may take (CUDA C++ Programming Guide, technical specifications by compute
-# capability, less the 1,024 that the system takes).
-CARDS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -48,10 +46,7 @@ class Settings:
     dtypes: list[str] = field(default_factory=lambda: ["bfloat16", "float32"])
 
     def __post_init__(self):
-        for what, given, known in (("cards", self.cards, CARDS), ("dtypes", self.dtypes, DTYPES)):
-            unknown = [each for each in given if each not in known]
-            if unknown:
-                raise UserError(f"--{what} {unknown[0]}: expected some of {', '.join(map(str, known))}")
+        check_known(cards=(self.cards, CARDS), dtypes=(self.dtypes, DTYPES))
         if not self.head_dims or min(self.head_dims) < 1:
             raise UserError(f"--head_dims {self.head_dims}: expected sizes above 0")
 
@@ -201,15 +196,15 @@ def report(card: int, head_dim: int, dtype: str) -> bool:
 
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.fx_graph_cache = torch._functorch.config.enable_autograd_cache = False
-    sources, fit = [], True
-    with patches(divmod(card, 10), CARDS[card], sources), tempfile.TemporaryDirectory() as folder:
-        kernels = kernel_sources(head_dim, getattr(torch, dtype), CARDS[card], sources)
+    sources, fit, room = [], True, CARDS[card].shared_of_block
+    with patches(divmod(card, 10), room, sources), tempfile.TemporaryDirectory() as folder:
+        kernels = kernel_sources(head_dim, getattr(torch, dtype), room, sources)
         for name, source in kernels:
             taken = shared_memory_of(name, source, folder)
-            fit = fit and taken <= CARDS[card]
+            fit = fit and taken <= room
             if "_tem_" in name:  # a template's: attention itself, not what Inductor adds around it
                 which = "backward" if "backward" in name else "forward"
-                print(f"{card:5} {dtype:>8} {head_dim:4} {which:8} {taken:7} of {CARDS[card]:,}", flush=True)
+                print(f"{card:5} {dtype:>8} {head_dim:4} {which:8} {taken:7} of {room:,}", flush=True)
     return fit and sum("_tem_" in name for name, _ in kernels) == 2
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bench.machine.cards import CARDS, Card, check_known
 from bench.shapes import SHAPES
 from shell import cli
 from shell.cli import UserError
@@ -42,28 +43,9 @@ class Settings:
 
     def __post_init__(self):
         cli.check_numbers(self, "tokens", above=0)
-        for what, given, known in (("models", self.models, SHAPES), ("cards", self.cards, CARDS)):
-            unknown = [each for each in given if each not in known]
-            if unknown:
-                raise UserError(f"--{what} {unknown[0]}: expected some of {', '.join(map(str, known))}")
+        check_known(models=(self.models, SHAPES), cards=(self.cards, CARDS))
 
 
-class Card(NamedTuple):
-    """Of a multiprocessor (CUDA C++ Programming Guide, compute capabilities): shared memory that all its blocks can
-    have and one block can have, in KiB, and how many threads and blocks it holds."""
-
-    shared: int
-    shared_of_block: int
-    threads: int
-    blocks: int
-
-
-CARDS = {
-    80: Card(164, 163, 2048, 32),
-    86: Card(100, 99, 1536, 16),
-    89: Card(100, 99, 1536, 24),
-    90: Card(228, 227, 2048, 32),
-}
 REGISTERS = 65536  # of a multiprocessor
 WARP = 32
 
@@ -217,12 +199,10 @@ def occupancy(card: Card, warps: int, registers: int, shared: int) -> float:
 
     Registers are given out to a warp in steps of 256 (8 a thread).
     """
-    if shared > 1024 * card.shared_of_block:
+    if shared > card.shared_of_block:
         return 0.0
     of_block = warps * -(-registers // 8) * 8 * WARP
-    blocks = min(
-        REGISTERS // of_block, card.threads // (warps * WARP), card.blocks, 1024 * card.shared // max(shared, 1)
-    )
+    blocks = min(REGISTERS // of_block, card.threads // (warps * WARP), card.blocks, card.shared // max(shared, 1))
     return blocks * warps * WARP / card.threads
 
 
