@@ -68,7 +68,9 @@ def test_loss_and_gradients_are_the_same_in_triton(family, tiny_models, request)
         )
     assert results[0].keys() == results[1].keys() and len(results[0]) > 10
     for name, expected in results[0].items():
-        assert (results[1][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-6, name
+        # Without RoPE a key's bias moves all scores of a query alike: of what cancels in its gradient rounding is left.
+        least = 1e-5 if name.endswith("k_proj.bias") else 1e-6
+        assert (results[1][name] - expected).norm() <= 1e-5 * expected.norm() + least, name
 
 
 @torch.no_grad()
