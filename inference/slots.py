@@ -14,7 +14,7 @@ from torch import Tensor
 from inference.kv_cache import KVCache
 from model import Config
 from ops.attention import Attend, Scores, masked_attention, sdpa_attention
-from ops.devices import numbers_on
+from ops.devices import to_device
 from ops.gpu import power_of_two
 
 # Positions of the smallest slot. A smaller one would save little: with 256 positions of a row, a step of Llama 7B reads
@@ -133,7 +133,7 @@ class Slots:
             tensor[self.order] = self._on_device(values)
 
     def _on_device(self, numbers):
-        return numbers_on(self.device, numbers, torch.int64)
+        return to_device(torch.tensor(numbers, dtype=torch.int64), self.device)
 
 
 class StepCache:

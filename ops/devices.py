@@ -18,7 +18,7 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
 def numbers_on(device: torch.device, numbers: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of these numbers on a device, without waiting for the copy."""
     if device.type != "cuda" or detect_fake_mode() is not None:
-        return torch.tensor(numbers, dtype=dtype).to(device)
+        return torch.tensor(numbers, dtype=dtype, device=device)
     return to_device(torch.tensor(numbers, dtype=dtype), device)
 
 
