@@ -238,7 +238,7 @@ def moved(func: Callable, args: tuple, kwargs: dict, out: Any) -> tuple[int, int
         added = read - size(args[0])
         read, written = 2 * added, added
     if name in PUTTING:
-        read, written = read - size(args[0]), read - size(args[0])
+        read = written = read - size(args[0])
     return read, written * (2 if name in FILLED_BEFORE else 1)
 
 

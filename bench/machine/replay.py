@@ -85,16 +85,18 @@ def record(job: plan.Job, shape: plan.Shape) -> Recorded:
 @torch.no_grad()
 def measured(recorded: Recorded, rows: set[int], bandwidth: float, times: int = 1) -> Rates:
     """The `Rates` of a recorded micro-batch whose sizes are `rows`: of each operation the median of `times` replays."""
-    seconds, work, count = defaultdict(list), Counter(), Counter()
-    for call in recorded.calls:
-        name = rates.key(call.operation, rows)
+    names = [rates.key(call.operation, rows) for call in recorded.calls]
+    seconds, work, count = defaultdict(list), Counter(), Counter(names)
+    for name, call in zip(names, recorded.calls, strict=True):
         work[name] += rates.work_of(call.operation)
-        count[name] += 1
     for _ in range(times):
-        for name, taken in replay(recorded, rows).items():
-            seconds[name].append(taken / count[name])
+        taken = Counter()
+        for name, elapsed_in_call in zip(names, replay(recorded), strict=True):
+            taken[name] += elapsed_in_call
+        for name, whole in taken.items():
+            seconds[name].append(whole / count[name])
     timed = {name: (statistics.median(each), work[name] / count[name]) for name, each in seconds.items()}
-    products = {rates.key(call.operation, rows) for call in recorded.calls if call.operation.flops}
+    products = {name for name, call in zip(names, recorded.calls, strict=True) if call.operation.flops}
     of_products = sum(timed[name][0] * count[name] for name in products)
     rate = sum(work[name] for name in products) / of_products if products else math.inf
     return Rates(timed, least_seconds(), rate, bandwidth)
@@ -107,15 +109,15 @@ def least_seconds() -> float:
     return min(elapsed(multiply, (number, 1.0), {})[0] for _ in range(100))
 
 
-def replay(recorded: Recorded, rows: set[int]) -> Counter:
-    """Seconds of all operations with the same `rates.key`, run in order."""
+def replay(recorded: Recorded) -> list[float]:
+    """Seconds of each operation, run in order."""
     last = {number: i for i, call in enumerate(recorded.calls) for number in numbers_of(call)}
     memory = {number: random_storage(recorded.sizes[number], dtype) for number, dtype in recorded.present.items()}
-    seconds = Counter()
+    seconds = []
     for i, (operation, given, made) in enumerate(recorded.calls):
         arguments, named = real(operation, given, memory, recorded.sizes)
         taken, out = elapsed(operation.function, arguments, named)
-        seconds[rates.key(operation, rows)] += taken
+        seconds.append(taken)
         memory |= {number: x.untyped_storage() for number, x in zip(made, operations.tensors(out), strict=True)}
         del arguments, named, out
         for number in numbers_of(recorded.calls[i]):
