@@ -8,8 +8,9 @@ To add a batching idea: a function like `packed_in_step` and a line in `PLANNERS
 """
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.forks import Forks
 from shell.cli import UserError
 from shell.files import check_listed, read_json
 from weights.safetensors_format import read_tensors
@@ -31,6 +33,41 @@ Step = list[list[int]]  # the micro-batches of an optimiser step, each the numbe
 
 
 # ----------------------------------------------------------------------------------------------- samples on disk
+
+
+class Batch(NamedTuple):
+    """A micro-batch as tensors: what a planner's layout makes of its samples.
+
+    tokens, targets: (B, T) int64 on the CPU. targets[b, t] is the token to predict from tokens[b, :t + 1], or IGNORE.
+    offsets: of a packed row, where its samples begin and the last one ends (or their `Forks`); None for padded rows.
+    known: by a name, a tensor for each sample: what an objective has to know of it beside its tokens.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    offsets: list[int] | Forks | None
+    known: dict[str, list[Tensor]] = {}  # never changed
+
+    def target_counts(self) -> list[int]:
+        """How many targets each row has, or each sample of a packed row, or each end of a sample with several."""
+        if self.offsets is None:
+            return (self.targets != IGNORE).sum(1).tolist()
+        ends = self.offsets
+        if isinstance(ends, Forks):  # a beginning, which has no target, counts with its first end
+            sizes = [n + a * (not k) for a, each in zip(*ends, strict=True) for k, n in enumerate(each)]
+            ends = [0, *accumulate(sizes)]
+        return [(self.targets[0, a:b] != IGNORE).sum().item() for a, b in pairwise(ends)]
+
+    def samples(self, count: int) -> Iterator["Batch"]:
+        """Each of its `count` samples as a micro-batch of its own."""
+        packed, forks = self.offsets is not None, isinstance(self.offsets, Forks)
+        rows = self.tokens.size(0) // count  # of a sample, in padded rows
+        starts = self.offsets.offsets() if forks else self.offsets
+        for i in range(count):
+            part = (slice(None), slice(starts[i], starts[i + 1])) if packed else slice(i * rows, (i + 1) * rows)
+            offsets = self.offsets.part(i) if forks else [0, starts[i + 1] - starts[i]] if packed else None
+            known = {name: [values[i]] for name, values in self.known.items()}
+            yield Batch(self.tokens[part], self.targets[part], offsets, known)
 
 
 class Samples:
@@ -63,6 +100,11 @@ class Samples:
 
     def __len__(self):
         return len(self.lengths)
+
+    @property
+    def unit_counts(self) -> Tensor:
+        """(N,) int32: how much each sample counts in a mean loss: as many targets as it has."""
+        return self.target_counts
 
     @cached_property
     def numbers(self) -> Tensor:

@@ -21,29 +21,26 @@ from training.settings import Settings
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from batching import IGNORE, PLANNERS, Samples, in_order
-from experts import balance_loss
-from ops.devices import read_numbers, to_device
-from training import build, nonfinite, run_folder
+from batching import PLANNERS, Batch, Samples, in_order
+from objectives import Forward
+from ops.devices import read_numbers
+from training import build, nonfinite, reference, run_folder
 from training.build import Data, Run
 from training.memory import budget
 from training.memory.dry_run import memory_dry_run
 from training.metrics import (
     FirstStepFlops,
     Metrics,
-    add_by_source,
-    losses_by_source,
+    Sums,
     parameter_counts,
     peak_memory,
     peak_memory_since,
     report,
-    targets_by_source_name,
+    units_by_source_name,
 )
 from training.nonfinite import NotFinite, check_finite
 from training.optimizer import InBackward, begin_step
@@ -57,7 +54,7 @@ SKIPPED_STEPS = 20  # in a row, after which 16-mixed no longer looks for its los
 def main(s: Settings) -> None:
     """Check everything that can be checked without weights, then train, or do what --plan or --replay asks for."""
     if s.replay:
-        nonfinite.replay(s, objective)
+        nonfinite.replay(s)
         return
     data = build.open_data(s)
     skeleton = build.check_model(s, data)
@@ -85,6 +82,7 @@ def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
         run = build.build_run(s, fabric, data, newest, identity)
         if not newest and fabric.is_global_zero:
             run_folder.record_run(s)
+        reference.prepare(run, run_folder.step_of(newest))
         trainable, frozen = parameter_counts(run.model)
         fabric.print(f"{trainable:,} trainable parameters beside {frozen:,} frozen ones\n{schedule.describe()}")
         with run_folder.signals_noted() as signals:
@@ -109,13 +107,14 @@ def train_loop(run: Run, schedule: Schedule, start: int, signals: list[int]) -> 
     s, fabric = run.settings, run.fabric
     if start < schedule.total:
         memory_dry_run(run, forward)
-    metrics = Metrics(s.out_dir / "metrics.csv", start, targets_by_source_name(run), fabric.is_global_zero)
+    named = units_by_source_name(run), fabric.is_global_zero, run.objective.columns, run.objective.unit
+    metrics = Metrics(s.out_dir / "metrics.csv", start, *named)
     flops, signal = FirstStepFlops(), 0
     validation_tokens = run.val.lengths.sum().item()
     per_epoch = steps_per_epoch(s, run.train)
     with progress_bar(start, schedule.total, fabric.is_global_zero) as bar:
         for step, micro_batches in planned_steps(s, run.train, start, schedule.total):
-            explained = nonfinite.explained(run, micro_batches, step, objective)
+            explained = nonfinite.explained(run, micro_batches, step)
             with schedule.timed("step"), flops.counted(step), explained:
                 row = train_step(run, micro_batches, step, schedule.rate(step))
             done = step + 1
@@ -150,33 +149,32 @@ def agree(run: Run, schedule: Schedule, signals: list[int], over: bool) -> tuple
 def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float) -> dict:
     """One optimiser step over `micro_batches`. Returns its row of the metrics.
 
-    The loss is the sum over all target tokens of the step, in all micro-batches and on all devices, divided by their
-    number, which is known beforehand: so the gradient does not depend on how the step is cut. Raises NotFinite, before
-    a weight is updated with it, if the loss or the gradient's norm is not finite.
+    The loss is the sum over all units of the step (target tokens, or pairs), in all micro-batches and on all devices,
+    divided by their number, which is known beforehand: so the gradient does not depend on how the step is cut. Raises
+    NotFinite, before a weight is updated with it, if the loss or the gradient's norm is not finite.
     """
     started = time.perf_counter()
     s, fabric, samples = run.settings, run.fabric, run.train
     mine = micro_batches[fabric.global_rank :: fabric.world_size]
     all_indices = [i for indices in micro_batches for i in indices]
-    target_count = samples.target_counts[all_indices].sum().item()
+    units = samples.unit_counts[all_indices].sum().item()
     torch.manual_seed(dropout_seed(s, step, fabric.global_rank, fabric.world_size))
     begin_step(run.optimizer, rate, len(mine))
     loss = torch.zeros((), device=fabric.device)
-    sums = torch.zeros(len(run.sources), dtype=torch.float64, device=fabric.device)
+    sums = Sums(run)
     positions = 0
     for indices in mine:
         result = forward(run, samples, indices)
-        loss += result.summed / target_count
+        loss += result.summed / units
         if s.optimizer_in_backward or s.offload:  # the backward pass is about to change the weights
             check_finite("the loss", loss.item())
-        fabric.backward(result.trained / target_count)
+        fabric.backward(result.trained / units)
         positions += result.positions
-        add_by_source(sums, result.losses, samples, indices)
+        sums.add(result, samples, indices)
     if fabric.world_size > 1:
         loss = sum_over_devices(run, loss)
-        sums = fabric.all_reduce(sums, reduce_op="sum")
     # The one place in a step where the host waits for the device: before what is no number can change a weight.
-    (loss,), (norm,), sums = read_numbers(loss, gradient_norm(run), sums)
+    (loss,), (norm,), *sums.numbers = read_numbers(loss, gradient_norm(run), *sums.over_devices())
     check_finite("the loss", loss)
     update(run, norm)
     seconds = time.perf_counter() - started
@@ -184,11 +182,11 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
     own_tokens = sum(samples.lengths[indices].sum().item() for indices in mine)
     return {
         "loss": loss,
-        **losses_by_source("loss", run.sources, sums, samples, all_indices),
+        **sums.means(samples, all_indices),
         "learning_rate": rate,
         "grad_norm": norm,
         "tokens": tokens,
-        "targets": target_count,
+        "targets": samples.target_counts[all_indices].sum().item(),
         "padding": 1 - own_tokens / max(1, positions),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -196,58 +194,11 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
     }
 
 
-class Forward(NamedTuple):
-    """Of a micro-batch: the scalar whose gradient is taken, the loss of each target (n,), and its number of positions.
-
-    trained: the sum of the losses, and what is trained beside it but shown nowhere (--z_loss, --balance_loss).
-    """
-
-    trained: Tensor
-    losses: Tensor
-    positions: int
-
-    @property
-    def summed(self) -> Tensor:
-        """The sum of the losses, without gradient."""
-        return self.losses.sum()
-
-
 def forward(run: Run, samples: Samples, indices: list[int]) -> Forward:
-    """The losses of a micro-batch: those of the samples with these numbers."""
-    return objective(run, PLANNERS[run.settings.planner].layout(samples, indices))
-
-
-def objective(run: Run, batch: tuple) -> Forward:
-    """What training minimises, of a micro-batch as a planner lays it out: tokens, targets, offsets (batching.py).
-
-    The memory plan runs the model alone (training/memory/plan.py): what another objective adds, it does not see.
-    """
-    tokens, targets, offsets = batch
-    s, recompute = run.settings, run.settings.recompute
-    routed = [] if s.balance_loss and run.model.training else None
+    """What the run's objective makes of a micro-batch: of the samples with these numbers."""
+    batch = PLANNERS[run.settings.planner].layout(samples, indices)
     with run.fabric.autocast():
-        trained, losses = run.model(
-            to_device(tokens, run.fabric.device), targets, recompute=recompute, offsets=offsets, each=True,
-            routed=routed, z_loss=s.z_loss,
-        )  # fmt: skip
-    if routed:
-        trained = trained + unevenness(run, routed, targets, offsets)
-    return Forward(trained, losses, tokens.numel())
-
-
-def unevenness(run: Run, routed: list[Tensor], targets: Tensor, offsets: list[int] | None) -> Tensor:
-    """--balance_loss times the balance loss of a micro-batch, times its number of targets.
-
-    So a step, whose sum is divided by all its targets, has each micro-batch's with its share of them. routed: router
-    logits (B * T, E) of each mixture. In padded rows (no offsets) tokens up to the last target of targets (B, T), which
-    are on the CPU, count.
-    """
-    is_target, counted = targets != IGNORE, None
-    if offsets is None:
-        rows = is_target.flip(1).cummax(1).values.flip(1).flatten().nonzero().squeeze(1)
-        counted = to_device(rows, run.fabric.device)
-    loss = balance_loss(routed, run.model.config.experts.per_token, counted)
-    return run.settings.balance_loss * is_target.sum().item() * loss
+        return run.objective(run.model, Batch(*batch, run.objective.known(samples, indices)))
 
 
 def gradient_norm(run: Run) -> Tensor:
@@ -287,23 +238,23 @@ def sum_over_devices(run: Run, loss: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(run: Run) -> dict:
-    """Loss per target token over the whole validation part and over that of each source, and the perplexity."""
+    """The mean loss of the whole validation part and of that of each source, and what else the objective measures."""
     s, fabric, val = run.settings, run.fabric, run.val
     run.model.eval()
     loss = torch.zeros((), device=fabric.device)
-    sums = torch.zeros(len(run.sources), dtype=torch.float64, device=fabric.device)
+    sums = Sums(run)
     micro_batches = in_order(PLANNERS[s.planner], val.lengths, val.target_counts, s.micro_batch_tokens)
     for indices in micro_batches[fabric.global_rank :: fabric.world_size]:
         result = forward(run, val, indices)
         loss += result.summed
-        add_by_source(sums, result.losses, val, indices)
+        sums.add(result, val, indices)
     run.model.train()
     if fabric.world_size > 1:
-        loss, sums = (fabric.all_reduce(total, reduce_op="sum") for total in (loss, sums))
-    (loss,), sums = read_numbers(loss, sums)
-    loss = loss / val.target_counts.sum().item()
-    by_source = losses_by_source("val_loss", run.sources, sums, val, slice(None))
-    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700)), **by_source}
+        loss = fabric.all_reduce(loss, reduce_op="sum")
+    (loss,), *sums.numbers = read_numbers(loss, *sums.over_devices())
+    loss = loss / val.unit_counts.sum().item()
+    perplexity = {"val_perplexity": math.exp(min(loss, 700))} if run.objective.is_likelihood else {}
+    return {"val_loss": loss, **perplexity, **sums.means(val, slice(None), "val_")}
 
 
 def progress_bar(start: int, total: int, shown: bool) -> tqdm:
@@ -316,8 +267,8 @@ def show_progress(bar: tqdm, row: dict) -> None:
     """Move the bar by a step, with its losses; the last validation loss stays on it."""
     if "val_loss" in row:
         bar.val_loss = row["val_loss"]
-        perplexity = f"perplexity {row['val_perplexity']:.3f}"
-        bar.write(f"step {bar.n + 1}: validation loss {row['val_loss']:.4f}, {perplexity}")
+        perplexity = f", perplexity {row['val_perplexity']:.3f}" if "val_perplexity" in row else ""
+        bar.write(f"step {bar.n + 1}: validation loss {row['val_loss']:.4f}{perplexity}")
     validation = f", val {bar.val_loss:.3f}" if hasattr(bar, "val_loss") else ""
     bar.set_postfix_str(
         f"loss {row['loss']:.3f}{validation}, {row['tokens_per_second']:,.0f} tok/s, {row['memory_gb']:.2f} GB, "

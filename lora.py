@@ -20,7 +20,7 @@ import ctypes
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -305,3 +305,17 @@ def give_back_memory() -> None:
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Name and module of every adapter in the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+@contextlib.contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes as its base does: what its adapters stand for is in their place."""
+    found = adapters(model)
+    places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in found}
+    for name, adapter in found.items():
+        setattr(*places[name], adapter.base)
+    try:
+        yield
+    finally:
+        for name, adapter in found.items():
+            setattr(*places[name], adapter)

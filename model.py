@@ -32,8 +32,9 @@ from ops.chunks import in_chunks
 from ops.devices import numbers_on, to_device
 from ops.dtypes import compute_dtype
 from ops.flex import block_mask
+from ops.forks import Forks, attend_whole
 from ops.linear import linear
-from ops.loss import LOSS_CHUNK, head_loss, plain_losses
+from ops.loss import LOSS_CHUNK, each_head_loss, head_loss, plain_losses
 from ops.norm import layer_norm, layer_norm_of_sum, rms_norm, rms_norm_of_sum
 from ops.offload import Parking
 from ops.rope import RoPE, angles, query_gain
@@ -303,12 +304,13 @@ class Layout:
     """How the tokens of a call lie, which decides which see one another. By default each row is one sample.
 
     tokens: (B, T). cache: a `KVCache` with the tokens before them (its `padding` is at the left of its rows).
-    offsets: of samples end to end in one row (B = 1): where each begins and the last one ends. tree: rows that branch.
+    offsets: of samples end to end in one row (B = 1): where each begins and the last one ends; or the `Forks` of those
+    that share beginnings. tree: rows that branch.
     """
 
     tokens: Tensor
     cache: Any = None
-    offsets: list[int] | None = None
+    offsets: list[int] | Forks | None = None
     tree: Places | None = None
     block_masks: dict = dataclasses.field(default_factory=dict, init=False, repr=False)  # by window
 
@@ -317,6 +319,8 @@ class Layout:
         """Where all S keys stand; the last T of them are the tokens."""
         if self.tree is not None:
             return self.tree
+        if isinstance(self.offsets, Forks):
+            return Places(*(x[:, self.copies] for x in self.whole.places))
         device, past = self.tokens.device, 0 if self.cache is None else self.cache.length
         index = torch.arange(past + self.tokens.size(1), device=device)[None]
         if self.offsets is not None:
@@ -337,6 +341,28 @@ class Layout:
             return positions[:, -1:].expand_as(positions) + 1
         ends = numbers_on(positions.device, self.offsets)
         return (ends[1:] - ends[:-1])[branches - 1]
+
+    @functools.cached_property
+    def whole(self) -> "Layout":
+        """The layout in which each sample has its beginning to itself: this one, if no two share any."""
+        if not isinstance(self.offsets, Forks):
+            return self
+        return Layout(self.tokens[:, self.sources], offsets=self.offsets.whole_offsets())
+
+    @functools.cached_property
+    def sources(self) -> Tensor:
+        """Which position of the row each one of the whole samples is: (S,) int64. Of `Forks` alone."""
+        return numbers_on(self.tokens.device, self.offsets.sources())
+
+    @functools.cached_property
+    def copies(self) -> Tensor:
+        """Where each position of the row is in the whole samples: (T,) int64. Of `Forks` alone."""
+        return numbers_on(self.tokens.device, self.offsets.copies())
+
+    def attention(self, head_dim: int, dtype: torch.dtype, scores: Scores) -> Callable:
+        """The fastest way to compute `plain_attention`: to change attention, put yours here."""
+        attend = choose_attention(self.whole, head_dim, dtype, scores)
+        return attend if self.whole is self else attend_whole(attend, self.sources, self.copies)
 
     @property
     def ends(self) -> list[int]:
@@ -549,7 +575,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         cache: Any = None,
         recompute: float | Literal["offload"] = 0.0,
-        offsets: list[int] | None = None,
+        offsets: list[int] | Forks | None = None,
         each: bool = False,
         routed: list[Tensor] | None = None,
         z_loss: float = 0.0,
@@ -562,7 +588,8 @@ class Transformer(nn.Module):
         recompute: the share of the blocks with activation checkpointing: only their input is kept for the backward
             pass, which computes the rest again. "offload": all blocks, their inputs kept in host memory, and an MLP run
             over chunks of positions.
-        offsets: of samples end to end in one row (B = 1): where each begins and the last one ends. Positions restart.
+        offsets: of samples end to end in one row (B = 1): where each begins and the last one ends, or the `Forks` of
+            those that share beginnings. Positions restart.
         each: with `targets`, return that sum and the loss of each target, (n,) fp32 in the order of the flattened
             `targets`, without gradient.
         routed: a list to which each mixture of experts adds the logits (B * T, E) of its router, with gradient.
@@ -579,7 +606,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         cache: Any = None,
         recompute: float | Literal["offload"] = 0.0,
-        offsets: list[int] | None = None,
+        offsets: list[int] | Forks | None = None,
         tree: Places | None = None,
         routed: list[Tensor] | None = None,
     ) -> Tensor:
@@ -588,6 +615,9 @@ class Transformer(nn.Module):
         tree: where the tokens stand in rows with one beginning and several ends. The rest as in `forward`.
         """
         layers, layout = self.model.layers, Layout(tokens, cache, offsets, tree)
+        if layout.whole is not layout and any(rope and rope.depends_on_length for rope in self.config.ropes):
+            whole = layout.whole  # one beginning would have to be turned by the lengths of several samples
+            return self.hidden_states(whole.tokens, None, recompute, whole.offsets, routed=routed)[:, layout.copies]
         x = self.embed(tokens, layout.places.positions[:, -tokens.size(1) :])
         arguments = self.block_arguments(layout, x.dtype)
         offload = recompute == "offload"
@@ -617,8 +647,7 @@ class Transformer(nn.Module):
         c, positions = self.config, layout.places.positions[:, -layout.tokens.size(1) :]
         angles = {rope: rope_angles(rope, positions, layout.lengths, dtype) for rope in set(c.ropes)}
         scores = [c.scores(layer) for layer in range(c.num_hidden_layers)]
-        # The fastest way to compute `plain_attention`: to change attention, put yours here.
-        attention = {s: choose_attention(layout, c.head_dim, dtype, s) for s in set(scores)}
+        attention = {s: layout.attention(c.head_dim, dtype, s) for s in set(scores)}
         return [(angles[rope], attention[s]) for rope, s in zip(c.ropes, scores, strict=True)]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -645,21 +674,45 @@ class Transformer(nn.Module):
         """Logits (..., V) of hidden states (..., E) that `finish` has made."""
         return plain_softcap(self.lm_head(x), self.config.logit_softcap)
 
-    def target_losses(self, x: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    def target_losses(
+        self, x: Tensor, targets: Tensor, z_loss: float = 0.0, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """-log p(target) at the target positions, for x (B, T, D): the sum, and each (n,) without gradient, both fp32.
 
-        The head sees only the rows that have a target. z_loss: as in `ops.loss.head_loss`, added to the sum.
+        The head sees only the rows that have a target. z_loss, label_smoothing: as in `ops.loss.plain_losses`, added to
+        the sum.
         """
-        rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
-        rows, targets = (to_device(each, x.device) for each in (rows, targets.flatten()[rows]))
-        x = x.flatten(0, 1)[rows]
-        if type(self.lm_head) is Linear:  # exactly: another kind, such as an adapter, may compute otherwise
+        x, targets = self.at_targets(x, targets)
+        if type(self.lm_head) is Linear and not label_smoothing:  # exactly: an adapter may compute otherwise
             bias, softcap = self.lm_head.bias, self.config.logit_softcap
             return head_loss(x, self.lm_head.weight, targets, bias, softcap, z_loss)
-        chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)  # the same, by autograd
-        results = [checkpoint(self._cross_entropy, *chunk, z_loss, use_reentrant=False) for chunk in chunks]
-        losses = torch.cat([each for each, _ in results])
-        return losses.sum() + sum(added for _, added in results), losses.detach()
+        how = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+        losses, added = self.of_logits(x, partial(plain_losses, **how), targets)
+        return (losses + added).sum(), losses.detach()
 
-    def _cross_entropy(self, x, targets, z_loss):
-        return plain_losses(self.logits(x).float(), targets, z_loss)
+    def each_target_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The same of each target, with gradient: (n,) fp32, for objectives in which targets do not count alike."""
+        x, targets = self.at_targets(x, targets)
+        trains = any(parameter.requires_grad for parameter in self.lm_head.parameters())
+        if type(self.lm_head) is Linear and not trains:
+            return each_head_loss(x, self.lm_head.weight, targets, self.lm_head.bias, self.config.logit_softcap)
+        return self.of_logits(x, plain_losses, targets)[0]
+
+    def at_targets(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x (B, T, D) and targets (B, T), which may be on the CPU, what has a target: (n, D) and (n,), with x."""
+        rows = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+        rows, targets = (to_device(each, x.device) for each in (rows, targets.flatten()[rows]))
+        return x.flatten(0, 1)[rows], targets
+
+    def of_logits(self, x: Tensor, function: Callable, *others: Tensor) -> list[Tensor]:
+        """What a function makes of the logits of x (n, D) in fp32 and of `others`, all (n, ...): its tensors, joined.
+
+        Chunk by chunk, by autograd, which keeps no logits but computes them again: for what has no way of its own.
+        """
+
+        def of_chunk(x, *others):
+            return function(self.logits(x).float(), *others)
+
+        chunks = zip(*(each.split(LOSS_CHUNK) for each in (x, *others)), strict=True)
+        results = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        return [torch.cat(parts) for parts in zip(*results, strict=True)]

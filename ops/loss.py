@@ -27,13 +27,24 @@ def plain_head_loss(
     """The reference, with the logits of all positions at one time. Shapes as in `head_loss`."""
     logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).float()
     losses, added = plain_losses(plain_softcap(logits, softcap), targets, z_loss)
-    return losses.sum() + added, losses.detach()
+    return losses.sum() + added.sum(), losses.detach()
 
 
-def plain_losses(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor | float]:
-    """-log p(target) (N,) for logits (N, V) in fp32; and what the z-loss adds to their sum, as in `head_loss`."""
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    return losses, z_loss * logits.logsumexp(dim=-1).square().sum() if z_loss else 0.0
+def plain_losses(
+    logits: Tensor, targets: Tensor, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """-log p(target) for logits (N, V) in fp32; and what is trained beside that, shown nowhere: both (N,).
+
+    z_loss: as in `head_loss`. label_smoothing: the share of the wanted distribution that all tokens have alike, not the
+    target (Szegedy et al. 2015, arXiv 1512.00567, section 7).
+    """
+    losses, added = F.cross_entropy(logits, targets, reduction="none"), logits.new_zeros(len(logits))
+    if z_loss:
+        added = added + z_loss * logits.logsumexp(dim=-1).square()
+    if label_smoothing:
+        aim = logits.gather(1, targets[:, None]).squeeze(1)
+        added = added + label_smoothing * (aim - logits.mean(dim=-1))
+    return losses, added
 
 
 @operator("loss_(Tensor(a!) logits, Tensor targets, bool backward, float softcap, float z_loss) -> (Tensor, Tensor)")
@@ -66,7 +77,10 @@ def _losses_and_gradient(logits, targets, backward, softcap, z_loss):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Logits and their gradient chunk by chunk, both in the forward pass: no chunk is saved or computed twice."""
+    """The sum: logits and their gradient chunk by chunk, both in the forward pass: no chunk is saved or computed twice.
+
+    That is so because every target counts alike: the gradient is known but for one factor.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, targets, bias, softcap, z_loss):
@@ -115,3 +129,35 @@ def head_loss(
     gradient.
     """
     return _HeadLoss.apply(as_multiplied(x), weight, targets, bias, softcap, z_loss)
+
+
+class _EachHeadLoss(torch.autograd.Function):
+    """Each loss with a gradient of its own, by a frozen head: that of x has a row for each target, known but for a
+    factor, so again nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, bias, softcap):
+        cast, shift = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        for start in range(0, len(x), LOSS_CHUNK):
+            chunk = slice(start, start + LOSS_CHUNK)
+            logits = F.linear(x[chunk], cast, shift)
+            losses[chunk], _, grad = _losses_and_gradient(logits, targets[chunk], grad_x is not None, softcap, 0.0)
+            if grad_x is not None:
+                torch.mm(grad, cast, out=grad_x[chunk])
+        ctx.grad_x = grad_x
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, ctx.grad_x = ctx.grad_x, None
+        return grad_x.mul_(grad[:, None].to(grad_x.dtype)), None, None, None, None
+
+
+def each_head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """-log p(target) of each position, (N,) fp32 with gradient, by a head that does not train. As `head_loss` else."""
+    assert not weight.requires_grad and (bias is None or not bias.requires_grad)
+    return _EachHeadLoss.apply(as_multiplied(x), weight, targets, bias, softcap)

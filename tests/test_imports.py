@@ -18,6 +18,7 @@ LAYERS = [
     ["lora"],
     ["weights", "text"],
     ["batching"],
+    ["objectives"],
     ["inference", "preparation", "training"],
     ["generate", "prepare_data", "convert_hf_checkpoint", "finetune"],
     ["eval"],

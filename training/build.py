@@ -16,6 +16,7 @@ import lora
 from batching import Samples, read_data_info, source_names
 from experts import Experts
 from model import Config, Transformer
+from objectives import OBJECTIVES, Objective
 from ops.allocator import keep_freed_memory
 from ops.attention import Attend
 from ops.core_sharing import share_cores
@@ -62,6 +63,10 @@ class Run:
     info: dict | None = None
     adapter: lora.AdapterConfig | None = None
     identity: dict | None = None
+    objective: Objective = field(init=False)
+
+    def __post_init__(self):
+        self.objective = OBJECTIVES[self.settings.objective](self.settings)
 
 
 def build_run(s: Settings, fabric: Fabric, data: Data, newest: Path | None, identity: dict) -> Run:
@@ -123,12 +128,25 @@ def check_model(s: Settings, data: Data) -> Transformer:
         )
     if s.method == "full" and (unused := s.changed("lora_")):
         print(f"note: {', '.join(unused)} change nothing with --method full", file=sys.stderr)
+    check_objective(s, data)
     check_samples(s, config, [part for part in (data.train, data.val) if len(part)])
     if s.keep_best and not len(data.val):
         raise UserError(
             f"--keep_best needs validation samples, {s.data_dir} has none: see prepare_data.py --val_fraction"
         )
     return model
+
+
+def check_objective(s: Settings, data: Data) -> None:
+    """Raise UserError if the data are of another kind than the objective takes, or a flag belongs to another one."""
+    chosen, kind = OBJECTIVES[s.objective], data.info.get("kind", "samples")
+    if chosen.data != kind:
+        fitting = ", ".join(name for name, other in OBJECTIVES.items() if other.data == kind)
+        raise UserError(f"--objective {s.objective}: {s.data_dir} holds {kind}, not {chosen.data}: try {fitting}")
+    others = {flag for other in OBJECTIVES.values() for flag in other.flags} - {*chosen.flags}
+    if foreign := [flag for prefix in sorted(others) for flag in s.changed(prefix)]:
+        raise UserError(f"{', '.join(foreign)}: --objective {s.objective} has no use for it")
+    chosen(s).check()
 
 
 def note_outside_peft(model: Transformer, method: str) -> None:

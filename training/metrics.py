@@ -10,6 +10,7 @@ import os
 import resource
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from batching import Samples
+    from objectives import Forward
     from training.build import Run
 
 COLUMNS = (
@@ -43,14 +45,26 @@ class Metrics:
     The rows after it are computed again, with the same result; metrics-redone.csv keeps the old ones. A file only ever
     grows by a line, or is replaced whole.
 
-    sources: the number of training targets of each source that has a loss of its own, by its name.
+    sources: the number of training units of each source that has a loss of its own, by its name.
+    more: names of columns that the run's objective adds, for training and validation. unit: what its losses are means
+    over, in words.
     """
 
-    def __init__(self, path: Path, start: int, sources: dict[str, int], enabled: bool):
+    def __init__(
+        self,
+        path: Path,
+        start: int,
+        sources: dict[str, int],
+        enabled: bool,
+        more: Sequence[str] = (),
+        unit: str = "target token",
+    ):
         self.path, self.sources, self.enabled, self.rows = path, sources, enabled, []
+        self.unit = unit
         if not enabled:
             return
         columns = [*COLUMNS, *(f"{kind}/{name}" for kind in ("loss", "val_loss") for name in sources)]
+        columns += [prefix + name for prefix in ("", "val_") for name in more]
         before, rows = read_rows(path)
         kept, later = ([row for row in rows if (int(row["step"]) <= start) is early] for early in (True, False))
         if later:
@@ -110,36 +124,59 @@ def write_rows(path: Path, columns: list[str], rows: list[dict]) -> tuple:
     return file, csv.DictWriter(file, columns)
 
 
-def add_by_source(sums: Tensor, losses: Tensor, samples: Samples, indices: list[int]) -> None:
-    """Add the losses of a micro-batch's targets to the `sums` (S,) fp64 of their sources, in place; none for S = 0.
+class Sums:
+    """Losses by source, and what the objective measures, added up over the micro-batches of a step or a validation.
 
-    losses: (n,), of the targets of the samples `indices` in their order, which both layouts keep.
+    numbers: both sums, once they have been read from the device: of each source, of each of the objective's columns.
     """
-    if len(sums):
-        sources = samples.sources[indices].repeat_interleave(samples.target_counts[indices])
-        sums.index_add_(0, to_device(sources, sums.device), losses.to(sums.dtype))
+
+    def __init__(self, run: Run):
+        self.run, self.numbers = run, []
+        sizes = len(run.sources), len(run.objective.columns)
+        self.by_source, self.measured = (
+            torch.zeros(n, dtype=torch.float64, device=run.fabric.device) for n in sizes
+        )  # fmt: skip
+
+    def add(self, result: Forward, samples: Samples, indices: list[int]) -> None:
+        """Add those of a micro-batch of the samples `indices`, whose units lie in their order, as in both layouts."""
+        if len(self.by_source):
+            sources = samples.sources[indices].repeat_interleave(samples.unit_counts[indices])
+            self.by_source.index_add_(0, to_device(sources, self.by_source.device), result.losses.double())
+        if result.measured is not None:
+            self.measured += result.measured
+
+    def over_devices(self) -> list[Tensor]:
+        """The sums over all devices: (sources,) and (columns,) fp64."""
+        sums, fabric = [self.by_source, self.measured], self.run.fabric
+        return [fabric.all_reduce(each, reduce_op="sum") for each in sums] if fabric.world_size > 1 else sums
+
+    def means(self, samples: Samples, indices: list[int] | slice, prefix: str = "") -> dict[str, float]:
+        """The means of `numbers` over the units of the samples `indices`, by the name of their column.
+
+        Sources without a unit have none. prefix: before each name, such as "val_".
+        """
+        by_source, measured = self.numbers
+        counts = units_by_source(samples, indices, len(self.run.sources))
+        losses = means_of(by_source, counts)
+        row = {f"{prefix}loss/{name}": losses[i] for i, name in enumerate(self.run.sources) if counts[i]}
+        measured = means_of(measured, samples.unit_counts[indices].sum())
+        return row | {f"{prefix}{name}": mean for name, mean in zip(self.run.objective.columns, measured, strict=True)}
 
 
-def losses_by_source(
-    kind: str, names: list[str], sums: list[float], samples: Samples, indices: list[int] | slice
-) -> dict[str, float]:
-    """Loss per target token of each source, "kind/name": number, without those that have no target in `indices`."""
-    counts = targets_by_source(samples, indices, len(names))
-    means = (
-        (torch.tensor(sums, dtype=torch.float64) / counts).float().tolist()
-    )  # rounded: on a GPU the last bits of `sums` vary
-    return {f"{kind}/{name}": mean for name, mean, n in zip(names, means, counts.tolist(), strict=True) if n}
+def means_of(sums: list[float], counts: Tensor) -> list[float]:
+    """sums / counts, rounded to fp32: on a GPU the last bits of `sums` vary."""
+    return (torch.tensor(sums, dtype=torch.float64) / counts).float().tolist()
 
 
-def targets_by_source(samples: Samples, indices: list[int] | slice, source_count: int) -> Tensor:
-    """How many targets the samples `indices` have of each of so many sources: (source_count,) int64."""
-    counts = samples.target_counts[indices].double()
+def units_by_source(samples: Samples, indices: list[int] | slice, source_count: int) -> Tensor:
+    """How many units (target tokens, or pairs) the samples `indices` have of each of so many sources: int64."""
+    counts = samples.unit_counts[indices].double()
     return samples.sources[indices].bincount(counts, source_count)[:source_count].long()
 
 
-def targets_by_source_name(run: Run) -> dict[str, int]:
-    """How many training targets each source of a run has."""
-    counts = targets_by_source(run.train, slice(None), len(run.sources)).tolist()
+def units_by_source_name(run: Run) -> dict[str, int]:
+    """How many training units each source of a run has: target tokens, or pairs."""
+    counts = units_by_source(run.train, slice(None), len(run.sources)).tolist()
     return dict(zip(run.sources, counts, strict=True))
 
 
@@ -369,7 +406,7 @@ def _plot_all_losses(panel, metrics, span):
     panel.plot(steps, losses, color="tab:blue", alpha=0.25, label="training, each step")
     panel.plot(steps, running_mean(losses, span), color="tab:blue", label=f"training, mean of {span} steps")
     panel.plot(*metrics.column("val_loss"), "o-", color="tab:orange", label="validation")
-    _log_axis(panel)
+    _log_axis(panel, metrics.unit)
     panel.legend()
 
 
@@ -385,14 +422,14 @@ def _plot_sources(axes, metrics, shown, colors, span):
         axes["val_loss"].sharex(axes["loss"])
         for name, color in zip(shown, colors, strict=False):
             axes["val_loss"].plot(*metrics.column(f"val_loss/{name}"), "o-", markersize=4, color=color)
-    _log_axis(axes["loss"])
+    _log_axis(axes["loss"], metrics.unit)
 
 
-def _log_axis(panel):
+def _log_axis(panel, unit):
     """For losses: on a linear axis the first steps squash all others into the lowest tenth."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    panel.set(yscale="log", ylabel="loss per target token (nats)")
+    panel.set(yscale="log", ylabel=f"loss per {unit} (nats)")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())

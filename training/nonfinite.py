@@ -1,8 +1,9 @@
 """A training step whose loss or gradient is not finite: finding its cause, keeping it in a file, replaying that file.
 
 `bad_batch.safetensors` holds for each micro-batch k of the step `k.tokens` and `k.targets`, both (B, T) int64, for a
-packed one `k.offsets` (n + 1,) int64; `weights.NAME`, the trainable weights as they were; and as JSON in its metadata
-the other fields of `KeptStep`.
+packed one `k.offsets` (n + 1,) int64 or, of samples that fork, `k.beginnings` (n,) and `k.ends` (n, ends);
+`k.known.NAME.i`, what an objective knows of its sample i; `weights.NAME`, the trainable weights as they were; and as
+JSON in its metadata the other fields of `KeptStep`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from batching import IGNORE, PLANNERS
+from batching import PLANNERS, Batch
+from ops.forks import Forks
 from shell.cli import UserError
 from shell.files import whole_file
 from training import build
@@ -57,45 +58,33 @@ def check_finite(what: str, value: float) -> None:
 class KeptStep:
     """What is needed to run the step `number` (from 0) forward and backward as it was.
 
-    batches: its micro-batches, of all devices, as (tokens, targets, offsets). names: for each the names of its samples.
+    batches: its micro-batches, of all devices. names: for each the names of its samples. units: how many they have.
     seeds: the random seed of each device, which has every len(seeds)-th micro-batch. scale: of the loss (16-mixed).
     message: what was not finite. moved: some weights had been updated before that was noticed.
     """
 
     number: int
-    batches: list
+    batches: list[Batch]
     names: list
+    units: int
     seeds: list
     scale: float
     message: str
     moved: bool
 
-    @cached_property
-    def target_count(self) -> int:
-        """How many targets the step has."""
-        return sum((targets != IGNORE).sum().item() for _, targets, _ in self.batches)
-
-    def samples(self) -> Iterator[tuple[str, tuple]]:
+    def samples(self) -> Iterator[tuple[str, Batch]]:
         """Each sample by itself: its name, and a micro-batch with no other."""
-        for (tokens, targets, offsets), names in zip(self.batches, self.names, strict=True):
-            for i, name in enumerate(names):
-                if offsets:
-                    part = slice(offsets[i], offsets[i + 1])
-                    yield name, (tokens[:, part], targets[:, part], [0, offsets[i + 1] - offsets[i]])
-                else:
-                    yield name, (tokens[i : i + 1], targets[i : i + 1], None)
+        for batch, names in zip(self.batches, self.names, strict=True):
+            yield from zip(names, batch.samples(len(names)), strict=True)
 
 
 # ------------------------------------------------------------------------------------------------ when it happens
 
 
 @contextlib.contextmanager
-def explained(run: Run, micro_batches: list[list[int]], step: int, objective: Callable) -> Iterator[None]:
-    """Around a training step: if it raises NotFinite, find the cause, keep the step in FILE, and raise a UserError.
-
-    objective: finetune.py's.
-    """
-    s, fabric = run.settings, run.fabric
+def explained(run: Run, micro_batches: list[list[int]], step: int) -> Iterator[None]:
+    """Around a training step: if it raises NotFinite, find the cause, keep the step in FILE, and raise a UserError."""
+    s, fabric, layout = run.settings, run.fabric, PLANNERS[run.settings.planner].layout
     try:
         yield
     except NotFinite as error:
@@ -103,8 +92,9 @@ def explained(run: Run, micro_batches: list[list[int]], step: int, objective: Ca
         scaler = getattr(fabric.strategy.precision, "scaler", None)
         bad = KeptStep(
             number=step,
-            batches=[PLANNERS[s.planner].layout(run.train, indices) for indices in micro_batches],
+            batches=[Batch(*layout(run.train, i), run.objective.known(run.train, i)) for i in micro_batches],
             names=sample_names(s.data_dir, run.train, micro_batches, run.sources),
+            units=sum(run.train.unit_counts[indices].sum().item() for indices in micro_batches),
             seeds=[dropout_seed(s, step, rank, fabric.world_size) for rank in range(fabric.world_size)],
             scale=scaler.get_scale() if scaler else 1.0,
             message=str(error),
@@ -118,7 +108,7 @@ def explained(run: Run, micro_batches: list[list[int]], step: int, objective: Ca
                 kept = f"it could not be kept to be run again ({failure})"
         if in_backward:
             run.optimizer.stopped = True
-        raise UserError(f"step {step + 1}: {error}; {find_cause(run, bad, objective)}; {kept}") from None
+        raise UserError(f"step {step + 1}: {error}; {find_cause(run, bad)}; {kept}") from None
 
 
 def sample_names(
@@ -150,10 +140,10 @@ def row_ids(data_dir: Path, numbers: set[int]) -> dict:
         return {}
 
 
-def find_cause(run: Run, step: KeptStep, objective: Callable) -> str:
+def find_cause(run: Run, step: KeptStep) -> str:
     """Which samples of a step are not finite when run alone, and in which module that begins, in words."""
     bad, first = [], None
-    for name, outcome in run_samples(run, step, objective):
+    for name, outcome in run_samples(run, step):
         if not outcome.is_finite():
             bad.append(name)
             first = first or outcome.first
@@ -189,10 +179,10 @@ class Outcome(NamedTuple):
         return self.first is None
 
 
-def run_batch(run: Run, step: KeptStep, batch: tuple, objective: Callable) -> Outcome:
+def run_batch(run: Run, step: KeptStep, batch: Batch) -> Outcome:
     """Run a micro-batch forward and backward and check every module's output and every gradient.
 
-    batch: one of the step's, or a part of one: tokens, targets, offsets. The gradient, `step.scale` times as large, is
+    batch: one of the step's, or a part of one. The gradient, `step.scale` times as large, is
     left in the model. Blocks compiled by torch.compile run uncompiled here: their inside cannot be checked.
     """
     model, norms, found = run.model, {}, []
@@ -215,28 +205,29 @@ def run_batch(run: Run, step: KeptStep, batch: tuple, objective: Callable) -> Ou
     hooks += [p.register_hook(lambda grad, name=name: note_gradient(name, grad)) for name, p in trainable]
     try:
         with torch.compiler.set_stance("force_eager"):
-            result = objective(run, batch)
-            loss = result.summed / step.target_count
+            with run.fabric.autocast():
+                result = run.objective(model, batch)
+            loss = result.summed / step.units
             look("the loss", loss)
-            (result.trained / step.target_count * step.scale).backward()
+            (result.trained / step.units * step.scale).backward()
     finally:
         for hook in hooks:
             hook.remove()
     return Outcome(loss.detach(), result.losses, norms, found[0] if found else None)
 
 
-def run_samples(run: Run, step: KeptStep, objective: Callable) -> Iterator[tuple[str, Outcome]]:
+def run_samples(run: Run, step: KeptStep) -> Iterator[tuple[str, Outcome]]:
     """Run each sample of a step by itself: its name and its `Outcome`."""
     for name, batch in step.samples():
         run.model.zero_grad()
         torch.manual_seed(step.seeds[0])
-        yield name, run_batch(run, step, batch, objective)
+        yield name, run_batch(run, step, batch)
 
 
-def replay(s: Settings, objective: Callable) -> None:
+def replay(s: Settings) -> None:
     """Run the step that --replay names again, from the weights in that file, on one device, and print the result:
 
-    losses, norms of gradients, the first number that is not finite. objective: finetune.py's.
+    losses, norms of gradients, the first number that is not finite.
     """
     step = read_step(s.replay)
     s.devices = 1
@@ -252,7 +243,7 @@ def replay(s: Settings, objective: Callable) -> None:
     for rank, seed in enumerate(step.seeds):
         torch.manual_seed(seed)
         for number in range(rank, len(step.batches), len(step.seeds)):
-            outcome = run_batch(run, step, step.batches[number], objective)
+            outcome = run_batch(run, step, step.batches[number])
             loss, first = loss + outcome.loss, first or outcome.first
     squares = Counter()
     for name, parameter in model.named_parameters():
@@ -260,9 +251,10 @@ def replay(s: Settings, objective: Callable) -> None:
             norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).item() / step.scale
             squares[name.rpartition(".")[0]] += norm**2
     print(f"loss {loss.item()}, norm of the gradient {math.sqrt(squares.total())}")
-    for name, outcome in run_samples(run, step, objective):
+    for name, outcome in run_samples(run, step):
         norm = math.hypot(*outcome.norms.values())
-        print(f"sample {name}: loss {outcome.losses.mean().item():.6g} per target, norm of its gradient {norm:.6g}")
+        loss = f"{outcome.losses.mean().item():.6g} per {run.objective.unit.split()[-1]}"
+        print(f"sample {name}: loss {loss}, norm of its gradient {norm:.6g}")
     print("norm of the gradient by module:")
     for name, square in squares.items():
         print(f"  {name}: {math.sqrt(square):.6g}")
@@ -275,13 +267,33 @@ def replay(s: Settings, objective: Callable) -> None:
 def write_step(path: Path, step: KeptStep, model: nn.Module) -> None:
     """Write a step and the trainable weights of the model to `path`, whole or not at all."""
     tensors = {f"weights.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    for k, (tokens, targets, offsets) in enumerate(step.batches):
-        tensors |= {f"{k}.tokens": tokens.contiguous(), f"{k}.targets": targets.contiguous()}
-        if offsets:
-            tensors[f"{k}.offsets"] = torch.tensor(offsets)
+    for k, batch in enumerate(step.batches):
+        tensors |= {f"{k}.{name}": tensor for name, tensor in batch_tensors(batch).items()}
     values = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name != "batches"}
     with whole_file(path) as file:
         save_file(tensors, file, metadata={"step": json.dumps(values)})
+
+
+def batch_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """All of a micro-batch as tensors, by the names that the page's beginning says."""
+    tensors = {"tokens": batch.tokens.contiguous(), "targets": batch.targets.contiguous()}
+    if isinstance(batch.offsets, Forks):
+        tensors |= {name: torch.tensor(each) for name, each in batch.offsets._asdict().items()}
+    elif batch.offsets:
+        tensors["offsets"] = torch.tensor(batch.offsets)
+    return tensors | {f"known.{name}.{i}": t for name, each in batch.known.items() for i, t in enumerate(each)}
+
+
+def batch_of(tensors: dict[str, torch.Tensor], prefix: str) -> Batch:
+    """The micro-batch whose `batch_tensors` stand in `tensors` under this prefix."""
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    offsets = own["offsets"].tolist() if "offsets" in own else None
+    if "ends" in own:
+        offsets = Forks(tuple(own["beginnings"].tolist()), tuple(map(tuple, own["ends"].tolist())))
+    known = {}
+    for name in sorted((n for n in own if n.startswith("known.")), key=lambda n: int(n.rpartition(".")[2])):
+        known.setdefault(name.split(".")[1], []).append(own[name])
+    return Batch(own["tokens"], own["targets"], offsets, known)
 
 
 def read_step(path: Path) -> KeptStep:
@@ -290,12 +302,7 @@ def read_step(path: Path) -> KeptStep:
         with safe_open(path, "pt") as file:
             values, names = json.loads(file.metadata()["step"]), set(file.keys())
             tensors = {name: file.get_tensor(name) for name in names if not name.startswith("weights.")}
-        batches = [
-            (tensors[f"{k}.tokens"], tensors[f"{k}.targets"], tensors[f"{k}.offsets"].tolist())
-            if f"{k}.offsets" in tensors
-            else (tensors[f"{k}.tokens"], tensors[f"{k}.targets"], None)
-            for k in range(len(values["names"]))
-        ]
+        batches = [batch_of(tensors, f"{k}.") for k in range(len(values["names"]))]
         return KeptStep(batches=batches, **values)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"--replay {path} is missing, damaged, or no {FILE} ({error})") from None

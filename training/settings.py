@@ -43,6 +43,16 @@ class Settings:
         schedule: How the rate falls to zero after the warm-up; "constant" keeps it.
         warmup_steps: Steps over which the rate rises.
         weight_decay: Decay of matrices (not of norms and biases).
+        objective: What a step minimises (objectives.py): "sft", the loss of the target tokens; "dpo", preferences, of
+            data that prepare_data.py made of pairs (prompt, chosen, rejected).
+        dpo_loss: Of "dpo": DPO's own ("sigmoid") and IPO compare with the base, whose log-probabilities are computed
+            once and kept in data_dir; SimPO and ORPO do not.
+        dpo_beta: How much a pair's log-probabilities count: 0.1 is usual, for SimPO 2. For IPO the inverse of twice the
+            margin to reach, for ORPO the weight of its odds ratio.
+        simpo_gamma: The margin that SimPO wants to reach.
+        label_smoothing: Of "sft", the share of the wanted probability that all tokens have alike; of "dpo" (sigmoid,
+            simpo), the share of the pairs that are taken to be the wrong way round. metrics.csv has the loss of "sft"
+            without it.
         balance_loss: In a mixture of experts, train the loss plus this times how unevenly tokens go to experts
             (experts.balance_loss, over the tokens of a micro-batch up to a row's last target); 0.001 to 0.01 is usual.
             metrics.csv has the loss without it.
@@ -96,6 +106,11 @@ class Settings:
     schedule: Literal[cli.table_keys("training/schedule.py", "SCHEDULES")] = "cosine"
     warmup_steps: int = 10
     weight_decay: float = 0.0
+    objective: Literal[cli.table_keys("objectives.py", "OBJECTIVES")] = "sft"
+    dpo_loss: Literal[cli.table_keys("objectives.py", "PREFERENCE_LOSSES")] = "sigmoid"
+    dpo_beta: float = 0.1
+    simpo_gamma: float = 0.5
+    label_smoothing: float = 0.0
     balance_loss: float = 0.0
     z_loss: float = 0.0
     beta1: float = 0.9
@@ -150,12 +165,12 @@ class Settings:
 
     def _check_ranges(self):
         above_zero = ("lora_r", "lora_alpha", "global_batch_size", "micro_batch_tokens", "epochs", "learning_rate")
-        cli.check_numbers(self, *above_zero, "devices", "plan_tflops", above=0)
+        cli.check_numbers(self, *above_zero, "devices", "plan_tflops", "dpo_beta", above=0)
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
         zero_or_above = ("warmup_steps", "weight_decay", "max_grad_norm", "eval_interval", "save_interval", "keep_last")
-        cli.check_numbers(self, *zero_or_above, "seed", "balance_loss", "z_loss", least=0)
-        cli.check_numbers(self, "lora_dropout", "beta1", "beta2", least=0, below=1)
+        cli.check_numbers(self, *zero_or_above, "seed", "balance_loss", "z_loss", "simpo_gamma", least=0)
+        cli.check_numbers(self, "lora_dropout", "beta1", "beta2", "label_smoothing", least=0, below=1)
         cli.check_numbers(self, "recompute", least=0, most=1)
         if self.lora_targets == []:
             raise UserError("--lora_targets is empty: name at least one projection, such as [q_proj,v_proj]")

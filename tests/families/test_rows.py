@@ -1,6 +1,7 @@
 """Every family against transformers, and each way of computing the same against the others, for every row."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from families.tiny import VOCABULARY, distance, random_tokens, usual_distance
 
 from inference.kv_cache import KVCache
 from model import IGNORE
+from ops.forks import Forks
 from quantize import QUANTIZERS, quantized_layers
 from weights.checkpoint import model_of, save_model
 from weights.families import FAMILIES
@@ -71,6 +73,28 @@ def test_loss_and_gradients_are_the_same_in_triton(family, tiny_models, request)
         # Without RoPE a key's bias moves all scores of a query alike: of what cancels in its gradient rounding is left.
         least = 1e-5 if name.endswith("k_proj.bias") else 1e-6
         assert (results[1][name] - expected).norm() <= 1e-5 * expected.norm() + least, name
+
+
+def test_samples_that_share_their_beginning(tiny):
+    """In a packed row, against each with a beginning of its own: hidden states, and the gradients of all weights."""
+    forks = Forks((9, 0, 3), ((12, 2), (1, 5, 3), (1, 8)))
+    model, tokens = tiny.load().requires_grad_(True), random_tokens(1, forks.offsets()[-1])
+    weights = torch.randn(1, tokens.size(1), model.config.embedding_size or model.config.hidden_size)
+    sources, copies = torch.tensor(forks.sources()), torch.tensor(forks.copies())
+    assert sources[copies].tolist() == [*range(tokens.size(1))]
+    shared = model.hidden_states(tokens, offsets=forks)
+    ours = torch.autograd.grad((shared * weights).sum(), [*model.parameters()], allow_unused=True)
+    wholes = [tokens[:, sources[a:b]] for a, b in itertools.pairwise(forks.whole_offsets())]
+    apart = torch.cat([model.hidden_states(whole) for whole in wholes], dim=1)
+    usually = usual_distance if model.config.experts else distance
+    assert usually(shared[:, sources], apart) < 1e-5
+    # A beginning counts once: its gradient goes through the first of the samples that have it.
+    expected = torch.autograd.grad((apart[:, copies] * weights).sum(), [*model.parameters()], allow_unused=True)
+    if model.config.experts:
+        return
+    for (name, _), own, other in zip(model.named_parameters(), ours, expected, strict=True):
+        if other is not None:
+            assert (own - other).norm() <= 2e-5 * other.norm() + 1e-5, name
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ import lora
 import model as model_file
 import quantize
 from ops import attention, devices, dtypes, rope
+from ops.forks import Forks
 from training.memory.allocations import Allocations, trace_step
 from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
 from training.optimizer import OPTIMIZERS
@@ -86,7 +87,7 @@ class Shape:
     rows: int
     T: int
     targets: int
-    offsets: tuple | None = None
+    offsets: tuple | Forks | None = None
 
     @property
     def positions(self) -> int:
@@ -223,7 +224,7 @@ class Predictor:
             allocations = Allocations(shape.targets, rounding, self.job.device)
             with fake_tensors(self.mode, self.job.device):
                 tokens = torch.empty((shape.rows, shape.T), dtype=torch.int64, device=self.job.device)
-                offsets = shape.offsets and list(shape.offsets)
+                offsets = shape.offsets if isinstance(shape.offsets, Forks) else shape.offsets and list(shape.offsets)
                 blocks = trace_step(self.model, (tokens, tokens, offsets), allocations, self.job, self.left_out)
             more = sum(count * blocks[number][1] for number, count in self.left_out.items())
             # Of the blocks' inputs, which are of one size, the trace has seen those of the traced blocks.
@@ -253,13 +254,17 @@ class Predictor:
 
 def sample_lengths(shape: Shape) -> list[int]:
     """How many positions each sample of a micro-batch takes, padding included."""
-    return [shape.T] * shape.rows if shape.offsets is None else [b - a for a, b in itertools.pairwise(shape.offsets)]
+    if shape.offsets is None:
+        return [shape.T] * shape.rows
+    offsets = shape.offsets.offsets() if isinstance(shape.offsets, Forks) else shape.offsets
+    return [b - a for a, b in itertools.pairwise(offsets)]
 
 
 def shape_of(samples: Samples, layout: Callable, indices: list[int]) -> Shape:
     """The shape of the micro-batch of these samples. layout: a `batching.Planner`'s."""
     tokens, _, offsets = layout(samples, indices)
-    return Shape(*tokens.shape, samples.target_counts[indices].sum().item(), offsets and tuple(offsets))
+    offsets = offsets if offsets is None or isinstance(offsets, Forks) else tuple(offsets)
+    return Shape(*tokens.shape, samples.target_counts[indices].sum().item(), offsets)
 
 
 def worst(shapes: Iterable[Shape]) -> Shape:

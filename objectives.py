@@ -1,0 +1,255 @@
+"""Objectives: what a step of training minimises. `--objective` names one.
+
+To add an objective: a class like `CrossEntropy` and a line in `OBJECTIVES`. Its `__call__` takes the model and a
+micro-batch and returns a `Forward`. The mean that a step minimises is one over units: target tokens, or whole samples
+(`batching.Samples.unit_counts`). So it gives sums over the units of its micro-batch; `finetune.train_step` divides them
+by the step's number of units, which is known from the plan, and the gradient does not depend on how a step is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batching import IGNORE, Batch, Samples
+from experts import balance_loss
+from model import Transformer
+from ops.devices import numbers_on, to_device
+from shell.cli import UserError
+
+if TYPE_CHECKING:
+    from training.settings import Settings
+
+
+class Forward(NamedTuple):
+    """Of a micro-batch: the scalar whose gradient is taken, the loss of each unit (n,), and its number of positions.
+
+    trained: the sum of the losses, and what is trained beside it but shown nowhere (--z_loss, --balance_loss).
+    measured: sums over the units of what `Objective.columns` names, None where it names nothing.
+    """
+
+    trained: Tensor
+    losses: Tensor
+    positions: int
+    measured: Tensor | None = None
+
+    @property
+    def summed(self) -> Tensor:
+        """The sum of the losses, without gradient."""
+        return self.losses.sum()
+
+
+class Objective:
+    """What a step minimises. The page's beginning says what to add.
+
+    data: the kind of prepared folder that it takes (data.json's "kind"). unit: what its loss is a mean over, in words.
+    is_likelihood: whether that loss is -log p of a token, which has a perplexity.
+    columns: names of more columns of metrics.csv, each a mean over a step's units. flags: the beginnings of the flags
+    of finetune.py that belong to it, and to no other unless that names them too.
+    """
+
+    data = "samples"
+    unit = "target token"
+    is_likelihood = True
+    columns: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+
+    def __init__(self, s: Settings):
+        self.s = s
+
+    def check(self) -> None:
+        """Raise UserError if its flags do not go with one another."""
+
+    def known(self, samples: Samples, indices: list[int]) -> dict[str, list[Tensor]]:
+        """What is known of these samples beside their tokens: by its name, a tensor for each of them."""
+        return {}
+
+    def references(self) -> bool:
+        """Whether `known` needs log-probabilities of the base: training/reference.py computes them before step 0."""
+        return False
+
+    def __call__(self, model: Transformer, batch: Batch) -> Forward:
+        """The losses of a micro-batch, on the model's device."""
+        raise NotImplementedError
+
+    def hidden_states(self, model: Transformer, batch: Batch, units: int) -> tuple[Tensor, Tensor | float]:
+        """What the head gets, (B, T, D), and --balance_loss times the balance loss, times the micro-batch's `units`.
+
+        So a step, whose sum is divided by all its units, has each micro-batch's balance loss with its share of them.
+        """
+        s, device = self.s, model.model.embed_tokens.weight.device
+        routed = [] if s.balance_loss and model.training else None
+        x = model.hidden_states(
+            to_device(batch.tokens, device), recompute=s.recompute, offsets=batch.offsets, routed=routed
+        )
+        return x, s.balance_loss * units * unevenness(model, batch, routed) if routed else 0.0
+
+
+def unevenness(model: Transformer, batch: Batch, routed: list[Tensor]) -> Tensor:
+    """The balance loss of a micro-batch. routed: router logits (B * T, E) of each mixture.
+
+    In padded rows (no offsets) tokens up to the last target of a row count.
+    """
+    counted = None
+    if batch.offsets is None:
+        is_target = batch.targets != IGNORE
+        rows = is_target.flip(1).cummax(1).values.flip(1).flatten().nonzero().squeeze(1)
+        counted = to_device(rows, routed[0].device)
+    return balance_loss(routed, model.config.experts.per_token, counted)
+
+
+class CrossEntropy(Objective):
+    """-log p of each target token: supervised fine-tuning."""
+
+    flags = ("label_smoothing", "z_loss")
+
+    def __call__(self, model: Transformer, batch: Batch) -> Forward:
+        """The losses of a micro-batch: a unit is a target."""
+        x, balance = self.hidden_states(model, batch, (batch.targets != IGNORE).sum().item())
+        trained, losses = model.target_losses(x, batch.targets, self.s.z_loss, self.s.label_smoothing)
+        return Forward(trained + balance, losses, batch.tokens.numel())
+
+
+# ------------------------------------------------------------------------------------------------------- preferences
+
+
+class Pairs(NamedTuple):
+    """Of n pairs, what the model makes of the chosen and the rejected answer: each (n, 2) fp32, chosen first.
+
+    logps: log p of all tokens of an answer. lengths: how many tokens that is. reference: the same logps by the base
+    alone, None if the loss has none.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    reference: Tensor | None
+
+    def ratios(self) -> Tensor:
+        """log p / p of the base."""
+        return self.logps - self.reference
+
+    def means(self) -> Tensor:
+        """log p for each token of an answer, on average. An answer has a token at least, its end."""
+        return self.logps / self.lengths
+
+
+def margin(answers: Tensor) -> Tensor:
+    """What the chosen answers have above the rejected ones: (n,) of (n, 2)."""
+    return answers[:, 0] - answers[:, 1]
+
+
+def smoothed_sigmoid(x: Tensor, smoothing: float) -> Tensor:
+    """-log sigmoid(x), with `smoothing` for that share of pairs being the wrong way round (cDPO, Mitchell 2023)."""
+    return -(1 - smoothing) * F.logsigmoid(x) - smoothing * F.logsigmoid(-x)
+
+
+def sigmoid_loss(s: Settings, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7)."""
+    ratios = pairs.ratios()
+    return smoothed_sigmoid(s.dpo_beta * margin(ratios), s.label_smoothing), s.dpo_beta * ratios
+
+
+def ipo_loss(s: Settings, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """IPO (Azar et al. 2023, arXiv 2310.12036, equation 17), of log-ratios for each token, as its authors train it."""
+    ratios = pairs.ratios()
+    return (margin(ratios / pairs.lengths) - 1 / (2 * s.dpo_beta)).square(), s.dpo_beta * ratios
+
+
+def simpo_loss(s: Settings, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, equation 6): no reference, and a margin of simpo_gamma to reach."""
+    rewards = s.dpo_beta * pairs.means()
+    return smoothed_sigmoid(margin(rewards) - s.simpo_gamma, s.label_smoothing), rewards
+
+
+def orpo_loss(s: Settings, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, equations 6 and 7): the loss of the chosen answer and an odds ratio.
+
+    Both for each token of an answer, so every pair counts alike, however long its answers are.
+    """
+    means = pairs.means()
+    log_odds = means - (-torch.expm1(means.clamp(max=-1e-7))).log()  # of p = 1 they would be infinite
+    return -means[:, 0] - s.dpo_beta * F.logsigmoid(margin(log_odds)), s.dpo_beta * means
+
+
+class PreferenceLoss(NamedTuple):
+    """A row of PREFERENCE_LOSSES.
+
+    loss: a function of the Settings and `Pairs` that returns the loss of each pair (n,) and the rewards (n, 2).
+    reference: whether it compares with the base. smooths: whether it takes --label_smoothing.
+    """
+
+    loss: Callable[[Settings, Pairs], tuple[Tensor, Tensor]]
+    reference: bool
+    smooths: bool
+
+
+# --dpo_loss. To add one: a function like `sigmoid_loss` and a line.
+PREFERENCE_LOSSES = {
+    "sigmoid": PreferenceLoss(sigmoid_loss, reference=True, smooths=True),
+    "ipo": PreferenceLoss(ipo_loss, reference=True, smooths=False),
+    "simpo": PreferenceLoss(simpo_loss, reference=False, smooths=True),
+    "orpo": PreferenceLoss(orpo_loss, reference=False, smooths=False),
+}
+
+
+class Preference(Objective):
+    """Prefer the chosen answer of a pair to the rejected one, by --dpo_loss.
+
+    rewards: beta times log p / p of the base, or of SimPO and ORPO times log p for each token.
+    """
+
+    data = "pairs"
+    unit = "pair"
+    is_likelihood = False
+    columns = (
+        "rewards/chosen", "rewards/rejected", "rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rejected",
+    )  # fmt: skip
+    flags = ("dpo_", "simpo_", "label_smoothing")
+
+    def __init__(self, s: Settings):
+        super().__init__(s)
+        self.row = PREFERENCE_LOSSES[s.dpo_loss]
+
+    def check(self) -> None:
+        """Raise UserError for a flag that --dpo_loss has no use for."""
+        unused = [] if self.s.dpo_loss == "simpo" else self.s.changed("simpo_")
+        unused += [] if self.row.smooths else self.s.changed("label_smoothing")
+        if unused:
+            raise UserError(f"{', '.join(unused)}: --dpo_loss {self.s.dpo_loss} has no use for it")
+
+    def references(self) -> bool:
+        """As of `--dpo_loss`."""
+        return self.row.reference
+
+    def known(self, samples: Samples, indices: list[int]) -> dict[str, list[Tensor]]:
+        """The log-probabilities (2,) of both answers by the base."""
+        return {"reference": [samples.reference[i] for i in indices]} if self.row.reference else {}
+
+    def __call__(self, model: Transformer, batch: Batch) -> Forward:
+        """The losses of a micro-batch: a unit is a pair."""
+        counts = batch.target_counts()
+        x, balance = self.hidden_states(model, batch, len(counts) // 2)
+        logps = answer_logps(model, x, batch.targets, counts)
+        reference = to_device(torch.stack(batch.known["reference"]), x.device) if self.row.reference else None
+        lengths = numbers_on(x.device, counts, torch.float32).view(-1, 2)
+        losses, rewards = self.row.loss(self.s, Pairs(logps, lengths, reference))
+        with torch.no_grad():
+            better = margin(rewards)
+            measured = torch.stack([*rewards.sum(0), (better > 0).sum(), better.sum(), *logps.sum(0)]).double()
+        return Forward(losses.sum() + balance, losses.detach(), batch.tokens.numel(), measured)
+
+
+def answer_logps(model: Transformer, x: Tensor, targets: Tensor, counts: list[int]) -> Tensor:
+    """log p of the answers of pairs, (n, 2) fp32 with gradient, chosen first.
+
+    x: as `Objective.hidden_states` returns it. counts: how many targets each answer has, in the order of their rows.
+    """
+    sums = [part.sum() for part in model.each_target_loss(x, targets).split(counts)]
+    return -torch.stack(sums).view(-1, 2)
+
+
+OBJECTIVES = {"sft": CrossEntropy, "dpo": Preference}
