@@ -1,7 +1,7 @@
 """Objectives: what a step of training minimises. `--objective` names one.
 
-To add an objective: a class like `CrossEntropy` and a line in `OBJECTIVES`. Its `__call__` takes the model and a
-micro-batch and returns a `Forward`. The mean that a step minimises is one over units: target tokens, or whole samples
+To add an objective: a class like `CrossEntropy` and a line in `OBJECTIVES`. Its `losses` takes the model, its final
+hidden states and a micro-batch, and returns a `Forward`. The mean that a step minimises is one over units: target tokens, or whole samples
 (`batching.Samples.unit_counts`). So it gives sums over the units of its micro-batch; `finetune.train_step` divides them
 by the step's number of units, which is known from the plan, and the gradient does not depend on how a step is cut.
 """
@@ -73,20 +73,23 @@ class Objective:
         return False
 
     def __call__(self, model: Transformer, batch: Batch) -> Forward:
-        """The losses of a micro-batch, on the model's device."""
-        raise NotImplementedError
-
-    def hidden_states(self, model: Transformer, batch: Batch, units: int) -> tuple[Tensor, Tensor | float]:
-        """What the head gets, (B, T, D), and --balance_loss times the balance loss, times the micro-batch's `units`.
+        """The losses of a micro-batch, and --balance_loss times its balance loss, times its number of units.
 
         So a step, whose sum is divided by all its units, has each micro-batch's balance loss with its share of them.
         """
         s, device = self.s, model.model.embed_tokens.weight.device
         routed = [] if s.balance_loss and model.training else None
-        x = model.hidden_states(
-            to_device(batch.tokens, device), recompute=s.recompute, offsets=batch.offsets, routed=routed
-        )
-        return x, s.balance_loss * units * unevenness(model, batch, routed) if routed else 0.0
+        tokens = to_device(batch.tokens, device)
+        x = model.hidden_states(tokens, recompute=s.recompute, offsets=batch.offsets, routed=routed)
+        result = self.losses(model, x, batch)
+        if not routed:
+            return result
+        balance = s.balance_loss * len(result.losses) * unevenness(model, batch, routed)
+        return result._replace(trained=result.trained + balance)
+
+    def losses(self, model: Transformer, x: Tensor, batch: Batch) -> Forward:
+        """What the objective makes of what the head gets, x (B, T, E)."""
+        raise NotImplementedError
 
 
 def unevenness(model: Transformer, batch: Batch, routed: list[Tensor]) -> Tensor:
@@ -107,11 +110,10 @@ class CrossEntropy(Objective):
 
     flags = ("label_smoothing", "z_loss")
 
-    def __call__(self, model: Transformer, batch: Batch) -> Forward:
+    def losses(self, model: Transformer, x: Tensor, batch: Batch) -> Forward:
         """The losses of a micro-batch: a unit is a target."""
-        x, balance = self.hidden_states(model, batch, (batch.targets != IGNORE).sum().item())
         trained, losses = model.target_losses(x, batch.targets, self.s.z_loss, self.s.label_smoothing)
-        return Forward(trained + balance, losses, batch.tokens.numel())
+        return Forward(trained, losses, batch.tokens.numel())
 
 
 # ------------------------------------------------------------------------------------------------------- preferences
@@ -229,10 +231,9 @@ class Preference(Objective):
         """The log-probabilities (2,) of both answers by the base."""
         return {"reference": [samples.reference[i] for i in indices]} if self.row.reference else {}
 
-    def __call__(self, model: Transformer, batch: Batch) -> Forward:
+    def losses(self, model: Transformer, x: Tensor, batch: Batch) -> Forward:
         """The losses of a micro-batch: a unit is a pair."""
         counts = batch.target_counts()
-        x, balance = self.hidden_states(model, batch, len(counts) // 2)
         logps = answer_logps(model, x, batch.targets, counts)
         reference = to_device(torch.stack(batch.known["reference"]), x.device) if self.row.reference else None
         lengths = numbers_on(x.device, counts, torch.float32).view(-1, 2)
@@ -240,13 +241,13 @@ class Preference(Objective):
         with torch.no_grad():
             better = margin(rewards)
             measured = torch.stack([*rewards.sum(0), (better > 0).sum(), better.sum(), *logps.sum(0)]).double()
-        return Forward(losses.sum() + balance, losses.detach(), batch.tokens.numel(), measured)
+        return Forward(losses.sum(), losses.detach(), batch.tokens.numel(), measured)
 
 
 def answer_logps(model: Transformer, x: Tensor, targets: Tensor, counts: list[int]) -> Tensor:
     """log p of the answers of pairs, (n, 2) fp32 with gradient, chosen first.
 
-    x: as `Objective.hidden_states` returns it. counts: how many targets each answer has, in the order of their rows.
+    x (B, T, E): what the head gets. counts: how many targets each answer has, in the order of their rows.
     """
     sums = [part.sum() for part in model.each_target_loss(x, targets).split(counts)]
     return -torch.stack(sums).view(-1, 2)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from batching import PLANNERS, Batch, Samples, in_order
 from lora import switched_off
 from objectives import answer_logps
+from ops.devices import to_device
 from shell.cli import UserError
 from shell.files import whole_file
 from weights.safetensors_format import read_tensors
@@ -93,7 +94,7 @@ def logps_by_base(run: Run, samples: Samples) -> Tensor:
     with switched_off(run.model), fabric.autocast():
         for indices in tqdm(mine, **shown):
             batch = Batch(*planner.layout(samples, indices))
-            x, _ = run.objective.hidden_states(run.model, batch, units=0)
+            x = run.model.hidden_states(to_device(batch.tokens, fabric.device), offsets=batch.offsets)
             result[indices] = answer_logps(run.model, x, batch.targets, batch.target_counts())
     run.model.train()
     return (fabric.all_reduce(result, reduce_op="sum") if fabric.world_size > 1 else result).cpu()
