@@ -1,9 +1,10 @@
 """Objectives: what a step of training minimises. `--objective` names one.
 
 To add an objective: a class like `CrossEntropy` and a line in `OBJECTIVES`. Its `losses` takes the model, its final
-hidden states and a micro-batch, and returns a `Forward`. The mean that a step minimises is one over units: target tokens, or whole samples
-(`batching.Samples.unit_counts`). So it gives sums over the units of its micro-batch; `finetune.train_step` divides them
-by the step's number of units, which is known from the plan, and the gradient does not depend on how a step is cut.
+hidden states and a micro-batch, and returns a `Forward`. The mean that a step minimises is one over units: target
+tokens, or whole samples (`batching.Samples.unit_counts`). So an objective gives sums over the units of a micro-batch;
+`finetune.train_step` divides them by the step's number of units, which is known from the plan, and the gradient does
+not depend on how a step is cut.
 """
 
 from __future__ import annotations

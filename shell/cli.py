@@ -69,6 +69,23 @@ def parse(settings_class: type, args: list[str] | None = None) -> Any:
         fail(error)
 
 
+def changed(settings: Any, values: dict, where: str) -> Any:
+    """The settings with other values for some flags, checked as if they had been given in YAML.
+
+    Raises UserError, which names `where` the values stand, if they are not good.
+    """
+    flags = {field.name: field.type for field in dataclasses.fields(settings)}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(type(settings), fail_untyped=True)
+    now = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(settings).items()}
+    try:
+        return type(settings)(**parser.parse_object(now | values).as_dict())
+    except argparse.ArgumentError as error:
+        raise UserError(f"{where}: {explain(str(error), flags, [])}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 def run(main: Callable[[Any], None], settings: Any) -> None:
     """Call `main(settings)`; a `UserError` or an OSError becomes one line and exit status 2, Ctrl-C status 130."""
     try:

@@ -1,0 +1,92 @@
+"""One optimiser step of several variants: rows that hold samples of more than one, and one pass over the base for each.
+
+The samples of all variants' steps are put into rows together, so rows are nearly full however small each one's step is,
+and when a variant ends or is dropped the others have its place. In a row each variant has one stretch. The loss of a
+variant depends on its own stretch and adapter alone, so one backward pass through the sum of all gives each its own
+gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batching import Batch, fill_rows, longest_first
+from ops.devices import to_device
+from ops.forks import Forks
+from training.metrics import Sums
+from training.sweep.layers import VariantModel
+
+if TYPE_CHECKING:
+    from training.build import Run
+
+Samples = dict[int, list[int]]  # numbers of samples, by the number of the variant
+
+
+class Found(NamedTuple):
+    """What a step's passes found of one variant: its loss, the `Sums`, and its positions."""
+
+    loss: Tensor
+    sums: Sums
+    positions: int
+
+
+def joint_rows(runs: dict[int, Run], steps: Samples, budget: int) -> list[Samples]:
+    """The rows of at most `budget` positions into which the samples of all steps go; one that is longer has its own.
+
+    steps: the samples of each variant's step. A pure function of its arguments.
+    """
+    pool = [(number, i) for number, samples in steps.items() for i in samples]
+    lengths = torch.cat([runs[number].train.lengths[samples] for number, samples in steps.items()])
+    rows = []
+    for members in fill_rows(longest_first(torch.arange(len(pool)), lengths), lengths, budget):
+        chosen = sorted(pool[member] for member in members)  # a variant's samples stand together
+        rows.append({n: [i for _, i in own] for n, own in itertools.groupby(chosen, key=lambda pair: pair[0])})
+    return rows
+
+
+def joint_passes(model: VariantModel, runs: dict[int, Run], steps: Samples, budget: int) -> dict[int, Found]:
+    """Leave in each variant's adapter the gradient of its own step: a forward and a backward pass for each row."""
+    any_run = next(iter(runs.values()))
+    fabric, s = any_run.fabric, any_run.settings
+    units = {n: runs[n].train.unit_counts[samples].sum().item() for n, samples in steps.items()}
+    losses = {n: torch.zeros((), device=fabric.device) for n in steps}
+    sums, positions = {n: Sums(runs[n]) for n in steps}, dict.fromkeys(steps, 0)
+    for row in joint_rows(runs, steps, budget):
+        batches = {n: own_batch(runs[n], samples) for n, samples in row.items()}
+        tokens = torch.cat([batch.tokens for batch in batches.values()], dim=1)
+        sizes = [batch.tokens.size(1) for batch in batches.values()]
+        model.stretches.parts = [*zip(row, stretches(sizes), strict=True)]
+        offsets = joined([batch.offsets for batch in batches.values()])
+        trained = torch.zeros((), device=fabric.device)
+        with fabric.autocast():
+            x = model.model.hidden_states(to_device(tokens, fabric.device), recompute=s.recompute, offsets=offsets)
+            for (n, batch), own in zip(batches.items(), x.split(sizes, dim=1), strict=True):
+                result = runs[n].objective.losses(model.model, own, batch)
+                trained = trained + result.trained / units[n]
+                losses[n] += result.summed / units[n]
+                sums[n].add(result, runs[n].train, row[n])
+                positions[n] += result.positions
+        fabric.backward(trained)
+    return {n: Found(losses[n], sums[n], positions[n]) for n in steps}
+
+
+def own_batch(run: Run, samples: list[int]) -> Batch:
+    """These samples of a variant as a packed row of their own."""
+    return Batch(*run.train.packed(samples), run.objective.known(run.train, samples))
+
+
+def stretches(sizes: list[int]) -> list[slice]:
+    """Where stretches of these sizes lie, end to end."""
+    return [slice(a, b) for a, b in itertools.pairwise([0, *itertools.accumulate(sizes)])]
+
+
+def joined(offsets: list[list[int] | Forks]) -> list[int] | Forks:
+    """The offsets of rows end to end."""
+    if isinstance(offsets[0], Forks):
+        return Forks(*(sum(parts, ()) for parts in zip(*offsets, strict=True)))
+    starts = itertools.accumulate((each[-1] for each in offsets), initial=0)
+    return [0, *(start + end for start, each in zip(starts, offsets, strict=False) for end in each[1:])]

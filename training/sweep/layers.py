@@ -1,0 +1,145 @@
+"""One frozen linear layer under the adapters of several variants: its product is made for all of their rows together.
+
+A micro-batch is one row of positions, of which each variant has a stretch (`Stretches`). The base's weight is read,
+and dequantised, once for all of them; each adapter adds what it does to its own stretch. `VariantModel.only` gives the
+model of one variant by itself, as a run of its own has it: for saving, loading and validation.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lora import Adapter, adapters
+from model import Transformer
+from ops.linear import Part, low_rank_linears
+
+
+@dataclass
+class Stretches:
+    """Which positions of the micro-batch belong to which variant: pairs (its number, positions), in their order."""
+
+    parts: list[tuple[int, slice]] = field(default_factory=list)
+
+
+class KnownBase(nn.Module):
+    """A frozen layer in an adapter, which may have been told already what it makes of an input."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base, self.known = base, (None, None)
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        told, y = self.known
+        return y if x is told else self.base(x)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The base's weight, (out, in) of `dtype`."""
+        return self.base.dequantize(dtype)
+
+
+class SharedLinear(nn.Module):
+    """`base` under the adapters of some variants, by their numbers. They are no part of this module's parameters."""
+
+    def __init__(self, base: nn.Module, by_variant: dict[int, Adapter], stretches: Stretches):
+        super().__init__()
+        self.base, self.stretches = base, stretches
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self._by_variant = (by_variant,)  # in a tuple, where nn.Module does not look for modules
+
+    @property
+    def by_variant(self) -> dict[int, Adapter]:
+        """The adapter of each variant that has one here."""
+        return self._by_variant[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (1, T, in) to (1, T, out)."""
+        return self.together(x, [self])[0]
+
+    def trains_by_hand(self) -> bool:
+        """Always: `model.project` may call `together`."""
+        return True
+
+    @staticmethod
+    def together(x: Tensor, layers: Sequence["SharedLinear"]) -> list[Tensor]:
+        """What each of `layers` makes of x (1, T, in): standard LoRA by hand, in one function with the bases."""
+        parts, factors = [], []
+        for number, rows in layers[0].stretches.parts:
+            own = {i: layer.by_variant.get(number) for i, layer in enumerate(layers)}
+            own = {i: adapter for i, adapter in own.items() if adapter is not None and is_by_hand(adapter)}
+            if own:
+                parts.append(Part(rows, [*own], [adapter.scale for adapter in own.values()]))
+                factors += [(adapter.lora_A, adapter.lora_B) for adapter in own.values()]
+        bases = [layer.base for layer in layers]
+        ys = low_rank_linears(x, [base.dequantize for base in bases], parts, factors)
+        ys = [y if base.bias is None else y + base.bias.to(y.dtype) for y, base in zip(ys, bases, strict=True)]
+        return [layer.others(x, y) for layer, y in zip(layers, ys, strict=True)]
+
+    def others(self, x: Tensor, y: Tensor) -> Tensor:
+        """y (1, T, out), in which variants whose adapter is no standard LoRA have what this makes of x (1, T, in)."""
+        own = {n: adapter for n, adapter in self.by_variant.items() if not is_by_hand(adapter)}
+        if not any(number in own for number, _ in self.stretches.parts):
+            return y
+        pieces = []
+        for number, rows in self.stretches.parts:
+            piece, part = y[:, rows], x[:, rows]
+            if number in own:
+                own[number].base.known = part, piece
+                piece = own[number](part)
+                own[number].base.known = None, None
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def is_by_hand(adapter: Adapter) -> bool:
+    """Whether this is standard LoRA, whose products `ops.linear.low_rank_linears` makes."""
+    return hasattr(adapter, "together") and adapter.trains_by_hand()
+
+
+class VariantModel:
+    """A model whose linear layers are shared by the adapters of several variants.
+
+    model: the base. stretches: to be set before each micro-batch.
+    """
+
+    def __init__(self, model: Transformer):
+        self.model, self.stretches = model, Stretches()
+        self.by_variant: list[dict[str, Adapter]] = []  # by the name of the layer
+        self.bases: dict[str, nn.Module] = {}
+
+    def take(self) -> None:
+        """Take the adapters that are in the model now away, as those of the next variant: it is the base again."""
+        found = adapters(self.model)
+        for name, adapter in found.items():
+            base = adapter.base
+            self.bases.setdefault(name, base)
+            self._put(name, base)
+            if not is_by_hand(adapter):
+                adapter.base = KnownBase(base)
+        self.by_variant.append(found)
+
+    def share(self) -> None:
+        """Put a `SharedLinear` in the place of each layer that any variant adapts: for training all together."""
+        for name, base in self.bases.items():
+            here = {number: found[name] for number, found in enumerate(self.by_variant) if name in found}
+            self._put(name, SharedLinear(base, here, self.stretches))
+
+    @contextlib.contextmanager
+    def only(self, number: int) -> Iterator[Transformer]:
+        """The model of one variant: its adapters over the base, and no others."""
+        shared = {name: self.model.get_submodule(name) for name in self.bases}
+        for name, base in self.bases.items():
+            self._put(name, self.by_variant[number].get(name, base))
+        try:
+            yield self.model
+        finally:
+            for name, module in shared.items():
+                self._put(name, module)
+
+    def _put(self, name, module):
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, module)
