@@ -46,7 +46,7 @@ from training.metrics import (
     targets_by_source_name,
 )
 from training.nonfinite import NotFinite, check_finite
-from training.optimizer import InBackward, begin_step
+from training.optimizer import OPTIMIZERS, InBackward, begin_step, weights_to_keep
 from training.run_folder import explained_write_errors
 from training.schedule import Schedule
 from training.steps import dropout_seed, planned_steps, steps_per_epoch, total_steps
@@ -122,7 +122,7 @@ def train_loop(run: Run, schedule: Schedule, start: int, signals: list[int]) -> 
             due, over = schedule.due(done), schedule.is_over(done, validation_tokens / row["tokens_per_second"])
             signal, over = agree(run, schedule, signals, over)
             if schedule.intervals["validation"] and (over or "validation" in due):
-                with schedule.timed("validation"):
+                with schedule.timed("validation"), weights_to_keep(run.optimizer):
                     row |= validate(run)
             with explained_write_errors(s.out_dir):
                 metrics.add({"step": done, "epoch": done / per_epoch, **row})
@@ -159,22 +159,9 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
     mine = micro_batches[fabric.global_rank :: fabric.world_size]
     all_indices = [i for indices in micro_batches for i in indices]
     target_count = samples.target_counts[all_indices].sum().item()
-    torch.manual_seed(dropout_seed(s, step, fabric.global_rank, fabric.world_size))
     begin_step(run.optimizer, rate, len(mine))
-    loss = torch.zeros((), device=fabric.device)
-    sums = torch.zeros(len(run.sources), dtype=torch.float64, device=fabric.device)
-    positions = 0
-    for indices in mine:
-        result = forward(run, samples, indices)
-        loss += result.summed / target_count
-        if s.optimizer_in_backward or s.offload:  # the backward pass is about to change the weights
-            check_finite("the loss", loss.item())
-        fabric.backward(result.trained / target_count)
-        positions += result.positions
-        add_by_source(sums, result.losses, samples, indices)
-    if fabric.world_size > 1:
-        loss = sum_over_devices(run, loss)
-        sums = fabric.all_reduce(sums, reduce_op="sum")
+    find_gradient = GRADIENTS[OPTIMIZERS[s.optimizer].gradient]
+    loss, sums, positions = find_gradient(run, mine, step, target_count)
     # The one place in a step where the host waits for the device: before what is no number can change a weight.
     (loss,), (norm,), sums = read_numbers(loss, gradient_norm(run), sums)
     check_finite("the loss", loss)
@@ -194,6 +181,57 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
         "tokens_per_second": tokens / seconds,
         "memory_gb": peak_memory(fabric.device) / 1e9,
     }
+
+
+def backward_passes(run: Run, mine: list[list[int]], step: int, target_count: int) -> tuple[Tensor, Tensor, int]:
+    """Leave the gradient of a step in the weights: a forward and a backward pass of each micro-batch of this device.
+
+    Returns the step's loss, a scalar, the summed losses of each source, (n,), and the positions of this device.
+    """
+    s, fabric, samples = run.settings, run.fabric, run.train
+    torch.manual_seed(dropout_seed(s, step, fabric.global_rank, fabric.world_size))
+    loss = torch.zeros((), device=fabric.device)
+    sums = torch.zeros(len(run.sources), dtype=torch.float64, device=fabric.device)
+    positions = 0
+    for indices in mine:
+        result = forward(run, samples, indices)
+        loss += result.summed / target_count
+        if s.optimizer_in_backward or s.offload:  # the backward pass is about to change the weights
+            check_finite("the loss", loss.item())
+        fabric.backward(result.trained / target_count)
+        positions += result.positions
+        add_by_source(sums, result.losses, samples, indices)
+    if fabric.world_size > 1:
+        loss = sum_over_devices(run, loss)
+        sums = fabric.all_reduce(sums, reduce_op="sum")
+    return loss, sums, positions
+
+
+@torch.no_grad()
+def forward_passes(run: Run, mine: list[list[int]], step: int, target_count: int) -> tuple[Tensor, Tensor, int]:
+    """Tell MeZO (training/mezo.py) the losses on both sides of the weights, by forward passes alone.
+
+    Returns what `backward_passes` does; the losses are means over the two sides. Both have the same dropout.
+    """
+    fabric, samples = run.fabric, run.train
+    trained, loss = torch.zeros(2, 2, dtype=torch.float64, device=fabric.device)
+    sums = torch.zeros(len(run.sources), dtype=torch.float64, device=fabric.device)
+    for side in run.optimizer.sides(step):
+        torch.manual_seed(dropout_seed(run.settings, step, fabric.global_rank, fabric.world_size))
+        positions = 0
+        for indices in mine:
+            result = forward(run, samples, indices)
+            trained[side] += result.trained / target_count
+            loss[side] += result.summed / target_count
+            positions += result.positions
+            add_by_source(sums, result.losses / 2, samples, indices)
+    if fabric.world_size > 1:
+        trained, loss, sums = (fabric.all_reduce(total, reduce_op="sum") for total in (trained, loss, sums))
+    run.optimizer.found(trained)
+    return loss.mean(), sums, positions
+
+
+GRADIENTS = {"backward": backward_passes, "forward": forward_passes}  # by the `gradient` of a row of OPTIMIZERS
 
 
 class Forward(NamedTuple):
@@ -252,7 +290,7 @@ def unevenness(run: Run, routed: list[Tensor], targets: Tensor, offsets: list[in
 
 def gradient_norm(run: Run) -> Tensor:
     """The gradient's norm, a scalar; then the gradient is clipped."""
-    if isinstance(run.optimizer, InBackward):  # which clips by itself
+    if hasattr(run.optimizer, "take_norm"):  # which clips by itself
         return run.optimizer.take_norm()
     most = run.settings.max_grad_norm or math.inf
     return run.fabric.clip_gradients(run.model, run.optimizer, max_norm=most, error_if_nonfinite=False)
