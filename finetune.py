@@ -34,6 +34,7 @@ from training.memory import budget
 from training.memory.dry_run import memory_dry_run
 from training.metrics import (
     FirstStepFlops,
+    Found,
     Metrics,
     Sums,
     parameter_counts,
@@ -43,7 +44,7 @@ from training.metrics import (
     units_by_source_name,
 )
 from training.nonfinite import NotFinite, check_finite
-from training.optimizer import InBackward, begin_step
+from training.optimizer import OPTIMIZERS, InBackward, begin_step, weights_to_keep
 from training.run_folder import explained_write_errors
 from training.schedule import Schedule
 from training.steps import dropout_seed, planned_steps, steps_per_epoch, total_steps
@@ -121,7 +122,7 @@ def train_loop(run: Run, schedule: Schedule, start: int, signals: list[int]) -> 
             due, over = schedule.due(done), schedule.is_over(done, validation_tokens / row["tokens_per_second"])
             signal, over = agree(run, schedule, signals, over)
             if schedule.intervals["validation"] and (over or "validation" in due):
-                with schedule.timed("validation"):
+                with schedule.timed("validation"), weights_to_keep(run.optimizer):
                     row |= validate(run)
             with explained_write_errors(s.out_dir):
                 metrics.add({"step": done, "epoch": done / per_epoch, **row})
@@ -154,15 +155,35 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
     NotFinite, before a weight is updated with it, if the loss or the gradient's norm is not finite.
     """
     started = time.perf_counter()
-    s, fabric, samples = run.settings, run.fabric, run.train
+    fabric, samples = run.fabric, run.train
     mine = micro_batches[fabric.global_rank :: fabric.world_size]
     all_indices = [i for indices in micro_batches for i in indices]
-    units = samples.unit_counts[all_indices].sum().item()
-    torch.manual_seed(dropout_seed(s, step, fabric.global_rank, fabric.world_size))
     begin_step(run.optimizer, rate, len(mine))
-    loss = torch.zeros((), device=fabric.device)
-    sums = Sums(run)
-    positions = 0
+    find_gradient = GRADIENTS[OPTIMIZERS[run.settings.optimizer].gradient]
+    found = find_gradient(run, mine, step, samples.unit_counts[all_indices].sum().item())
+    loss, norm = finish_step(run, found)
+    seconds = time.perf_counter() - started
+    tokens = samples.lengths[all_indices].sum().item()
+    own_tokens = sum(samples.lengths[indices].sum().item() for indices in mine)
+    return {
+        "loss": loss,
+        **found.sums.means(samples, all_indices),
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "targets": samples.target_counts[all_indices].sum().item(),
+        "padding": 1 - own_tokens / max(1, found.positions),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "memory_gb": peak_memory(fabric.device) / 1e9,
+    }
+
+
+def backward_passes(run: Run, mine: list[list[int]], step: int, units: int) -> Found:
+    """Leave the gradient of a step in the weights: a forward and a backward pass of each micro-batch of this device."""
+    s, fabric, samples = run.settings, run.fabric, run.train
+    torch.manual_seed(dropout_seed(s, step, fabric.global_rank, fabric.world_size))
+    loss, sums, positions = torch.zeros((), device=fabric.device), Sums(run), 0
     for indices in mine:
         result = forward(run, samples, indices)
         loss += result.summed / units
@@ -171,27 +192,45 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
         fabric.backward(result.trained / units)
         positions += result.positions
         sums.add(result, samples, indices)
+    return Found(sum_over_devices(run, loss) if fabric.world_size > 1 else loss, sums, positions)
+
+
+@torch.no_grad()
+def forward_passes(run: Run, mine: list[list[int]], step: int, units: int) -> Found:
+    """Tell MeZO (training/mezo.py) the losses on both sides of the weights, by forward passes alone.
+
+    What is found are means over the two sides. Both have the same dropout.
+    """
+    fabric, samples = run.fabric, run.train
+    trained, loss = torch.zeros(2, 2, dtype=torch.float64, device=fabric.device)
+    sums = Sums(run, weight=1 / 2)
+    for side in run.optimizer.sides(step):
+        torch.manual_seed(dropout_seed(run.settings, step, fabric.global_rank, fabric.world_size))
+        positions = 0
+        for indices in mine:
+            result = forward(run, samples, indices)
+            trained[side] += result.trained / units
+            loss[side] += result.summed / units
+            positions += result.positions
+            sums.add(result, samples, indices)
     if fabric.world_size > 1:
-        loss = sum_over_devices(run, loss)
-    # The one place in a step where the host waits for the device: before what is no number can change a weight.
-    (loss,), (norm,), *sums.numbers = read_numbers(loss, gradient_norm(run), *sums.over_devices())
+        trained, loss = (fabric.all_reduce(total, reduce_op="sum") for total in (trained, loss))
+    run.optimizer.found(trained)
+    return Found(loss.mean(), sums, positions)
+
+
+GRADIENTS = {"backward": backward_passes, "forward": forward_passes}  # by the `gradient` of a row of OPTIMIZERS
+
+
+def finish_step(run: Run, found: Found) -> tuple[float, float]:
+    """Let the optimiser step with the gradient that was found. Returns the step's loss and the gradient's norm.
+
+    The one place in a step where the host waits for the device: before what is no number can change a weight.
+    """
+    (loss,), (norm,), *found.sums.numbers = read_numbers(found.loss, gradient_norm(run), *found.sums.over_devices())
     check_finite("the loss", loss)
     update(run, norm)
-    seconds = time.perf_counter() - started
-    tokens = samples.lengths[all_indices].sum().item()
-    own_tokens = sum(samples.lengths[indices].sum().item() for indices in mine)
-    return {
-        "loss": loss,
-        **sums.means(samples, all_indices),
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "tokens": tokens,
-        "targets": samples.target_counts[all_indices].sum().item(),
-        "padding": 1 - own_tokens / max(1, positions),
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "memory_gb": peak_memory(fabric.device) / 1e9,
-    }
+    return loss, norm
 
 
 def forward(run: Run, samples: Samples, indices: list[int]) -> Forward:
@@ -203,7 +242,7 @@ def forward(run: Run, samples: Samples, indices: list[int]) -> Forward:
 
 def gradient_norm(run: Run) -> Tensor:
     """The gradient's norm, a scalar; then the gradient is clipped."""
-    if isinstance(run.optimizer, InBackward):  # which clips by itself
+    if hasattr(run.optimizer, "take_norm"):  # which clips by itself
         return run.optimizer.take_norm()
     most = run.settings.max_grad_norm or math.inf
     return run.fabric.clip_gradients(run.model, run.optimizer, max_norm=most, error_if_nonfinite=False)

@@ -31,7 +31,7 @@ from inference.decode import StaticDecoder
 from inference.kv_cache import KVCache
 from training.memory import plan
 from training.metrics import flop_counter
-from training.optimizer import OPTIMIZERS
+from training.optimizer import moment_bytes
 
 aten = torch.ops.aten
 
@@ -345,7 +345,7 @@ def optimizer_step(job: plan.Job) -> Trace:
 
 def update(parameter: Tensor, job: plan.Job) -> Iterator[Operation]:
     """The operations that clip a parameter's gradient and update it, with the bytes of its dtype and of its moments."""
-    moments, size = OPTIMIZERS[job.optimizer].moment_bytes(parameter, job.device), parameter.nbytes
+    moments, size = moment_bytes(job, [("", parameter)], job.device), parameter.nbytes
     of = (Spec(parameter.dtype, tuple(parameter.shape), parameter.stride(), 0),)
     update = torch.optim.AdamW if job.optimizer == "adamw" else None
     yield Operation("gradient's norm", "optimiser", aten._foreach_norm.Scalar, (of,), (), 0, size, 0, 0)

@@ -26,7 +26,7 @@ from shell.files import read_json
 from text.tokenizer import Tokenizer
 from training.from_settings import DTYPES, adapter_config, autocast_dtype
 from training.offload import OffloadedAdamW
-from training.optimizer import InBackward, StepInBackward, build_optimizer
+from training.optimizer import OPTIMIZERS, InBackward, StepInBackward, build_optimizer, go_on, is_projected
 from weights.checkpoint import load_model, load_optimizer, read_config
 from weights.peft_layout import outside_peft
 
@@ -77,6 +77,7 @@ def build_run(s: Settings, fabric: Fabric, data: Data, newest: Path | None, iden
         compile_blocks(model, fabric.device)
     if newest:
         load_optimizer(optimizer, newest)
+        go_on(optimizer)
         fabric.strategy.precision.load_state_dict(read_json(newest / "scaler.json"))
     return Run(s, fabric, model.train(), optimizer, data.train, data.val, data.sources, data.info, adapter, identity)
 
@@ -86,7 +87,10 @@ def place_optimizer(s: Settings, fabric: Fabric, model: Transformer) -> torch.op
     if s.offload == "optimizer":
         return OffloadedAdamW(model, s)
     optimizer = build_optimizer(s, model)
-    return StepInBackward(model, optimizer) if s.optimizer_in_backward else fabric.setup_optimizers(optimizer)
+    if s.optimizer_in_backward:
+        return StepInBackward(model, optimizer)
+    # Fabric scales gradients and hands them to the optimiser: without one there is nothing to do.
+    return fabric.setup_optimizers(optimizer) if OPTIMIZERS[s.optimizer].gradient == "backward" else optimizer
 
 
 def open_data(s: Settings) -> Data:
@@ -119,6 +123,7 @@ def check_model(s: Settings, data: Data) -> Transformer:
         if s.method != "full":
             lora.add_lora(model, adapter_config(s, config))
             note_outside_peft(model, s.method)
+        check_trained(s, model)
     if s.balance_loss and not config.experts:
         raise UserError(f"--balance_loss {s.balance_loss:g}: the model in {s.checkpoint_dir} has no experts")
     if s.method == "full" and s.precision == "bf16-true" and not s.offload:  # which steps weights in fp32
@@ -147,6 +152,18 @@ def check_objective(s: Settings, data: Data) -> None:
     if foreign := [flag for prefix in sorted(others) for flag in s.changed(prefix)]:
         raise UserError(f"{', '.join(foreign)}: --objective {s.objective} has no use for it")
     chosen(s).check()
+
+
+def check_trained(s: Settings, model: Transformer) -> None:
+    """Raise UserError if the optimiser's flags are for other weights than those that train."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if s.lora_plus_ratio != 1 and not any(name.endswith("lora_B") for name, _ in trained):
+        raise UserError(f"--lora_plus_ratio {s.lora_plus_ratio:g}: --method {s.method} trains no matrix B of LoRA")
+    if s.optimizer == "apollo" and not any(is_projected(name, p, s) for name, p in trained):
+        raise UserError(
+            f"--optimizer apollo: no matrix that trains in the blocks has more than --apollo_rank {s.apollo_rank} rows "
+            "and columns, so it would be AdamW: lower the rank, or take --method full"
+        )
 
 
 def note_outside_peft(model: Transformer, method: str) -> None:

@@ -12,7 +12,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -127,11 +127,12 @@ def write_rows(path: Path, columns: list[str], rows: list[dict]) -> tuple:
 class Sums:
     """Losses by source, and what the objective measures, added up over the micro-batches of a step or a validation.
 
-    numbers: both sums, once they have been read from the device: of each source, of each of the objective's columns.
+    weight: what each micro-batch counts. numbers: both sums, once they have been read from the device: of each source,
+    of each of the objective's columns.
     """
 
-    def __init__(self, run: Run):
-        self.run, self.numbers = run, []
+    def __init__(self, run: Run, weight: float = 1.0):
+        self.run, self.weight, self.numbers = run, weight, []
         sizes = len(run.sources), len(run.objective.columns)
         self.by_source, self.measured = (
             torch.zeros(n, dtype=torch.float64, device=run.fabric.device) for n in sizes
@@ -141,9 +142,10 @@ class Sums:
         """Add those of a micro-batch of the samples `indices`, whose units lie in their order, as in both layouts."""
         if len(self.by_source):
             sources = samples.sources[indices].repeat_interleave(samples.unit_counts[indices])
-            self.by_source.index_add_(0, to_device(sources, self.by_source.device), result.losses.double())
+            sources = to_device(sources, self.by_source.device)
+            self.by_source.index_add_(0, sources, result.losses.double(), alpha=self.weight)
         if result.measured is not None:
-            self.measured += result.measured
+            self.measured.add_(result.measured, alpha=self.weight)
 
     def over_devices(self) -> list[Tensor]:
         """The sums over all devices: (sources,) and (columns,) fp64."""
@@ -161,6 +163,14 @@ class Sums:
         row = {f"{prefix}loss/{name}": losses[i] for i, name in enumerate(self.run.sources) if counts[i]}
         measured = means_of(measured, samples.unit_counts[indices].sum())
         return row | {f"{prefix}{name}": mean for name, mean in zip(self.run.objective.columns, measured, strict=True)}
+
+
+class Found(NamedTuple):
+    """What the passes of a step found beside its gradient: the loss (a scalar), the `Sums`, this device's positions."""
+
+    loss: Tensor
+    sums: Sums
+    positions: int
 
 
 def means_of(sums: list[float], counts: Tensor) -> list[float]:

@@ -35,7 +35,7 @@ from shell.files import (
 from text.style_templates import save_chat_template
 from training.from_settings import DTYPES
 from training.offload import STATE_BYTES
-from training.optimizer import OPTIMIZERS
+from training.optimizer import moment_bytes, weights_to_keep
 from weights import peft_format
 from weights.checkpoint import NOTES, read_config, save_model, save_optimizer
 from weights.stored import INDEX, shard_paths
@@ -148,7 +148,8 @@ def save_checkpoint(run: Run, done: int, schedule_state: dict | None, metrics: M
     if not run.fabric.is_global_zero:
         return
     hashes = {}
-    with explained_write_errors(s.out_dir), new_folder(checkpoint_path(s, done), hashes) as folder:
+    keep = weights_to_keep(run.optimizer)
+    with keep, explained_write_errors(s.out_dir), new_folder(checkpoint_path(s, done), hashes) as folder:
         hashes |= save_weights(run, folder)[0]
         hashes |= save_optimizer(run.optimizer, folder)
         write_json(folder / "scaler.json", run.fabric.strategy.precision.state_dict())  # {} but for 16-mixed
@@ -161,7 +162,8 @@ def save_final(run: Run) -> None:
     """Write `final/`: the adapter, or the model."""
     if run.fabric.is_global_zero:
         out_dir, hashes = run.settings.out_dir, {}
-        with explained_write_errors(out_dir), new_folder(out_dir / "final", hashes) as folder:
+        keep = weights_to_keep(run.optimizer)
+        with keep, explained_write_errors(out_dir), new_folder(out_dir / "final", hashes) as folder:
             known, line = save_weights(run, folder)
             hashes |= known
         if line:
@@ -312,11 +314,12 @@ def hash_of_pieces(path: Path) -> str:
 def sizes(s: Settings, model: Transformer) -> tuple[int, int]:
     """Bytes of `final/` and of a checkpoint, about. model: as in training; it may be on the meta device."""
     dtype, full = DTYPES[s.precision], s.method == "full"
-    trained = [p.to(dtype) if full else p for p in model.parameters() if full or p.requires_grad]
-    weights = sum(p.nbytes for p in trained)
-    moments = sum(OPTIMIZERS[s.optimizer].moment_bytes(p, "cpu") for p in trained)  # on a disk nothing is paged
+    named = model.named_parameters()
+    trained = [(name, p.to(dtype) if full else p) for name, p in named if full or p.requires_grad]
+    weights = sum(p.nbytes for _, p in trained)
+    moments = moment_bytes(s, trained, "disk")
     if s.offload:
-        moments = sum(STATE_BYTES * p.numel() for p in trained)
+        moments = sum(STATE_BYTES * p.numel() for _, p in trained)
     return weights, weights + moments
 
 

@@ -9,6 +9,19 @@ from typing import Literal
 from shell import cli
 from shell.cli import UserError
 
+# --beta1 and --beta2 of an optimiser where they are not AdamW's 0.9 and 0.999; None: it has no such average.
+BETAS = {
+    "lion": (0.9, 0.99), "lion-8bit": (0.9, 0.99), "sgd": (0.9, None), "adafactor": (None, None), "mezo": (None, None),
+}  # fmt: skip
+# What an optimiser needs: a flag, its value, and why.
+NEEDS = {
+    "schedule-free": [("schedule", "constant", "it averages the weights, and the rate does not fall")],
+    "mezo": [
+        ("recompute", 0, "it has no backward pass, and keeps no activations"),
+        ("optimizer_in_backward", False, "it has no backward pass"),
+    ],
+}
+
 
 @dataclass
 class Settings:
@@ -38,8 +51,13 @@ class Settings:
         max_steps: Optimiser steps.
         time_budget: End after this wall-clock time, such as 24h, 90m or 3600s, with the schedule complete and final/
             written; earlier if epochs or max_steps are reached. Counts from the start, loading and saving included.
-        optimizer: AdamW: fused, with 8-bit states, or with states paged out of GPU memory (bitsandbytes).
-        learning_rate: The highest learning rate; 2e-4 suits adapters, 2e-5 all weights.
+        optimizer: AdamW: fused, with 8-bit states, or with states paged out of GPU memory (bitsandbytes); or another
+            of docs/optimizers.md, which has the rate that suits each. "mezo" needs no backward pass.
+        learning_rate: The highest learning rate; for AdamW 2e-4 suits adapters, 2e-5 all weights.
+        lora_plus_ratio: LoRA+: the learning rate of B (and of DoRA's magnitudes) is this times that of A.
+        apollo_rank: APOLLO's moments are of a projection of the gradient to this rank.
+        apollo_scale: APOLLO's updates of projected matrices are multiplied by this.
+        mezo_epsilon: How far MeZO moves the weights to see what becomes of the loss.
         schedule: How the rate falls to zero after the warm-up; "constant" keeps it.
         warmup_steps: Steps over which the rate rises.
         weight_decay: Decay of matrices (not of norms and biases).
@@ -58,8 +76,8 @@ class Settings:
             metrics.csv has the loss without it.
         z_loss: Train the loss plus this times the square of log sum exp(logits) of each target, which keeps logits near
             0 (PaLM, arXiv 2204.02311, section 5, has 1e-4). metrics.csv has the loss without it.
-        beta1: AdamW's decay of the first moment.
-        beta2: AdamW's decay of the second moment.
+        beta1: Decay of the first moment, SGD's momentum: 0.9 where the optimiser has one.
+        beta2: Decay of the second moment, 0.999, or of Lion's one, 0.99, where the optimiser has one.
         max_grad_norm: Clip the gradient to this norm; 0 for no clipping.
         recompute: Share of the blocks with activation checkpointing: less memory, at 1 a third more time.
             "offload": all blocks, and their inputs wait in host memory, for long contexts on a GPU; MLPs run over
@@ -103,6 +121,10 @@ class Settings:
     time_budget: str | None = None
     optimizer: Literal[cli.table_keys("training/optimizer.py", "OPTIMIZERS")] = "adamw"
     learning_rate: float = 2e-4
+    lora_plus_ratio: float = 1.0
+    apollo_rank: int = 256
+    apollo_scale: float = 1.0
+    mezo_epsilon: float = 1e-3
     schedule: Literal[cli.table_keys("training/schedule.py", "SCHEDULES")] = "cosine"
     warmup_steps: int = 10
     weight_decay: float = 0.0
@@ -113,8 +135,8 @@ class Settings:
     label_smoothing: float = 0.0
     balance_loss: float = 0.0
     z_loss: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: float | None = None
+    beta2: float | None = None
     max_grad_norm: float = 1.0
     recompute: float | Literal["offload"] = 0.0
     compile: bool = False
@@ -135,6 +157,7 @@ class Settings:
 
     def __post_init__(self):
         self.started = time.monotonic()  # for time_budget: before the imports, which take a while
+        self._check_optimizer()
         self._check_ranges()
         self._check_checkpoints()
         self._check_optimizer_in_backward()
@@ -165,7 +188,8 @@ class Settings:
 
     def _check_ranges(self):
         above_zero = ("lora_r", "lora_alpha", "global_batch_size", "micro_batch_tokens", "epochs", "learning_rate")
-        cli.check_numbers(self, *above_zero, "devices", "plan_tflops", "dpo_beta", above=0)
+        more = ("lora_plus_ratio", "apollo_rank", "apollo_scale", "mezo_epsilon", "devices", "plan_tflops", "dpo_beta")
+        cli.check_numbers(self, *above_zero, *more, above=0)
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
         zero_or_above = ("warmup_steps", "weight_decay", "max_grad_norm", "eval_interval", "save_interval", "keep_last")
@@ -174,6 +198,33 @@ class Settings:
         cli.check_numbers(self, "recompute", least=0, most=1)
         if self.lora_targets == []:
             raise UserError("--lora_targets is empty: name at least one projection, such as [q_proj,v_proj]")
+
+    def _check_optimizer(self):
+        """Give beta1 and beta2 the optimiser's own values, and refuse what it has no use for."""
+        for name, usual in zip(("beta1", "beta2"), BETAS.get(self.optimizer, (0.9, 0.999)), strict=True):
+            if usual is None and getattr(self, name) is not None:
+                raise UserError(f"--{name} {getattr(self, name):g}: --optimizer {self.optimizer} has no {name}")
+            if getattr(self, name) is None:
+                setattr(self, name, usual)
+        for optimizer in ("apollo", "mezo"):
+            if self.optimizer != optimizer and (unused := self.changed(f"{optimizer}_")):
+                raise UserError(f"{unused[0]} needs --optimizer {optimizer}, not {self.optimizer}")
+        for name, value, why in NEEDS.get(self.optimizer, ()):
+            if getattr(self, name) != value:
+                raise UserError(f"--optimizer {self.optimizer} needs --{name} {str(value).lower()}: {why}")
+        if self.optimizer == "schedule-free" and self.beta1 == 0:
+            raise UserError("--optimizer schedule-free needs --beta1 above 0: its gradients are taken at the average")
+        if self.optimizer == "mezo":
+            self._check_mezo()
+
+    def _check_mezo(self):
+        if self.precision == "16-mixed":
+            raise UserError("--optimizer mezo needs another --precision: 16-mixed scales gradients, and it has none")
+        if self.method == "full" and self.precision == "bf16-true":
+            raise UserError(
+                "--optimizer mezo needs --precision bf16-mixed or 32-true with --method full: its steps, and what it "
+                "moves the weights by and back, would round to nothing or to too much in bf16"
+            )
 
     def _check_checkpoints(self):
         if self.keep_best and not (self.eval_interval and self.save_interval and self.keep_last):

@@ -299,7 +299,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | Path) -> None
         if bool(values) != bool(state[0]):
             raise UserError(f"{path}: parameter {number} has no state, or is the only one: it belongs to another run")
         for key, value in values.items():
-            if torch.is_tensor(value) and value.dim() > 1 and value.shape != parameter.shape:
+            if torch.is_tensor(value) and value.dim() > 1 and not _may_be_of(parameter, value.shape):
                 raise UserError(f"{path}: {number}.{key} is {tuple(value.shape)}: it belongs to another run")
             if torch.is_tensor(value) and not value.isfinite().all():
                 again = f"delete {folder} and resume an earlier one"
@@ -309,6 +309,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | Path) -> None
                 held.copy_(value)
             else:
                 optimizer.state[parameter][key] = value.to(parameter.device) if torch.is_tensor(value) else value
+
+
+def _may_be_of(parameter, shape):
+    """Whether a state of this shape can be a parameter's: equal, or with one side of a matrix shorter (projected)."""
+    equal = [a == b for a, b in zip(shape, parameter.shape, strict=False)]
+    smaller = all(a <= b for a, b in zip(shape, parameter.shape, strict=False))
+    return len(shape) == parameter.dim() and smaller and any(equal)
 
 
 def _parameters(optimizer):

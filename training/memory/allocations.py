@@ -116,7 +116,7 @@ class Allocations(TorchDispatchMode):
 def trace_step(
     model: Transformer, batch: tuple, allocations: Allocations, job: Job, left_out: dict[int, int] | None = None
 ) -> list[tuple[int, int]]:
-    """Run one micro-batch forward and backward under `allocations`.
+    """Run one micro-batch forward and, unless `job` has no gradients, backward under `allocations`.
 
     batch: tokens, targets and offsets. job: its recompute is a share of this model's blocks.
     left_out: for the number of a block, how many more blocks would follow it and do the same.
@@ -131,11 +131,13 @@ def trace_step(
     for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter) if job.gradients == "kept" and not job.offload else None
     tokens, targets, offsets = batch
-    with allocations:
+    backward = job.gradients != "none"
+    with allocations, torch.set_grad_enabled(backward):
         with torch.autocast(job.device, job.autocast) if job.autocast else contextlib.nullcontext():
             loss = model(tokens, targets, recompute=job.recompute, offsets=offsets)
         allocations.part = "working set"
-        loss.backward()
+        if backward:
+            loss.backward()
     for handle in handles:
         handle.remove()
     return trace.costs()

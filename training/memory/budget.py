@@ -23,7 +23,7 @@ from shell.cli import UserError
 from training.from_settings import DTYPES, adapter_config, autocast_dtype
 from training.memory import machine, plan
 from training.metrics import peak_memory, start_measuring
-from training.optimizer import OPTIMIZERS
+from training.optimizer import OPTIMIZERS, build_optimizer, moment_bytes
 from training.steps import planned_steps, steps_per_epoch, total_steps
 from weights.checkpoint import read_config
 
@@ -41,7 +41,10 @@ OUT_OF_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std
 def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
     """The `plan.Job` of this run."""
     config = read_config(s.checkpoint_dir)
-    one_by_one = s.optimizer_in_backward or (s.offload and not s.max_grad_norm and gradients == "new")
+    if OPTIMIZERS[s.optimizer].gradient == "forward":
+        gradients = "none"
+    elif s.optimizer_in_backward or (s.offload and not s.max_grad_norm and gradients == "new"):
+        gradients = "freed"
     return plan.Job(
         config=config,
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -51,8 +54,10 @@ def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
         adapter=None if s.method == "full" else adapter_config(s, config),
         optimizer=s.optimizer,
         recompute=s.recompute,
-        gradients="freed" if one_by_one else gradients,
+        gradients=gradients,
         offload=s.offload,
+        beta1=s.beta1,
+        apollo_rank=s.apollo_rank,
     )
 
 
@@ -95,12 +100,14 @@ def memory_of_later_steps(
     """
     if s.offload:
         return []
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable if gradients else ():
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for _, parameter in trainable if gradients and OPTIMIZERS[s.optimizer].gradient == "backward" else ():
         parameter.grad = torch.zeros_like(parameter)
-    missing = [parameter for parameter in trainable if not optimizer.state.get(parameter)]
-    moment_bytes = OPTIMIZERS[s.optimizer].moment_bytes
-    return [torch.empty(moment_bytes(p, p.device.type), dtype=torch.uint8, device=p.device) for p in missing]
+    missing = [(name, parameter) for name, parameter in trainable if not optimizer.state.get(parameter)]
+    return [
+        torch.empty(moment_bytes(s, [(name, p)], p.device.type), dtype=torch.uint8, device=p.device)
+        for name, p in missing
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ what fits
@@ -121,7 +128,7 @@ def choose_micro_batch(s: Settings, train: Samples) -> None:
         return
     s.micro_batch_tokens, budget = most_that_fits(s, train)
     if not s.micro_batch_tokens:
-        hint = "see --plan" if s.recompute in (1, "offload") else "raise --recompute, or see --plan"
+        hint = "raise --recompute, or see --plan" if len(more_recomputed(s)) > 2 else "see --plan"
         raise UserError(f"the longest sample does not fit in {budget / 1e9:.2f} GB: {hint}")
     print(f"--micro_batch_tokens {s.micro_batch_tokens}: the most that fits in {budget / 1e9:.2f} GB", file=sys.stderr)
     s.memory_budget = None  # it has done its work: a run from this one's config.yaml takes the number
@@ -137,11 +144,11 @@ def check_micro_batches(s: Settings, train: Samples) -> None:
         )
 
 
-def more_recomputed(recompute: float | str) -> list[float | str]:
+def more_recomputed(s: Settings) -> list[float | str]:
     """This --recompute and, of `RECOMPUTED`, those that keep less on the device."""
-    if recompute == "offload":
-        return [recompute]
-    return [recompute, *(share for share in RECOMPUTED if share == "offload" or share > recompute)]
+    if s.recompute == "offload" or OPTIMIZERS[s.optimizer].gradient == "forward":  # which keeps nothing anyway
+        return [s.recompute]
+    return [s.recompute, *(share for share in RECOMPUTED if share == "offload" or share > s.recompute)]
 
 
 def described(value: float | str) -> str:
@@ -164,7 +171,7 @@ def check_host_memory(s: Settings, train: Samples) -> None:
 def print_plan(s: Settings, train: Samples) -> None:
     """Print for --plan what fits in the budget, if there is one, then the prediction for the run."""
     if s.memory_budget or s.micro_batch_tokens == "auto":
-        for recompute in more_recomputed(s.recompute):
+        for recompute in more_recomputed(s):
             s.recompute = recompute
             tokens, budget = most_that_fits(s, train)
             fits = f"at most --micro_batch_tokens {tokens} fit" if tokens else "the longest sample does not fit"
@@ -237,7 +244,7 @@ def suggestions(s: Settings, train: Samples, available: float) -> str:
         flags += [("recompute", "offload"), ("offload", "optimizer")]
     for flag, value in flags:
         with contextlib.suppress(UserError):  # it does not go with another flag of the run
-            if flag != "recompute" or value in more_recomputed(s.recompute):
+            if flag != "recompute" or value in more_recomputed(s):
                 changes[f"--{flag} {described(value)}"] = peak(shape, **{flag: value})
     half = max(1, longest // 2)
     shorter = plan.Shape(1, half, min(half, shape.targets))
@@ -254,8 +261,7 @@ def suggestions(s: Settings, train: Samples, available: float) -> str:
 
 def memory_before(s: Settings, device: torch.device) -> int:
     """Bytes that the process takes before the model is built, with imports that come later: they are no training."""
-    from torch import _dynamo  # noqa: F401 (an optimiser imports it when it is made)
-
-    if s.quantize or s.optimizer != "adamw":
+    if s.quantize:
         bitsandbytes()
+    build_optimizer(s, nn.ParameterList([torch.zeros(2, 2)]))  # which imports what it needs
     return start_measuring(device)

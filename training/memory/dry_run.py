@@ -1,4 +1,4 @@
-"""The largest micro-batch of a run, forward and backward once before the first step: if memory is short, it is now."""
+"""The largest micro-batch of a run, once before the first step: if memory is short, it is now."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ops.allocator import no_more_than
 from training.memory import budget
 from training.memory.machine import free_memory
-from training.optimizer import InBackward
+from training.optimizer import OPTIMIZERS, InBackward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,9 +32,11 @@ def memory_dry_run(run: Run, forward: Callable) -> None:
         run.optimizer.expect(most)
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
     limit = no_more_than(free_memory("cpu")) if device.type == "cpu" else contextlib.nullcontext()
-    with random_state, limit:
+    with random_state, limit, torch.set_grad_enabled(OPTIMIZERS[s.optimizer].gradient == "backward"):
         held = budget.memory_of_later_steps(s, model, run.optimizer, gradients=most > run.fabric.world_size)
-        forward(run, run.train, indices).trained.backward()
+        trained = forward(run, run.train, indices).trained
+        if trained.requires_grad:
+            trained.backward()
     if in_backward:
         run.optimizer.take_norm()
         run.optimizer.stopped = False

@@ -32,7 +32,7 @@ from ops import attention, devices, dtypes, rope
 from ops.forks import Forks
 from training.memory.allocations import Allocations, trace_step
 from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
-from training.optimizer import OPTIMIZERS
+from training.optimizer import moment_bytes
 
 if TYPE_CHECKING:
     from batching import Samples
@@ -60,9 +60,9 @@ class Job:
         for FlexAttention, which torch cannot trace: `ops.attention.flex_stand_in` takes its place.
     dtype: of the weights. autocast: dtype of the products under torch.autocast, or None.
     quantize: as `quantize.read_quantization` returns it. adapter: a `lora.AdapterConfig`, None to train all weights.
-    optimizer, recompute: as in finetune.py.
+    optimizer, recompute, beta1, apollo_rank: as in finetune.py.
     gradients: "kept" from earlier micro-batches of a step, "new" if it has only one, "freed" one by one if the
-        optimiser steps in the backward pass.
+        optimiser steps in the backward pass, "none" if there is no backward pass but two forward passes (MeZO).
     offload: "optimizer" if AdamW is in host memory, where `gradients` are then, too; else None.
 
     Of a CPU, host memory is the device's; of a CUDA device it is counted by itself.
@@ -78,6 +78,8 @@ class Job:
     recompute: float | Literal["offload"] = 0.0
     gradients: str = "kept"
     offload: str | None = None
+    beta1: float | None = 0.9
+    apollo_rank: int = 256
 
 
 @dataclass(frozen=True)
@@ -158,17 +160,17 @@ def parameter_bytes(module: nn.Module, job: Job, elsewhere: Collection[int] = ()
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in elsewhere]
     frozen = sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
     frozen += sum(layer.nbytes() for layer in quantize.quantized_layers(module))
-    trainable = [tensor for tensor in tensors if tensor.requires_grad]
-    training = sum(p.nbytes for p in trainable)
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad and id(p) not in elsewhere]
+    training = sum(p.nbytes for _, p in trainable)
     if job.offload:
         of_element = STATE_BYTES + (0 if job.gradients == "freed" else GRADIENT_BYTES)
-        return Counter({"weights": frozen + training, HOST: of_element * sum(p.numel() for p in trainable)})
+        return Counter({"weights": frozen + training, HOST: of_element * sum(p.numel() for _, p in trainable)})
     return Counter(
         {
             "weights": frozen + (0 if job.adapter else training),
             "adapters": training if job.adapter else 0,
             "gradients": training if job.gradients == "kept" else 0,
-            "moments": sum(OPTIMIZERS[job.optimizer].moment_bytes(p, job.device) for p in trainable),
+            "moments": moment_bytes(job, trainable, job.device),
         }
     )
 
@@ -229,7 +231,11 @@ class Predictor:
             more = sum(count * blocks[number][1] for number, count in self.left_out.items())
             # Of the blocks' inputs, which are of one size, the trace has seen those of the traced blocks.
             parked = allocations.host_peak * self.job.config.num_hidden_layers // len(self.model.model["layers"])
-            self.traces[shape] = allocations.at_peak, allocations.flops + more, parked
+            at_peak, flops = allocations.at_peak, allocations.flops + more
+            if self.job.gradients == "none":  # nothing is saved, and there are two passes
+                at_peak["working set"] += at_peak.pop("saved activations", 0)
+                flops *= 2
+            self.traces[shape] = at_peak, flops, parked
         return self.traces[shape]
 
     def parts(self, shape: Shape) -> Counter:
@@ -245,7 +251,7 @@ class Predictor:
         return 0 if self.job.device == "cpu" else self.host + self.trace(shape)[2]
 
     def flops(self, shape: Shape) -> int:
-        """FLOPs of a micro-batch, forward and backward."""
+        """FLOPs of a micro-batch, forward and backward, or twice forward."""
         return self.trace(shape)[1]
 
 

@@ -9,29 +9,20 @@ gradient.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from batching import Batch, fill_rows, longest_first
 from ops.devices import to_device
 from ops.forks import Forks
-from training.metrics import Sums
+from training.metrics import Found, Sums
 from training.sweep.layers import VariantModel
 
 if TYPE_CHECKING:
     from training.build import Run
 
 Samples = dict[int, list[int]]  # numbers of samples, by the number of the variant
-
-
-class Found(NamedTuple):
-    """What a step's passes found of one variant: its loss, the `Sums`, and its positions."""
-
-    loss: Tensor
-    sums: Sums
-    positions: int
 
 
 def joint_rows(runs: dict[int, Run], steps: Samples, budget: int) -> list[Samples]:
