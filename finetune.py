@@ -48,14 +48,18 @@ from training.optimizer import OPTIMIZERS, InBackward, begin_step, weights_to_ke
 from training.run_folder import explained_write_errors
 from training.schedule import Schedule
 from training.steps import dropout_seed, planned_steps, steps_per_epoch, total_steps
+from training.sweep.loop import SweepFunctions, train_sweep
 
 SKIPPED_STEPS = 20  # in a row, after which 16-mixed no longer looks for its loss scale
 
 
 def main(s: Settings) -> None:
-    """Check everything that can be checked without weights, then train, or do what --plan or --replay asks for."""
+    """Check all that can be checked without weights, then train, or do what --plan, --replay or --sweep asks for."""
     if s.replay:
         nonfinite.replay(s)
+        return
+    if s.sweep:
+        train_sweep(s, SweepFunctions(finish_step, step_row, validate))
         return
     data = build.open_data(s)
     skeleton = build.check_model(s, data)
@@ -162,17 +166,21 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
     find_gradient = GRADIENTS[OPTIMIZERS[run.settings.optimizer].gradient]
     found = find_gradient(run, mine, step, samples.unit_counts[all_indices].sum().item())
     loss, norm = finish_step(run, found)
-    seconds = time.perf_counter() - started
-    tokens = samples.lengths[all_indices].sum().item()
-    own_tokens = sum(samples.lengths[indices].sum().item() for indices in mine)
+    return step_row(run, all_indices, found, loss, norm, rate, time.perf_counter() - started)
+
+
+def step_row(run: Run, indices: list[int], found: Found, loss: float, norm: float, rate: float, seconds: float) -> dict:
+    """A step's row of the metrics: of the samples `indices` on all devices, which took so many seconds."""
+    samples, fabric = run.train, run.fabric
+    tokens = samples.lengths[indices].sum().item()
     return {
         "loss": loss,
-        **found.sums.means(samples, all_indices),
+        **found.sums.means(samples, indices),
         "learning_rate": rate,
         "grad_norm": norm,
         "tokens": tokens,
-        "targets": samples.target_counts[all_indices].sum().item(),
-        "padding": 1 - own_tokens / max(1, found.positions),
+        "targets": samples.target_counts[indices].sum().item(),
+        "padding": 1 - found.tokens / max(1, found.positions),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "memory_gb": peak_memory(fabric.device) / 1e9,
@@ -183,16 +191,16 @@ def backward_passes(run: Run, mine: list[list[int]], step: int, units: int) -> F
     """Leave the gradient of a step in the weights: a forward and a backward pass of each micro-batch of this device."""
     s, fabric, samples = run.settings, run.fabric, run.train
     torch.manual_seed(dropout_seed(s, step, fabric.global_rank, fabric.world_size))
-    loss, sums, positions = torch.zeros((), device=fabric.device), Sums(run), 0
+    loss, sums, positions, tokens = torch.zeros((), device=fabric.device), Sums(run), 0, 0
     for indices in mine:
         result = forward(run, samples, indices)
         loss += result.summed / units
         if s.optimizer_in_backward or s.offload:  # the backward pass is about to change the weights
             check_finite("the loss", loss.item())
         fabric.backward(result.trained / units)
-        positions += result.positions
+        positions, tokens = positions + result.positions, tokens + samples.lengths[indices].sum().item()
         sums.add(result, samples, indices)
-    return Found(sum_over_devices(run, loss) if fabric.world_size > 1 else loss, sums, positions)
+    return Found(sum_over_devices(run, loss) if fabric.world_size > 1 else loss, sums, positions, tokens)
 
 
 @torch.no_grad()
@@ -206,17 +214,17 @@ def forward_passes(run: Run, mine: list[list[int]], step: int, units: int) -> Fo
     sums = Sums(run, weight=1 / 2)
     for side in run.optimizer.sides(step):
         torch.manual_seed(dropout_seed(run.settings, step, fabric.global_rank, fabric.world_size))
-        positions = 0
+        positions = tokens = 0
         for indices in mine:
             result = forward(run, samples, indices)
             trained[side] += result.trained / units
             loss[side] += result.summed / units
-            positions += result.positions
+            positions, tokens = positions + result.positions, tokens + samples.lengths[indices].sum().item()
             sums.add(result, samples, indices)
     if fabric.world_size > 1:
         trained, loss = (fabric.all_reduce(total, reduce_op="sum") for total in (trained, loss))
     run.optimizer.found(trained)
-    return Found(loss.mean(), sums, positions)
+    return Found(loss.mean(), sums, positions, tokens)
 
 
 GRADIENTS = {"backward": backward_passes, "forward": forward_passes}  # by the `gradient` of a row of OPTIMIZERS

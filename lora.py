@@ -142,7 +142,7 @@ class LoRALinear(Adapter):
         bases, scales = [layer.base for layer in layers], [layer.scale for layer in layers]
         factors = [(layer.lora_A, layer.lora_B) for layer in layers]
         dropouts = [layer.dropout if layer.training else 0.0 for layer in layers]
-        whole = Part(slice(None), range(len(layers)), scales, drops(dropouts))
+        whole = Part(slice(None), [*range(len(layers))], scales, drops(dropouts))
         ys = low_rank_linears(x, [base.dequantize for base in bases], [whole], factors)
         return [y if base.bias is None else y + base.bias.to(y.dtype) for y, base in zip(ys, bases, strict=True)]
 

@@ -121,17 +121,18 @@ class _LowRankLinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, restores, parts, *factors):
+    def forward(ctx, x, restores, rows, layers, scales, drops, *factors):
+        parts = [Part(*each) for each in zip(rows, layers, scales, drops, strict=True)]
         flat, saved = x.flatten(0, -2).contiguous(), []
         ys = [F.linear(flat, restore(x.dtype)) for restore in restores]
         for part, pairs in _by_part(parts, factors):
-            b, rows = [pair[1] for pair in pairs], flat[part.rows]
+            b, own_x = [pair[1] for pair in pairs], flat[part.rows]
             a = (pairs[0][0] if len(pairs) == 1 else torch.cat([pair[0] for pair in pairs])).to(x.dtype)
             if part.drops:
                 each = zip(part.drops, a.split(_ranks(b)), strict=True)
-                small = torch.cat([drop(rows) @ own.T for drop, own in each], dim=1)
+                small = torch.cat([drop(own_x) @ own.T for drop, own in each], dim=1)
             else:
-                small = rows @ a.T  # (N, sum of r)
+                small = own_x @ a.T  # (N, sum of r)
             _add_low_rank_([ys[layer][part.rows] for layer in part.layers], small, b, part.scales)
             saved += [small, a, *b]
         ctx.save_for_backward(flat, *saved)
@@ -151,7 +152,7 @@ class _LowRankLinears(torch.autograd.Function):
             own = None if grad_x is None else grad_x[part.rows]
             of_layers = [grads[layer][part.rows] for layer in part.layers]
             of_factors += _part_backward(part, of_layers, flat[part.rows], small, a, b, own)
-        return None if grad_x is None else grad_x.view(ctx.shape), None, None, *of_factors
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, None, *of_factors
 
 
 def _by_part(parts, factors):
@@ -220,7 +221,8 @@ def low_rank_linears(
     factors: for each part, and in it for each of its layers, A (r, in) and B (out, r), both trainable and fp32. Returns
     (..., out) for each layer; positions that are in no part have the frozen layers' own.
     """
-    return _LowRankLinears.apply(as_multiplied(x), restores, parts, *(matrix for pair in factors for matrix in pair))
+    known = ([getattr(part, name) for part in parts] for name in Part._fields)  # torch.compile takes lists alone
+    return _LowRankLinears.apply(as_multiplied(x), restores, *known, *(matrix for pair in factors for matrix in pair))
 
 
 def drops(dropouts: Sequence[float]) -> list[Callable[[Tensor], Tensor]] | None:

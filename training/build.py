@@ -209,6 +209,11 @@ def start_fabric(s: Settings) -> Fabric:
     return fabric
 
 
+def adapt(s: Settings, model: Transformer) -> None:
+    """Put the adapter that the flags describe over a loaded model, as it starts."""
+    lora.add_lora(model, adapter_config(s, model.config))
+
+
 def build_model(
     s: Settings, device: torch.device, newest: Path | None
 ) -> tuple[Transformer, lora.AdapterConfig | None]:

@@ -166,11 +166,15 @@ class Sums:
 
 
 class Found(NamedTuple):
-    """What the passes of a step found beside its gradient: the loss (a scalar), the `Sums`, this device's positions."""
+    """What the passes of a step found beside its gradient: the loss (a scalar) and the `Sums`; and of this device its
+
+    positions, padding included, and the tokens in them.
+    """
 
     loss: Tensor
     sums: Sums
     positions: int
+    tokens: int
 
 
 def means_of(sums: list[float], counts: Tensor) -> list[float]:
@@ -305,14 +309,26 @@ def estimated_flops(model: nn.Module, tokens: int, targets: int) -> float:
 
 
 def report(out_dir: Path, model: nn.Module, metrics: Metrics, flops_per_token: float, memory: dict[str, int]) -> None:
-    """Print a summary of the run and write it to `summary.json` and `loss.png` in `out_dir`.
+    """Print a summary of the run and write it as `write_report` does, which has the arguments."""
+    if not metrics.rows:  # all steps were done before, and metrics.csv was taken away
+        return
+    summary = write_report(out_dir, model, metrics, flops_per_token, memory)
+    sources = summary.pop("sources", {})
+    for name, value in summary.items():
+        print(f"{name.replace('_', ' '):30} {f'{value:,.4g}' if isinstance(value, float) else value}")
+    print_sources(sources)
+    print(f"written to {out_dir}: final/, metrics.csv, loss.png, summary.json")
+
+
+def write_report(
+    out_dir: Path, model: nn.Module, metrics: Metrics, flops_per_token: float, memory: dict[str, int]
+) -> dict:
+    """Write the summary of a run that has rows to `summary.json` in `out_dir`, and `loss.png`. Returns the summary.
 
     flops_per_token: as counted in the first step, 0 if they were not counted (in a resumed run).
     memory: the peak as "predicted" and as "measured" (on a CPU above that of the imports), in bytes.
     """
     rows = metrics.rows
-    if not rows:  # all steps were done before, and metrics.csv was taken away
-        return
     seconds, tokens = (sum(row[name] for row in rows) for name in ("seconds", "tokens"))
     estimated = estimated_flops(model, tokens, sum(row["targets"] for row in rows))
     trainable, frozen = parameter_counts(model)
@@ -334,15 +350,12 @@ def report(out_dir: Path, model: nn.Module, metrics: Metrics, flops_per_token: f
         "measured_memory_gb": memory["measured"] / 1e9,
         "predicted_over_measured": memory["predicted"] / max(1, memory["measured"]),
     }
-    sources = summarize_sources(metrics)
-    written = {**summary, "sources": sources} if sources else summary
+    if sources := summarize_sources(metrics):
+        summary["sources"] = sources
     with whole_file(out_dir / "summary.json") as file:
-        file.write_bytes((json.dumps(written, indent=2) + "\n").encode())
+        file.write_bytes((json.dumps(summary, indent=2) + "\n").encode())
     plot_losses(metrics, out_dir / "loss.png")
-    for name, value in summary.items():
-        print(f"{name.replace('_', ' '):30} {f'{value:,.4g}' if isinstance(value, float) else value}")
-    print_sources(sources)
-    print(f"written to {out_dir}: final/, metrics.csv, loss.png, summary.json")
+    return summary
 
 
 def summarize_sources(metrics: Metrics) -> dict[str, dict]:

@@ -50,7 +50,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; identity, time budget, version
 HARMLESS = (  # settings that a resumed run may change; for the folders their contents are compared instead
     "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops",
-    "memory_budget", "checkpoint_dir", "data_dir",
+    "memory_budget", "checkpoint_dir", "data_dir", "sweep",
 )  # fmt: skip
 PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
@@ -323,8 +323,11 @@ def sizes(s: Settings, model: Transformer) -> tuple[int, int]:
     return weights, weights + moments
 
 
-def check_room(s: Settings, model: Transformer, total: int) -> None:
-    """Raise UserError if the disk has no room for the files of a run of `total` steps at most."""
+def check_room(s: Settings, model: Transformer, total: int, beside: float = 0) -> float:
+    """Raise UserError if the disk has no room for the files of a run of `total` steps at most, and for `beside` bytes.
+
+    Returns how many bytes the run needs.
+    """
     if not os.access(s.out_dir, os.W_OK):
         raise UserError(f"--out_dir {s.out_dir} cannot be written to: choose another")
     final, checkpoint = sizes(s, model)
@@ -334,12 +337,13 @@ def check_room(s: Settings, model: Transformer, total: int) -> None:
     # While a checkpoint is written, those it replaces are still there. A signal may ask for one more.
     need = (kept + 1) * checkpoint + 2 * final + SMALL_FILES - there
     free = shutil.disk_usage(s.out_dir).free
-    if need > free:
+    if need + beside > free:
         raise UserError(
             f"--out_dir {s.out_dir}: the run needs {need / 1e9:.2f} GB ({kept + 1} checkpoints of "
             f"{checkpoint / 1e9:.2f} and final/ of {final / 1e9:.2f}), {free / 1e9:.2f} GB are free: make room, "
             "or lower --keep_last"
         )
+    return need
 
 
 @contextlib.contextmanager

@@ -93,6 +93,8 @@ class Settings:
         keep_best: Keep the checkpoint with the lowest validation loss too.
         seed: Seed of the adapter's initial weights, the order of the data and dropout.
         deterministic: On a GPU, use only algorithms that give the same bits every time; a CPU always does.
+        sweep: Train the variants that this YAML file names together over one base, each in a folder of its name in
+            out_dir (training/sweep/variants.py says what the file has); micro_batch_tokens is of all of them together.
         resume: Continue the run in out_dir from its newest checkpoint, or start it if there is none.
         replay: Run the step stored in a bad_batch.safetensors again, and print where its numbers go wrong.
         devices: How many GPUs (or CPU processes) share each step.
@@ -148,6 +150,7 @@ class Settings:
     keep_best: bool = False
     seed: int = 1337
     deterministic: bool = False
+    sweep: Path | None = None
     resume: bool = False
     replay: Path | None = None
     devices: int = 1

@@ -62,7 +62,7 @@ def joint_passes(model: VariantModel, runs: dict[int, Run], steps: Samples, budg
                 sums[n].add(result, runs[n].train, row[n])
                 positions[n] += result.positions
         fabric.backward(trained)
-    return {n: Found(losses[n], sums[n], positions[n]) for n in steps}
+    return {n: Found(losses[n], sums[n], positions[n], positions[n]) for n in steps}  # packed: there is no padding
 
 
 def own_batch(run: Run, samples: list[int]) -> Batch:
