@@ -86,6 +86,7 @@ def write_folder(s: Any, folder: Path, prepared: Prepared) -> dict:
             file.writelines(_origin(records, samples, part, number) for number in numbers.tolist())
     in_template = any(source.prompt_style == "checkpoint" for source in prepared.sources)
     info = {
+        "kind": "pairs" if records.are_pairs else "samples",
         "tokenizer_hash": tokenizer.file_hash(),
         **({"chat_template_hash": tokenizer.template_hash()} if in_template else {}),
         "checkpoint_dir": str(s.checkpoint_dir),
