@@ -35,17 +35,17 @@ def take_apart(row: Row, data: dict, columns: Columns) -> tuple[dict, dict[str, 
     _check_repeated(row, data, columns, answers[0])
     counted = []
     if all(map(_is_transcript, answers)):
-        prompt, answers = _turns(prompt) if _is_transcript(prompt) else prompt, [_turns(text) for text in answers]
-        counted.append("transcripts read as conversations")
+        prompt, answers = _asked(prompt) if _is_transcript(prompt) else prompt, [_turns(text) for text in answers]
+        counted.append("that are transcripts")
     elif _is_transcript(prompt) and all(isinstance(answer, str) for answer in answers):
-        prompt, answers = _turns(prompt), [answer.strip() for answer in answers]
-        counted.append("transcripts read as conversations")
+        prompt, answers = _asked(prompt), [answer.strip() for answer in answers]
+        counted.append("that are transcripts")
     if all(isinstance(answer, list) for answer in answers):
         prompt, answers = _split_conversations(prompt, answers, names)
     elif prompt is None:
         prompt, answers = _split_texts(answers, names)
     elif isinstance(prompt, str) and prompt.strip() and all(str(answer).startswith(prompt) for answer in answers):
-        counted.append("pairs whose answers both begin with their prompt")
+        counted.append("whose two answers begin with the prompt")
     # Under names that are columns', for messages that name them; a template is no such name.
     places = {part: part if is_template(names.get(part, "{")) else names[part] for part in ("prompt", *ANSWERS)}
     values = dict(zip(places.values(), (prompt, *answers), strict=True))
@@ -80,13 +80,16 @@ def _is_transcript(value):
 
 
 def _turns(text):
-    """The messages of a transcript, but an answer at its end that has not begun."""
+    """The messages of a transcript."""
     _, *parts = SPEAKER.split(text)
-    turns = [
-        {"role": ROLES[speaker], "content": said.strip()}
-        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": ROLES[speaker], "content": said.strip()} for speaker, said in pairs]
+
+
+def _asked(text):
+    """The messages of a transcript that is a prompt: without the answer that is to come."""
+    *turns, last = _turns(text)
+    return turns if last == {"role": "assistant", "content": ""} else [*turns, last]
 
 
 def _split_conversations(prompt, answers, names):
@@ -107,7 +110,9 @@ def _split_conversations(prompt, answers, names):
             )
     shared = min(common_beginning(*answers), *(len(answer) - 1 for answer in answers))
     if not shared:
-        raise BadRow(f"fields {names['chosen']!r} and {names['rejected']!r} begin with no message in common, the prompt")
+        raise BadRow(
+            f"fields {names['chosen']!r} and {names['rejected']!r} begin with no message in common, the prompt"
+        )
     return answers[0][:shared], [answer[shared:] for answer in answers]
 
 

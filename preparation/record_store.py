@@ -137,7 +137,9 @@ class SampleWriter:
         ends = [is_target]
         if first_end:
             ends = [is_target[beginning : beginning + first_end], is_target[beginning + first_end :]]
-        self.target_counts.append(sum(sum(end[1:]) for end in ends))  # nothing precedes a first token, to predict it from
+        self.target_counts.append(
+            sum(sum(end[1:]) for end in ends)
+        )  # nothing precedes a first token, to predict it from
         self.sources.append(source)
         self.beginnings.append(beginning)
         self.first_ends.append(first_end)

@@ -194,7 +194,9 @@ def tokenize(
     if _longest(encoded) <= max_seq_length:
         return encoded, outcome
     again = more | {"notes": None}  # what is to be noted was, for the whole
-    bare = [[m if m["role"] == "assistant" else {**m, "content": "", "input": ""} for m in dialog] for dialog in dialogs]
+    bare = [
+        [m if m["role"] == "assistant" else {**m, "content": "", "input": ""} for m in dialog] for dialog in dialogs
+    ]
     if _longest(_encode_all(tokenizer, bare, style, again)) > max_seq_length:
         return [], "answer too long"
     for message, key in places:

@@ -34,9 +34,7 @@ def report_details(prepared: Prepared, close_pairs: list[dict], seed: int) -> di
     source_of, lengths = samples.sources()[train], _lengths(samples, train)
     shown = sorted(random.Random(seed).sample(range(len(train)), min(EXAMPLES, len(train))))
     return {
-        "lengths": [
-            tuple(part[source_of == i] for part in lengths) for i in range(len(prepared.sources))
-        ],
+        "lengths": [tuple(part[source_of == i] for part in lengths) for i in range(len(prepared.sources))],
         "padding": _padding(samples, train, seed),
         "pairs": close_pairs,
         "examples": [_example(prepared, train[i]) for i in shown],

@@ -141,7 +141,7 @@ def note_outside_peft(model: Transformer, method: str) -> None:
 
 def check_samples(s: Settings, config: Config, parts: list[Samples]) -> None:
     """Raise UserError if a sample is longer than the model's context, or has a token beyond its vocabulary."""
-    longest = max(part.lengths.max().item() for part in parts)
+    longest = max(part.row_lengths.max().item() for part in parts)
     if longest > config.max_position_embeddings:
         raise UserError(
             f"{s.data_dir} has a sample of {longest} tokens, the model's context is {config.max_position_embeddings}: "
