@@ -3,9 +3,10 @@
     python examples/make_orders.py        # rewrites the files in examples/orders, byte for byte the same
 
 train.jsonl and test.jsonl have a message and its order; pairs.jsonl has preference pairs: a message, its order, and a
-wrong one. Everything is sampled from the lists below with a fixed seed. The test part has its own sentence frames, remarks, names,
-surnames and goods, and four counts of its own: none of these occurs in the training part. What both share is what has
-to be learned: the days, the ways of writing a number, and what in a message is not part of the order.
+wrong one. Everything is sampled from the lists below with a fixed seed. The test part has its own sentence frames,
+remarks, names, surnames and goods, and four counts of its own: none of these occurs in the training part, or in a
+message of the pairs, which is made as those of the training part are. What all share is what has to be learned: the
+days, the ways of writing a number, and what in a message is not part of the order.
 """
 
 import json
@@ -241,9 +242,7 @@ def sample_pair(rng: random.Random) -> dict[str, str]:
         "order": [f"{max(1, int(count) + rng.choice([-1, 1, 10]))} x {goods}", goods, f"{count} x {goods.split()[-1]}"],
         "day": [None, rng.choice(DAYS)],
     }
-    key, wrong = rng.choice(
-        [(key, value) for key, values in mistakes.items() for value in values if value != order[key]]
-    )
+    key, wrong = rng.choice([(key, wrong) for key in mistakes for wrong in mistakes[key] if wrong != order[key]])
     rejected = to_json(order | {key: wrong})
     if rng.random() < 0.2:  # the right order, but not alone
         rejected = rng.choice(["Here is the order: {}", "{}\nIs there anything else?"]).format(row["completion"])

@@ -24,6 +24,6 @@ report.py           report.html, with histogram.py (lengths as SVG) and markup.p
 show.py             samples on the terminal
 
 A file may import those named before it: reading.py, columns.py, shapes.py, dialects.py, multiple_choice.py, pairs.py,
-records.py, mixture.py, cleaning.py, workers.py, rendering.py, filtering.py, record_store.py, benchmarks.py, dropping.py,
-sampling.py, markup.py, prepared_folder.py, report.py.
+records.py, mixture.py, cleaning.py, workers.py, rendering.py, filtering.py, record_store.py, benchmarks.py,
+dropping.py, sampling.py, markup.py, prepared_folder.py, report.py.
 """

@@ -1,13 +1,12 @@
 """Rows of preference pairs: the prompt apart from the chosen and the rejected answer, whatever form they came in.
 
-- Explicit, as TRL calls it: `prompt`, and two answers that follow it. Each is text, or a list of messages; an answer may
-  be one message.
+- Explicit, as TRL calls it: `prompt`, and two answers that follow it. Each is text, or a list of messages; an answer
+  may be one message.
 - Implicit: both answers are whole conversations, whose common beginning is the prompt (Anthropic's hh-rlhf, as
   transcripts of "Human:" and "Assistant:"; UltraFeedback's lists of messages), or whole texts. A `prompt` beside them
   says the same once more, and is checked.
 """
 
-import os
 import re
 from collections.abc import Sequence
 
@@ -110,9 +109,8 @@ def _split_conversations(prompt, answers, names):
             )
     shared = min(common_beginning(*answers), *(len(answer) - 1 for answer in answers))
     if not shared:
-        raise BadRow(
-            f"fields {names['chosen']!r} and {names['rejected']!r} begin with no message in common, the prompt"
-        )
+        both = f"{names['chosen']!r} and {names['rejected']!r}"
+        raise BadRow(f"fields {both} begin with no message in common, which would be the prompt")
     return answers[0][:shared], [answer[shared:] for answer in answers]
 
 
@@ -133,7 +131,7 @@ def _split_texts(answers, names):
     """
     if not all(isinstance(answer, str) for answer in answers):
         raise BadRow(f"fields {names['chosen']!r} and {names['rejected']!r} must both be text, or both messages")
-    shared = min(len(os.path.commonprefix(answers)), *(max(0, len(answer) - 1) for answer in answers))
+    shared = min(common_beginning(*answers), *(max(0, len(answer) - 1) for answer in answers))
     while shared and not all(answer[shared].isspace() for answer in answers):
         shared -= 1
     return answers[0][:shared], [answer[shared:] for answer in answers]

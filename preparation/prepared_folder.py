@@ -175,9 +175,10 @@ def print_summary(s: Any, info: dict, samples: TokenizedSamples) -> None:
     print(f"prompt style {info['prompt_style']}; tokens a sample: {length}")
     for part in ("train", "val"):
         print("{}: {samples:,} samples, {tokens:,} tokens, {targets:,} of them targets".format(part, **info[part]))
+    objective = " --objective dpo" if info["kind"] == "pairs" else ""
     print(
         f"written to {s.out_dir}, with report.html; next: python finetune.py --checkpoint_dir {s.checkpoint_dir} "
-        f"--data_dir {s.out_dir}"
+        f"--data_dir {s.out_dir}{objective}"
     )
 
 

@@ -29,12 +29,12 @@ SHOWN = 300  # characters of a dropped prompt that are written down
 class Records:
     """Every row that was read: its record on the disk, and in columns what the passes need to know of it.
 
-    sources, answer_lengths (characters), hashes (of prompts), answers_hashes (of pairs' answers): arrays with an element
-    for each. counts: for each source,
-    how many of its rows were read, and dropped for which reason; facts: what its rows hold, how often, a Counter of
-    (group, name); cut: of how many the prompt had to be cut; notes: what rendering has to tell, how often. leaks: for
-    the place of a benchmark's sample, how many rows leaked from it. folder: a place on the disk with room for the
-    records. names: of the sources. log: an open file, for a line of JSON on each row that is dropped.
+    sources, answer_lengths (characters), hashes (of prompts), answers_hashes (of pairs' answers): arrays with an
+    element for each. counts: for each source, how many of its rows were read, and dropped for which reason; facts: what
+    its rows hold, how often, a Counter of (group, name); cut: of how many the prompt had to be cut; notes: what
+    rendering has to tell, how often. leaks: for the place of a benchmark's sample, how many rows leaked from it.
+    folder: a place on the disk with room for the records. names: of the sources. log: an open file, for a line of JSON
+    on each row that is dropped.
     """
 
     def __init__(self, folder: Path, names: list[str], log: IO[str]):
@@ -49,7 +49,7 @@ class Records:
         return len(self.sources)
 
     def add(self, source: int, row: FilteredRow) -> None:
-        """Append a row of the source with this number. UserError for a pair among samples of one answer, or one such."""
+        """Append a row of the source with this number. UserError if it is a pair and others are not, or the reverse."""
         self._check_kind(source, row)
         self._texts.write(row.record)
         self._signatures.write(row.signature)
@@ -145,7 +145,7 @@ class SampleWriter:
         self.first_ends.append(first_end)
 
     def read(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The sequence that sample `number` is, or the two of a pair: ids (n,) int32 and is_target (n,) bool of each."""
+        """The sequence that a sample is, or the two of a pair, by its number: ids (n,) int32, is_target (n,) bool."""
         span = self.offsets[number], self.offsets[number + 1]
         ids = np.frombuffer(_read(self._tokens, 4, *span), np.int32)
         is_target = np.frombuffer(_read(self._is_target, 1, *span), np.bool_)

@@ -1,7 +1,8 @@
 """A record as tokens: rendered in its source's prompt style, tokenised, cut to length. Done in worker processes.
 
-Most records make one sample; so does a preference pair, whose two answers follow one beginning. A conversation makes several where a chat template changes earlier turns
-(text/template_style.py), and a document that is too long is cut into pieces.
+Most records make one sample; so does a preference pair, whose two answers follow one beginning. A conversation makes
+several where a chat template changes earlier turns (text/template_style.py), and a document that is too long is cut
+into pieces.
 """
 
 import pickle

@@ -107,8 +107,8 @@ def write_report(path: Path, info: dict, details: dict[str, Any]) -> None:
       positions), "filled" (share of the budget) and "micro_batches" (in a step);
     - "pairs": the near-duplicates nearest to the threshold, dicts of "step", "score", "threshold", "dropped", and the
       "kept" and the "other" sample as {"id", "text"};
-    - "examples": samples as dicts of "id", "source", "tokens" (as text) and "segments", as `segments` returns them; of pairs
-      "rejected" too, the same of the rejected answer.
+    - "examples": samples as dicts of "id", "source", "tokens" (as text) and "segments", as `segments` returns them; of
+      pairs "rejected" too, the same of the rejected answer.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

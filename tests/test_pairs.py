@@ -1,4 +1,4 @@
-"""Preference pairs on disk and in micro-batches: a packed row and the padded rows are the same positions and targets."""
+"""Preference pairs on disk and in micro-batches: a packed row and padded rows have the same positions and targets."""
 
 import json
 import random
@@ -216,7 +216,8 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     size = tensors["offsets"].diff()[i].item()
     changes = [
         changed("beginnings", -1), changed("beginnings", most), changed("beginnings", size - 3),
-        changed("first_ends", 1), changed("first_ends", 0), changed("first_ends", -(2**31)), changed("first_ends", most),
+        changed("first_ends", 1), changed("first_ends", 0), changed("first_ends", -(2**31)),
+        changed("first_ends", most),
         changed("first_ends", size - tensors["beginnings"][i].item() - 1),
         changed("beginnings", most) | changed("first_ends", most), changed("beginnings", -(2**31)),
         changed("target_counts", size - 1), changed("target_counts", -1), changed("sources", -1),
@@ -257,7 +258,7 @@ def test_data_json_says_what_the_samples_are(tmp_path):
 
 @pytest.mark.parametrize("name", PLANNERS)
 def test_micro_batches_stay_within_the_budget(tmp_path, name):
-    """In its own layout no micro-batch has more positions than asked for, unless it is one pair; and it has few less."""
+    """In its own layout no micro-batch has more positions than asked for, unless it is one pair; nor far fewer."""
     samples = open_samples(write(tmp_path / "x.safetensors", [random_pair() for _ in range(60)]))
     planner, budget = PLANNERS[name], random.randint(60, 200)
     steps = planner.plan(planner.lengths(samples), samples.target_counts, 16, budget, seed=3, epoch=0)

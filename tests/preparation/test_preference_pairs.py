@@ -394,10 +394,9 @@ def test_show_and_report_have_both_answers(prepare, tmp_path, capsys):  # noqa: 
         assert f"good {number}<|im_end|>" in page and f"bad {number} <b><|im_end|>" in page
     assert page.count(">rejected</p>") == 4 and "<b><|im" not in (folder / "report.html").read_text()
     assert "chosen answer median" in page and "rejected answer median" in page
-    prompt, longest = (
-        len(one) for one in (stored(folder)[0][0][0], max(stored(folder)[0], key=lambda s: len(s[0]))[0])
-    )
-    assert f"; rejected answer median {longest - prompt + sum(stored(folder)[0][0][1])}" in page
+    (_, good), (_, bad) = stored(folder)[0]
+    assert f"; chosen answer median {sum(good)}, longest {sum(good)}; rejected answer median {sum(bad)}, " in page
+    assert f"prompt median {len(good) - sum(good)}, " in page
 
 
 def test_the_orders_of_the_examples(prepare, tokenizer, tmp_path):  # noqa: F811
