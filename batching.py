@@ -2,13 +2,14 @@
 
 A prepared folder holds `train.safetensors`, `val.safetensors` and `data.json`. In the first two all samples lie end to
 end, memory-mapped: `tokens` (all,) int32, `is_target` (all,) bool, `offsets` (N + 1,) int64, `target_counts` (N,) and
-`sources` (N,) int32. (preparation/record_store.py writes them.)
+`sources` (N,) int32. (preparation/record_store.py writes them.) Where a sample is a preference pair, `beginnings` and
+`first_ends` (N,) int32 say where its tokens are cut: see `Pairs`.
 
 To add a batching idea: a function like `packed_in_step` and a line in `PLANNERS`.
 """
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -78,25 +79,38 @@ class Samples:
     sample is from, by its place in the `sources` of data.json.
     """
 
+    kind = "samples"  # as data.json calls them
+    rows_per_sample = 1  # in `padded`
+    cuts = ()  # further columns of the file, (N,) int32, that say where a sample's tokens are cut
+
     def __init__(self, path: Path):
         path = Path(path)
         check_listed(path.parent, [path.name], DATA_AGAIN)
         tensors = read_tensors(path, DATA_AGAIN)
-        for name, dtype in COLUMNS.items():
+        if not self.cuts and any(name in tensors for name in Pairs.cuts):
+            raise UserError(f"{path} holds preference pairs: expected samples of one answer")
+        for name, dtype in {**COLUMNS, **dict.fromkeys(self.cuts, torch.int32)}.items():
             if name not in tensors or tensors[name].dtype != dtype or tensors[name].dim() != 1:
                 raise UserError(f"{path} is damaged (it has no row of {dtype} called {name}): {DATA_AGAIN}")
         self.tokens, self.is_target, self.offsets = (tensors[n] for n in ("tokens", "is_target", "offsets"))
         self.target_counts, self.sources = tensors["target_counts"], tensors["sources"]
-        self.lengths, total = self.offsets.diff() - 1, len(self.tokens)
+        for name in self.cuts:
+            setattr(self, name, tensors[name])
+        sizes, total = self.offsets.diff(), len(self.tokens)
         ends = [*self.offsets[:1].tolist(), *self.offsets[-1:].tolist()]
-        sizes = (len(self.is_target), len(self.target_counts), len(self.sources))
-        fit = ends == [0, total] and sizes == (total, *[len(self.lengths)] * 2)
+        columns = (self.target_counts, self.sources, *(tensors[name] for name in self.cuts))
+        fit = ends == [0, total] and len(self.is_target) == total and {*map(len, columns)} == {len(sizes)}
         # Sums that overflow could make a sample's length positive though it lies outside of the tokens.
-        if not fit or (self.lengths < 1).any() or self.offsets.max() > total or self.offsets.min() < 0:
+        if not fit or (sizes < 2).any() or self.offsets.max() > total or self.offsets.min() < 0:
             raise UserError(f"{path} is damaged (its offsets do not fit): {DATA_AGAIN}")
-        counts_fit = (self.target_counts <= self.lengths).all()
-        if total and min(map(torch.min, (self.tokens, self.target_counts, self.sources))) < 0 or not counts_fit:
+        in_range = self._measure(sizes) and (self.target_counts <= self.lengths).all()
+        if total and min(map(torch.min, (self.tokens, self.target_counts, self.sources))) < 0 or not in_range:
             raise UserError(f"{path} is damaged (a number is out of range): {DATA_AGAIN}")
+
+    def _measure(self, sizes):
+        """Set `lengths`, of samples of these numbers of tokens. Returns whether the cuts, if there are any, fit."""
+        self.lengths = sizes - 1
+        return True
 
     def __len__(self):
         return len(self.lengths)
@@ -106,6 +120,11 @@ class Samples:
         """(N,) int32: how much each sample counts in a mean loss: as many targets as it has."""
         return self.target_counts
 
+    @property
+    def row_lengths(self) -> Tensor:
+        """(N,) int64: the positions of each sample's longest row in `padded`: how long a context it needs."""
+        return self.lengths
+
     @cached_property
     def numbers(self) -> Tensor:
         """(N,) int64: the place of each sample in the file, from 0, by which messages name it."""
@@ -113,40 +132,132 @@ class Samples:
 
     def drop_without_target(self) -> int:
         """Drop the samples without a target. Returns how many; if any, the tokens of the others are now in memory."""
-        kept = self.target_counts > 0
+        kept, before = self._have_targets(), len(self)
         if not kept.all():
-            tokens = kept.repeat_interleave(self.lengths + 1)
+            sizes = self.offsets.diff()
+            tokens = kept.repeat_interleave(sizes)
             self.tokens, self.is_target = self.tokens[tokens], self.is_target[tokens]
-            columns = self.numbers, self.lengths, self.target_counts, self.sources
-            self.numbers, self.lengths, self.target_counts, self.sources = (column[kept] for column in columns)
-            self.offsets = F.pad((self.lengths + 1).cumsum(0), (1, 0))
-        return len(kept) - len(self)
+            for name in ("numbers", "lengths", "target_counts", "sources", *self.cuts):
+                setattr(self, name, getattr(self, name)[kept])
+            self.offsets = F.pad(sizes[kept].cumsum(0), (1, 0))
+        return before - len(self)
+
+    def _have_targets(self):
+        """(N,) bool: which samples can be trained on."""
+        return self.target_counts > 0
+
+    def sequences(self, i: int) -> list[tuple[Tensor, Tensor]]:
+        """What the model is to read of sample i, here one sequence: its tokens (n,) int64, and is_target (n,) bool."""
+        return [self._between(self.offsets[i].item(), self.offsets[i + 1].item())]
+
+    def _between(self, start, end):
+        return self.tokens[start:end].long(), self.is_target[start:end]
 
     def inputs_and_targets(self, i: int) -> tuple[Tensor, Tensor]:
         """Sample i: its tokens but the last, and for each the token to predict or IGNORE: two (length,) int64."""
-        start, end = self.offsets[i].item(), self.offsets[i + 1].item()
-        return shift(self.tokens[start:end].long(), self.is_target[start:end])
+        return shift(*self.sequences(i)[0])
 
     def padded(self, indices: list[int]) -> tuple[Tensor, Tensor, None]:
         """The samples `indices` in a row each, padded on the right: tokens and targets, both (B, T) int64, and None.
 
-        targets[b, t] is the token to predict from tokens[b, :t + 1], or IGNORE.
+        targets[b, t] is the token to predict from tokens[b, :t + 1], or IGNORE. A pair has two rows.
         """
-        T = max(self.lengths[i].item() for i in indices)
-        tokens = torch.zeros(len(indices), T, dtype=torch.int64)
-        targets = torch.full((len(indices), T), IGNORE, dtype=torch.int64)
-        for row, i in enumerate(indices):
-            inputs, wanted = self.inputs_and_targets(i)
+        rows = [shift(*sequence) for i in indices for sequence in self.sequences(i)]
+        T = max(len(inputs) for inputs, _ in rows)
+        tokens = torch.zeros(len(rows), T, dtype=torch.int64)
+        targets = torch.full((len(rows), T), IGNORE, dtype=torch.int64)
+        for row, (inputs, wanted) in enumerate(rows):
             tokens[row, : len(inputs)], targets[row, : len(inputs)] = inputs, wanted
         return tokens, targets, None
 
-    def packed(self, indices: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    def packed(self, indices: list[int]) -> tuple[Tensor, Tensor, list[int] | Forks]:
         """The samples `indices` end to end in one row: tokens and targets, both (1, T) int64, and the offsets.
 
-        offsets: n + 1 numbers, where each sample begins and the last one ends: attention stays within a sample.
+        offsets: n + 1 numbers, where each sample begins and the last one ends: attention stays within a sample. Of
+        pairs there are `Forks` in their place.
         """
-        tokens, targets = (torch.cat(parts)[None] for parts in zip(*map(self.inputs_and_targets, indices), strict=True))
-        return tokens, targets, [0, *self.lengths[indices].cumsum(0).tolist()]
+        tokens, targets = (torch.cat(parts)[None] for parts in zip(*map(self._laid_out, indices), strict=True))
+        return tokens, targets, self._bounds(indices)
+
+    def _laid_out(self, i):
+        """Sample i in a packed row: inputs and targets, both (length,) int64."""
+        return self.inputs_and_targets(i)
+
+    def _bounds(self, indices):
+        """Where the samples of a packed row begin and end."""
+        return [0, *self.lengths[indices].cumsum(0).tolist()]
+
+
+class Pairs(Samples):
+    """The preference pairs of one prepared file: each a beginning, and two ends that continue it, chosen and rejected.
+
+    A pair's tokens are its beginning, its chosen end, its rejected end. Each end starts with the last token that both
+    sequences have before their first target, so that a target is always predicted from a position of its own end.
+    beginnings (N,) int32: the tokens of the beginning, none of them a target; first_ends (N,) int32: those of the
+    chosen end. The last token of each end is only ever a target: a pair takes lengths[i] = beginning + (chosen end - 1)
+    + (rejected end - 1) positions. target_counts are those of both ends.
+    """
+
+    kind = "pairs"
+    rows_per_sample = 2
+    cuts = ("beginnings", "first_ends")
+
+    @property
+    def unit_counts(self) -> Tensor:
+        """(N,) int32: each pair counts as one, however long its answers are."""
+        return torch.ones_like(self.target_counts)
+
+    def _measure(self, sizes):
+        beginnings, first = self.beginnings.long(), self.first_ends.long()
+        self.lengths = sizes - 2
+        return bool(((beginnings >= 0) & (first >= 2) & (sizes - beginnings - first >= 2)).all())
+
+    @property
+    def row_lengths(self) -> Tensor:
+        """(N,) int64: the positions of the longer of each pair's two rows in `padded`."""
+        shared, first = self.beginnings.long(), self.first_ends.long() - 1
+        return shared + torch.maximum(first, self.lengths - shared - first)
+
+    def _have_targets(self):
+        return (self.end_target_counts(range(len(self))) > 0).all(1)
+
+    def end_target_counts(self, indices: Iterable[int]) -> Tensor:
+        """(n, 2) int64: the targets of the chosen and the rejected end of each of these pairs."""
+        counts = [[is_target[1:].sum() for _, is_target in self._parts(i)[1:]] for i in indices]
+        return torch.tensor(counts, dtype=torch.int64).reshape(-1, 2)
+
+    def _parts(self, i):
+        """The tokens and is_target of pair i's beginning, chosen end and rejected end."""
+        start, end = self.offsets[i].item(), self.offsets[i + 1].item()
+        fork = start + self.beginnings[i].item()
+        second = fork + self.first_ends[i].item()
+        return [self._between(*span) for span in ((start, fork), (fork, second), (second, end))]
+
+    def sequences(self, i: int) -> list[tuple[Tensor, Tensor]]:
+        """Pair i as two sequences, prompt and chosen answer, prompt and rejected: see `Samples.sequences`."""
+        beginning, *ends = self._parts(i)
+        return [tuple(torch.cat(parts) for parts in zip(beginning, end, strict=True)) for end in ends]
+
+    def inputs_and_targets(self, i: int) -> tuple[Tensor, Tensor]:
+        """Not of a pair, which is two sequences. Raises TypeError."""
+        raise TypeError("a pair is no one sequence: see sequences, packed and padded")
+
+    def _laid_out(self, i):
+        """Pair i in a packed row: beginning, chosen end, rejected end; all that a beginning predicts is IGNORE."""
+        (beginning, _), *ends = self._parts(i)
+        parts = [(beginning, torch.full_like(beginning, IGNORE)), *(shift(*end) for end in ends)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _bounds(self, indices):
+        shared, first = self.beginnings[indices].long(), self.first_ends[indices].long() - 1
+        ends = torch.stack([first, self.lengths[indices] - shared - first], 1)
+        return Forks(tuple(shared.tolist()), tuple(map(tuple, ends.tolist())))
+
+
+def open_samples(path: Path) -> Samples:
+    """The samples of a prepared file, or its `Pairs` if it holds such. Raises UserError for a damaged file."""
+    is_pairs = any(name in read_tensors(Path(path), DATA_AGAIN) for name in Pairs.cuts)
+    return Pairs(path) if is_pairs else Samples(path)
 
 
 def shift(ids: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,18 +275,32 @@ def read_data_info(data_dir: Path) -> dict:
     for key, kind in (("tokenizer_hash", str), ("prompt_style", str), ("sources", list)):
         if not isinstance(info.get(key), kind):
             raise UserError(f"{path}: key {key!r} is missing or damaged: {DATA_AGAIN}")
+    if kind_of_samples(info) not in KINDS:
+        raise UserError(f"{path}: key 'kind' is {info['kind']!r:.40}, expected {' or '.join(KINDS)}: {DATA_AGAIN}")
     for source in info["sources"]:
         if not isinstance(source, dict) or not isinstance(source.get("name") or source.get("path"), str):
             raise UserError(f"{path}: a source has no name: {DATA_AGAIN}")
     return info
 
 
+KINDS = (Samples.kind, Pairs.kind)
+
+
+def kind_of_samples(info: dict) -> str:
+    """The kind of samples in a prepared folder, from its parsed data.json: "samples", or "pairs" of preferences."""
+    return info.get("kind", Samples.kind)  # which older folders do not have
+
+
 def source_names(info: dict, *parts: Samples) -> list[str]:
     """The name of each source that `Samples.sources` numbers, from a parsed data.json; [] if there is just one.
 
     A source without a name has that of its file. Sources with the same name get their number, from 1, at its end.
-    Raises UserError if a sample of `parts` is from a source that data.json does not list.
+    Raises UserError if a sample of `parts` is from a source that data.json does not list, or of another kind than it
+    says.
     """
+    for part in parts:
+        if part.kind != kind_of_samples(info):
+            raise UserError(f"data.json is of {kind_of_samples(info)}, its samples are {part.kind}: {DATA_AGAIN}")
     names = [source.get("name") or Path(source["path"]).stem for source in info["sources"]]
     if len(names) < 2:
         return []
@@ -282,6 +407,14 @@ class Planner(NamedTuple):
 
     plan: Callable
     layout: Callable
+
+    def lengths(self, samples: Samples) -> Tensor:
+        """(N,) int64: the lengths by which `plan` is to plan samples: the positions that each takes in this layout.
+
+        A padded pair has two rows of one length, and counts as one sample of twice that.
+        """
+        padded = self.layout is Samples.padded
+        return samples.rows_per_sample * samples.row_lengths if padded else samples.lengths
 
 
 PLANNERS = {

@@ -290,7 +290,8 @@ def validate(run: Run) -> dict:
     run.model.eval()
     loss = torch.zeros((), device=fabric.device)
     sums = Sums(run)
-    micro_batches = in_order(PLANNERS[s.planner], val.lengths, val.target_counts, s.micro_batch_tokens)
+    planner = PLANNERS[s.planner]
+    micro_batches = in_order(planner, planner.lengths(val), val.target_counts, s.micro_batch_tokens)
     for indices in micro_batches[fabric.global_rank :: fabric.world_size]:
         result = forward(run, val, indices)
         loss += result.summed

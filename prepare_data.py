@@ -35,14 +35,16 @@ class Settings:
         overlap: Tokens of a document too long for that which its next piece repeats, not as targets; an eighth of
             max_seq_length if not given.
         mask_prompt: Only the answers are targets.
-        answers: Train on all answers of a conversation, or on its last one.
+        answers: Train on all answers of a conversation, or on its last one. Of preference pairs it is always the last.
         fields: Columns with other names than the usual ones, or templates over columns, such as
             {prompt: "{context} {question}", answer: solution} or {messages: talk}. The parts of a sample: prompt,
-            input, answer, thinking, history, choices, label; or messages; or text; beside them system and tools.
+            input, answer, thinking, history, choices, label; or prompt, chosen, rejected; or messages; or text; beside
+            them system and tools.
         ignore: Keys of messages, and columns with a meaning, that are left out and counted in place of an error.
         encoding: Of files of text, as Python calls it, such as cp1252 or utf-16; UTF-8 if not given.
         skip_bad: Count and list rows (and ends of files) that cannot be read, instead of stopping at the first.
-        drop_duplicates: Of samples with the same prompt keep the one with the longest answer.
+        drop_duplicates: Of samples with the same prompt keep the one with the longest answer; of preference pairs drop
+            only those that repeat both answers too.
         near_duplicates: Drop a sample whose prompt shares this much of its word triples (Jaccard, by MinHash) with an
             earlier one's, such as 0.8; 0 for not at all.
         similar: Drop a sample whose prompt's embedding has a cosine above this to an earlier one's, such as 0.7; 0
@@ -164,6 +166,8 @@ def prepare(s: Settings) -> None:
         with open(folder / "dropped.jsonl", "w", encoding="utf-8") as log:
             records = Records(folder.parent, [source.name for source in sources], log)
             read_all(s, sources, records, parallel_map)
+            if records.are_pairs and not s.mask_prompt:
+                raise UserError("--mask_prompt false: of preference pairs only the last answers can be targets")
             style = settle_styles(sources, records, style)
             close_pairs = clean(s, records, benchmarks)
             in_val = sample_validation(records, s.val_fraction, s.seed)
@@ -338,8 +342,8 @@ def add_sample(
         records.cut[source] += result.outcome == "prompt cut"
         records.notes[source].update(result.notes)
         records.notes[source]["documents cut into pieces"] += result.outcome == "cut into pieces"
-    for ids, is_target in result.samples:
-        samples.add(source, number, examples[: result.examples], ids, is_target)
+    for tokens in result.samples:
+        samples.add(source, number, examples[: result.examples], tokens)
 
 
 def mix(s: Settings, tokenizing: Tokenizing, in_val: np.ndarray) -> np.ndarray:

@@ -135,6 +135,8 @@ def read_samples(sources: list[Source]) -> Iterator[Sample]:
                 record = to_record(source, row, seed=0)
             except BadRow as error:
                 raise UserError(f"{row.place}: {error}") from None
+            if "rejected" in record:
+                raise UserError(f"{row.place}: a preference pair has no one right answer")
             *before, last = record["messages"]
             if not before or before[-1]["role"] == "system" or "tool_calls" in last:
                 raise UserError(f"{row.place}: the messages must end with a question and an answer in words")

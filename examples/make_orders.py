@@ -1,10 +1,12 @@
 """Write the data set `orders`: messages to a village shop, each with the order in it as one line of JSON.
 
-    python examples/make_orders.py        # rewrites examples/orders/train.jsonl and test.jsonl, byte for byte the same
+    python examples/make_orders.py        # rewrites the files in examples/orders, byte for byte the same
 
-Everything is sampled from the lists below with a fixed seed. The test part has its own sentence frames, remarks, names,
-surnames and goods, and four counts of its own: none of these occurs in the training part. What both share is what has
-to be learned: the days, the ways of writing a number, and what in a message is not part of the order.
+train.jsonl and test.jsonl have a message and its order; pairs.jsonl has preference pairs: a message, its order, and a
+wrong one. Everything is sampled from the lists below with a fixed seed. The test part has its own sentence frames,
+remarks, names, surnames and goods, and four counts of its own: none of these occurs in the training part, or in a
+message of the pairs, which is made as those of the training part are. What all share is what has to be learned: the
+days, the ways of writing a number, and what in a message is not part of the order.
 """
 
 import json
@@ -13,7 +15,7 @@ import re
 from pathlib import Path
 
 SEED = 2024
-SIZES = {"train": 1600, "test": 200}
+SIZES = {"train": 1600, "test": 200, "pairs": 800}
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 NUMBERS += [f"{stem}teen" for stem in ("thir", "four", "fif", "six", "seven", "eigh", "nine")]
@@ -226,18 +228,41 @@ def sample_row(rng: random.Random, part: str) -> dict[str, str]:
     text = re.sub(r"[ ,.:]*([,.:?!])(?= |$)", r"\1", text).strip(" ,:-")
     text = text if lower else text[0].upper() + text[1:]
     order = {"name": person if "{p}" in frame else None, "order": goods, "day": day if has_day else None}
-    return {"prompt": text, "completion": json.dumps(order, ensure_ascii=False, separators=(",", ":"))}
+    return {"prompt": text, "completion": to_json(order)}
+
+
+def sample_pair(rng: random.Random) -> dict[str, str]:
+    """A message of the training part, the order in it, and a wrong one: with a mistake as a model makes it."""
+    row = sample_row(rng, "train")
+    order = json.loads(row["completion"])
+    count, _, goods = order["order"].partition(" x ")
+    first = (order["name"] or sample_name(rng, "train")).split()[0]
+    mistakes = {  # for each part of an order what it may be taken for
+        "name": [None, first, sample_name(rng, "train")],
+        "order": [f"{max(1, int(count) + rng.choice([-1, 1, 10]))} x {goods}", goods, f"{count} x {goods.split()[-1]}"],
+        "day": [None, rng.choice(DAYS)],
+    }
+    key, wrong = rng.choice([(key, wrong) for key in mistakes for wrong in mistakes[key] if wrong != order[key]])
+    rejected = to_json(order | {key: wrong})
+    if rng.random() < 0.2:  # the right order, but not alone
+        rejected = rng.choice(["Here is the order: {}", "{}\nIs there anything else?"]).format(row["completion"])
+    return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected}
+
+
+def to_json(order: dict[str, str | None]) -> str:
+    """An order as it is written in an answer."""
+    return json.dumps(order, ensure_ascii=False, separators=(",", ":"))
 
 
 def main() -> None:
-    """Write both parts; no message occurs twice in them."""
+    """Write all parts; no message occurs twice in them."""
     folder = Path(__file__).parent / "orders"
     folder.mkdir(exist_ok=True)
     seen: set[str] = set()
     for part, size in SIZES.items():
         rng, rows = random.Random(f"{SEED} {part}"), []
         while len(rows) < size:
-            row = sample_row(rng, part)
+            row = sample_pair(rng) if part == "pairs" else sample_row(rng, part)
             if row["prompt"].lower() not in seen:
                 seen.add(row["prompt"].lower())
                 rows.append(row)

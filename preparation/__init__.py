@@ -9,6 +9,7 @@ columns.py          values of columns, and templates over them
 shapes.py           which columns mean what, by their names; a new shape of rows is a line in `SHAPES`
 dialects.py         conversations in other notations (ShareGPT's, Hermes')
 multiple_choice.py  choices in an order, and the letter of the right one
+pairs.py            preference pairs: a prompt apart from its chosen and its rejected answer
 records.py          a row to a record: its conversation, and what is to be counted of it
 filtering.py        a row to a record, and the filters that need one row alone
 cleaning.py         finds duplicates, near-duplicates and leaked benchmark items; repetition
@@ -22,7 +23,7 @@ prepared_folder.py  the files that are written: samples and data.json
 report.py           report.html, with histogram.py (lengths as SVG) and markup.py (text made visible)
 show.py             samples on the terminal
 
-A file may import those named before it: reading.py, columns.py, shapes.py, dialects.py, multiple_choice.py, records.py,
-mixture.py, cleaning.py, workers.py, rendering.py, filtering.py, record_store.py, benchmarks.py, dropping.py,
-sampling.py, markup.py, prepared_folder.py, report.py.
+A file may import those named before it: reading.py, columns.py, shapes.py, dialects.py, multiple_choice.py, pairs.py,
+records.py, mixture.py, cleaning.py, workers.py, rendering.py, filtering.py, record_store.py, benchmarks.py,
+dropping.py, sampling.py, markup.py, prepared_folder.py, report.py.
 """

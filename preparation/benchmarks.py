@@ -8,7 +8,7 @@ from preparation import cleaning
 from preparation.mixture import Source
 from preparation.reading import BadRow, read_rows
 from preparation.record_store import Records
-from preparation.records import is_target, message_text, to_record
+from preparation.records import answer_texts, to_record
 from shell.cli import UserError
 from shell.files import sha256
 
@@ -31,8 +31,7 @@ def read_benchmarks(sources: list[Source], seed: int) -> list[BenchmarkSample]:
                 record = to_record(source, row, seed)
             except (BadRow, UserError) as error:
                 raise UserError(f"{row.place}: {error}") from None
-            answer = "\n".join(message_text(message) for message in record["messages"] if is_target(message))
-            samples.append(BenchmarkSample(row.file, row.place, record["key"], answer))
+            samples.append(BenchmarkSample(row.file, row.place, record["key"], "\n".join(answer_texts(record))))
     return samples
 
 

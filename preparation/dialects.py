@@ -5,7 +5,8 @@ import json
 import re
 from typing import Any
 
-from preparation.reading import BadRow
+from preparation.columns import value_of
+from preparation.reading import BadRow, Row
 from text.messages import ROLES
 
 KEYS = {"from": "role", "value": "content"}  # ShareGPT's, and the same in OpenAI's notation
@@ -19,6 +20,17 @@ _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _RESULT = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
 _LISTED = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
 _NAME = re.compile(r"""["']name["']\s*:\s*["']([^"']+)["']""")
+
+
+def conversation(row: Row, data: dict, name: str) -> list[dict]:
+    """The conversation in a column of a row, in OpenAI's notation. Raises BadRow.
+
+    data: the row's columns. name: the column's.
+    """
+    turns = value_of(data, name, list, "a list of messages")
+    if not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRow(f"field {name!r} must be a list of messages, each with a role and content")
+    return to_messages(without_nulls(turns) if row.unit == "row" else turns)
 
 
 def to_messages(turns: list[dict]) -> list[dict]:

@@ -20,8 +20,8 @@ EMBEDDED = 32  # texts that the embedding model gets at a time
 
 
 def drop_exact_duplicates(records: Records) -> None:
-    """Of records with the same prompt keep the one with the longest answer."""
-    columns = np.array(records.hashes), np.array(records.answer_lengths)
+    """Of records with the same prompt keep the one with the longest answer; of pairs with the same answers too, one."""
+    columns = np.array(records.hashes) ^ np.array(records.answers_hashes), np.array(records.answer_lengths)
     duplicate_of = cleaning.exact_duplicates(*columns, records.kept())
     for number in np.flatnonzero(duplicate_of >= 0):
         records.drop(number, "duplicate", of=records[duplicate_of[number]]["id"])

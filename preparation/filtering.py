@@ -3,17 +3,18 @@
 Duplicates, which only a look at all rows can find, are for dropping.py.
 """
 
+import itertools
 import json
 import pickle
 from typing import NamedTuple
 
 from preparation import cleaning
 from preparation.reading import BadRow, Row
-from preparation.records import is_target, message_text, to_record
-from preparation.rendering import limit_of, render_record
+from preparation.records import answer_texts, conversations, is_target, message_text, to_record
+from preparation.rendering import SAME_ANSWERS, limit_of, render_record
 from preparation.workers import Context
 from shell.cli import UserError
-from text.messages import joined
+from text.messages import ROLES, joined
 
 TEMPLATE_TOKENS = 256  # that a prompt style may add to the text of a question and its answer, at most
 TURN_TOKENS = 32  # and to that of each further message
@@ -35,6 +36,7 @@ class FilteredRow(NamedTuple):
     facts: dict[tuple[str, str], int] | None = None
     answer_length: int = 0
     prompt_hash: int = 0
+    answers_hash: int = 0
     reason: str = ""
     of: str | None = None
     detail: str | None = None
@@ -58,11 +60,11 @@ def _filter_row(context, source, row):
             _check_style(record, source)
     except (BadRow, UserError) as error:
         return FilteredRow(row.place, bad=str(error))
-    answer = "\n".join(message_text(message) for message in record["messages"] if is_target(message))
+    answers = answer_texts(record)
     if not record["key"].strip():
-        record["key"] = answer  # of a text without a prompt
+        record["key"] = "\n".join(answers)  # of a text without a prompt
     needs_words = s.near_duplicates or context.ngrams or _has_word_filters(s, source)
-    prompt_words, answer_words = (cleaning.words(text) if needs_words else [] for text in (record["key"], answer))
+    prompt_words, *answer_words = (cleaning.words(text) if needs_words else [] for text in (record["key"], *answers))
     data = pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
     reason = _why_unusable(record, facts) or _why_dropped(context, source, record, data, prompt_words, answer_words)
     of = detail = None
@@ -72,8 +74,9 @@ def _filter_row(context, source, row):
         place=row.place,
         record=data,
         facts=facts,
-        answer_length=len(answer),
+        answer_length=sum(map(len, answers)),
         prompt_hash=_hash_of(record),
+        answers_hash=_hash_of_answers(record),
         reason=reason,
         of=of,
         detail=detail,
@@ -85,7 +88,7 @@ def _check_single(record):
     """Raise UserError unless a record is one question and one answer in words, as few_shot needs it."""
     question, *answer = record["messages"]
     simple = [question["role"], *(message["role"] for message in answer)] == ["user", "assistant"]
-    if not simple or record.keys() & {"tools", "document"} or answer[0].keys() & {"thinking", "tool_calls"}:
+    if not simple or record.keys() & {"tools", "document", "rejected"} or answer[0].keys() & {"thinking", "tool_calls"}:
         raise UserError("few_shot needs samples of one question and one answer, without thinking or tools")
 
 
@@ -104,19 +107,26 @@ def _hash_of(record):
     return cleaning.prompt_hash("\n".join([record["key"], *more]))
 
 
+def _hash_of_answers(record):
+    """The hash by which pairs with the same prompt are told apart: of both conversations."""
+    if "rejected" not in record:
+        return 0
+    texts = ("\n".join(map(message_text, messages)) for messages in conversations(record))
+    return cleaning.prompt_hash(" \0 ".join(texts))
+
+
 def _find_leak(context, record, prompt_words, answer_words):
     """The number of the benchmark text of which a record has enough words in a row, and those words; or None.
 
     Searched are the messages of the user and of tools, and the answers; a system message is often the same in all
     samples.
     """
-    if any(message["role"] == "system" for message in record["messages"]):
-        asked = (message for message in record["messages"] if message["role"] in ("user", "tool"))
+    messages = list(itertools.chain(*conversations(record)))
+    if "rejected" in record or any(message["role"] == "system" for message in messages):
+        asked = (message for message in messages if message["role"] in ("user", "tool"))
         prompt_words = cleaning.words("\n".join(map(joined, asked)))
-    found = context.ngrams.find(prompt_words)
-    if found is None and len(answer_words) >= context.settings.leak_words:
-        return context.ngrams.find(answer_words)
-    return found
+    long = (words for words in answer_words if len(words) >= context.settings.leak_words)
+    return next((found for words in (prompt_words, *long) if (found := context.ngrams.find(words)) is not None), None)
 
 
 def _has_word_filters(s, source):
@@ -125,7 +135,9 @@ def _has_word_filters(s, source):
 
 def _why_unusable(record, facts):
     """Why nothing of a row can be a target, or ""."""
-    if any(map(is_target, record["messages"])):
+    if record["messages"] == record.get("rejected"):
+        return "empty answer" if facts.get(("answers", "empty")) else SAME_ANSWERS
+    if all(any(map(is_target, messages)) for messages in conversations(record)):
         return ""
     return "empty answer" if facts.get(("answers", "empty")) else "no answer to train on"
 
@@ -134,9 +146,9 @@ def _why_dropped(context, source, record, data, prompt_words, answer_words):
     """Why a row's text is not fit to train on, or ""."""
     s = context.settings
     if _has_word_filters(s, source):
-        if len(prompt_words) + len(answer_words) < limit_of(source, s, "min_words"):
+        if len(prompt_words) + max(map(len, answer_words)) < limit_of(source, s, "min_words"):
             return "too few words"
-        repetition = max(cleaning.repetition(prompt_words), cleaning.repetition(answer_words))
+        repetition = max(map(cleaning.repetition, (prompt_words, *answer_words)))
         if repetition > limit_of(source, s, "max_repetition"):
             return "repetitive"
     return _why_too_long(context, source, record, data)
@@ -150,16 +162,18 @@ def _why_too_long(context, source, record, data):
     most = limit_of(source, context.settings, "max_tokens")
     if "document" in record and not most:
         return ""  # it is cut into pieces
-    answers = [message for message in record["messages"] if message["role"] == "assistant"]
-    answers_fit = _most_tokens(record, answers) <= context.settings.max_seq_length
-    if answers_fit and (not most or _most_tokens(record, record["messages"]) <= most):
+    answers_fit = _most_tokens(record, "assistant") <= context.settings.max_seq_length
+    if answers_fit and (not most or _most_tokens(record, *ROLES) <= most):
         return ""
     rendered = render_record(context, source, data, [])
     return "" if rendered.samples else rendered.outcome.partition(": ")[0]
 
 
-def _most_tokens(record, messages):
-    """A number of tokens that some messages of a record cannot exceed, with its tools and what a style adds."""
+def _most_tokens(record, *roles):
+    """Tokens that a conversation's messages of some roles cannot exceed, with its tools and what a style adds."""
     tools = len(json.dumps(record["tools"])) if "tools" in record else 0
-    texts = sum(len(message_text(message).encode()) for message in messages)
-    return texts + 2 * tools + TEMPLATE_TOKENS + TURN_TOKENS * (len(record["messages"]) - 2)
+    most = 0
+    for messages in conversations(record):
+        texts = sum(len(message_text(message).encode()) for message in messages if message["role"] in roles)
+        most = max(most, texts + TURN_TOKENS * (len(messages) - 2))
+    return most + 2 * tools + TEMPLATE_TOKENS

@@ -44,8 +44,9 @@ class Source:
             with a list, or a list of columns) and "label" (the name of the column with the right one's index from 0,
             letter or text) in place of an answer it is multiple choice: {choices} in the prompt is "A. …\\nB. …",
             added at its end if no template has it; the answer is a template over {letter} and {choice} (the right
-            one's), "{letter}" if not given. "system" and "tools" go with all but text. If None, the names of the
-            columns tell (shapes.py).
+            one's), "{letter}" if not given. With "chosen" and "rejected" in place of an answer it is a preference pair,
+            where "prompt" may be missing (pairs.py). "system" and "tools" go with all but text. If None, the names of
+            the columns tell (shapes.py).
         ignore: Keys of messages, and columns with a meaning, that are left out and counted.
         encoding: Of its text files, as Python calls it; UTF-8 if not given.
         shuffle_choices: Give the choices of each sample an order of their own.
@@ -342,12 +343,14 @@ KEYS = {
 }
 FIELDS = (
     "prompt", "input", "answer", "choices", "label", "messages", "text", "system", "tools", "thinking", "history",
+    "chosen", "rejected",
 )  # fmt: skip
 BESIDE = {  # the fields that may stand beside those that make a sample
     ("messages",): ("system", "tools"),
     ("text",): (),
     ("prompt", "choices", "label"): ("input", "answer", "system", "tools", "thinking", "history"),
     ("prompt", "answer"): ("input", "system", "tools", "thinking", "history"),
+    ("chosen", "rejected"): ("prompt", "input", "system", "tools", "history"),
 }
 
 
@@ -378,7 +381,7 @@ def _check_fields(fields):
     if fields is None:
         return
     _check_known(fields, FIELDS)
-    kinds = {"messages": ("messages",), "text": ("text",)} | dict.fromkeys(("choices", "label"), tuple(BESIDE)[2])
+    kinds = {name: names for names in BESIDE for name in names if name not in ("prompt", "answer")}
     needed = next((kind for name, kind in kinds.items() if name in fields), ("prompt", "answer"))
     for name in needed:
         if name not in fields:

@@ -86,6 +86,7 @@ def write_folder(s: Any, folder: Path, prepared: Prepared) -> dict:
             file.writelines(_origin(records, samples, part, number) for number in numbers.tolist())
     in_template = any(source.prompt_style == "checkpoint" for source in prepared.sources)
     info = {
+        "kind": "pairs" if records.are_pairs else "samples",
         "tokenizer_hash": tokenizer.file_hash(),
         **({"chat_template_hash": tokenizer.template_hash()} if in_template else {}),
         "checkpoint_dir": str(s.checkpoint_dir),
@@ -174,9 +175,10 @@ def print_summary(s: Any, info: dict, samples: TokenizedSamples) -> None:
     print(f"prompt style {info['prompt_style']}; tokens a sample: {length}")
     for part in ("train", "val"):
         print("{}: {samples:,} samples, {tokens:,} tokens, {targets:,} of them targets".format(part, **info[part]))
+    objective = " --objective dpo" if info["kind"] == "pairs" else ""
     print(
         f"written to {s.out_dir}, with report.html; next: python finetune.py --checkpoint_dir {s.checkpoint_dir} "
-        f"--data_dir {s.out_dir}"
+        f"--data_dir {s.out_dir}{objective}"
     )
 
 

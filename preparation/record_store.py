@@ -18,6 +18,8 @@ import numpy as np
 
 from preparation.cleaning import SIGNATURE
 from preparation.filtering import FilteredRow
+from preparation.rendering import Tokens
+from shell.cli import UserError
 from weights.safetensors_format import encode_header
 
 LEAKS = ("words of a benchmark", "similar to a benchmark")  # the reasons for which a line names a benchmark's sample
@@ -27,17 +29,19 @@ SHOWN = 300  # characters of a dropped prompt that are written down
 class Records:
     """Every row that was read: its record on the disk, and in columns what the passes need to know of it.
 
-    sources, answer_lengths (characters), hashes (of prompts): arrays with an element for each. counts: for each source,
-    how many of its rows were read, and dropped for which reason; facts: what its rows hold, how often, a Counter of
-    (group, name); cut: of how many the prompt had to be cut; notes: what rendering has to tell, how often. leaks: for
-    the place of a benchmark's sample, how many rows leaked from it. folder: a place on the disk with room for the
-    records. names: of the sources. log: an open file, for a line of JSON on each row that is dropped.
+    sources, answer_lengths (characters), hashes (of prompts), answers_hashes (of pairs' answers): arrays with an
+    element for each. counts: for each source, how many of its rows were read, and dropped for which reason; facts: what
+    its rows hold, how often, a Counter of (group, name); cut: of how many the prompt had to be cut; notes: what
+    rendering has to tell, how often. leaks: for the place of a benchmark's sample, how many rows leaked from it.
+    folder: a place on the disk with room for the records. names: of the sources. log: an open file, for a line of JSON
+    on each row that is dropped.
     """
 
     def __init__(self, folder: Path, names: list[str], log: IO[str]):
         self._texts, self._signatures = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 (nameless)
         self._offsets, self._kept = array("q", [0]), array("b")
-        self.sources, self.answer_lengths, self.hashes = array("i"), array("i"), array("Q")
+        self.sources, self.answer_lengths = array("i"), array("i")
+        self.hashes, self.answers_hashes = array("Q"), array("Q")
         self.names, self.cut, self.leaks, self._log = names, [0 for _ in names], Counter(), log
         self.counts, self.facts, self.notes = ([Counter() for _ in names] for _ in range(3))
 
@@ -45,17 +49,34 @@ class Records:
         return len(self.sources)
 
     def add(self, source: int, row: FilteredRow) -> None:
-        """Append a row of the source with this number."""
+        """Append a row of the source with this number. UserError if it is a pair and others are not, or the reverse."""
+        self._check_kind(source, row)
         self._texts.write(row.record)
         self._signatures.write(row.signature)
         self._offsets.append(self._offsets[-1] + len(row.record))
         self.sources.append(source)
         self.answer_lengths.append(row.answer_length)
         self.hashes.append(row.prompt_hash)
+        self.answers_hashes.append(row.answers_hash)
         self._kept.append(1)
         self.facts[source].update(row.facts)
         if row.reason:
             self.drop(len(self) - 1, row.reason, of=row.of, detail=row.detail)
+
+    @property
+    def are_pairs(self) -> bool:
+        """Whether the records are preference pairs."""
+        return bool(len(self) and self.answers_hashes[0])
+
+    def _check_kind(self, source, row):
+        if not len(self) or bool(row.answers_hash) == self.are_pairs:
+            return
+        first, this = (self[0]["id"], self.names[self.sources[0]]), (row.place, self.names[source])
+        pair, other = (first, this) if self.are_pairs else (this, first)
+        raise UserError(
+            f"{pair[0]} (source {pair[1]}) is a preference pair, {other[0]} (source {other[1]}) is none: "
+            "prepare them in folders of their own"
+        )
 
     def raw(self, number: int) -> bytes:
         """The record as it was added, pickled."""
@@ -98,23 +119,42 @@ class SampleWriter:
     def __init__(self, folder: Path | None = None):
         self._tokens, self._is_target = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 (nameless)
         self.offsets, self.target_counts, self.sources = array("q", [0]), array("i"), array("i")
+        self.beginnings, self.first_ends = array("i"), array("i")
 
     def __len__(self):
         return len(self.target_counts)
 
-    def add(self, ids: Iterable[int], is_target: Iterable[bool], source: int) -> None:
-        """Add one sample: token ids, for each of them whether it is a target, and the number of its source."""
+    def add(
+        self, ids: Iterable[int], is_target: Iterable[bool], source: int, beginning: int = 0, first_end: int = 0
+    ) -> None:
+        """Add one sample: token ids, for each of them whether it is a target, and the number of its source.
+
+        beginning, first_end: of a pair, where its tokens are cut: see `rendering.Tokens`.
+        """
         self._tokens.write(array("i", ids))
         self._is_target.write(bytes(is_target))
         self.offsets.append(self.offsets[-1] + len(ids))
-        self.target_counts.append(sum(is_target[1:]))  # nothing comes before the first token to predict it from
+        ends = [is_target]
+        if first_end:
+            ends = [is_target[beginning : beginning + first_end], is_target[beginning + first_end :]]
+        self.target_counts.append(
+            sum(sum(end[1:]) for end in ends)
+        )  # nothing precedes a first token, to predict it from
         self.sources.append(source)
+        self.beginnings.append(beginning)
+        self.first_ends.append(first_end)
 
-    def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample `number` as it was added: ids (n,) int32 and is_target (n,) bool, two arrays."""
+    def read(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The sequence that a sample is, or the two of a pair, by its number: ids (n,) int32, is_target (n,) bool."""
         span = self.offsets[number], self.offsets[number + 1]
-        tokens, is_target = _read(self._tokens, 4, *span), _read(self._is_target, 1, *span)
-        return np.frombuffer(tokens, np.int32), np.frombuffer(is_target, np.bool_)
+        ids = np.frombuffer(_read(self._tokens, 4, *span), np.int32)
+        is_target = np.frombuffer(_read(self._is_target, 1, *span), np.bool_)
+        if not self.first_ends[number]:
+            return [(ids, is_target)]
+        fork = self.beginnings[number]
+        second = fork + self.first_ends[number]
+        joined = (np.r_[0:second], np.r_[0:fork, second : len(ids)])
+        return [(ids[places], is_target[places]) for places in joined]
 
     def save(self, path: Path, order: Iterable[int] | None = None) -> None:
         """Write the samples with the numbers `order`, by default all, as one prepared file.
@@ -122,7 +162,10 @@ class SampleWriter:
         Written one sample at a time, since safetensors' own writer wants whole tensors in memory.
         """
         order = np.arange(len(self)) if order is None else np.asarray(order, np.int64)
-        offsets, counts, sources = (np.array(column) for column in (self.offsets, self.target_counts, self.sources))
+        offsets = np.array(self.offsets)
+        short = {"target_counts": self.target_counts, "sources": self.sources}
+        if any(self.first_ends):
+            short |= {"beginnings": self.beginnings, "first_ends": self.first_ends}
         starts, ends = offsets[:-1][order], offsets[1:][order]
         total = int((ends - starts).sum())
 
@@ -132,8 +175,7 @@ class SampleWriter:
         columns = {  # the widest first, so that each begins at a multiple of its width
             "offsets": ("I64", 8, len(order) + 1, [np.concatenate([[0], (ends - starts).cumsum()]).astype("<i8")]),
             "tokens": ("I32", 4, total, pieces(self._tokens, 4)),
-            "target_counts": ("I32", 4, len(order), [counts[order]]),
-            "sources": ("I32", 4, len(order), [sources[order]]),
+            **{name: ("I32", 4, len(order), [np.array(column)[order]]) for name, column in short.items()},
             "is_target": ("BOOL", 1, total, pieces(self._is_target, 1)),
         }
         layout = {name: (dtype, [length], length * width) for name, (dtype, width, length, _) in columns.items()}
@@ -159,9 +201,9 @@ class TokenizedSamples:
     def __len__(self):
         return len(self._records)
 
-    def add(self, source: int, record: int, examples: list[int], ids: Iterable[int], is_target: Iterable[bool]) -> None:
+    def add(self, source: int, record: int, examples: list[int], tokens: Tokens) -> None:
         """Append a sample of a source, made of a record and of examples before it, all by their numbers."""
-        self.writer.add(ids, is_target, source)
+        self.writer.add(tokens.ids, tokens.is_target, source, tokens.beginning, tokens.first_end)
         self._records.append(record)
         self._examples.extend(examples)
         self._ends.append(len(self._examples))
@@ -181,6 +223,15 @@ class TokenizedSamples:
     def sources(self) -> np.ndarray:
         """(M,) int64: the number of each sample's source."""
         return np.array(self.writer.sources, np.int64)
+
+    @property
+    def are_pairs(self) -> bool:
+        """Whether the samples are preference pairs."""
+        return any(self.writer.first_ends)
+
+    def cuts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Two (M,) int64: the tokens of each pair's beginning, and of its chosen end."""
+        return np.array(self.writer.beginnings, np.int64), np.array(self.writer.first_ends, np.int64)
 
     def lengths(self) -> np.ndarray:
         """(M,) int64: the tokens of each sample."""

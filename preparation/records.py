@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from preparation.columns import is_template, kind_of, text_of, value_of
-from preparation.dialects import listed_tools, to_messages, without_nulls
+from preparation.dialects import conversation, listed_tools, without_nulls
 from preparation.multiple_choice import choices_of, with_choices
+from preparation.pairs import ANSWERS, common_beginning, take_apart
 from preparation.reading import BadRow, Row, encoding_hint
 from preparation.shapes import Columns, how_to_ignore, ignore_hint, recognise, with_aliases
 from shell.cli import UserError
@@ -30,6 +31,8 @@ def to_record(source: Any, row: Row, seed: int) -> dict:
     - "key": the text by which duplicates are found: all before that answer, with the choices of multiple choice in
       their original order;
     - "style" and "document": "plain" and True for raw text, which is an answer to nothing, and may be cut;
+    - "rejected": of a preference pair. Its "messages" are the prompt and the chosen answer, these the prompt and the
+      rejected one; of both only the last answer can be a target;
     - "facts": what is to be counted, {(group, name): times}.
 
     source: a `mixture.Source`. seed: the order in which choices are given follows from it, the source's name, the
@@ -44,6 +47,8 @@ def to_record(source: Any, row: Row, seed: int) -> dict:
 def _to_record(source, row, data, seed):
     columns = columns_of(source, data)
     facts = defaultdict(int, columns.facts)
+    if "chosen" in columns.fields:
+        return _pair(source, row, data, columns, facts)
     messages, original = _messages(source, row, data, columns, seed)
     record = {"messages": _read_messages(messages, with_aliases(source.ignore), facts)}
     record |= _tools(row, data, columns.fields, facts)
@@ -56,6 +61,23 @@ def _to_record(source, row, data, seed):
         return record | {"style": "plain", "document": True}
     _count(record["messages"], facts)
     return record
+
+
+def _pair(source, row, data, columns, facts):
+    """The record of a row with a preference pair."""
+    data, fields, counted = take_apart(row, data, columns)
+    facts.update({("samples", what): 1 for what in counted})
+    record = {}
+    for part, answer in zip(("messages", "rejected"), ANSWERS, strict=True):
+        messages = _question_and_answer(row, data, {**fields, "answer": fields[answer]})
+        record[part] = _read_messages(messages, with_aliases(source.ignore), facts)
+    record |= _tools(row, data, fields, facts)
+    _drop_listed_tools(record, facts)
+    _mend_line_ends(record, facts)
+    _weigh_pair(record, facts)
+    shared = shared_messages(record)
+    _count(record["messages"] + record["rejected"][shared:], facts)
+    return record | {"key": _key(record["messages"][:shared]), "facts": facts}
 
 
 def _read_messages(messages, ignored, facts):
@@ -146,7 +168,7 @@ def _messages(source, row, data, columns, seed):
         messages = [_message("user", ""), _message("assistant", text_of(data, fields["text"]))]
         return messages, messages
     if "messages" in fields:
-        messages = _with_system(_conversation(row, data, fields["messages"]), data, fields)
+        messages = _with_system(conversation(row, data, fields["messages"]), data, fields)
         _check_beginning(data, columns, messages)
         return messages, messages
     if "choices" not in fields:
@@ -163,13 +185,6 @@ def _messages(source, row, data, columns, seed):
 
 def _message(role, content):
     return {"role": role, "content": content}
-
-
-def _conversation(row, data, name):
-    turns = value_of(data, name, list, "a list of messages")
-    if not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise BadRow(f"field {name!r} must be a list of messages, each with a role and content")
-    return to_messages(without_nulls(turns) if row.unit == "row" else turns)
 
 
 def _check_beginning(data, columns, messages):
@@ -190,14 +205,14 @@ def _question_and_answer(row, data, fields, ending=""):
     prompt, answer = data.get(fields["prompt"]), data.get(fields["answer"])
     if isinstance(prompt, list):
         _refuse_beside_list(data, fields, "prompt", "input", "history", "choices")
-        messages = [_not_trained(message) for message in _conversation(row, data, fields["prompt"])]
+        messages = [_not_trained(message) for message in conversation(row, data, fields["prompt"])]
     else:
         messages = [*_history(data, fields), _message("user", text_of(data, fields["prompt"]) + ending)]
         if "input" in fields and (given := _optional_text(data, fields["input"])):
             messages[-1]["input"] = given
     if isinstance(answer, list):
         _refuse_beside_list(data, fields, "answer", "thinking")
-        return _with_system([*messages, *_conversation(row, data, fields["answer"])], data, fields)
+        return _with_system([*messages, *conversation(row, data, fields["answer"])], data, fields)
     messages.append(_message("assistant", text_of(data, fields["answer"])))
     if "thinking" in fields and (thinking := _optional_text(data, fields["thinking"])):
         messages[-1]["thinking"] = thinking
@@ -277,7 +292,7 @@ _LINE_END = re.compile("\r\n?")
 def _mend_line_ends(record, facts):
     """Make \\n of every \\r\\n and \\r: a model would learn to write one or the other by chance."""
     mended = False
-    for part in ("messages", "tools"):
+    for part in ("messages", "rejected", "tools"):
         if part in record and any(map(_may_have_return, record[part])):
             before, record[part] = record[part], change_texts(record[part], lambda text: _LINE_END.sub("\n", text))
             mended = mended or record[part] != before
@@ -318,6 +333,51 @@ def _weigh_answers(messages, facts):
     if last < len(messages):
         facts["samples", "that go on after their last answer"] += 1
     return end or last
+
+
+def _weigh_pair(record, facts):
+    """Cut both conversations of a pair after their last answers, and give all answers before a weight of 0.
+
+    An empty answer is to be learnt from too, as there may be nothing to say; but not two of them.
+    """
+    for part in ("messages", "rejected"):
+        record[part] = _up_to_last_answer(record[part], facts)
+    last = [messages[-1] for messages in conversations(record)]
+    both_empty = all(map(is_empty, last))
+    for message in last:
+        if message.get("weight") == 0:
+            facts["answers", "masked (weight 0)"] += 1
+        elif both_empty:
+            facts["answers", "empty"] += 1
+            message["weight"] = 0
+        else:
+            facts["answers", "empty, the other of the pair is not" if is_empty(message) else "to train on"] += 1
+
+
+def _up_to_last_answer(messages, facts):
+    """New messages up to the last answer, those before it with a weight of 0. Raises BadRow without an answer."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise BadRow("no message has the role assistant: there is no answer to train on")
+    if last + 1 < len(messages):
+        facts["samples", "that go on after their last answer"] += 1
+    return [*(_not_trained(message) for message in messages[:last]), dict(messages[last])]
+
+
+def conversations(record: dict) -> list[list[dict]]:
+    """The conversations of a record: one, or of a preference pair that with the chosen and that with the rejected."""
+    return [record["messages"]] + ([record["rejected"]] if "rejected" in record else [])
+
+
+def shared_messages(record: dict) -> int:
+    """The number of messages with which both conversations of a pair begin, before the last answer of either."""
+    both = conversations(record)
+    return min(common_beginning(*both), *(len(messages) - 1 for messages in both))
+
+
+def answer_texts(record: dict) -> list[str]:
+    """The text that is to be learnt of each of a record's conversations."""
+    return ["\n".join(message_text(m) for m in messages if is_target(m)) for messages in conversations(record)]
 
 
 def is_target(message: dict) -> bool:

@@ -1,7 +1,8 @@
 """A record as tokens: rendered in its source's prompt style, tokenised, cut to length. Done in worker processes.
 
-Most records make one sample. A conversation makes several where a chat template changes earlier turns
-(text/template_style.py), and a document that is too long is cut into pieces.
+Most records make one sample; so does a preference pair, whose two answers follow one beginning. A conversation makes
+several where a chat template changes earlier turns (text/template_style.py), and a document that is too long is cut
+into pieces.
 """
 
 import pickle
@@ -10,6 +11,8 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from preparation.mixture import Source
+from preparation.pairs import common_beginning
+from preparation.records import conversations
 from preparation.shapes import ignore_hint
 from preparation.workers import Context
 from shell.cli import UserError
@@ -18,18 +21,32 @@ from text.prompts import encode_dialog
 from text.segments import Encoded
 from text.tokenizer import Tokenizer
 
+SAME_ANSWERS = "both answers the same"  # why a pair is dropped
 LONGEST_TOKEN = 512  # characters: no vocabulary has a longer one
+
+
+class Tokens(NamedTuple):
+    """A sample: its ids, and for each of them whether it is a target.
+
+    Those of a preference pair are a beginning, its chosen end, its rejected end. beginning, first_end: the tokens of
+    the first two; 0 for what is no pair.
+    """
+
+    ids: array
+    is_target: bytes
+    beginning: int = 0
+    first_end: int = 0
 
 
 class Rendered(NamedTuple):
     """A record as samples of tokens.
 
-    outcome: "whole", "prompt cut", "cut into pieces", or why there are none. samples: (ids, is_target) of each.
-    examples: how many stand before the question. notes: what a reader of the data should know of, counted.
+    outcome: "whole", "prompt cut", "cut into pieces", or why there are none. examples: how many stand before the
+    question. notes: what a reader of the data should know of, counted.
     """
 
     outcome: str
-    samples: list[tuple[array, bytes]] = []
+    samples: list[Tokens] = []
     examples: int = 0
     notes: dict[str, int] = {}
 
@@ -58,9 +75,32 @@ def render_record(context: Context, source: Source, record: bytes, examples: lis
     cut_below = outcome != "whole" and most and most <= s.max_seq_length
     if most and (cut_below or _longest(encoded) > most):
         return Rendered("too many tokens")
-    masks = (is_target if s.mask_prompt else [i > 0 for i in range(len(ids))] for ids, is_target in encoded)
-    samples = [(array("i", ids), bytes(mask)) for (ids, _), mask in zip(encoded, masks, strict=True)]
+    if "rejected" in record:
+        samples, outcome = _fork(*encoded, outcome, notes)
+    else:
+        masks = (is_target if s.mask_prompt else [i > 0 for i in range(len(ids))] for ids, is_target in encoded)
+        samples = [Tokens(array("i", ids), bytes(mask)) for (ids, _), mask in zip(encoded, masks, strict=True)]
     return Rendered(outcome, samples, count, {what: number for what, number in notes.items() if number})
+
+
+def _fork(chosen, rejected, outcome, notes):
+    """([the Tokens of a pair], `outcome`); or with none in the list, why. chosen, rejected: its two sequences.
+
+    The ends begin with the last token that both sequences have before the first target of either: the one that predicts
+    the first token in which they differ.
+    """
+    if chosen.ids == rejected.ids:
+        return [], SAME_ANSWERS
+    first_targets = [sequence.is_target.index(True) for sequence in (chosen, rejected)]
+    common = min(common_beginning(chosen.ids, rejected.ids), *first_targets)
+    notes["pairs whose answers follow different contexts"] += [common] * 2 != first_targets
+    beginning = max(0, common - 1)
+    ends = [Encoded(ids[beginning:], is_target[beginning:]) for ids, is_target in (chosen, rejected)]
+    if not all(any(is_target[1:]) for _, is_target in ends):  # without a prompt an empty answer has no such token
+        return [], "empty answer"
+    ids = array("i", [*chosen.ids[:beginning], *ends[0].ids, *ends[1].ids])
+    is_target = bytes([*chosen.is_target[:beginning], *ends[0].is_target, *ends[1].is_target])
+    return [Tokens(ids, is_target, beginning, len(ends[0].ids))], outcome
 
 
 def _longest(encoded):
@@ -86,7 +126,7 @@ def _encode(context, source, record, examples, notes):
         [whole] = encode_dialog(context.tokenizer, messages, style, **more)
         pieces = cut_document(whole.ids, s.max_seq_length, s.overlap, context.tokenizer)
         return pieces, "whole" if len(pieces) == 1 else "cut into pieces"
-    return tokenize(context.tokenizer, messages, style, s.max_seq_length, **more)
+    return tokenize(context.tokenizer, [messages, *conversations(record)[1:]], style, s.max_seq_length, **more)
 
 
 def template_args(settings: Any, record: dict, style: str) -> dict:
@@ -135,36 +175,51 @@ def cut_document(ids: list[int], longest: int, overlap: int | None, tokenizer: T
 
 
 def tokenize(
-    tokenizer: Tokenizer, messages: list[dict], style: str, max_seq_length: int, **more: Any
+    tokenizer: Tokenizer, dialogs: list[list[dict]], style: str, max_seq_length: int, **more: Any
 ) -> tuple[list[Encoded], str]:
     """(the samples, what was done): "whole", "prompt cut", or with no samples "answer too long".
 
+    dialogs: the messages of one, or of the two of a pair, which have their prompt in common and lose the same of it.
     If a sample is too long, the longest text that is not an answer is cut at its start, by no more than needed. If that
     is not enough even with all of it gone, the next longest text is cut too. more: as `encode_dialog` takes it.
     """
-    messages = [dict(message) for message in messages]
+    dialogs = _copies(dialogs)
+    messages = {id(message): message for dialog in dialogs for message in dialog}.values()
     places = [(m, key) for m in messages if m["role"] != "assistant" for key in ("content", "input") if m.get(key)]
     places.sort(key=lambda place: -len(place[0][place[1]]))
     outcome = "whole"
     for message, key in places:  # what is far too long need not be tokenised to know it
         if len(message[key]) > max_seq_length * LONGEST_TOKEN:
             message[key], outcome = message[key][-max_seq_length * LONGEST_TOKEN :], "prompt cut"
-    encoded = encode_dialog(tokenizer, messages, style, **more)
+    encoded = _encode_all(tokenizer, dialogs, style, more)
     if _longest(encoded) <= max_seq_length:
         return encoded, outcome
     again = more | {"notes": None}  # what is to be noted was, for the whole
-    bare = [m if m["role"] == "assistant" else {**m, "content": "", "input": ""} for m in messages]
-    if _longest(encode_dialog(tokenizer, bare, style, **again)) > max_seq_length:
+    bare = [
+        [m if m["role"] == "assistant" else {**m, "content": "", "input": ""} for m in dialog] for dialog in dialogs
+    ]
+    if _longest(_encode_all(tokenizer, bare, style, again)) > max_seq_length:
         return [], "answer too long"
     for message, key in places:
-        best = _cut_start(tokenizer, messages, style, max_seq_length, message, key, _longest(encoded), again)
+        best = _cut_start(tokenizer, dialogs, style, max_seq_length, message, key, _longest(encoded), again)
         if best:
             return best, "prompt cut"
-        encoded = encode_dialog(tokenizer, messages, style, **again)
+        encoded = _encode_all(tokenizer, dialogs, style, again)
     return [], "answer too long"
 
 
-def _cut_start(tokenizer, messages, style, max_seq_length, message, key, length, more):
+def _copies(dialogs):
+    """New dialogs, whose messages may be changed: those with which all of them begin are the same ones in each."""
+    first, *others = ([dict(message) for message in dialog] for dialog in dialogs)
+    shared = (common_beginning(first, other) for other in others)
+    return [first, *(first[:n] + other[n:] for n, other in zip(shared, others, strict=True))]
+
+
+def _encode_all(tokenizer, dialogs, style, more):
+    return [one for messages in dialogs for one in encode_dialog(tokenizer, messages, style, **more)]
+
+
+def _cut_start(tokenizer, dialogs, style, max_seq_length, message, key, length, more):
     """The samples with as much of the end of one text as fits; None, and the text empty, if nothing of it does.
 
     length: the tokens with all of it. The search is by false position, as tokens are about proportional to characters;
@@ -172,7 +227,7 @@ def _cut_start(tokenizer, messages, style, max_seq_length, message, key, length,
     """
     text = message[key]
     message[key] = ""
-    best = encode_dialog(tokenizer, messages, style, **more)
+    best = _encode_all(tokenizer, dialogs, style, more)
     if _longest(best) > max_seq_length:
         return None
     fits, at_fits, exceeds, at_exceeds = 0, _longest(best), len(text), length
@@ -181,7 +236,7 @@ def _cut_start(tokenizer, messages, style, max_seq_length, message, key, length,
         share = 0.5 if turn % 3 == 2 else (max_seq_length - at_fits) / (at_exceeds - at_fits)
         kept = min(max(fits + int(share * (exceeds - fits)), fits + 1), exceeds - 1)
         message[key] = text[len(text) - kept :]
-        tried = encode_dialog(tokenizer, messages, style, **more)
+        tried = _encode_all(tokenizer, dialogs, style, more)
         if _longest(tried) <= max_seq_length:
             best, fits, at_fits = tried, kept, _longest(tried)
         else:

@@ -15,11 +15,15 @@ import numpy as np
 from preparation.histogram import histograms, short
 from preparation.markup import breakable, fold_parts, harmless, mark_differences
 from preparation.prepared_folder import Prepared
-from preparation.show import segments
+from preparation.show import segments, without_beginning
 
 GROUPS = (  # of what is counted in the rows, in the report's order
     "rows", "columns not used", "left out by --ignore", "messages", "answers", "tools", "samples", "rendering",
 )  # fmt: skip
+PARTS = {  # of a sample, whose lengths are shown, by the kind of samples: classes of the page, and names
+    "samples": (("prompt", "prompt"), ("answer", "answer")),
+    "pairs": (("prompt", "prompt"), ("answer", "chosen answer"), ("rejected", "rejected answer")),
+}
 EXAMPLES = 10  # samples that the report shows
 REPORTED_BATCH, REPORTED_BUDGETS, REPORTED_STEPS = 128, (1024, 2048, 4096, 8192), 20  # of the padding's table
 
@@ -27,61 +31,84 @@ REPORTED_BATCH, REPORTED_BUDGETS, REPORTED_STEPS = 128, (1024, 2048, 4096, 8192)
 def report_details(prepared: Prepared, close_pairs: list[dict], seed: int) -> dict[str, Any]:
     """What the report shows beside data.json: see `write_report`. close_pairs: its "pairs"."""
     samples, train = prepared.samples, prepared.train
-    targets, source_of = samples.target_counts()[train], samples.sources()[train]
-    lengths = samples.lengths()[train]
+    source_of, lengths = samples.sources()[train], _lengths(samples, train)
     shown = sorted(random.Random(seed).sample(range(len(train)), min(EXAMPLES, len(train))))
     return {
-        "lengths": [
-            ((lengths - targets)[source_of == i], targets[source_of == i]) for i in range(len(prepared.sources))
-        ],
-        "padding": _padding(lengths, seed),
+        "lengths": [tuple(part[source_of == i] for part in lengths) for i in range(len(prepared.sources))],
+        "padding": _padding(samples, train, seed),
         "pairs": close_pairs,
         "examples": [_example(prepared, train[i]) for i in shown],
     }
 
 
+def _lengths(samples, numbers):
+    """The tokens of each sample's prompt and of its answer, an array (n,) each; of a pair's prompt and two answers."""
+    lengths, targets = samples.lengths()[numbers], samples.target_counts()[numbers]
+    if not samples.are_pairs:
+        return lengths - targets, targets
+    beginnings, first_ends = (column[numbers] for column in samples.cuts())
+    return beginnings + 1, first_ends - 1, lengths - beginnings - first_ends - 1  # each end has the prompt's last token
+
+
 def _example(prepared, number):
     """A sample as `write_report` takes it."""
     records, samples = prepared.records, prepared.samples
-    ids, is_target = samples.writer.read(number)
+    sequences = [(ids.tolist(), is_target.tolist()) for ids, is_target in samples.writer.read(number)]
+    first, *rejected = [segments(prepared.tokenizer, *sequence) for sequence in sequences]
     return {
         "id": records[samples.record(number)]["id"],
         "source": records.names[samples.writer.sources[number]],
-        "tokens": len(ids),
-        "segments": segments(prepared.tokenizer, ids.tolist(), is_target.tolist()),
+        "tokens": " and ".join(f"{len(ids):,}" for ids, _ in sequences),
+        "segments": first,
+        "rejected": without_beginning(*rejected, first) if rejected else [],
     }
 
 
-def _padding(lengths, seed):
+def _padding(samples, numbers, seed):
     """What each planner leaves unused in steps of samples taken at random, for several budgets."""
     import torch  # here, since the passes before do without it
 
     from batching import PLANNERS, Samples
 
-    sampled = np.random.default_rng(seed).permutation(lengths)[: REPORTED_BATCH * REPORTED_STEPS]
-    lengths, rows = torch.from_numpy(sampled - 1), []  # the last token is only ever a target
+    sampled, rows = np.random.default_rng(seed).permutation(numbers)[: REPORTED_BATCH * REPORTED_STEPS], []
     for name, planner in PLANNERS.items():
+        padded = planner.layout is Samples.padded
+        used, lengths = map(torch.from_numpy, _positions(samples, sampled, padded))
         for budget in REPORTED_BUDGETS:
             steps = planner.plan(lengths, None, REPORTED_BATCH, budget, seed, 0)
-            sizes = [lengths[micro_batch] for step in steps for micro_batch in step]
-            tokens = sum(int(x.sum()) for x in sizes)
-            padded = planner.layout is Samples.padded
-            positions = sum(len(x) * int(x.max()) for x in sizes) if padded else tokens
+            micro_batches = [micro_batch for step in steps for micro_batch in step]
+            tokens = int(used.sum())
+            positions = sum(len(x) * int(lengths[x].max()) for x in micro_batches) if padded else tokens
             row = {"planner": name, "micro_batch_tokens": budget, "padding": 1 - tokens / positions}
-            rows.append({**row, "filled": tokens / (budget * len(sizes)), "micro_batches": len(sizes) / len(steps)})
+            filled, count = tokens / (budget * len(micro_batches)), len(micro_batches) / len(steps)
+            rows.append({**row, "filled": filled, "micro_batches": count})
     return rows
+
+
+def _positions(samples, numbers, padded):
+    """(positions that hold a token, the length by which it is planned) of each sample, (n,) int64 each."""
+    lengths = samples.lengths()[numbers] - 1  # the last token is only ever a target
+    if not samples.are_pairs:
+        return lengths, lengths
+    beginnings, first_ends = (column[numbers] for column in samples.cuts())
+    if not padded:
+        return lengths - 1, lengths - 1
+    second_ends = lengths + 1 - beginnings - first_ends
+    return lengths - 1 + beginnings, 2 * (beginnings + np.maximum(first_ends, second_ends) - 1)
 
 
 def write_report(path: Path, info: dict, details: dict[str, Any]) -> None:
     """Write report.html: counts, mix, lengths, padding, close pairs, samples, settings, hashes. Same input, same bytes.
 
     info: the content of data.json. details: what the page shows beyond it,
-    - "lengths": for each source two integer arrays (n,): the tokens of each sample's prompt and of its answer;
+    - "lengths": for each source integer arrays (n,), the tokens of each sample's prompt and of its answer; of pairs
+      those of the shared prompt, the chosen and the rejected answer;
     - "padding": for each planner and budget a dict of "planner", "micro_batch_tokens", "padding" (share of the
       positions), "filled" (share of the budget) and "micro_batches" (in a step);
     - "pairs": the near-duplicates nearest to the threshold, dicts of "step", "score", "threshold", "dropped", and the
       "kept" and the "other" sample as {"id", "text"};
-    - "examples": samples as dicts of "id", "source", "tokens" and "segments", as `segments` returns them.
+    - "examples": samples as dicts of "id", "source", "tokens" (as text) and "segments", as `segments` returns them; of
+      pairs "rejected" too, the same of the rejected answer.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -103,7 +130,11 @@ def write_report(path: Path, info: dict, details: dict[str, Any]) -> None:
         pairs=[
             pair | {"texts": mark_differences(pair["kept"]["text"], pair["other"]["text"])} for pair in details["pairs"]
         ],
-        examples=[example | {"parts": fold_parts(example["segments"])} for example in details["examples"]],
+        parts=PARTS[info.get("kind", "samples")],
+        examples=[
+            example | {"answers": [fold_parts(example[part]) for part in ("segments", "rejected") if example.get(part)]}
+            for example in details["examples"]
+        ],
     )
     Path(path).write_text(page, encoding="utf-8", newline="\n")
 

@@ -12,7 +12,15 @@ from preparation.columns import columns_in
 from preparation.reading import BadRow
 from text.messages import THINKING, WEIGHTS, KeyRefused
 
+PAIR = {"chosen": "chosen", "rejected": "rejected"}
 SHAPES = {  # names, and for each part of a sample its column; the first that fits counts
+    "preference pairs": {"prompt": "prompt", **PAIR},
+    "preference pairs, Alpaca": {"prompt": "instruction", **PAIR},
+    "preference pairs with a question": {"prompt": "question", **PAIR},
+    "preference pairs with an input": {"prompt": "input", **PAIR},
+    "preference pairs, ShareGPT": {"prompt": "conversations", **PAIR},
+    "preference pairs, OpenAI": {"prompt": "messages", **PAIR},
+    "preference pairs, the prompt in both": PAIR,
     "messages": {"messages": "messages"},
     "ShareGPT conversations": {"messages": "conversations"},
     "conversation": {"messages": "conversation"},
@@ -38,13 +46,14 @@ BESIDE = {  # further parts of a sample, and the names that their columns may ha
     "history": ("history",),
 }
 GO_WITH = {  # the further parts that a shape takes, by its main part
+    "chosen": ("input", "system", "tools", "template_args", "history"),
     "messages": ("system", "tools", "template_args"),
     "answer": ("input", "system", "tools", "template_args", "thinking", "history"),
     "label": ("system", "tools", "template_args", "thinking", "history"),
     "text": (),
 }
-PREFERENCE = "preference pairs are for preference training, which is not there yet"
-UNPAIRED = "answers with a verdict are for preference training, which is not there yet"
+PREFERENCE = "a preference pair has both chosen and rejected, and this row has one of them"
+UNPAIRED = "answers with a verdict are for preference training without pairs, which is not there yet"
 MEDIA = "only text can be trained on"
 REFUSED = {  # columns with a meaning that would be lost
     "chosen": PREFERENCE, "rejected": PREFERENCE, "kto_tag": UNPAIRED, "weight": "samples cannot have weights",
@@ -82,7 +91,7 @@ def recognise(
         shape = "raw text" if "text" in parts else shape
         _check_kept(known, _columns_of(parts))
     else:
-        _check_kept(known, set())
+        _check_kept(known, {known[name] for name in PAIR} if PAIR.keys() <= known.keys() else set())
         shape, parts = _find_shape(known, names, empty)
     parts = parts | _parts_beside(parts, known, bool(fields))
     unused = [name for name in names if name not in _columns_of(parts) and name not in ignored]

@@ -17,7 +17,7 @@ def show_folder(out_dir: Path, checkpoint_dir: Path | None, count: int, seed: in
 
     checkpoint_dir: the model folder whose tokenizer it was made with, if not the one that data.json names.
     """
-    from batching import Samples, read_data_info  # here, since preparing does without torch
+    from batching import open_samples, read_data_info  # here, since preparing does without torch
 
     if not (out_dir / "data.json").is_file():
         raise UserError(
@@ -35,7 +35,7 @@ def show_folder(out_dir: Path, checkpoint_dir: Path | None, count: int, seed: in
     with contextlib.suppress(AttributeError):  # where the output is no terminal or file
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    show(tokenizer, Samples(out_dir / "train.safetensors"), info, count, seed, color)
+    show(tokenizer, open_samples(out_dir / "train.safetensors"), info, count, seed, color)
 
 
 def segments(tokenizer: Tokenizer, ids: list[int], is_target: list[bool]) -> list[tuple[str, bool]]:
@@ -61,15 +61,29 @@ def segments(tokenizer: Tokenizer, ids: list[int], is_target: list[bool]) -> lis
 def show(tokenizer: Tokenizer, samples: Any, info: dict, count: int, seed: int, color: bool) -> None:
     """Print `count` random samples of a prepared file, targets in green and the rest dim, or targets between ⟦ and ⟧.
 
-    samples: a `batching.Samples`. info: the folder's data.json. color: whether the terminal understands ANSI codes.
+    Of a pair the rejected answer follows, without the prompt. samples: a `batching.Samples`. info: the folder's
+    data.json. color: whether the terminal understands ANSI codes.
     """
     for i in random.Random(seed).sample(range(len(samples)), min(count, len(samples))):
-        start, end = samples.offsets[i].item(), samples.offsets[i + 1].item()
+        sequences = [(ids.tolist(), is_target.tolist()) for ids, is_target in samples.sequences(i)]
         source, targets = info["sources"][samples.sources[i].item()], samples.target_counts[i].item()
         name = " ".join(harmless(source.get("name") or source.get("path", "")).split())  # the latter in older folders
-        print(f"--- sample {i} of {len(samples):,} · {name} · {end - start:,} tokens, {targets:,} targets ---")
-        parts = segments(tokenizer, samples.tokens[start:end].tolist(), samples.is_target[start:end].tolist())
-        print("".join(_painted(harmless(text), target, color) for text, target in parts), end="\n\n")
+        tokens = " and ".join(f"{len(ids):,}" for ids, _ in sequences)
+        print(f"--- sample {i} of {len(samples):,} · {name} · {tokens} tokens, {targets:,} targets ---")
+        first, *rejected = [segments(tokenizer, *sequence) for sequence in sequences]
+        print("".join(_painted(harmless(text), target, color) for text, target in first), end="\n\n")
+        for parts in rejected:
+            print("rejected:")
+            parts = without_beginning(parts, first)
+            print("".join(_painted(harmless(text), target, color) for text, target in parts), end="\n\n")
+
+
+def without_beginning(parts: list[tuple[str, bool]], others: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """What `segments` returned of a pair's rejected sequence, without the context that it shares with the chosen one.
+
+    All of it where the two answers follow different contexts.
+    """
+    return parts[1:] if parts[0] == others[0] and not parts[0][1] else parts
 
 
 def _painted(text, target, color):

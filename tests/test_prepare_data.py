@@ -487,6 +487,7 @@ def test_what_the_folder_says_about_itself(prepare, tokenizer, tmp_path, capsys)
         "counts": {"read": 20, "kept": 20, "mixed": 15},
     }  # fmt: skip
     assert notes == {
+        "kind": "samples",
         "tokenizer_hash": tokenizer.file_hash(),
         "checkpoint_dir": str(tokenizer.folder),
         "prompt_style": "alpaca",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 import lora
-from batching import Samples, read_data_info, source_names
+from batching import Samples, kind_of_samples, open_samples, read_data_info, source_names
 from experts import Experts
 from model import Config, Transformer
 from objectives import OBJECTIVES, Objective
@@ -102,7 +102,7 @@ def open_data(s: Settings) -> Data:
             f"{s.data_dir} was made with another tokenizer or chat template: run prepare_data.py again with "
             f"--checkpoint_dir {s.checkpoint_dir}"
         )
-    train, val = (Samples(s.data_dir / f"{part}.safetensors") for part in ("train", "val"))
+    train, val = (open_samples(s.data_dir / f"{part}.safetensors") for part in ("train", "val"))
     for part, samples in (("training", train), ("validation", val)):
         if dropped := samples.drop_without_target():
             print(f"note: {dropped} {part} samples have no target token and are left out", file=sys.stderr)
@@ -144,7 +144,7 @@ def check_model(s: Settings, data: Data) -> Transformer:
 
 def check_objective(s: Settings, data: Data) -> None:
     """Raise UserError if the data are of another kind than the objective takes, or a flag belongs to another one."""
-    chosen, kind = OBJECTIVES[s.objective], data.info.get("kind", "samples")
+    chosen, kind = OBJECTIVES[s.objective], kind_of_samples(data.info)
     if chosen.data != kind:
         fitting = ", ".join(name for name, other in OBJECTIVES.items() if other.data == kind)
         raise UserError(f"--objective {s.objective}: {s.data_dir} holds {kind}, not {chosen.data}: try {fitting}")
@@ -176,7 +176,7 @@ def note_outside_peft(model: Transformer, method: str) -> None:
 
 def check_samples(s: Settings, config: Config, parts: list[Samples]) -> None:
     """Raise UserError if a sample is longer than the model's context, or has a token beyond its vocabulary."""
-    longest = max(part.lengths.max().item() for part in parts)
+    longest = max(part.row_lengths.max().item() for part in parts)
     if longest > config.max_position_embeddings:
         raise UserError(
             f"{s.data_dir} has a sample of {longest} tokens, the model's context is {config.max_position_embeddings}: "

@@ -34,8 +34,9 @@ def planned_steps(s: Settings, samples: Samples, start: int, total: int) -> Iter
     for step in range(start, total):
         epoch, place = divmod(step, per_epoch)
         if planned is None or place == 0:
-            arguments = samples.lengths, samples.target_counts, s.global_batch_size, s.micro_batch_tokens, s.seed, epoch
-            planned = PLANNERS[s.planner].plan(*arguments)
+            planner = PLANNERS[s.planner]
+            lengths, counts = planner.lengths(samples), samples.target_counts
+            planned = planner.plan(lengths, counts, s.global_batch_size, s.micro_batch_tokens, s.seed, epoch)
             if len(planned) != per_epoch:
                 raise UserError(f"--planner {s.planner}: it planned {len(planned)} steps for an epoch of {per_epoch}")
             _check_samples(s, planned, len(samples))

@@ -83,7 +83,8 @@ def largest_planned_micro_batch(s: Settings, samples: Samples) -> tuple[list[int
         for indices in step:
             lengths, targets = samples.lengths[indices], samples.target_counts[indices].sum().item()
             packed = max(packed, (lengths.sum().item(), targets, indices))
-            padded = max(padded, (len(indices) * lengths.max().item(), targets, indices))
+            rows = samples.rows_per_sample * len(indices)
+            padded = max(padded, (rows * samples.row_lengths[indices].max().item(), targets, indices))
     layout = PLANNERS[s.planner].layout
     shapes = {plan.shape_of(samples, layout, indices): indices for _, _, indices in (packed, padded)}
     return shapes[plan.worst(shapes)], most

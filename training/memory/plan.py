@@ -299,7 +299,18 @@ def full_shape(samples: Samples, positions: int) -> Shape:
     and has as large a share of targets as any of them.
     """
     share = (samples.target_counts / samples.lengths).max().item()
-    return packed_shape(positions, samples.lengths.max().item(), math.ceil(positions * share))
+    targets, length, longest = math.ceil(positions * share), samples.lengths.max().item(), samples.lengths.argmax()
+    forks = samples.packed([longest.item()])[2]
+    if isinstance(forks, Forks):  # of pairs, which have whole samples in attention beside the row
+        return forked_shape(positions, forks, targets)
+    return packed_shape(positions, length, targets)
+
+
+def forked_shape(positions: int, forks: Forks, targets: int) -> Shape:
+    """A packed row of so many samples like the one in `forks` as fit into `positions`, one at least."""
+    times = max(1, positions // forks.offsets()[-1])
+    forks = Forks(times * forks.beginnings, times * forks.ends)
+    return Shape(1, forks.offsets()[-1], targets, forks)
 
 
 def largest_micro_batch(predictor: Predictor, samples: Samples, most_rows: int, budget: float) -> int:
