@@ -210,7 +210,9 @@ def train_loop(
             bar.update(sum(variant.done for variant in stepping) - done_before)
             bar.set_postfix_str(", ".join(f"{v.name} {v.row['loss']:.3f}" for v in stepping if v.row), refresh=False)
             for variant in stepping:
-                after_step(model, variant, functions, bool(signals))
+                after_step(model, variant, functions)
+            for variant in stepping:
+                save_what_is_due(model, variant, bool(signals))
             if any(variant.ended for variant in stepping):
                 write_ended(s.out_dir, {v.name: v.ended for v in variants if v.ended})
             if signals:
@@ -249,8 +251,8 @@ def step_together(s: Settings, model: VariantModel, stepping: list[Variant], fun
             variant.row = {"step": variant.done, "epoch": variant.done / per_epoch, **row}
 
 
-def after_step(model: VariantModel, variant: Variant, functions: SweepFunctions, stops: bool) -> None:
-    """What is due after a variant's step: validation, its row of metrics.csv, a checkpoint, `final/`."""
+def after_step(model: VariantModel, variant: Variant, functions: SweepFunctions) -> None:
+    """What is due after a variant's step but saving: validation, and its row of metrics.csv."""
     if variant.ended:
         return
     run, schedule = variant.run, variant.schedule
@@ -260,9 +262,15 @@ def after_step(model: VariantModel, variant: Variant, functions: SweepFunctions,
             variant.row |= functions.validate(run)
     with explained_write_errors(run.settings.out_dir):
         variant.metrics.add(variant.row)
-    if "save" in due or stops:
+
+
+def save_what_is_due(model: VariantModel, variant: Variant, stops: bool) -> None:
+    """Write a variant's checkpoint if it is due, or if the sweep stops; after its last step `final/` too."""
+    if variant.ended:
+        return
+    if stops or "save" in variant.schedule.due(variant.done):
         save(model, variant)
-    if over:
+    if variant.done == variant.schedule.total:
         save_final(model, variant)
 
 
