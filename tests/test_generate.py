@@ -867,14 +867,14 @@ def test_a_stream_is_the_answer(writer, monkeypatch):
     text = "Zürich — 日本! Questio"
     ids = writer.tokenizer.encode(text)
 
-    def scripted(decoder, prompts, replies, s, seeds):
+    def scripted(decoder, rows):
         for id in ids:
-            replies[0].push(id)
+            rows[0].reply.push(id)
             yield
-        replies[0].finish()
+        rows[0].reply.finish()
         yield
 
-    monkeypatch.setattr(writer_module, "generate", scripted)
+    monkeypatch.setattr(writer_module, "generate_rows", scripted)
     s = settings(stop=["Question:"])
     pieces = list(writer.stream(asking("a"), s))
     assert "".join(pieces) == text and len(pieces) == len(ids) + 1
