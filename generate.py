@@ -78,19 +78,7 @@ class Settings:
 
     def __post_init__(self):
         cli.check_model(self)
-        self.adapters = cli.named_folders(self.adapters, "adapters") or None
-        if self.adapter is not None and self.ensemble is not None:
-            raise UserError("--adapter and --ensemble exclude each other")
-        for flag in ("adapter", "ensemble"):
-            if getattr(self, flag) is not None and self.adapters is None:
-                raise UserError(f"--{flag} goes with --adapters: it chooses among them")
-        if self.ensemble is not None:
-            names = self.ensemble.split(",") if isinstance(self.ensemble, str) else self.ensemble
-            self.adapter = "ensemble:" + "+".join(name.strip() for name in names)
-        for name in (self.adapter or "").removeprefix("ensemble:").split("+"):
-            if name not in ("", "base", *(self.adapters or ())):
-                flag = "adapter" if self.ensemble is None else "ensemble"
-                raise UserError(f"--{flag} {name}: --adapters names {', '.join(self.adapters)}, and there is base")
+        self._check_adapters()
         if self.prompt is not None and self.prompts_file is not None:
             raise UserError("--prompt and --prompts_file exclude each other")
         cli.check_files(self, "prompts_file", "tools")
@@ -101,6 +89,22 @@ class Settings:
         cli.check_numbers(self, "frequency_penalty", "presence_penalty", least=-2, most=2)
         if "" in self.stop:
             raise UserError("--stop: an empty text would end every answer at once")
+
+    def _check_adapters(self):
+        self.adapters = cli.named_folders(self.adapters, "adapters") or None
+        if self.adapter is not None and self.ensemble is not None:
+            raise UserError("--adapter and --ensemble exclude each other")
+        names = self.ensemble.split(",") if isinstance(self.ensemble, str) else self.ensemble
+        for flag, chosen in (("adapter", [self.adapter]), ("ensemble", [name.strip() for name in names or []])):
+            if getattr(self, flag) is None:
+                continue
+            if self.adapters is None:
+                raise UserError(f"--{flag} goes with --adapters: it chooses among them")
+            for name in chosen:
+                if name not in ("base", *self.adapters):
+                    raise UserError(f"--{flag} {name}: --adapters names {', '.join(self.adapters)}, and there is base")
+            if flag == "ensemble":
+                self.adapter = "ensemble:" + "+".join(chosen)
 
 
 if __name__ == "__main__":
@@ -133,7 +137,9 @@ def main(s: Settings) -> None:
             for prompt in prompts.values()
         ]
         for dialog, answer in zip(dialogs, writer.answer_all(dialogs, s, places=list(prompts)), strict=True):
-            print(json.dumps({"prompt": dialog.messages[-1]["content"], "answer": answer}, ensure_ascii=False))
+            named = {"adapter": dialog.adapter or next(iter(s.adapters))} if s.adapters else {}
+            row = {"prompt": dialog.messages[-1]["content"], **named, "answer": answer}
+            print(json.dumps(row, ensure_ascii=False))
     else:
         chat(writer, start, s)
 

@@ -1,6 +1,5 @@
 """Several adapters over one base: each row is what a model with its adapter alone makes of it, in every decoder."""
 
-import dataclasses
 import json
 import random
 
@@ -12,7 +11,7 @@ from torch import nn
 
 import lora
 from generate import Settings
-from inference import decode, sampling, scoring, several, writer
+from inference import sampling, scoring, several, writer
 from inference.decode import CompiledDecoder, Decoder, PlainDecoder, StaticDecoder, fastest_decoder
 from inference.sampling import Batch, Row
 from inference.several import SeveralLinear, put_adapters, use
@@ -231,11 +230,18 @@ def test_the_compiled_steps_read_the_adapters(model):
     assert type(fastest_decoder(model)) is CompiledDecoder
 
 
+@needs_compiler
 def test_a_decoder_that_takes_all_for_one_adapter_is_found_out(model, monkeypatch, capsys):
     """The decoders are tried with every adapter."""
-    monkeypatch.setattr(decode, "use", lambda model, index: use(model, None if index is None else index[:1]))
-    assert type(fastest_decoder(model)) is not CompiledDecoder
-    assert "computes something else" in capsys.readouterr().err
+    before = CompiledDecoder.prepare
+
+    def prepare(self):
+        self.cache.adapters = torch.full_like(self.cache.adapters, 2)
+        before(self)
+
+    monkeypatch.setattr(CompiledDecoder, "prepare", prepare)
+    assert type(fastest_decoder(model)) is Decoder
+    assert "CompiledDecoder is not taken: it computes something else" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [PlainDecoder, Decoder, StaticDecoder, COMPILED])
@@ -269,9 +275,8 @@ def test_adapters_on_experts(tmp_path):
         for name, layers in targets.items()
     }
     model, each = (load(tmp_path / "base", folders) for load in (load_several, load_each))
-    rows = [
-        Row(random_prompt(length), Ids(), settings(), 0, adapter=n) for n, length in ((1, 4), (0, 1), (2, 9), (1, 3))
-    ]
+    pairs = ((1, 4), (0, 1), (2, 9), (1, 3))
+    rows = [Row(random_prompt(length), Ids(), settings(), 0, adapter=number) for number, length in pairs]
     assert run(fastest_decoder(model), rows) == [alone(each, row).reply.ids for row in rows]
 
 
@@ -343,9 +348,8 @@ def asking(text, adapter=None):
 
 def test_each_request_is_asked_in_its_adapters_style(base, tmp_path):
     styles = {"a": "alpaca", "b": "chatml", "c": "plain"}
-    folders = {
-        name: make_adapter(tmp_path / name, base, CONFIGS["small"], prompt_style=styles[name]) for name in styles
-    }
+    small = CONFIGS["small"]
+    folders = {name: make_adapter(tmp_path / name, base, small, prompt_style=style) for name, style in styles.items()}
     both = Writer(None, None, None, "32-true", adapters=folders)
     assert (both.style, [voice.style for voice in both.named.values()]) == ("alpaca", [*styles.values(), "checkpoint"])
     s = settings(max_new_tokens=12)
@@ -406,10 +410,7 @@ def test_names_that_are_not_there(base, folders):
         Writer(base, None, None, "32-true").voices("small")
 
 
-def test_settings_are_not_shared(folders):
-    """A row's settings are its own, whatever its adapter's name is."""
-    s = settings()
-    assert dataclasses.replace(s, seed=3).seed == 3 and s.adapters is None
+def test_both_forms_of_the_flags(folders):
     assert Settings(adapters=",".join(f"{k}={v}" for k, v in folders.items())).adapters == folders
     assert Settings(adapters=[f"{k}={v}" for k, v in folders.items()], ensemble="small, base").adapter == (
         "ensemble:small+base"
