@@ -12,13 +12,19 @@ from inference.sampling import GenerationSettings, Reply, Row, generate_rows, ro
 from inference.several import BASE, put_adapters
 from model import Transformer
 from ops.core_sharing import share_cores
-from quantize import describe_quantization
 from shell.cli import UserError
 from text.messages import Dialog
 from text.prompts import STYLES, encode_prompt, stop_ids
 from text.tokenizer import Tokenizer
 from text.tool_calls import mark_tokens
-from weights.checkpoint import find_base, load_model, read_notes, trained_quantization
+from weights.checkpoint import (
+    find_base,
+    load_model,
+    read_notes,
+    shared_base,
+    shared_quantization,
+    trained_quantization,
+)
 from weights.stored import note_once
 
 ENSEMBLE = "ensemble:"  # before the names of an ensemble's adapters, joined by +
@@ -65,29 +71,9 @@ def trained_template_args(checkpoint_dir: Path, adapter_dir: Path | None, style:
 
 def find_shared(checkpoint_dir: Path | None, adapters: dict[str, Path]) -> Path:
     """The folder of the model that several adapters are over. Raises UserError if they were trained on several."""
-    found = {name: find_model(checkpoint_dir, folder) for name, folder in adapters.items()}
-    first, *others = found
-    for name in others:
-        if found[name].resolve() != found[first].resolve():
-            raise UserError(
-                f"--adapters: {first} was trained on {found[first]}, {name} on {found[name]}: they need one base "
-                "(--checkpoint_dir says which, if these are the same)"
-            )
-    return found[first]
-
-
-def shared_quantization(adapters: dict[str, Path], quantize: str | None) -> str | dict | None:
-    """How to quantise the base of several adapters. Raises UserError if they were trained on it in several ways."""
-    found = {name: trained_quantization(folder, quantize) for name, folder in adapters.items()}
-    first, *others = found
-    for name in others:
-        if found[name] != found[first]:
-            ways = [describe_quantization(found[one] or "none") for one in (first, name)]
-            raise UserError(
-                f"--adapters: {first} was trained with the base in {ways[0]}, {name} in {ways[1]}: they need one "
-                "(--quantize says which)"
-            )
-    return found[first]
+    return shared_base(
+        {name: find_model(checkpoint_dir, folder) for name, folder in adapters.items()}, "checkpoint_dir"
+    )
 
 
 class Voice:

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora
 from generate import Settings
-from inference import sampling, scoring, several, writer
+from inference import sampling, scoring, several
 from inference.decode import CompiledDecoder, Decoder, PlainDecoder, StaticDecoder, fastest_decoder
 from inference.sampling import Batch, Row
 from inference.several import SeveralLinear, put_adapters, use
@@ -20,7 +20,7 @@ from ops.cpp import compiled_library
 from shell.cli import UserError
 from text.messages import Dialog
 from weights import peft_format
-from weights.checkpoint import load_model
+from weights.checkpoint import load_model, shared_quantization
 
 needs_compiler = pytest.mark.skipif(not compiled_library("decode_cpu"), reason="no C++ compiler")
 COMPILED = pytest.param(CompiledDecoder, marks=needs_compiler)
@@ -378,8 +378,8 @@ def test_adapters_must_agree_on_their_base(base, tmp_path, tiny_checkpoint):
     fine = make_adapter(tmp_path / "fine", base, CONFIGS["small"], "bnb.nf4")
     with pytest.raises(UserError, match="a was trained with the base in none, b in bnb.nf4: .*--quantize"):
         Writer(None, None, None, "32-true", adapters={"a": one, "b": fine})
-    assert writer.shared_quantization({"a": one, "b": fine}, "bnb.int8") == "bnb.int8"
-    assert writer.shared_quantization({"a": fine, "b": fine}, None) == "bnb.nf4"
+    assert shared_quantization({"a": one, "b": fine}, "bnb.int8") == "bnb.int8"
+    assert shared_quantization({"a": fine, "b": fine}, None) == "bnb.nf4"
 
 
 def test_an_adapter_that_changes_the_base_is_refused(base, tmp_path, folders):
