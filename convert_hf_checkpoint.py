@@ -447,7 +447,7 @@ def combine(s: Settings) -> Path:
     stored, config, _ = open_source(base)
     weights, config, model = check(stored, config, base)
     options = Options(s.density, s.majority_sign or "total", s.svd_rank, torch.Generator().manual_seed(s.seed or 0))
-    print(f"reading {base} and {len(s.adapter_dir)} adapters: {', '.join(folders)}")
+    print(f"reading {base} and {len(s.adapter_dir)} adapters: {', '.join(map(str, s.adapter_dir))}")
     adapter = combine_adapters(model, weights, s.adapter_dir, s.combine, s.weights, options)
     tokens = probe_tokens(s.text, base, model.config)
     with new_folder(s.out_dir) as folder, checked(base):
@@ -458,7 +458,7 @@ def combine(s: Settings) -> Path:
             one = Tuned(config, stored, quantize, name).logits(tokens)
             whose = f"base + {name}" if name else "the base"
             print(f"combined against {whose}, {tokens.size(1)} positions: {describe_distance(one, ours)}")
-    print(f"wrote {s.out_dir}: {s.combine} of {len(folders)} adapters, of rank {adapter.r}")
+    print(f"wrote {s.out_dir}: {s.combine} of {len(s.adapter_dir)} adapters, of rank {adapter.r}")
     return s.out_dir
 
 

@@ -9,6 +9,7 @@ from conftest import SEED, Ids
 from families.replay import ReplayedDecoder
 from torch import nn
 
+import generate
 import lora
 from generate import Settings
 from inference import sampling, scoring, several
@@ -415,3 +416,35 @@ def test_both_forms_of_the_flags(folders):
     assert Settings(adapters=[f"{k}={v}" for k, v in folders.items()], ensemble="small, base").adapter == (
         "ensemble:small+base"
     )
+
+
+# ------------------------------------------------------------------------------------------------------------- scripts
+
+
+def test_a_file_of_prompts_names_adapters(base, folders, tmp_path, capsys):
+    """As a user calls it: answers in order, each with who gave it, in batches that mix adapters."""
+    lines = [{"prompt": f"what is {i}", "adapter": name} for i, name in enumerate([*folders, "base", None] * 2)]
+    lines = [{key: value for key, value in line.items() if value} for line in lines]
+    lines.append({"prompt": "what", "adapter": "ensemble:large+base"})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = dict(
+        precision="32-true", temperature=0.9, max_new_tokens=6, batch_size=5, prompts_file=tmp_path / "p.jsonl"
+    )
+    adapters = [f"{name}={folder}" for name, folder in folders.items()]
+    generate.main(Settings(adapters=adapters, adapter="dora", prompts_file=tmp_path / "p.jsonl", **flags))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["adapter"] for row in rows] == [line.get("adapter", "dora") for line in lines]
+    for number, (line, row) in enumerate(zip(lines[:-1], rows, strict=False)):
+        name = line.get("adapter", "dora")
+        one = Writer(base, folders.get(name), None, "32-true", "plain" if name in folders else None)
+        assert row["answer"] == one.answer_all([asking(line["prompt"])], settings(**flags, seed=1337 + number))[0]
+
+
+def test_a_prompt_to_an_ensemble(folders, capsys):
+    """With the flags of the README; twice the same is that adapter."""
+    flags = dict(adapters=f"a={folders['large']},b={folders['small']}", precision="32-true", max_new_tokens=7)
+    said = []
+    for chosen in ({"ensemble": "b,b"}, {"adapter": "b"}, {}):
+        generate.main(Settings(**flags, **chosen, prompt="the answer"))
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
