@@ -427,17 +427,15 @@ def test_a_file_of_prompts_names_adapters(base, folders, tmp_path, capsys):
     lines = [{key: value for key, value in line.items() if value} for line in lines]
     lines.append({"prompt": "what", "adapter": "ensemble:large+base"})
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = dict(
-        precision="32-true", temperature=0.9, max_new_tokens=6, batch_size=5, prompts_file=tmp_path / "p.jsonl"
-    )
+    flags = dict(precision="32-true", temperature=0.9, max_new_tokens=6, batch_size=5)
     adapters = [f"{name}={folder}" for name, folder in folders.items()]
     generate.main(Settings(adapters=adapters, adapter="dora", prompts_file=tmp_path / "p.jsonl", **flags))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["adapter"] for row in rows] == [line.get("adapter", "dora") for line in lines]
+    alone = {name: Writer(base, folders.get(name), None, "32-true") for name in (*folders, "base")}
     for number, (line, row) in enumerate(zip(lines[:-1], rows, strict=False)):
-        name = line.get("adapter", "dora")
-        one = Writer(base, folders.get(name), None, "32-true", "plain" if name in folders else None)
-        assert row["answer"] == one.answer_all([asking(line["prompt"])], settings(**flags, seed=1337 + number))[0]
+        one, s = alone[line.get("adapter", "dora")], settings(**flags, seed=1337 + number)
+        assert row["answer"] == one.answer_all([asking(line["prompt"])], s)[0]
 
 
 def test_a_prompt_to_an_ensemble(folders, capsys):
