@@ -4,6 +4,8 @@
     python convert_hf_checkpoint.py --source model.Q4_K_M.gguf
     python convert_hf_checkpoint.py --adapter_dir out/RUN/final
     python convert_hf_checkpoint.py --adapter_dir out/RUN/final --out_file model.gguf --dtype q8_0
+    python convert_hf_checkpoint.py --adapter_dir "[out/a/final,out/b/final]" --combine ties --weights "[1,1]" \\
+        --density 0.5 --out_dir combined
 
 A Hugging Face folder with safetensors is a model folder as it stands: it is only checked. pytorch_model*.bin (unpickled
 as weights only), GGUF, and Meta's and Mistral's consolidated* are written as safetensors. Everything goes one tensor at
@@ -33,7 +35,15 @@ class Settings:
         revision: Branch, tag or commit of repo_id, if not the newest.
         source: To convert: a folder with safetensors, pytorch_model*.bin, or consolidated* and params.json, or a .gguf
             file. With adapter_dir: the base model, if not the one that the adapter names.
-        adapter_dir: To merge: a LoRA adapter, onetune's or PEFT's.
+        adapter_dir: To merge: a LoRA adapter, onetune's or PEFT's. With combine: a list of them.
+        combine: How several adapters over one base become one, which is written to out_dir (weights/combine.py).
+        weights: To combine: a weight for each adapter; one below 0 takes away what it does.
+        density: With ties, dare and magnitude_prune: the share of values that is kept.
+        majority_sign: With ties: whether the sum of the values decides on their sign ("total", the default) or how
+            many of them have it ("frequency").
+        svd_rank: With svd: the rank of the result; the largest of the adapters' if not given.
+        seed: With dare: of the values that are dropped; 0 if not given.
+        text: To combine: a text file, on whose beginning the result is compared with each adapter and with the base.
         quantize: How the base was quantised when the adapter was trained, if not as the adapter's onetune.json says.
         out_dir: Folder to write; by default checkpoints/REPO_ID, checkpoints/NAME or ADAPTER_DIR-merged.
         out_file: To write a .gguf file, which llama.cpp loads, instead of a folder: its name.
@@ -45,7 +55,14 @@ class Settings:
     repo_id: str | None = None
     revision: str | None = None
     source: Path | None = None
-    adapter_dir: Path | None = None
+    adapter_dir: list[Path] | Path | None = None
+    combine: Literal[cli.table_keys("weights/combine.py", "COMBINATIONS")] | None = None
+    weights: list[float] | None = None
+    density: float | None = None
+    majority_sign: Literal["total", "frequency"] | None = None
+    svd_rank: int | None = None
+    seed: int | None = None
+    text: Path | None = None
     quantize: Literal[*cli.table_keys("quantize.py", "QUANTIZERS"), "none"] | cli.JsonFile | None = None
     out_dir: Path | None = None
     out_file: Path | None = None
@@ -60,6 +77,7 @@ class Settings:
             raise UserError("--revision goes with --repo_id")
         if self.quantize is not None and self.adapter_dir is None:
             raise UserError("--quantize goes with --adapter_dir: it says how the adapter's base was quantised")
+        self._check_combination()
         if self.out_file is None:
             if self.dtype in ("q8_0", "q4_0"):
                 raise UserError(f"--dtype {self.dtype} goes with --out_file NAME.gguf")
@@ -71,6 +89,24 @@ class Settings:
         cli.check_out_file(self, "out_file")
         if self.out_file.exists():
             raise UserError(f"{self.out_file} exists: remove it, or choose another --out_file")
+
+    def _check_combination(self):
+        several = isinstance(self.adapter_dir, list)
+        if self.combine is None:
+            if several:
+                raise UserError("--adapter_dir: several adapters need --combine, which says how they become one")
+            for flag in ("weights", "density", "majority_sign", "svd_rank", "seed", "text"):
+                if getattr(self, flag) is not None:
+                    raise UserError(f"--{flag} goes with --combine")
+            return
+        if not several or len(self.adapter_dir) < 2 or self.out_dir is None:
+            raise UserError("--combine needs --adapter_dir with a list of adapters, such as [a,b], and --out_dir")
+        if self.out_file is not None or self.dtype != "auto":
+            raise UserError("--combine writes an adapter: --out_file and --dtype go with merging it, in a second step")
+        cli.check_numbers(self, "density", above=0, most=1)
+        cli.check_numbers(self, "svd_rank", above=0)
+        cli.check_numbers(self, "seed", least=0, below=2**63)
+        cli.check_files(self, "text")
 
 
 if __name__ == "__main__":
@@ -94,18 +130,28 @@ from weights.checkpoint import (
     find_base,
     model_of,
     read_notes,
+    shared_base,
+    shared_quantization,
     trained_quantization,
     with_dtype,
     write_model_weights,
 )
-from weights.merge import Tuned, compare
+from weights.combine import Options, check_options
+from weights.combine import combine as combine_adapters
+from weights.merge import PROBE_LENGTH, Tuned, compare, describe_distance
+from weights.peft_format import save_adapter
 from weights.stored import Weights, holds_safetensors
+
+TEXT_LENGTH = 512  # positions of a text on which a combination is compared with what it is made of
 
 
 def main(s: Settings) -> None:
     """Make the folder or file that the settings ask for, and print the next command."""
     if s.out_file is not None:
         write_gguf(s)
+        return
+    if s.combine is not None:
+        print(f"next: python generate.py --adapter_dir {combine(s)}")
         return
     if s.adapter_dir is not None:
         folder = merge(s)
@@ -387,6 +433,60 @@ def write_merged(tuned: Tuned, layout: dict, folder: Path) -> tuple[float, dict[
     return (rounded / changed) ** 0.5 if changed else 0.0, hashes
 
 
+# ------------------------------------------------------------------------------------------------------ combining
+
+
+def combine(s: Settings) -> Path:
+    """Write several adapters as one. Returns its folder."""
+    flags = {flag: getattr(s, flag) for flag in ("density", "majority_sign", "svd_rank", "seed")}
+    check_options(s.combine, s.weights, flags, len(s.adapter_dir))
+    refuse_existing(s.out_dir)
+    folders = {str(folder): folder for folder in s.adapter_dir}
+    base = s.source or shared_base({name: find_base(folder) for name, folder in folders.items()}, "source")
+    quantize = shared_quantization(folders, s.quantize)
+    stored, config, _ = open_source(base)
+    weights, config, model = check(stored, config, base)
+    options = Options(s.density, s.majority_sign or "total", s.svd_rank, torch.Generator().manual_seed(s.seed or 0))
+    print(f"reading {base} and {len(s.adapter_dir)} adapters: {', '.join(map(str, s.adapter_dir))}")
+    adapter = combine_adapters(model, weights, s.adapter_dir, s.combine, s.weights, options)
+    tokens = probe_tokens(s.text, base, model.config)
+    with new_folder(s.out_dir) as folder, checked(base):
+        save_adapter(model, adapter, folder, base)
+        write_json(folder / NOTES, shared_notes(list(folders.values()), base, quantize))
+        ours = Tuned(config, stored, quantize, folder).logits(tokens)
+        for name in (*folders, None):
+            one = Tuned(config, stored, quantize, name).logits(tokens)
+            whose = f"base + {name}" if name else "the base"
+            print(f"combined against {whose}, {tokens.size(1)} positions: {describe_distance(one, ours)}")
+    print(f"wrote {s.out_dir}: {s.combine} of {len(s.adapter_dir)} adapters, of rank {adapter.r}")
+    return s.out_dir
+
+
+def shared_notes(folders: list[Path], base: Path, quantize: str | dict | None) -> dict:
+    """What onetune.json says of the combination of adapters: their prompt style, if they were trained in one."""
+    each = [{key: notes.get(key) for key in ("prompt_style", "template_args")} for notes in map(read_notes, folders)]
+    style = {key: value for key, value in each[0].items() if value is not None}
+    if any(one != each[0] for one in each):
+        styles = ", ".join(str(one["prompt_style"]) for one in each)
+        print(f"note: the adapters were trained in different prompt styles ({styles}): say one with --prompt_style")
+        style = {}
+    return style | {"checkpoint_dir": str(base), "quantize": quantize}
+
+
+def probe_tokens(text: Path | None, base: Path, config: Config) -> torch.Tensor:
+    """The tokens (1, T) on which models are compared: of a text, or spread over the vocabulary."""
+    if text is None:
+        return torch.linspace(0, config.vocab_size - 1, PROBE_LENGTH).long()[None]
+    tokenizer = open_tokenizer(base, base)
+    try:
+        ids = [*tokenizer.begin_ids, *tokenizer.encode(text.read_text(encoding="utf-8"))]
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {text}: not UTF-8 text: {error.reason}") from None
+    if not ids:
+        raise UserError(f"--text {text} is empty")
+    return torch.tensor([ids[: min(TEXT_LENGTH, config.max_position_embeddings)]])
+
+
 # ---------------------------------------------------------------------------------------------------------- GGUF
 
 
@@ -421,7 +521,7 @@ def write_gguf(s: Settings) -> None:
 def open_tokenizer(folder: Path, base: Path) -> Tokenizer:
     """The tokenizer in a folder of a model's side files. Raises UserError, which names `base`, if there is none."""
     if not has_tokenizer(folder):
-        raise UserError(f"{base} has no tokenizer.json or tokenizer.model: copy the model's, a .gguf file needs it")
+        raise UserError(f"{base} has no tokenizer.json or tokenizer.model: copy the model's there")
     return Tokenizer(folder)
 
 

@@ -1,6 +1,7 @@
 """Generate text: for one prompt, for a file of prompts, or in a chat.
 
     python generate.py --adapter_dir out/RUN/final --prompt "Hello"
+    python generate.py --adapters poet=out/poet/final,cook=out/cook/final --prompts_file prompts.jsonl
 
 A prompt is rendered as in training: the `onetune.json` beside the adapter or the merged model names the style.
 """
@@ -23,6 +24,10 @@ class Settings:
     Args:
         checkpoint_dir: Model folder; if not given, the one that the adapter was trained on.
         adapter_dir: Adapter to put over the model, such as out/RUN/final, ours or PEFT's.
+        adapters: Several adapters over one base, NAME=FOLDER with commas between them. In a prompts_file "adapter" says
+            which answers a prompt: a name, or "base" for the base alone.
+        adapter: Which of them answers where a prompt does not say it; the first if not given.
+        ensemble: Names of adapters, with commas between them, that answer together: the mean of their probabilities.
         quantize: Keep the weights in 4 or 8 bits, or each layer as in a file written by eval/quality.py --sensitivity;
             "none" for not at all. If not given, as the adapter was trained.
         precision: Dtype of the other weights and of the computation.
@@ -48,6 +53,9 @@ class Settings:
 
     checkpoint_dir: Path | None = None
     adapter_dir: Path | None = None
+    adapters: list[str] | str | None = None
+    adapter: str | None = None
+    ensemble: list[str] | str | None = None
     quantize: Literal[*cli.table_keys("quantize.py", "QUANTIZERS"), "none"] | cli.JsonFile | None = None
     precision: Literal["32-true", "bf16-true", "16-true"] = "bf16-true"
     prompt: str | None = None
@@ -70,6 +78,7 @@ class Settings:
 
     def __post_init__(self):
         cli.check_model(self)
+        self._check_adapters()
         if self.prompt is not None and self.prompts_file is not None:
             raise UserError("--prompt and --prompts_file exclude each other")
         cli.check_files(self, "prompts_file", "tools")
@@ -80,6 +89,22 @@ class Settings:
         cli.check_numbers(self, "frequency_penalty", "presence_penalty", least=-2, most=2)
         if "" in self.stop:
             raise UserError("--stop: an empty text would end every answer at once")
+
+    def _check_adapters(self):
+        self.adapters = cli.named_folders(self.adapters, "adapters") or None
+        if self.adapter is not None and self.ensemble is not None:
+            raise UserError("--adapter and --ensemble exclude each other")
+        names = self.ensemble.split(",") if isinstance(self.ensemble, str) else self.ensemble
+        for flag, chosen in (("adapter", [self.adapter]), ("ensemble", [name.strip() for name in names or []])):
+            if getattr(self, flag) is None:
+                continue
+            if self.adapters is None:
+                raise UserError(f"--{flag} goes with --adapters: it chooses among them")
+            for name in chosen:
+                if name not in ("base", *self.adapters):
+                    raise UserError(f"--{flag} {name}: --adapters names {', '.join(self.adapters)}, and there is base")
+            if flag == "ensemble":
+                self.adapter = "ensemble:" + "+".join(chosen)
 
 
 if __name__ == "__main__":
@@ -94,18 +119,27 @@ from text.messages import Dialog, check_last, read_messages, read_tools
 def main(s: Settings) -> None:
     """Answer the prompt or the file of prompts, or chat."""
     before = [{"role": "system", "content": s.system}] if s.system else []
-    start = Dialog(before, read_tools_file(s.tools) if s.tools else [], s.template_args)
+    start = Dialog(before, read_tools_file(s.tools) if s.tools else [], s.template_args, adapter=s.adapter)
     prompts = read_prompts(s.prompts_file) if s.prompts_file else {}
-    writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
+    named = [place for place, prompt in prompts.items() if prompt.adapter is not None]
+    if named and s.adapters is None:
+        raise UserError(f'{named[0]}: "adapter" names one of several: give them to --adapters')
+    writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style, adapters=s.adapters)
     if s.prompt is not None:
         show(writer.stream(start._replace(messages=[*before, {"role": "user", "content": s.prompt}]), s))
     elif s.prompts_file is not None:
         dialogs = [
-            start._replace(messages=[*before, *prompt.messages], tools=prompt.tools or start.tools)
+            start._replace(
+                messages=[*before, *prompt.messages],
+                tools=prompt.tools or start.tools,
+                adapter=prompt.adapter or start.adapter,
+            )
             for prompt in prompts.values()
         ]
         for dialog, answer in zip(dialogs, writer.answer_all(dialogs, s, places=list(prompts)), strict=True):
-            print(json.dumps({"prompt": dialog.messages[-1]["content"], "answer": answer}, ensure_ascii=False))
+            named = {"adapter": dialog.adapter or next(iter(s.adapters))} if s.adapters else {}
+            row = {"prompt": dialog.messages[-1]["content"], **named, "answer": answer}
+            print(json.dumps(row, ensure_ascii=False))
     else:
         chat(writer, start, s)
 
@@ -185,7 +219,10 @@ def _dialog(row):
     question = [{"role": "user", "content": text, "input": row.get("input", "")}]
     messages = read_messages(row.get("messages", question))
     check_last(messages, "user", "tool", "assistant")
-    return Dialog(messages, read_tools(row.get("tools")))
+    adapter = row.get("adapter")
+    if not isinstance(adapter, str | None):
+        raise UserError(f'"adapter" must be a name, it is {adapter!r}')
+    return Dialog(messages, read_tools(row.get("tools")), adapter=adapter)
 
 
 if __name__ == "__main__":

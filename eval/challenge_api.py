@@ -18,9 +18,12 @@ class ProcessRequest(Sampling):
 
     HELM's top_k_per_token is the number of likeliest tokens to return for each position (helm.common.request), 1 unless
     a scenario asks for more. It does not limit the sampling, as top_k does.
+
+    adapter is ours: which of several is to answer, by name.
     """
 
     prompt: str
+    adapter: str | None = None
     n: int = Field(1, ge=1, validation_alias=AliasChoices("num_samples", "num_return_sequences"))
     max_new_tokens: int = Field(50, ge=0)
     temperature: float = Field(0.8, ge=0)

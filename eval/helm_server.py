@@ -1,6 +1,7 @@
 """A server for HELM, with the API of the LLM Efficiency Challenge, and for OpenAI's clients.
 
     python eval/helm_server.py --adapter_dir out/RUN/final
+    python eval/helm_server.py --adapters poet=out/poet/final,cook=out/cook/final
 
 The challenge's paths: POST /process, /tokenize, /decode (challenge_api.py). OpenAI's: POST /v1/completions and
 /v1/chat/completions, GET /v1/models and /v1/models/ID (openai_api.py). GET /health, /metrics (Prometheus) and
@@ -30,6 +31,8 @@ class Settings:
     Args:
         checkpoint_dir: Model folder; the one that the adapter was trained on if not given.
         adapter_dir: Adapter to put over it.
+        adapters: Several adapters over one base, NAME=FOLDER with commas between them. A request names one as its
+            model, or base, or an ensemble such as ensemble:NAME+NAME; the first answers where it names none.
         quantize: Keep the weights in this format, or each layer in the one that a plan's file says; "none" for 16 or 32
             bits. With an adapter as in its training if not given.
         precision: Dtype of the other weights and of the computation.
@@ -47,6 +50,7 @@ class Settings:
 
     checkpoint_dir: Path | None = None
     adapter_dir: Path | None = None
+    adapters: list[str] | str | None = None
     quantize: Literal[*cli.table_keys("quantize.py", "QUANTIZERS"), "none"] | cli.JsonFile | None = None
     precision: Literal["32-true", "bf16-true", "16-true"] = "bf16-true"
     prompt_style: str | None = None
@@ -62,6 +66,7 @@ class Settings:
 
     def __post_init__(self):
         cli.check_model(self)
+        self.adapters = cli.named_folders(self.adapters, "adapters") or None
         cli.check_numbers(self, "port", least=0, below=2**16)
         above_zero = ("max_batch_size", "max_queue", "max_body_bytes", "request_seconds", "grace_seconds")
         cli.check_numbers(self, *above_zero, above=0)
@@ -100,7 +105,7 @@ from eval.challenge_api import DecodeRequest, ProcessRequest, TokenizeRequest, p
 from eval.http_gate import Gate, Metrics, TimedProtocol, error
 from eval.openai_api import Answer, ChatRequest, CompletionRequest, Stream
 from inference.serving import Engine, QueueFull, Task, check_ids, encode_text, make_tasks
-from inference.writer import Writer
+from inference.writer import Voice, Writer
 
 
 def main(s: Settings) -> None:
@@ -109,7 +114,7 @@ def main(s: Settings) -> None:
     service = Service(s)
     sock.listen(1024)
     host = f"[{s.host}]" if ":" in s.host else s.host
-    print(f"serving {service.name} on http://{host}:{sock.getsockname()[1]}", flush=True)
+    print(f"serving {', '.join(service.names)} on http://{host}:{sock.getsockname()[1]}", flush=True)
     Server(make_config(service, s)).run(sockets=[sock])
     service.engine.close()
 
@@ -154,9 +159,11 @@ class Service:
     """What the paths do: a method each. Loads the model."""
 
     def __init__(self, s: Settings):
-        self.writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
+        model = s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style
+        self.writer = Writer(*model, adapters=s.adapters)
         self.tokenizer = self.writer.tokenizer
-        self.name, self.started = str(s.adapter_dir or s.checkpoint_dir), int(time.time())
+        self.names = list(self.writer.named) or [str(s.adapter_dir or s.checkpoint_dir)]
+        self.name, self.started = self.names[0], int(time.time())  # name: of what answers where a request names none
         self.engine = Engine(self.writer.decoder, s.max_batch_size, s.max_queue)
         self.metrics = Metrics(self.engine)
         self.max_body_bytes, key = s.max_body_bytes, s.api_key or os.environ.get(s.api_key_env or "")
@@ -166,8 +173,9 @@ class Service:
         """POST /process: continue a prompt."""
         started = time.perf_counter()
         ids, added = await run_in_threadpool(encode_text, self.tokenizer, body.prompt)
+        voices = self.voices(body.adapter)
         self.check_number(body.n)
-        tasks = make_tasks(self.writer, ids, body, body.n, body.top_k_per_token, echo=body.echo)
+        tasks = make_tasks(self.writer, ids, body, body.n, body.top_k_per_token, echo=body.echo, voices=voices)
         await self.finish(tasks, request)
         answer = process_answer(self.tokenizer, body, tasks, added)
         return answer | {"request_time": time.perf_counter() - started}
@@ -188,32 +196,33 @@ class Service:
 
     async def completions(self, body: CompletionRequest, request: Request) -> Any:
         """POST /v1/completions: continue one or several prompts."""
-        self.check_model(body.model)
+        voices = self.voices(body.model)
         prompts = await run_in_threadpool(self.encode_prompts, body.prompts())
         self.check_number(len(prompts) * body.n)
         tasks = []
         for ids, _ in prompts:
-            tasks += make_tasks(self.writer, ids, body, body.n, body.logprobs, body.echo)
-        added = [number for _, number in prompts]
-        return await self.answer(openai_api.Completions(self.name, body, self.tokenizer, tasks, added), body, request)
+            tasks += make_tasks(self.writer, ids, body, body.n, body.logprobs, body.echo, voices=voices)
+        added, name = [number for _, number in prompts], body.model or self.name
+        return await self.answer(openai_api.Completions(name, body, self.tokenizer, tasks, added), body, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Any:
         """POST /v1/chat/completions: answer the messages of a chat, rendered as in training."""
-        self.check_model(body.model)
-        dialog = body.dialog
-        ids = await run_in_threadpool(self.writer.encode, dialog)
+        voices, dialog = self.voices(body.model), body.dialog
+        ids = await run_in_threadpool(lambda: [voice.encode(dialog) for voice in voices])
         self.check_number(body.n)
-        tasks = make_tasks(self.writer, ids, body, body.n, body.top, **self.writer.reply_options(dialog))
-        return await self.answer(openai_api.Chat(self.name, body, self.tokenizer, tasks), body, request)
+        options = self.writer.reply_options(dialog)
+        tasks = make_tasks(self.writer, ids, body, body.n, body.top, **options, voices=voices)
+        name = body.model or self.name
+        return await self.answer(openai_api.Chat(name, body, self.tokenizer, tasks), body, request)
 
     def models(self) -> dict:
-        """GET /v1/models: the one that is served."""
-        return {"object": "list", "data": [self.model(self.name)]}
+        """GET /v1/models: the one that is served, or all adapters and the base."""
+        return {"object": "list", "data": [self.model(name) for name in self.names]}
 
     def model(self, name: str) -> dict:
-        """GET /v1/models/ID: the one that is served, if that is its name."""
-        self.check_model(name)
-        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "onetune"}
+        """GET /v1/models/ID: one that is served."""
+        self.voices(name)
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "onetune"}
 
     def health(self) -> dict:
         """GET /health: status 200 while the model's thread runs, else 503."""
@@ -235,10 +244,19 @@ class Service:
                 check_ids(self.writer, one)
         return [encode_text(self.tokenizer, one) if isinstance(one, str) else (one, 0) for one in prompts]
 
-    def check_model(self, name: str | None) -> None:
-        """Raise HTTPException unless a request names no model or the one that is served."""
-        if name not in (None, self.name):
-            raise HTTPException(404, f"the model {name!r} is not served here, only {self.name!r} is")
+    def voices(self, name: str | None) -> list[Voice]:
+        """Who answers a request that names this model, or none. Raises HTTPException if it is not served."""
+        if not self.writer.named and name == self.name:
+            return self.writer.voices(None)
+        try:
+            voices = self.writer.voices(name)
+        except UserError:
+            served = f"only {self.name!r} is" if len(self.names) == 1 else f"{', '.join(self.names)} are"
+            raise HTTPException(404, f"the model {name!r} is not served here, {served}") from None
+        if len(voices) > self.engine.max_batch_size:
+            most = self.engine.max_batch_size
+            raise HTTPException(400, f"the ensemble has {len(voices)} adapters, at most {most} rows are in a batch")
+        return voices
 
     def check_number(self, n: int) -> None:
         """Raise HTTPException if a request asks for more answers than the queue can ever take."""

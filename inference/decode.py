@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from experts import Experts, choose
 from inference.kv_cache import KVCache, joined
+from inference.several import SeveralLinear, choice_of, recordable, use
 from inference.slots import Slots, StepCache
 from lora import Adapter, DoRALinear
 from model import (
@@ -68,14 +69,16 @@ def fastest_decoder(model: Transformer) -> "Decoder":
     """
     weight = model.model.embed_tokens.weight
     kinds = [Decoder]
-    if weight.is_cuda and not model.config.experts:  # a graph cannot follow tokens to their experts
+    if weight.is_cuda and not model.config.experts and recordable(model):  # a graph cannot follow tokens to experts
         kinds = [StaticDecoder, Decoder]
     elif weight.device.type == "cpu" and weight.dtype in DENSE_FORMATS and in_decode_cpp(model):
         kinds = [CompiledDecoder, Decoder]
     length = min(PROBE_LENGTH, model.config.max_position_embeddings)
     tokens = torch.linspace(0, model.config.vocab_size - 1, length, device=weight.device).long()[None]
+    tokens, adapters = for_each_adapter(model, tokens)
     with torch.inference_mode():
-        expected = model(tokens)[0, -2:].float()
+        use(model, adapters)
+        expected = model(tokens)[:, -2:].float()
     for kind in kinds:
         difference = probe(kind, model, tokens, expected)
         if isinstance(difference, Decoder):
@@ -84,15 +87,25 @@ def fastest_decoder(model: Transformer) -> "Decoder":
     return PlainDecoder(model)
 
 
+def for_each_adapter(model: Transformer, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Tokens (1, T) as a row for each adapter of a model with several, and for the base; and which each row has."""
+    if (choice := choice_of(model)) is None:
+        return tokens, None
+    return tokens.expand(len(choice.every), -1), choice.every
+
+
 def probe(kind: type["Decoder"], model: Transformer, tokens: Tensor, expected: Tensor) -> "Decoder | str":
     """A decoder of the class `kind` if it computes what the model does, else why it is not taken.
 
-    tokens: (1, T). expected: the model's own logits after the last two of them, (2, V) fp32.
+    tokens: (B, T), as `for_each_adapter` has them. expected: the model's own logits after the last two of them,
+    (B, 2, V) fp32.
     """
+    B, T = tokens.shape
     try:
         decoder = kind(model)
-        start = decoder.start(tokens[:, :-1], torch.zeros(1, dtype=torch.int64, device=tokens.device), tokens.size(1))
-        logits = torch.cat([start.float(), decoder.step(tokens[:, -1]).float()])
+        nothing = torch.zeros(B, dtype=torch.int64, device=tokens.device)
+        start = decoder.start(tokens[:, :-1], nothing, T, adapters=for_each_adapter(model, tokens[:1])[1])
+        logits = torch.stack([start.float(), decoder.step(tokens[:, -1]).float()], dim=1)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an edit of model.py leads to, such as a layer that is not there any more
@@ -117,20 +130,35 @@ class Decoder:
         self.model, self.cache = model, None
 
     @torch.inference_mode()
-    def start(self, tokens: Tensor, padding: Tensor, room: int, scores: Scorers | None = None) -> Tensor:
+    def start(
+        self,
+        tokens: Tensor,
+        padding: Tensor,
+        room: int,
+        scores: Scorers | None = None,
+        adapters: Tensor | None = None,
+    ) -> Tensor:
         """Forget all rows, and read prompts at once: `read` and `take`. room: positions of a row, T included."""
         self.forget()
-        return self.take(self.read(tokens, padding, room, scores).finish(), room - tokens.size(1))
+        return self.take(self.read(tokens, padding, room, scores, adapters).finish(), room - tokens.size(1))
 
     @torch.inference_mode()
-    def read(self, tokens: Tensor, padding: Tensor, room: int, scores: Scorers | None = None) -> "Reading":
+    def read(
+        self,
+        tokens: Tensor,
+        padding: Tensor,
+        room: int,
+        scores: Scorers | None = None,
+        adapters: Tensor | None = None,
+    ) -> "Reading":
         """Begin to read prompts. tokens (B, T) int64, of which the first `padding` (B,) of each row are none.
 
         room: positions to make room for now, T at least. scores: for rows whose prompts are to be scored, a function
         that is called with (position, logits (n, V)) for each stretch of the prompt in turn: what the model predicts
         after the tokens from that position of the prompt on, the last one included.
+        adapters: which one each row has, (B,) int64, where there are several; None: the first.
         """
-        return Reading(self, tokens, self._new_cache(tokens, padding, room), scores or {})
+        return Reading(self, tokens, self._new_cache(tokens, padding, room, adapters), scores or {})
 
     @torch.inference_mode()
     def take(self, reading: "Reading", more: int) -> Tensor:
@@ -152,6 +180,7 @@ class Decoder:
         if cache.length == cache.k.size(3):
             raise ValueError(NO_ROOM.format(cache.length))
         cache.tokens[:, cache.length] = ids
+        use(self.model, cache.adapters)
         if cache.length not in self.outgrown:
             return self._step(ids)
         tokens, cache.length = cache.tokens[:, : cache.length + 1], 0
@@ -184,20 +213,29 @@ class Decoder:
     def _step(self, ids):
         return self.extend(ids[:, None], self.cache)
 
-    def _new_cache(self, tokens, padding, room):
+    def _new_cache(self, tokens, padding, room, adapters):
         weight = self.model.model.embed_tokens.weight
         dtype = compute_dtype(weight.dtype, weight.device.type)
         padding = padding if padding.any() else None
-        cache = KVCache(self.model.config, len(tokens), room, dtype, weight.device, padding)
+        if adapters is None and (choice := choice_of(self.model)) is not None:
+            adapters = choice.default.expand(len(tokens))
+        cache = KVCache(self.model.config, len(tokens), room, dtype, weight.device, padding, adapters)
         cache.tokens[:, : tokens.size(1)] = tokens
         return cache
 
     def extend(self, tokens: Tensor, cache: KVCache, scores: Scorers | None = None) -> Tensor:
         """Read tokens (B, T) that extend the cache: logits (B, V) after the last; `scores` get those before, too."""
         start = cache.length
+        use(self.model, cache.adapters)
         hidden = self.model.hidden_states(tokens, cache)
-        score_stretches(scores or {}, cache, start, hidden, self.model.logits)
-        return self.model.logits(hidden[:, -1])
+        logits = self.model.logits(hidden[:, -1])
+        score_stretches(scores or {}, cache, start, hidden, self._row_logits)
+        return logits
+
+    def _row_logits(self, hidden, cache, row):
+        """The logits (n, V) after hidden states (n, D) of one row."""
+        use(self.model, None if cache.adapters is None else cache.adapters[row : row + 1])
+        return self.model.logits(hidden)
 
 
 class Reading:
@@ -255,11 +293,15 @@ def longrope_contexts(config: Config) -> set[int]:
 
 
 def score_stretches(scores: Scorers, cache: KVCache, start: int, hidden: Tensor, logits: Callable) -> None:
-    """Call `scores` (`Decoder.read`) for the columns from `start` on, with what `logits` makes of hidden (B, T, D)."""
+    """Call `scores` (`Decoder.read`) for the columns from `start` on, with what `logits` makes of hidden (B, T, D).
+
+    logits: a function of the hidden states (n, D) of a row, the cache, and the number of the row in it.
+    """
     for row, score in scores.items():
         unused = 0 if cache.padding is None else int(cache.padding[row])
         for column in range(max(start, unused), start + hidden.size(1), LOSS_CHUNK):
-            score(column - unused, logits(hidden[row, column - start : column - start + LOSS_CHUNK]))
+            part = hidden[row, column - start : column - start + LOSS_CHUNK]
+            score(column - unused, logits(part, cache, row))
 
 
 class PlainDecoder(Decoder):
@@ -268,8 +310,9 @@ class PlainDecoder(Decoder):
     def extend(self, tokens: Tensor, cache: KVCache, scores: Scorers | None = None) -> Tensor:
         """As in `Decoder`."""
         start = cache.length
+        use(self.model, cache.adapters)
         logits = self.model(tokens, cache=cache)
-        score_stretches(scores or {}, cache, start, logits, lambda part: part)
+        score_stretches(scores or {}, cache, start, logits, lambda part, *_: part)
         return logits[:, -1]
 
 
@@ -374,6 +417,7 @@ class StaticDecoder(Decoder):
     def _static_step(self, count, room):
         """The logits (count, V) after the next token of each slot."""
         model, c, cache = self.model, self.model.config, StepCache(self.slots, count, room)
+        use(model, cache.adapters)
         x = model.embed(cache.ids[:, None], cache.position[:, None])
         angles = {rope: angles and angles_at(angles, cache.position) for rope, angles in self.angles[room].items()}
         scores = [c.scores(number) for number in range(c.num_hidden_layers)]
@@ -387,12 +431,13 @@ class StaticDecoder(Decoder):
         slots = self.slots
         length = slots.lengths[row]
         tokens = slots.view(0, slots.count, slots.room)[slots.numbers[row], :, :length, 0]  # (1, length)
-        reading = self.read(tokens, torch.zeros_like(tokens[:, 0]), length).finish()
+        adapters = slots.adapter[slots.numbers[row]][None]
+        reading = self.read(tokens, torch.zeros_like(tokens[:, 0]), length, adapters=adapters).finish()
         slots.put([row], reading.cache)
         return reading.logits[0]
 
-    def _new_cache(self, tokens, padding, room):
-        return super()._new_cache(tokens, padding, tokens.size(1))  # the slots have the room
+    def _new_cache(self, tokens, padding, room, adapters):
+        return super()._new_cache(tokens, padding, tokens.size(1), adapters)  # the slots have the room
 
 
 def angles_at(angles: Angles, positions: Tensor) -> Angles:
@@ -520,28 +565,48 @@ class Product:
         self.adapted = [i for i, layer in enumerate(self.layers) if isinstance(layer, Adapter)]
         if not self.adapted:
             return
-        adapters = [self.layers[i] for i in self.adapted]
-        self.down = Weights([dense(adapter.lora_A) for adapter in adapters])
-        self.up = []
-        for i, adapter in zip(self.adapted, adapters, strict=True):
-            gain = torch.full((adapter.out_features,), float(adapter.scale))
-            self.up.append(Weights([dense(adapter.lora_B)], [gain if ratios[i] is None else gain * ratios[i]]))
+        parts = [low_rank_of(self.layers[i], ratios[i]) for i in self.adapted]
+        self.down = Weights([dense(A) for A, _, _, _ in parts], [scales for _, scales, _, _ in parts])
+        self.up = [Weights([dense(B)], [gain]) for _, _, B, gain in parts]
+        self.ranks = [len(A) for A, _, _, _ in parts]
+        self.several = [self.layers[i] for i in self.adapted if isinstance(self.layers[i], SeveralLinear)]
+        self.gained = any(layer.gains is not None for layer in self.several)
 
     def calls(self, x: Tensor, y: Tensor, in_bf16: bool, add: bool = False) -> list[Callable]:
         """The functions that, called in turn, compute y (B, sum of out) from x (B, in), as `Weights.call`."""
         if self.weights is None:
             return [partial(self._by_layers, x, y, add)]
+        if self.adapted and self.gained:
+            return self._gained_calls(x, y, in_bf16, add)
+        return self._calls(x, y, in_bf16, add)
+
+    def _calls(self, x, y, in_bf16, add):
         parts = y.split([width for _, width in self.weights], dim=1)
         calls = [weights.call(x, part, add, in_bf16) for (weights, _), part in zip(self.weights, parts, strict=True)]
         if self.adapted:
-            ranks = [self.layers[i].lora_A.size(0) for i in self.adapted]
-            low = torch.empty(len(x), sum(ranks))
+            low = torch.empty(len(x), sum(self.ranks))
             calls.append(self.down.call(x, low))
             calls[-1].low = low  # kept with the call, which holds nothing but its address
+            if self.several:  # each row was multiplied by the A of all its layer's adapters
+                others = torch.cat([layer.not_own(layer.choice.index) for layer in self.several], dim=1)
+                calls.append(partial(low.masked_fill_, others, 0))
             parts = [y.split(self.widths, dim=1)[i] for i in self.adapted]
-            for up, inner, part in zip(self.up, low.split(ranks, dim=1), parts, strict=True):
+            for up, inner, part in zip(self.up, low.split(self.ranks, dim=1), parts, strict=True):
                 calls.append(up.call(inner, part, add=True))
         return calls
+
+    def _gained_calls(self, x, y, in_bf16, add):
+        """As `_calls`, where some rows have an adapter with DoRA: what is beside the bias has a gain by row."""
+        product = torch.empty(len(x), sum(self.widths))
+        gains, shift = torch.ones_like(product), torch.zeros_like(product)
+        columns = zip(self.layers, *(each.split(self.widths, dim=1) for each in (gains, shift)), strict=True)
+        for layer, own, back in columns:
+            if isinstance(layer, SeveralLinear) and layer.gains is not None:
+                own.copy_(layer.gains[layer.choice.index])
+                if layer.base.bias is not None:
+                    back.copy_(layer.base.bias.float() * (1 - own))
+        own = [partial(product.mul_, gains), partial(product.add_, shift), partial(y.add_ if add else y.copy_, product)]
+        return self._calls(x, product, in_bf16, add=False) + own
 
     def _by_layers(self, x, y, add):
         """What the compiled products cannot read, each layer computes itself."""
@@ -550,6 +615,18 @@ class Product:
             dtype = compute_dtype(base.weight.dtype, "cpu") if isinstance(base, nn.Linear) else torch.float32
             result = layer(x.to(dtype))
             part.add_(result) if add else part.copy_(result)
+
+
+def low_rank_of(adapter: Adapter, ratio: Tensor | None) -> tuple:
+    """What decode_cpu.cpp reads of an adapter: A (R, in) and gains of its rows, B (out, R) and gains of its rows.
+
+    ratio: (out,) of one that is DoRA.
+    """
+    if isinstance(adapter, SeveralLinear):
+        A, B = (nn.Parameter(matrix, requires_grad=False) for matrix in adapter.matrices(torch.float32))
+        return A, adapter.scales, B, None
+    gain = torch.full((adapter.out_features,), float(adapter.scale))
+    return adapter.lora_A, None, adapter.lora_B, gain if ratio is None else gain * ratio
 
 
 def dense(weight: nn.Parameter, bias: nn.Parameter | None = None) -> Linear:
@@ -667,6 +744,7 @@ class CompiledDecoder(Decoder):
     def prepare(self) -> None:
         """As in `Decoder`: the buffers of a step, and the list of its calls."""
         c, cache = self.model.config, self.cache
+        use(self.model, cache.adapters)
         B, heads, key_heads = cache.k.size(1), *(n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
         # As in the model's own pass; one row is read from memory faster than anything is multiplied, so it is exact.
         self.in_bf16 = B > 1 and cache.k.dtype == torch.bfloat16

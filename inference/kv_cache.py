@@ -15,6 +15,7 @@ class KVCache:
     """Room for the keys and values of `max_length` positions in every layer, made once and filled in place.
 
     `padding` (B,) says how many positions at the left of each row hold nothing, for prompts of unequal lengths.
+    `adapters` (B,) int64: which adapter each row has, where there are several (several.py); None: all have the first.
     """
 
     def __init__(
@@ -25,12 +26,13 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
         padding: Tensor | None = None,
+        adapters: Tensor | None = None,
     ):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.tokens = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)  # whose they are
-        self.padding = padding
+        self.padding, self.adapters = padding, adapters
         self.length = 0  # positions filled so far
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +49,8 @@ class KVCache:
         self.k, self.v, self.tokens = self.k[:, rows], self.v[:, rows], self.tokens[rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
+        if self.adapters is not None:
+            self.adapters = self.adapters[rows]
 
 
 def joined(caches: list[KVCache], more: int) -> KVCache:
@@ -70,4 +74,6 @@ def joined(caches: list[KVCache], more: int) -> KVCache:
         result.tokens[rows, start:length] = cache.tokens[:, unused : cache.length]
         result.padding[rows] = start - unused if cache.padding is None else cache.padding + (start - unused)
         first = rows.stop
+    if caches[0].adapters is not None:
+        result.adapters = torch.cat([cache.adapters for cache in caches])
     return result

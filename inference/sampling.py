@@ -6,6 +6,7 @@ rows. `generate` is the plain case, all rows at once with the same settings.
 Shapes: B rows, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,6 +60,9 @@ class Row:
     prompt: ids. reply: a `Reply`, or what has its `push`, `finish`, `done` and `length`. top: how many of the likeliest
     ids to keep with each token's log-probability; None for no log-probabilities at all. score_prompt: keep those of the
     prompt, too.
+
+    An ensemble of several adapters is a row and its `members`, rows too, which have it as their `leader`. All are in
+    the batch. The mean of their probabilities is what the leader's settings choose from, and all get that token.
     """
 
     prompt: list[int]
@@ -72,11 +76,18 @@ class Row:
     generator: torch.Generator | None = None
     scores: list[Score] = field(default_factory=list)  # for each token generated, the one that ends it included
     prompt_scores: list[Score | None] = field(default_factory=list)  # for each token of the prompt; None for the first
+    adapter: int = 1  # its number in several.py, where there are several
+    leader: "Row | None" = None
+    members: list["Row"] = field(default_factory=list)
 
     @property
     def going(self) -> bool:
         """Whether tokens are still generated for it."""
-        return not (self.reply.done or self.dropped)
+        return self.leader.going if self.leader else not (self.reply.done or self.dropped)
+
+    def follow(self, prompt: list[int], adapter: int) -> None:
+        """Let another adapter vote on each token: `prompt` is this row's as that adapter is asked."""
+        self.members.append(Row(prompt, self.reply, self.settings, self.seed, adapter=adapter, leader=self))
 
 
 class Batch:
@@ -112,8 +123,11 @@ class Batch:
     def begin(self, rows: list[Row]) -> None:
         """Begin to read the prompts of more rows, when none are being read. UserError as in `add`."""
         for row in rows:
-            row.room = room_for(row.prompt, row.settings.max_new_tokens, self.config.max_position_embeddings)
-            row.generator = torch.Generator(self.device).manual_seed(row.seed)
+            each, limits = (row, *row.members), (row.settings.max_new_tokens, self.config.max_position_embeddings)
+            row.room = min(room_for(one.prompt, *limits) for one in each)
+            for one in each:
+                one.room, one.generator = row.room, torch.Generator(self.device).manual_seed(row.seed)
+        rows = [one for row in rows for one in (row, *row.members)]
         self._remove_ended(self.going)
         longest = max(len(row.prompt) for row in rows)
         tokens = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in rows], device=self.device)
@@ -122,7 +136,8 @@ class Batch:
             row.prompt_scores += [None] * row.score_prompt
         scores = {i: partial(score_prompt, row) for i, row in enumerate(rows) if row.score_prompt}
         room = longest if self.rows else longest + max(row.room for row in rows)
-        self.joining, self.reading = list(rows), self.decoder.read(tokens, padding, room, scores)
+        adapters = torch.tensor([row.adapter for row in rows], device=self.device)
+        self.joining, self.reading = rows, self.decoder.read(tokens, padding, room, scores, adapters)
 
     def read(self, positions: int = CHUNK) -> list[Row]:
         """Read at most so many positions more of the prompts; returns the rows that have joined, when all are read.
@@ -150,7 +165,8 @@ class Batch:
         logits = self.decoder.take(self.reading, more)
         seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=self.device)
         for row, row_seen in zip(rows, seen, strict=True):
-            row_seen[row.prompt] = True
+            for one in (row.leader or row, *(row.leader or row).members):
+                row_seen[one.prompt] = True
         counts = torch.zeros_like(seen, dtype=torch.int32)
         state = (self._choose(rows, logits.float(), seen, counts), seen, counts)
         if self.rows:
@@ -182,10 +198,12 @@ class Batch:
 
     def _choose(self, rows, logits, seen, counts):
         """The next ids (B,) int64 by logits (B, V) fp32; they are added to the replies, `seen` and `counts` (B, V)."""
+        logits = average(logits, rows)
         settings = [row.settings for row in rows]
         changed = penalize_seen(logits, seen, settings)
         changed = penalize_generated(changed, counts, settings)
         ids = choose(changed, settings, [row.generator for row in rows])
+        ids = ids[leaders(rows)] if any(row.leader for row in rows) else ids
         seen.scatter_(1, ids[:, None], True)
         counts.scatter_add_(1, ids[:, None], torch.ones_like(ids[:, None], dtype=counts.dtype))
         scored = [i for i, row in enumerate(rows) if row.going and row.room and row.top is not None]
@@ -194,6 +212,8 @@ class Batch:
             for i, result in zip(scored, scores, strict=True):
                 rows[i].scores.append(result._replace(top=result.top[: rows[i].top]))
         for row, id in zip(rows, ids.tolist(), strict=True):
+            if row.leader:
+                continue
             if row.going and row.room:
                 row.reply.push(id)
             if row.going and row.reply.length == row.room:
@@ -210,6 +230,28 @@ def room_for(prompt: list[int], max_new_tokens: int, context: int) -> int:
     return min(max_new_tokens, context - len(prompt))
 
 
+def leaders(rows: list[Row]) -> list[int]:
+    """For each of a batch's rows the place of its leader: its own, if it has none."""
+    places = {row: place for place, row in enumerate(rows)}
+    return [places[row.leader or row] for row in rows]
+
+
+def average(logits: Tensor, rows: list[Row]) -> Tensor:
+    """Logits (B, V) fp32, where those of an ensemble's rows are log of the mean of their probabilities.
+
+    That is an ensemble's own distribution; penalties, temperature, min_p, top_k and top_p then do with it what they do
+    with a model's.
+    """
+    groups = {}
+    for place, leader in enumerate(leaders(rows)):
+        groups.setdefault(leader, []).append(place)
+    groups = [places for places in groups.values() if len(places) > 1]
+    logits = logits.clone() if groups else logits
+    for places in groups:
+        logits[places] = logits[places].log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(places))
+    return logits
+
+
 def generate(
     decoder: Decoder, prompts: list[list[int]], replies: list["Reply"], s: SamplingSettings, seeds: list[int]
 ) -> Iterator[None]:
@@ -217,8 +259,13 @@ def generate(
 
     prompts: B lists of ids, none empty. seeds: B numbers. s: the settings of all rows.
     """
+    yield from generate_rows(decoder, [Row(*row, s, seed) for *row, seed in zip(prompts, replies, seeds, strict=True)])
+
+
+def generate_rows(decoder: Decoder, rows: list[Row]) -> Iterator[None]:
+    """Extend the replies of all rows, token by token; yields after each token."""
     batch = Batch(decoder)
-    batch.add([Row(*row, s, seed) for *row, seed in zip(prompts, replies, seeds, strict=True)])
+    batch.add(rows)
     yield
     while batch.going:
         batch.step()
@@ -236,13 +283,20 @@ def generate_all(
 
     progress: called with the number of replies that have just been finished.
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for first in range(0, len(order), s.batch_size):
-        rows = order[first : first + s.batch_size]
-        batch = ([prompts[i] for i in rows], [replies[i] for i in rows], s, [(s.seed + i) % 2**63 for i in rows])
-        for _ in generate(decoder, *batch):
+    pairs = enumerate(zip(prompts, replies, strict=True))
+    run_all(decoder, [Row(*pair, s, (s.seed + i) % 2**63) for i, pair in pairs], s.batch_size, progress)
+
+
+def run_all(
+    decoder: Decoder, rows: list[Row], batch_size: int, progress: Callable[[int], None] = lambda more: None
+) -> None:
+    """Generate any number of rows, `batch_size` with prompts of about equal length at a time; an ensemble is one."""
+    rows = sorted(rows, key=lambda row: -len(row.prompt))
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        for _ in generate_rows(decoder, batch):
             pass
-        progress(len(rows))
+        progress(len(batch))
 
 
 # ----------------------------------------------------------------------------------------------- log-probabilities

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from inference.several import use
 from model import Places, Transformer
 from ops.loss import LOSS_CHUNK
 from shell.cli import UserError
@@ -47,6 +48,7 @@ def score(
     requests: list[tuple[list[int], list[int]]],
     batch_tokens: int = 2048,
     progress: Callable[[int], object] = lambda more: None,
+    adapters: list[int] | None = None,
 ) -> list[Score]:
     """The `Score` of each of `requests`, pairs (context, continuation) of lists of ids, in their order.
 
@@ -54,11 +56,12 @@ def score(
     pair is longer than the model's context, the beginning of its context is cut off.
     batch_tokens: positions in the model at one time; a row that is longer is a batch of its own.
     progress: called with the number of requests that have just been done.
+    adapters: which one each request has, where there are several (several.py); by default the first.
     Raises UserError for a continuation longer than the model's context, and for logits that are not finite.
     """
     config, results = model.config, [Score(0.0, True)] * len(requests)
     fitted = [fit(*request, config.max_position_embeddings) for request in requests]
-    rows = share_contexts(fitted, 6 * config.hidden_size, batch_tokens)
+    rows = share_contexts(fitted, 6 * config.hidden_size, batch_tokens, adapters)
     progress(sum(not continuation for _, continuation in fitted))
     for batch in cut_batches(rows, batch_tokens):
         scored = _score_batch(model, batch)
@@ -116,25 +119,33 @@ class Row:
     """A context and its continuations, `ends`: pairs (number of the request, ids)."""
 
     context: list[int]
+    adapter: int = 1
     ends: list[tuple[int, list[int]]] = field(default_factory=list)
     length: int = 0  # positions: all tokens but the last one of each continuation
 
 
-def share_contexts(requests: list[tuple[list[int], list[int]]], position_cost: int, batch_tokens: int) -> list[Row]:
-    """Put requests (context, continuation) that have the same context together into `Row`s.
+def share_contexts(
+    requests: list[tuple[list[int], list[int]]],
+    position_cost: int,
+    batch_tokens: int,
+    adapters: list[int] | None = None,
+) -> list[Row]:
+    """Put requests (context, continuation) that have the same context, and adapter, together into `Row`s.
 
     Attention computes all T x T products of a row, also those that are masked because they belong to two branches. A
     continuation joins a row where these wasted products cost less than computing the context once more.
     position_cost: how many products of attention cost as much as the rest of a position's work.
     """
-    rows, newest = [], {}  # newest: the row that was made last, by context
-    for number, (context, continuation) in enumerate(requests):
+    rows, newest = [], {}  # newest: the row that was made last, by adapter and context
+    adapters = adapters or [1] * len(requests)
+    for number, ((context, continuation), adapter) in enumerate(zip(requests, adapters, strict=True)):
         if not continuation:
             continue
-        row, length, more = newest.get(tuple(context)), len(context), len(continuation) - 1
+        key = (adapter, *context)
+        row, length, more = newest.get(key), len(context), len(continuation) - 1
         wasted = 0 if row is None else 2 * (row.length - length) * more
         if row is None or row.length + more > batch_tokens or wasted > length * (position_cost + length):
-            row = newest[tuple(context)] = Row(context, length=length)
+            row = newest[key] = Row(context, adapter, length=length)
             rows.append(row)
         row.ends.append((number, continuation))
         row.length += more
@@ -156,6 +167,8 @@ def cut_batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
 def _score_batch(model, rows):
     """[(number of a request, its `Score`)] for all requests in these rows."""
     tokens, tree = _lay_out(rows, device_of(model))
+    adapters = torch.tensor([row.adapter for row in rows], device=tokens.device)
+    use(model, adapters)
     x = model.hidden_states(tokens, tree=tree).flatten(0, 1)  # (B * T, D)
     places, targets = [], []
     for number, row in enumerate(rows):
@@ -165,7 +178,7 @@ def _score_batch(model, rows):
             places += [start + before, *range(start + end, start + end + len(continuation) - 1)]
             targets += continuation
             end += len(continuation) - 1
-    logprobs, greedy = _of_targets(model, x, places, targets)
+    logprobs, greedy = _of_targets(model, x, places, targets, adapters.repeat_interleave(tokens.size(1)))
     ends = [end for row in rows for end in row.ends]
     lengths = [len(continuation) for _, continuation in ends]
     parts = zip(ends, logprobs.split(lengths), greedy.split(lengths), strict=True)
@@ -190,14 +203,15 @@ def _lay_out(rows, device):
     return tokens.to(device), Places(positions.to(device), branches.to(device)) if branching else None
 
 
-def _of_targets(model, x, places, targets):
+def _of_targets(model, x, places, targets, adapters):
     """log p (n,) fp64 of targets, and whether each is the likeliest token (n,) bool.
 
-    places: for each target the row of x (B * T, D) that predicts it.
+    places: for each target the row of x (B * T, D) that predicts it. adapters (B * T,): which one each row has.
     """
     places, targets = (torch.tensor(numbers, device=x.device) for numbers in (places, targets))
     logprobs, greedy = [], []
     for place, target in zip(places.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+        use(model, adapters[place])
         logits = model.logits(x[place]).float()
         logprobs.append(-F.cross_entropy(logits, target, reduction="none"))
         greedy.append(logits.argmax(dim=-1) == target)

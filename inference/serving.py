@@ -63,7 +63,8 @@ class Engine:
     @property
     def running(self) -> int:
         """How many rows are in the batch, or will be when their prompts have been read."""
-        return len({row for row in (*self.batch.rows, *self.batch.joining) if row.going})
+        rows = (*self.batch.rows, *self.batch.joining)
+        return len({row for row in rows if row.going and row.leader is None})
 
     def submit(self, tasks: list[Task]) -> None:
         """Put tasks into the queue, all or none. Raises QueueFull."""
@@ -106,10 +107,11 @@ class Engine:
 
     def _take(self):
         """Take from the queue the tasks that the batch has room for, and whose prompts fit one pass; or one task."""
-        taken, longest, places = [], 0, self.max_batch_size - len(self.batch.going)
-        while self.waiting and len(taken) < places:
-            longest = max(longest, len(self.waiting[0].prompt))
-            if taken and longest * (len(taken) + 1) > CHUNK:
+        taken, longest, rows, places = [], 0, 0, self.max_batch_size - len(self.batch.going)
+        while self.waiting:
+            each = (self.waiting[0], *self.waiting[0].members)
+            rows, longest = rows + len(each), max(longest, *(len(one.prompt) for one in each))
+            if rows > places or taken and longest * rows > CHUNK:
                 break
             taken.append(self.waiting.popleft())
         return taken
@@ -134,7 +136,7 @@ class Engine:
     @staticmethod
     def _notify(tasks):
         for task in tasks:
-            if not task.dropped:
+            if task.leader is None and not task.dropped:
                 task.notify(task)
 
 
@@ -157,27 +159,38 @@ def check_ids(writer: Any, ids: list[int]) -> None:
 
 def make_tasks(
     writer: Any,
-    ids: list[int],
+    ids: list[int] | list[list[int]],
     asked: object,
     n: int,
     top: int | None = None,
     echo: bool = False,
     start: bool = False,
     shown: dict[int, str] | None = None,
+    voices: list[Any] | None = None,
 ) -> list[Task]:
     """n tasks that answer one prompt. Raises UserError if it is empty or too long.
 
     writer: a `writer.Writer`. asked: has the settings of a `Row` as attributes, and seed (None for a random one) and
     stop. top: as in `Row`. echo: also compute the prompt's log-probabilities (of the first task: they are the same for
-    all). start, shown: as in `Reply`.
+    all). start, shown: as in `Reply`. voices: which adapters answer (`Writer.voices`), by default the first. ids is one
+    prompt for all of them, or a list of one for each.
     """
-    room_for(ids, asked.max_new_tokens, writer.model.config.max_position_embeddings)
+    voices = voices or writer.voices(None)
+    prompts = ids if ids and isinstance(ids[0], list) else [ids] * len(voices)
+    for prompt in prompts:
+        room_for(prompt, asked.max_new_tokens, writer.model.config.max_position_embeddings)
+    scored = echo and top is not None
+    if scored and len(voices) > 1:
+        raise UserError("an ensemble gives no log-probabilities of a prompt: ask without echo, or without logprobs")
     seed = random.SystemRandom().randrange(2**62) if asked.seed is None else asked.seed
-    tasks = []
+    stop_ids, tasks = set().union(*(voice.stop_ids for voice in voices)), []
     for i in range(n):
-        reply = Reply(writer.tokenizer, writer.stop_ids, asked.stop, start, shown)
-        scored = echo and top is not None and i == 0
-        tasks.append(Task(list(ids), reply, asked, (seed + i) % 2**63, top, scored))
+        reply = Reply(writer.tokenizer, stop_ids, asked.stop, start, shown)
+        task = Task(list(prompts[0]), reply, asked, (seed + i) % 2**63, top, scored and i == 0)
+        task.adapter = voices[0].number
+        for prompt, voice in zip(prompts[1:], voices[1:], strict=True):
+            task.follow(list(prompt), voice.number)
+        tasks.append(task)
     return tasks
 
 

@@ -25,10 +25,11 @@ LEAST_ROOM = 256
 class Slots:
     """Keys, values and tokens of rows. `count` slots of `room` positions each are in use, of which rows have some.
 
-    numbers: the slot of each row, in the order in which rows joined. lengths: how many positions each has.
+    numbers: the slot of each row, in the order in which rows joined. lengths: how many positions each has. adapters:
+    which adapter each has, where there are several (several.py), else 1.
     grown: how often there has been more memory, with other addresses.
     On the device: ids (n,) int64, the token that each slot is to read next; position (n,) int64, its place; live (n,)
-    int64, 1 if a row has the slot; order (B,) int64, `numbers`.
+    int64, 1 if a row has the slot; adapter (n,) int64, that of its row; order (B,) int64, `numbers`.
     """
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device):
@@ -39,6 +40,7 @@ class Slots:
         self.size = self.count = self.room = self.grown = 0  # size: positions for which there is memory
         self.numbers: list[int] = []
         self.lengths: list[int] = []
+        self.adapters: list[int] = []
 
     def view(self, kind: int, count: int, room: int) -> Tensor:
         """One of `flat`, such as a layer's keys, in a layout: (count, heads, room, d)."""
@@ -64,7 +66,8 @@ class Slots:
         if grows:
             self.grown += 1
             slots = self.size // LEAST_ROOM  # of any layout
-            self.ids, self.position, self.live = torch.zeros(3, slots, dtype=torch.int64, device=self.device)
+            numbers = torch.zeros(4, slots, dtype=torch.int64, device=self.device)
+            self.ids, self.position, self.live, self.adapter = numbers
         self._tell_device()
 
     def _move(self, count, room, size):
@@ -101,21 +104,25 @@ class Slots:
         before, new = len(self.numbers), len(cache.tokens)
         padding = [0] * new if cache.padding is None else cache.padding.tolist()
         lengths = [cache.length - unused for unused in padding]
+        adapters = [1] * new if cache.adapters is None else cache.adapters.tolist()
         self.fit(before + new, max(self.longest, *lengths) + 1)
         free = [slot for slot in range(self.count) if slot not in self.numbers]
         self.numbers, self.lengths = self.numbers + free[:new], self.lengths + lengths
+        self.adapters = self.adapters + adapters
         self.put(list(range(before, before + new)), cache)
         self._tell_device()
 
     def keep(self, rows: list[int]) -> None:
         """Free the slots of all but these rows."""
-        self.numbers, self.lengths = [self.numbers[row] for row in rows], [self.lengths[row] for row in rows]
+        self.numbers, self.lengths, self.adapters = (
+            [values[row] for row in rows] for values in (self.numbers, self.lengths, self.adapters)
+        )
         self.fit(len(rows), self.longest + 1)
         self._tell_device()
 
     def clear(self) -> None:
         """Free all slots. What memory there is stays, unless it ended while it grew."""
-        self.numbers, self.lengths = [], []
+        self.numbers, self.lengths, self.adapters = [], [], []
         if self.size:
             self._tell_device()
         else:
@@ -128,7 +135,8 @@ class Slots:
 
     def _tell_device(self):
         self.order = self._on_device(self.numbers)
-        for tensor, values in ((self.position, self.lengths), (self.live, [1] * len(self.numbers))):
+        told = (self.position, self.lengths), (self.live, [1] * len(self.numbers)), (self.adapter, self.adapters)
+        for tensor, values in told:
             tensor.zero_()  # a free slot reads its first place again and again: it sees a key
             tensor[self.order] = self._on_device(values)
 
@@ -144,7 +152,7 @@ class StepCache:
 
     def __init__(self, slots: Slots, count: int, room: int):
         self.views = [slots.view(kind, count, room) for kind in range(len(slots.flat))]
-        self.ids, self.position = slots.ids[:count], slots.position[:count]
+        self.ids, self.position, self.adapters = (x[:count] for x in (slots.ids, slots.position, slots.adapter))
         self.back = (self.position[:, None] - torch.arange(room, device=slots.device))[:, None, None]  # (B, 1, 1, room)
         self._append(0, self.ids[:, None, None, None])
 

@@ -36,6 +36,7 @@ from shell import process
 from shell.explain import HelpFormatter, JsonFile, explain, show_values
 
 ROOT = requirements.ROOT
+_NAME = r"[A-Za-z0-9][\w.-]*"  # of an adapter, among several
 
 
 class UserError(Exception):
@@ -148,9 +149,36 @@ def check_out_file(settings: Any, name: str) -> None:
 
 
 def check_model(settings: Any) -> None:
-    """Raise UserError unless the settings name a model: its folder, or that of an adapter, which names its base."""
-    if settings.checkpoint_dir is None and settings.adapter_dir is None:
+    """Raise UserError unless the settings name a model: its folder, or that of an adapter, which names its base.
+
+    Of settings with `adapters` these stand for `adapter_dir`.
+    """
+    several = getattr(settings, "adapters", None)
+    if several is not None and settings.adapter_dir is not None:
+        raise UserError("--adapter_dir and --adapters exclude each other: name all adapters in --adapters")
+    if settings.checkpoint_dir is None and settings.adapter_dir is None and several is None:
         raise UserError("--checkpoint_dir or --adapter_dir is required")
+
+
+def named_folders(value: str | list[str] | None, flag: str) -> dict[str, Path]:
+    """The folders, by name, that a flag such as --adapters has: "a=out/a,b=out/b", or a list of such pairs.
+
+    Raises UserError for what is no such text, a name that comes twice or has other letters than `_NAME`, or no folder.
+    """
+    folders = {}
+    for pair in (value.split(",") if isinstance(value, str) else value) if value is not None else ():
+        name, equals, folder = pair.strip().partition("=")
+        if not equals or not re.fullmatch(_NAME, name) or not folder:
+            raise UserError(f"--{flag} {pair}: expected NAME=FOLDER, a name of letters, digits, dots, - and _")
+        if name == "base" or name in folders:
+            reason = "is the base alone" if name == "base" else "comes twice"
+            raise UserError(f"--{flag}: the name {name} {reason}: choose another")
+        if not Path(folder).is_dir():
+            raise UserError(f"--{flag} {name}={folder}: no such folder")
+        folders[name] = Path(folder)
+    if value is not None and not folders:
+        raise UserError(f"--{flag}: expected NAME=FOLDER, one or several with commas between them")
+    return folders
 
 
 def check_installed(*modules: str, where: str | None = None) -> None:

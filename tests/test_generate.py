@@ -867,14 +867,14 @@ def test_a_stream_is_the_answer(writer, monkeypatch):
     text = "Zürich — 日本! Questio"
     ids = writer.tokenizer.encode(text)
 
-    def scripted(decoder, prompts, replies, s, seeds):
+    def scripted(decoder, rows):
         for id in ids:
-            replies[0].push(id)
+            rows[0].reply.push(id)
             yield
-        replies[0].finish()
+        rows[0].reply.finish()
         yield
 
-    monkeypatch.setattr(writer_module, "generate", scripted)
+    monkeypatch.setattr(writer_module, "generate_rows", scripted)
     s = settings(stop=["Question:"])
     pieces = list(writer.stream(asking("a"), s))
     assert "".join(pieces) == text and len(pieces) == len(ids) + 1
@@ -1113,7 +1113,7 @@ def chat(writer, lines, monkeypatch, start=()):
 
 
 def test_a_chat_remembers_until_an_empty_line(writer, monkeypatch, capsys):
-    writer.style = "chatml"
+    writer.default.style = "chatml"
     start = [{"role": "system", "content": "s"}]
     asked = chat(writer, ["one", "two", "", "three", "four"], monkeypatch, start)
     assert asked == [
@@ -1124,7 +1124,7 @@ def test_a_chat_remembers_until_an_empty_line(writer, monkeypatch, capsys):
 
 def test_a_chat_in_a_style_for_one_question_goes_on(writer, monkeypatch, capsys):
     """Alpaca has no second turn: it is said, and the new question answered by itself."""
-    writer.style = "alpaca"
+    writer.default.style = "alpaca"
     assert chat(writer, ["one", "two", "three"], monkeypatch) == [["one"], ["two"], ["three"]]
     assert capsys.readouterr().err.count("note: prompt style alpaca") == 2
 

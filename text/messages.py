@@ -50,12 +50,14 @@ class Dialog(NamedTuple):
     """A conversation in the form above. template_args: further variables for the checkpoint's chat template.
 
     open: it stands for a prompt: its last message is an answer that is still to come, or has only begun.
+    adapter: the name of the one that is asked, where there are several; None for the first.
     """
 
     messages: list[dict]
     tools: list[dict] = []
     template_args: dict = {}
     open: bool = False
+    adapter: str | None = None
 
 
 def read_messages(messages: Any, ignored: Collection[str] = (), left_out: Counter | None = None) -> list[dict]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lora
 from model import Config, Transformer
-from quantize import BLOCKS, quantizer_of, read_quantization
+from quantize import BLOCKS, describe_quantization, quantizer_of, read_quantization
 from shell.cli import UserError
 from shell.files import check_listed, checked, damage_first, read_json
 from weights import peft_format
@@ -359,6 +359,35 @@ def trained_quantization(adapter_dir: str | Path | None, quantize: str | None) -
     if quantize is None and adapter_dir is not None:
         quantize = read_notes(adapter_dir).get("quantize")
     return None if quantize == "none" else quantize
+
+
+def shared_base(bases: dict[str, Path], flag: str) -> Path:
+    """The one base that several adapters, by name, were trained on. Raises UserError if they are several.
+
+    flag: that says which, if they are the same.
+    """
+    first, *others = bases
+    for name in others:
+        if Path(bases[name]).resolve() != Path(bases[first]).resolve():
+            raise UserError(
+                f"{first} was trained on {bases[first]}, {name} on {bases[name]}: adapters need one base (--{flag} "
+                "says which, if these are the same)"
+            )
+    return bases[first]
+
+
+def shared_quantization(folders: dict[str, Path], quantize: str | None) -> str | dict | None:
+    """As `trained_quantization`, of several adapters by name. Raises UserError if they were trained in several ways."""
+    found = {name: trained_quantization(folder, quantize) for name, folder in folders.items()}
+    first, *others = found
+    for name in others:
+        if found[name] != found[first]:
+            ways = [describe_quantization(found[one] or "none") for one in (first, name)]
+            raise UserError(
+                f"{first} was trained with the base in {ways[0]}, {name} in {ways[1]}: adapters need one (--quantize "
+                "says which)"
+            )
+    return found[first]
 
 
 def with_dtype(config: dict, dtype: torch.dtype) -> dict:

@@ -146,11 +146,15 @@ class ReadWhenRun(nn.Module):
 def compare(tuned: Tuned, merged: Tuned) -> None:
     """Print how far the logits of a merged model are from those of base and adapter, on tokens from the vocabulary."""
     tokens = torch.linspace(0, tuned.model.config.vocab_size - 1, PROBE_LENGTH).long()[None]
-    one, other = tuned.logits(tokens).double(), merged.logits(tokens).double()
+    one, other = tuned.logits(tokens), merged.logits(tokens)
+    print(f"merged against base + adapter, {PROBE_LENGTH} positions: {describe_distance(one, other)}")
+
+
+def describe_distance(one: Tensor, other: Tensor) -> str:
+    """How far the logits `other` (1, T, V) are from `one`, in words: KL(one || other) in nats a position."""
+    one, other = one.double(), other.double()
     difference = (one - other).abs().max().item()
-    divergence = F.kl_div(other.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="sum") / PROBE_LENGTH
+    divergence = F.kl_div(other.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="sum") / one.size(1)
     agree = (one.argmax(-1) == other.argmax(-1)).float().mean().item()
-    print(
-        f"merged against base + adapter, {PROBE_LENGTH} positions: logits differ by at most {difference:.1e}, "
-        f"mean KL {divergence.item():.1e}, same likeliest token in {agree:.0%}"
-    )
+    distance = f"logits differ by at most {difference:.1e}, mean KL {divergence.item():.1e}"
+    return f"{distance}, same likeliest token in {agree:.0%}"

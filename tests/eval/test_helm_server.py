@@ -23,11 +23,16 @@ import torch
 import uvicorn
 from conftest import ROOT, write_tiny_tokenizer
 
+import lora
 from eval import helm_server, openai_api
 from generate import Settings as Sampled
 from inference.sampling import Batch, Reply, Row
-from inference.writer import Writer
+from inference.several import use
+from inference.writer import Voice
+from text.messages import Dialog
 from text.prompts import STYLES, encode_prompt
+from weights import peft_format
+from weights.checkpoint import load_model
 
 GREEDY = {"temperature": 0, "max_new_tokens": 6}
 USER = [{"role": "user", "content": "what"}]
@@ -448,6 +453,116 @@ def test_errors_are_those_that_the_client_knows(client, server):
         client.chat.completions.create(model=name, messages=[*USER, {"role": "system", "content": "a"}])
 
 
+# -------------------------------------------------------------------------------------- several adapters over one base
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model_dir, tmp_path_factory):
+    """Two adapters, trained in different styles."""
+    top, configs = (
+        tmp_path_factory.mktemp("several"),
+        {"poet": lora.AdapterConfig(r=3), "cook": lora.AdapterConfig(r=5)},
+    )
+    for (name, config), style in zip(configs.items(), ("alpaca", "chatml"), strict=True):
+        model = load_model(tiny_model_dir, torch.float32)
+        lora.add_lora(model, config)
+        for adapter in lora.adapters(model).values():
+            adapter.lora_B.data.normal_(std=0.3)
+        (top / name).mkdir()
+        peft_format.save_adapter(model, config, top / name, tiny_model_dir)
+        notes = {"prompt_style": style, "checkpoint_dir": str(tiny_model_dir)}
+        (top / name / "onetune.json").write_text(json.dumps(notes))
+    return {name: top / name for name in ("poet", "cook")}
+
+
+@pytest.fixture(scope="module")
+def several(folders):
+    with serve(None, adapters=[f"{name}={folder}" for name, folder in folders.items()]) as place:
+        yield place
+
+
+def test_models_are_the_adapters_and_the_base(several):
+    _, listed, _ = ask(several, "/v1/models")
+    assert [model["id"] for model in listed["data"]] == ["poet", "cook", "base"]
+    assert ask(several, "/v1/models/cook")[1]["id"] == "cook"
+    status, answer, _ = ask(several, "/v1/models/baker")
+    assert status == 404 and "'baker' is not served here, poet, cook, base are" in answer["error"]["message"]
+
+
+def test_a_request_names_its_adapter(several, folders, tiny_model_dir):
+    """At the same time, in one batch: each gets what a server with this adapter alone gives."""
+    prompt, expected = random_text(5), {}
+    for name in ("poet", "cook", "base"):
+        alone = {"adapter_dir": folders[name]} if name in folders else {}
+        with serve(tiny_model_dir, **alone) as place:
+            chat = ask(place, "/v1/chat/completions", {"messages": USER, "temperature": 0, "max_tokens": 8})[1]
+            sampled = {"prompt": prompt, "seed": 3, "max_tokens": 8, "logprobs": 1, "echo": True}
+            text = ask(place, "/v1/completions", sampled)[1]
+            read = process(place, prompt, **GREEDY)
+            expected[name] = chat["choices"][0]["message"], text["choices"][0]["text"], read["text"]
+    assert len(set(map(str, expected.values()))) == 3
+
+    def asked(name):
+        chat = {"messages": USER, "temperature": 0, "max_tokens": 8, "model": name}
+        text = ask(several, "/v1/completions", sampled | {"model": name})[1]
+        answer = ask(several, "/v1/chat/completions", chat)[1]
+        read = process(several, prompt, adapter=name, **GREEDY)
+        assert answer["model"] == text["model"] == (name or "poet")
+        return answer["choices"][0]["message"], text["choices"][0]["text"], read["text"]
+
+    names = ["cook", "base", "poet", None] * 3
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        for name, answer in zip(names, pool.map(asked, names), strict=True):
+            assert answer == expected[name or "poet"]
+
+
+def test_an_ensemble_is_a_model(several):
+    body = {"messages": USER, "temperature": 0, "max_tokens": 8}
+
+    def said(name):
+        status, answer, _ = ask(several, "/v1/chat/completions", body | {"model": name})
+        assert status == 200 and answer["model"] == name
+        return answer["choices"][0]["message"]["content"]
+
+    assert said("ensemble:cook+cook") == said("cook")
+    voices = several.service.writer.voices("ensemble:cook+base")
+    dialog = Dialog(USER)
+    logits, ids = [], [voice.encode(dialog) for voice in voices]
+    with torch.no_grad():
+        for voice, prompt in zip(voices, ids, strict=True):
+            use(several.model, torch.tensor([voice.number]))
+            logits.append(several.model(torch.tensor([prompt]))[0, -1].softmax(-1))
+    best = torch.stack(logits).mean(0).argmax().item()
+    ended = best in voices[0].stop_ids | voices[1].stop_ids
+    assert said("ensemble:cook+base").startswith("" if ended else several.tokenizer.decode([best]))
+    text = {"prompt": "what", "model": "ensemble:cook+base", "max_tokens": 3}
+    status, answer, _ = ask(several, "/v1/completions", text | {"logprobs": 2})
+    assert status == 200 and len(answer["choices"][0]["logprobs"]["tokens"]) <= 3
+    status, answer, _ = ask(several, "/v1/completions", text | {"logprobs": 2, "echo": True})
+    assert status == 400 and "ensemble" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "path, field", [("/v1/chat/completions", "model"), ("/v1/completions", "model"), ("/process", "adapter")]
+)
+@pytest.mark.parametrize("name", ["baker", "ensemble:cook+baker", "", "ensemble:"])
+def test_an_adapter_that_is_not_served(several, server, path, field, name):
+    body = {"messages": USER} if "chat" in path else {"prompt": "what"}
+    for place in (several, server):
+        status, answer, _ = ask(place, path, body | {field: name})
+        assert status == 404 and "is not served here" in str(answer)
+
+
+def test_an_ensemble_larger_than_the_batch(several):
+    body = {"prompt": "what", "model": "ensemble:" + "+".join(["cook"] * 9)}
+    status, answer, _ = ask(several, "/v1/completions", body)
+    assert status == 400 and "9 adapters, at most 8" in answer["error"]["message"]
+    full = {"prompt": "what", "model": "ensemble:" + "+".join(["cook"] * 8), "temperature": 0, "max_tokens": 4}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: ask(several, "/v1/completions", full)[1]["choices"][0]["text"], range(4)))
+    assert answers == [ask(several, "/v1/completions", full | {"model": "cook"})[1]["choices"][0]["text"]] * 4
+
+
 # ------------------------------------------------------------------------------------------ what clients send by habit
 
 FIXED = {"temperature": 1.0, "seed": 7, "n": 2, "max_tokens": 6}
@@ -530,14 +645,14 @@ def test_roles_and_contents_in_any_form_are_one_prompt(server, prompts):
 @pytest.fixture
 def prompts(monkeypatch):
     """The text of each prompt that a server in this process encodes for a chat."""
-    texts, encode = [], Writer.encode
+    texts, encode = [], Voice.encode
 
     def note(self, dialog):
         ids = encode(self, dialog)
         texts.append(self.tokenizer.decode(ids, skip_special=False))
         return ids
 
-    monkeypatch.setattr(Writer, "encode", note)
+    monkeypatch.setattr(Voice, "encode", note)
     return texts
 
 
