@@ -37,7 +37,7 @@ class Samples:
     """The samples of one prepared file.
 
     lengths (N,) int64: the positions a sample takes in the model: one less than its tokens, since the last is only
-    ever a target. target_counts (N,) int32: how many of them have a target. sources (N,) int32: which source each
+    ever a target, and with those that `prepend` adds. target_counts (N,) int32: how many of them have a target. sources (N,) int32: which source each
     sample is from, by its place in the `sources` of data.json.
     """
 
@@ -51,6 +51,7 @@ class Samples:
         self.tokens, self.is_target, self.offsets = (tensors[n] for n in ("tokens", "is_target", "offsets"))
         self.target_counts, self.sources = tensors["target_counts"], tensors["sources"]
         self.lengths, total = self.offsets.diff() - 1, len(self.tokens)
+        self.before = torch.empty(0, dtype=torch.int64)
         ends = [*self.offsets[:1].tolist(), *self.offsets[-1:].tolist()]
         sizes = (len(self.is_target), len(self.target_counts), len(self.sources))
         fit = ends == [0, total] and sizes == (total, *[len(self.lengths)] * 2)
@@ -80,10 +81,18 @@ class Samples:
             self.offsets = F.pad((self.lengths + 1).cumsum(0), (1, 0))
         return len(kept) - len(self)
 
+    def prepend(self, ids: list[int]) -> None:
+        """Let every sample begin with these ids: virtual tokens, which are never targets and take positions."""
+        self.before = torch.tensor([*ids, *self.before], dtype=torch.int64)
+        self.lengths = self.lengths + len(ids)
+
     def inputs_and_targets(self, i: int) -> tuple[Tensor, Tensor]:
         """Sample i: its tokens but the last, and for each the token to predict or IGNORE: two (length,) int64."""
         start, end = self.offsets[i].item(), self.offsets[i + 1].item()
-        return shift(self.tokens[start:end].long(), self.is_target[start:end])
+        inputs, targets = shift(self.tokens[start:end].long(), self.is_target[start:end])
+        if not len(self.before):
+            return inputs, targets
+        return torch.cat([self.before, inputs]), F.pad(targets, (len(self.before), 0), value=IGNORE)
 
     def padded(self, indices: list[int]) -> tuple[Tensor, Tensor, None]:
         """The samples `indices` in a row each, padded on the right: tokens and targets, both (B, T) int64, and None.

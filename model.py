@@ -619,6 +619,8 @@ class Transformer(nn.Module):
         scores = [c.scores(layer) for layer in range(c.num_hidden_layers)]
         # The fastest way to compute `plain_attention`: to change attention, put yours here.
         attention = {s: choose_attention(layout, c.head_dim, dtype, s) for s in set(scores)}
+        for attend in attention.values():
+            attend.tokens = layout.tokens  # by which adapters/virtual_tokens.py knows where it has to do something
         return [(angles[rope], attention[s]) for rope, s in zip(c.ropes, scores, strict=True)]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

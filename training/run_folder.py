@@ -314,9 +314,10 @@ def sizes(s: Settings, model: Transformer) -> tuple[int, int]:
     dtype, full = DTYPES[s.precision], s.method == "full"
     trained = [p.to(dtype) if full else p for p in model.parameters() if full or p.requires_grad]
     weights = sum(p.nbytes for p in trained)
-    moments = sum(OPTIMIZERS[s.optimizer].moment_bytes(p, "cpu") for p in trained)  # on a disk nothing is paged
+    stepped = [p for p in trained if p.requires_grad]
+    moments = sum(OPTIMIZERS[s.optimizer].moment_bytes(p, "cpu") for p in stepped)  # on a disk nothing is paged
     if s.offload:
-        moments = sum(STATE_BYTES * p.numel() for p in trained)
+        moments = sum(STATE_BYTES * p.numel() for p in stepped)
     return weights, weights + moments
 
 
