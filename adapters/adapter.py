@@ -76,12 +76,9 @@ class Adapter(nn.Module):
         return 0
 
     @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
-        """New values (fp32) of the base's parameters, by name, that do what base and adapter do together.
-
-        Raises UserError if there are none.
-        """
-        return {"weight": self.merged_weight()}
+    def merged_bias(self) -> Tensor | None:
+        """The bias (fp32) that goes with `merged_weight`; None if the base has none."""
+        return None if self.base.bias is None else self.base.bias.float()
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

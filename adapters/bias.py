@@ -60,6 +60,11 @@ class BitFit(Adapter):
         return y + (self.bias - self.base.bias.float()).to(y.dtype)
 
     @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
+    def merged_weight(self) -> Tensor:
+        """As in `Adapter`: the linear layer's own."""
+        return self.base.dequantize(torch.float32)
+
+    @torch.no_grad()
+    def merged_bias(self) -> Tensor:
         """As in `Adapter`."""
-        return {"bias": self.bias.clone()}
+        return self.bias.clone()

@@ -50,10 +50,10 @@ class IA3Linear(Adapter):
         return self.base.dequantize(torch.float32) * self.ia3_l
 
     @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
+    def merged_bias(self) -> Tensor | None:
         """As in `Adapter`: where the output is multiplied, the bias is too."""
-        weight, bias = {"weight": self.merged_weight()}, self.base.bias
-        return weight if bias is None or self.feedforward else weight | {"bias": bias.float() * self.ia3_l[:, 0]}
+        bias = super().merged_bias()
+        return bias if bias is None or self.feedforward else bias * self.ia3_l[:, 0]
 
 
 def is_feedforward(name: str, feedforward: tuple | str) -> bool:

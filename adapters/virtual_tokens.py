@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EMBEDDING = "model.embed_tokens"
 PREFIX_STD = 0.02  # of a prefix's first keys and values
+MULTIPLIES_LATER = ("granite",)  # families whose model in transformers scales whatever embeddings it gets
 
 
 def virtual_ids(model: Transformer) -> list[int]:
@@ -70,7 +71,7 @@ class PromptTuning(VirtualEmbedding):
     """Each virtual token has a trained embedding (Lester et al. 2021, arXiv 2104.08691).
 
     They start as those of tokens drawn from the vocabulary, as section 3.2 of the paper advises. scale: by what the
-    model multiplies embeddings afterwards; the trained ones are what it goes on with, as in PEFT.
+    model multiplies embeddings afterwards, but for PEFT not the trained ones.
     """
 
     def __init__(self, base: nn.Embedding, virtual_tokens: int, scale: float = 1.0):
@@ -89,8 +90,8 @@ class PromptTuning(VirtualEmbedding):
 
     @classmethod
     def shared(cls, model: Transformer, config: AdapterConfig, names: list[str], device: torch.device | str) -> float:
-        """By what the model multiplies embeddings."""
-        return model.config.embedding_scale
+        """By what the model multiplies embeddings, if that is no part of reading the table in transformers."""
+        return 1.0 if model.config.family in MULTIPLIES_LATER else model.config.embedding_scale
 
     @classmethod
     def over(

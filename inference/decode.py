@@ -15,6 +15,7 @@ after more than PROBE_LENGTH positions, or by less than PROBE_TOLERANCE (10% in 
 """
 
 import ctypes
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,12 +23,15 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapters.adapter import Adapter, adapters
+from adapters.virtual_tokens import virtual_ids
 from experts import Experts, choose
 from inference.kv_cache import KVCache, joined
 from inference.slots import Slots, StepCache
-from lora import Adapter, DoRALinear
+from lora import DoRALinear
 from model import (
     MLP,
     Angles,
@@ -75,7 +79,7 @@ def fastest_decoder(model: Transformer) -> "Decoder":
     length = min(PROBE_LENGTH, model.config.max_position_embeddings)
     tokens = torch.linspace(0, model.config.vocab_size - 1, length, device=weight.device).long()[None]
     with torch.inference_mode():
-        expected = model(tokens)[0, -2:].float()
+        expected = model(put_before(virtual_ids(model), tokens, torch.zeros_like(tokens[:, 0])))[0, -2:].float()
     for kind in kinds:
         difference = probe(kind, model, tokens, expected)
         if isinstance(difference, Decoder):
@@ -114,7 +118,7 @@ class Decoder:
     keeps_cheaply = False  # whether `keep` copies no cache, so that rows had best leave as soon as they end
 
     def __init__(self, model: Transformer):
-        self.model, self.cache = model, None
+        self.model, self.cache, self.virtual = model, None, virtual_ids(model)
 
     @torch.inference_mode()
     def start(self, tokens: Tensor, padding: Tensor, room: int, scores: Scorers | None = None) -> Tensor:
@@ -126,11 +130,13 @@ class Decoder:
     def read(self, tokens: Tensor, padding: Tensor, room: int, scores: Scorers | None = None) -> "Reading":
         """Begin to read prompts. tokens (B, T) int64, of which the first `padding` (B,) of each row are none.
 
+        If the model's adapter has virtual tokens, they are put before each prompt; `room` and `scores` do not count them.
         room: positions to make room for now, T at least. scores: for rows whose prompts are to be scored, a function
         that is called with (position, logits (n, V)) for each stretch of the prompt in turn: what the model predicts
         after the tokens from that position of the prompt on, the last one included.
         """
-        return Reading(self, tokens, self._new_cache(tokens, padding, room), scores or {})
+        tokens = put_before(self.virtual, tokens, padding)
+        return Reading(self, tokens, self._new_cache(tokens, padding, room + len(self.virtual)), scores or {})
 
     @torch.inference_mode()
     def take(self, reading: "Reading", more: int) -> Tensor:
@@ -196,7 +202,7 @@ class Decoder:
         """Read tokens (B, T) that extend the cache: logits (B, V) after the last; `scores` get those before, too."""
         start = cache.length
         hidden = self.model.hidden_states(tokens, cache)
-        score_stretches(scores or {}, cache, start, hidden, self.model.logits)
+        score_stretches(scores or {}, cache, start, hidden, self.model.logits, len(self.virtual))
         return self.model.logits(hidden[:, -1])
 
 
@@ -254,12 +260,26 @@ def longrope_contexts(config: Config) -> set[int]:
     return {rope.original_context for rope in config.ropes if rope is not None and rope.scaling == "longrope"}
 
 
-def score_stretches(scores: Scorers, cache: KVCache, start: int, hidden: Tensor, logits: Callable) -> None:
-    """Call `scores` (`Decoder.read`) for the columns from `start` on, with what `logits` makes of hidden (B, T, D)."""
+def score_stretches(
+    scores: Scorers, cache: KVCache, start: int, hidden: Tensor, logits: Callable, virtual: int = 0
+) -> None:
+    """Call `scores` (`Decoder.read`) for the columns from `start` on, with what `logits` makes of hidden (B, T, D).
+
+    virtual: how many virtual tokens each row begins with; what is predicted after them is not asked for.
+    """
     for row, score in scores.items():
-        unused = 0 if cache.padding is None else int(cache.padding[row])
+        unused = virtual + (0 if cache.padding is None else int(cache.padding[row]))
         for column in range(max(start, unused), start + hidden.size(1), LOSS_CHUNK):
             score(column - unused, logits(hidden[row, column - start : column - start + LOSS_CHUNK]))
+
+
+def put_before(virtual: list[int], tokens: Tensor, padding: Tensor) -> Tensor:
+    """Rows (B, T), padded at the left, with the ids `virtual` before the text of each: (B, T + n)."""
+    if not virtual:
+        return tokens
+    ids = torch.tensor(virtual, device=tokens.device).expand(len(tokens), -1)
+    places = padding[:, None] + torch.arange(len(virtual), device=tokens.device)
+    return F.pad(tokens, (len(virtual), 0)).scatter(1, places, ids)
 
 
 class PlainDecoder(Decoder):
@@ -269,7 +289,7 @@ class PlainDecoder(Decoder):
         """As in `Decoder`."""
         start = cache.length
         logits = self.model(tokens, cache=cache)
-        score_stretches(scores or {}, cache, start, logits, lambda part: part)
+        score_stretches(scores or {}, cache, start, logits, lambda part: part, len(self.virtual))
         return logits[:, -1]
 
 
@@ -287,7 +307,8 @@ class StaticDecoder(Decoder):
     def __init__(self, model: Transformer):
         super().__init__(model)
         c, weight = model.config, model.model.embed_tokens.weight
-        self.slots = Slots(c, compute_dtype(weight.dtype, weight.device.type), weight.device)
+        whole = dataclasses.replace(c, max_position_embeddings=c.max_position_embeddings + len(self.virtual))
+        self.slots = Slots(whole, compute_dtype(weight.dtype, weight.device.type), weight.device)
         self.slopes = None if c.slopes is None else torch.tensor(c.slopes, device=weight.device)
         self.outgrown = longrope_contexts(c)
         self.angles: dict[int, dict] = {}  # of all positions of a slot, by its size
@@ -387,7 +408,8 @@ class StaticDecoder(Decoder):
         slots = self.slots
         length = slots.lengths[row]
         tokens = slots.view(0, slots.count, slots.room)[slots.numbers[row], :, :length, 0]  # (1, length)
-        reading = self.read(tokens, torch.zeros_like(tokens[:, 0]), length).finish()
+        cache = self._new_cache(tokens, torch.zeros_like(tokens[:, 0]), length)
+        reading = Reading(self, tokens, cache, {}).finish()
         slots.put([row], reading.cache)
         return reading.logits[0]
 
@@ -456,8 +478,12 @@ def cpp() -> ctypes.CDLL | None:
 
 
 def in_decode_cpp(model: Transformer) -> bool:
-    """Whether decode_cpu.cpp has what a model is made of, and is compiled."""
-    return all(type(block.mlp) in (MLP, Experts) for block in model.model.layers) and cpp() is not None
+    """Whether decode_cpu.cpp has what a model is made of, and is compiled.
+
+    Adapters in the place of other modules than linear layers it has not, unless they do nothing in a step.
+    """
+    adapted = all(hasattr(adapter, "in_features") or not adapter.in_steps for adapter in adapters(model).values())
+    return adapted and all(type(block.mlp) in (MLP, Experts) for block in model.model.layers) and cpp() is not None
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -561,7 +587,7 @@ def dense(weight: nn.Parameter, bias: nn.Parameter | None = None) -> Linear:
 
 
 def base_of(layer: nn.Module) -> nn.Module:
-    """The linear layer under an adapter, or the layer itself where there is none."""
+    """The module under an adapter, or the module itself where there is none."""
     return layer.base if isinstance(layer, Adapter) else layer
 
 
@@ -628,7 +654,7 @@ class Parts:
     """What it reads of a `Block`."""
 
     def __init__(self, block: Block):
-        attention = block.self_attn
+        attention = base_of(block.self_attn)
         self.parallel, self.shared_norm, self.scale = block.parallel, block.shared_norm, block.scale
         self.clip, self.mlp = attention.clip, (ExpertsParts if block.sparse else MLPParts)(block.mlp)
         self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)

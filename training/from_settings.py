@@ -60,7 +60,9 @@ def train_only(model: Transformer, patterns: list[str] | None) -> None:
                 found = parameter.requires_grad_(True) is not None
         if not found:
             some = ", ".join(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
-            raise UserError(f"--train {pattern}: no parameter of the model has such a name; there are {some} and others")
+            raise UserError(
+                f"--train {pattern}: no parameter of the model has such a name; there are {some} and others"
+            )
 
 
 def pattern_of_names(pattern: str) -> re.Pattern:

@@ -160,7 +160,16 @@ class Settings:
         return [f"--{f.name}" for f, default in zip(flags, defaults, strict=True) if getattr(self, f.name) != default]
 
     def _check_ranges(self):
-        above_zero = ("virtual_tokens", "adapter_layers", "lora_r", "lora_alpha", "global_batch_size", "micro_batch_tokens", "epochs", "learning_rate")
+        above_zero = (
+            "virtual_tokens",
+            "adapter_layers",
+            "lora_r",
+            "lora_alpha",
+            "global_batch_size",
+            "micro_batch_tokens",
+            "epochs",
+            "learning_rate",
+        )
         cli.check_numbers(self, *above_zero, "devices", "plan_tflops", above=0)
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")

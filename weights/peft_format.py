@@ -49,6 +49,8 @@ from weights.safetensors_format import read_metadata, read_tensors, write_tensor
 
 METADATA = "onetune"  # the key in the tensors' metadata: adapter_config.json as it would be under our names
 KIND = "onetune_kind"  # the key there for an adapter that is trained in another way than its file tells
+ADAPTED = "onetune_adapted"  # the key there for the names of our layers that have an adapter, of a type in `KINDS`
+NAMES_IN_JSON = {dict: "object", list: "list"}
 PATTERN_SECONDS = 2
 SLOW_PATTERNS = "the patterns in adapter_config.json take too long to match: list the modules' names"
 ADAPTER_AGAIN = "copy or train it again"  # what mends an adapter folder
@@ -71,8 +73,9 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
     peft_type, metadata = _peft_type(model, config, found), {"format": "pt"}
     description = _description(config, peft_type, base_model)
     if peft_type in KINDS:
-        flat = KINDS[peft_type].write(tensors, model)
-        description |= KINDS[peft_type].describe(config, model, [*found])
+        flat, adapted = KINDS[peft_type].write(tensors, model), [*found]
+        metadata |= {ADAPTED: json.dumps(adapted)} if "lora_targets" in ADAPTERS[config.kind].flags else {}
+        description |= KINDS[peft_type].describe(config, model, adapted)
     elif peft_type == "LORA":
         layout = Layout(model.config, linear_layers(model))
         if ADAPTERS[config.kind] not in (LoRALinear, DoRALinear):
@@ -182,14 +185,14 @@ class StoredAdapter(NamedTuple):
     config: of its adapters. values: all of adapter_config.json. tensors: of each adapter, by its layer and by their own
     names; of the types in `KINDS`, which say which module a tensor is for only beside a model, all by their names in the
     file under "". replaced: new values of the base's parameters. own: where our layers are stacked as PEFT has them,
-    what would be in adapter_config.json if they were not.
+    what would be in adapter_config.json if they were not; of the types in `KINDS` the names of our layers, if we wrote it.
     """
 
     config: AdapterConfig
     values: dict
     tensors: dict[str, dict[str, Tensor]]
     replaced: Replaced
-    own: dict | None = None
+    own: dict | list | None = None
 
 
 def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
@@ -270,7 +273,7 @@ def _read_kind(stored, model, folder):
     """The same for a type in `KINDS`."""
     layout = layout_of(model)
     covered = lambda names: _covered_of(stored, names, folder)  # noqa: E731
-    found = Found(stored.config, stored.values, stored.tensors[""], model, layout, covered, str(folder))
+    found = Found(stored.config, stored.values, stored.tensors[""], stored.own, model, layout, covered, str(folder))
     with _time_limit(f"{folder}: {SLOW_PATTERNS}"):
         config, tensors = KINDS[stored.values["peft_type"]].read(found)
     return stored._replace(config=config, tensors=tensors)
@@ -476,7 +479,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
     tensors, replaced = {}, Replaced(config)
     in_peft, stored = values["peft_type"] == "LORA", read_tensors(tensors_path, ADAPTER_AGAIN)
     if values["peft_type"] in KINDS:
-        return StoredAdapter(config, values, {"": {**stored}}, replaced)
+        own = _own_description(tensors_path, ADAPTED, list)
+        return StoredAdapter(config, values, {"": {**stored}}, replaced, own)
     if values["peft_type"] in ("LORA", OUTSIDE):
         config = _as_trained(config, tensors_path)
     for full_name, tensor in stored.items():
@@ -486,7 +490,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         if parts is None:
             raise UserError(f"{tensors_path}: tensor {full_name} is not one of a {config.kind} adapter")
         name, key = parts
-        own = replaced.low_rank if name == EMBEDDING_MODULE else tensors.setdefault(name, {})
+        own = replaced.low_rank if in_peft and name == EMBEDDING_MODULE else tensors.setdefault(name, {})
         if key in own:
             raise UserError(f"{tensors_path}: tensor {full_name} comes twice, with and without .weight")
         own[key] = tensor
@@ -501,17 +505,20 @@ def _as_trained(config, path):
     return dataclasses.replace(config, kind=kind) if same and ADAPTERS[kind].is_standard() else config
 
 
-def _own_description(path):
-    """What adapter_config.json would be under our names, of the metadata of a file in which adapters are stacked."""
-    text = read_metadata(path, ADAPTER_AGAIN).get(METADATA)
+def _own_description(path, key=METADATA, kind=dict):
+    """What adapter_config.json would be under our names, of the metadata of a file in which adapters are stacked.
+
+    Or what else we have put there under `key`, of a type that JSON knows.
+    """
+    text = read_metadata(path, ADAPTER_AGAIN).get(key)
     if text is None:
         return None
     try:
         own = json.loads(text)
     except (ValueError, RecursionError):
         own = None
-    if not isinstance(own, dict):
-        raise UserError(f"{path} is damaged ({METADATA} in its metadata is no object): {ADAPTER_AGAIN}")
+    if not isinstance(own, kind):
+        raise UserError(f"{path} is damaged ({key} in its metadata is no {NAMES_IN_JSON[kind]}): {ADAPTER_AGAIN}")
     return own
 
 

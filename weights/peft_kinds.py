@@ -259,7 +259,9 @@ def _the_tensor(found, shape):
     """The one tensor of virtual tokens in a file, if it is (n, ...) as the model needs it."""
     n, others = found.config.virtual_tokens, sorted(found.tensors.keys() - {"prompt_embeddings"})
     if others or "prompt_embeddings" not in found.tensors:
-        raise UserError(f"{found.where}: it should have the tensor prompt_embeddings, it has {', '.join(found.tensors)}")
+        raise UserError(
+            f"{found.where}: it should have the tensor prompt_embeddings, it has {', '.join(found.tensors)}"
+        )
     tensor = found.tensors["prompt_embeddings"]
     if tuple(tensor.shape) != (n, *shape):
         needed = f"{tuple(tensor.shape)} where {n} virtual tokens of this model need {(n, *shape)}"
