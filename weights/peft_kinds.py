@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from adapters.vera import random_projections
 from adapters.virtual_tokens import EMBEDDING, attentions
 from lora import AdapterConfig
 from model import Transformer
+from ops.rotation import pairs_apart
 from shell.cli import UserError
 from weights.peft_layout import Layout, Tensors, ends
 
@@ -52,13 +54,15 @@ class Kind(NamedTuple):
 class Found(NamedTuple):
     """What an adapter folder has for a model.
 
-    config: with `targets` as in the file. values: adapter_config.json. tensors: by their names in the file. covered: a
-    function that gives of names of modules those that PEFT's rules in `values` cover. where: the folder.
+    config: with `targets` as in the file. values: adapter_config.json. tensors: by their names in the file. adapted:
+    which of our layers had an adapter, if the file is ours. covered: a function that gives of names of modules those
+    that PEFT's rules in `values` cover. where: the folder.
     """
 
     config: AdapterConfig
     values: dict
     tensors: dict[str, Tensor]
+    adapted: list[str] | None
     model: Transformer
     layout: Layout
     covered: Callable[[list[str]], list[str]]
@@ -194,17 +198,16 @@ def _outside_vera(config, model, names):
 
 
 def _describe_ia3(config, model, names):
-    layout, multiplied = layout_of(model), [name for name in names if is_feedforward(name, config.feedforward)]
-    values = describe_targets(model, names)
-    # A name that PEFT is to find in both lists: where a target is the end of a name, so is it here.
-    inputs = {layout.module(name) for name in multiplied}
-    feedforward = [end for end in values["target_modules"] if any(name.endswith(end) for name in inputs)]
-    return values | {"feedforward_modules": feedforward}
+    multiplied = [name for name in names if is_feedforward(name, config.feedforward)]
+    inputs, outputs = (describe_targets(model, part) for part in (multiplied, [n for n in names if n not in multiplied]))
+    feedforward = inputs["target_modules"]  # which PEFT wants to find in both lists
+    return outputs | {"target_modules": outputs["target_modules"] + feedforward, "feedforward_modules": feedforward}
 
 
 def _parse_ia3(values):
     feedforward = values.get("feedforward_modules") or []
-    if not isinstance(feedforward, str) and not all(isinstance(name, str) for name in feedforward):
+    is_list = isinstance(feedforward, list) and all(isinstance(name, str) for name in feedforward)
+    if not isinstance(feedforward, str) and not is_list:
         raise ValueError("feedforward_modules is neither a list of names nor a regular expression")
     return {
         "targets": targets_of(values),
@@ -216,24 +219,39 @@ def _write_ia3(tensors, model):
     layout, held = modules_of(model, [*tensors])
     flat = {}
     for module, ours in held.items():
-        l = tensors[ours[0]]["ia3_l"]  # noqa: E741 (the paper's name)
-        if len(layout.held[module][0]) > 1:  # parts without an adapter have ones
-            l = 1 + sum(layout.spread(name, tensors[name]["ia3_l"] - 1) for name in ours)  # noqa: E741
-        flat[f"{PREFIX}{module}.ia3_l"] = l
+        parts = layout.held[module][0].values()
+        factors = tensors[ours[0]]["ia3_l"]
+        if len(parts) > 1:  # those without an adapter have ones
+            own = {name: tensors[name]["ia3_l"] if name in tensors else _ones(model, name) for name in parts}
+            factors = sum(layout.spread(name, part) for name, part in own.items())
+        flat[f"{PREFIX}{module}.ia3_l"] = factors
     return flat
+
+
+def _ones(model, name):
+    return torch.ones(model.get_submodule(name).out_features, 1)
 
 
 def _read_ia3(found):
     modules, names = own_modules(found, ("ia3_l",))
     layout, linears = found.layout, found.layout.linears
     inputs = [name for name in names if is_feedforward(layout.module(name), found.config.feedforward)]
+    if found.adapted is not None:  # of a module that holds several, the others have ones
+        names = [name for name in names if name in found.adapted]
     feedforward = tuple(ends(inputs, linears))
     config = dataclasses.replace(found.config, targets=tuple(ends(names, linears)), feedforward=feedforward)
-    tensors = {}
-    for name in names:
-        l = modules[layout.module(name)]["ia3_l"]  # noqa: E741
-        tensors[name] = {"ia3_l": l if name in inputs else layout.rows_of(name, l, found.where)}
+    tensors = {name: {"ia3_l": modules[layout.module(name)]["ia3_l"]} for name in names}
+    for name in set(names).difference(inputs):
+        tensors[name]["ia3_l"] = layout.rows_of(name, tensors[name]["ia3_l"], found.where)
+    if sum((own["ia3_l"] != 1).sum() for own in tensors.values()) != _count_changed(modules, inputs, layout):
+        raise UserError(f"{found.where}: it has values outside of its parts: the file was changed")
     return config, tensors
+
+
+def _count_changed(modules, inputs, layout):
+    """How many factors are not one; those of an input count for each of our layers that get it."""
+    times = Counter(layout.module(name) for name in inputs)
+    return sum((own["ia3_l"] != 1).sum() * max(1, times[name]) for name, own in modules.items())
 
 
 def _outside_ia3(config, model, names):
@@ -301,20 +319,37 @@ def _describe_prefix(config, model, names):
 
 def _write_prefix(tensors, model):
     """(n, L * 2 * K * d): for each virtual token key and value of each layer."""
-    each = [tensors[name][key] for name in attentions(model) for key in ("prefix_keys", "prefix_values")]
+    each = []
+    for name, rope in zip(attentions(model), model.config.ropes, strict=True):
+        keys, values = tensors[name]["prefix_keys"], tensors[name]["prefix_values"]
+        each += [_pairs_together(keys, rope.dims) if rope and rope.interleaved else keys, values]
     return {"prompt_embeddings": torch.stack(each, dim=1).flatten(1)}
+
+
+def _pairs_together(x, dims):
+    """What `ops.rotation.pairs_apart` took apart: after RoPE our keys are in another order than the family's."""
+    turned, rest = x[..., :dims], x[..., dims:]
+    return torch.cat((turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2), rest), dim=-1)
 
 
 def _read_prefix(found):
     c = found.model.config
+    if why := _outside_prefix(found.config, found.model, []):
+        raise UserError(f"{found.where}: {why}: it cannot be read for this model")
     sizes = (c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
     stored = _the_tensor(found, [torch.Size(sizes).numel()]).unflatten(1, sizes)
-    layers = zip(attentions(found.model), stored.unbind(1), strict=True)
-    tensors = {name: {"prefix_keys": part[:, 0], "prefix_values": part[:, 1]} for name, part in layers}
-    return found.config, {EMBEDDING: {}, **tensors}
+    tensors = {EMBEDDING: {}}
+    for name, part, rope in zip(attentions(found.model), stored.unbind(1), c.ropes, strict=True):
+        keys, values = part.unbind(1)
+        keys = pairs_apart(keys, rope.dims) if rope and rope.interleaved else keys
+        tensors[name] = {"prefix_keys": keys, "prefix_values": values}
+    return found.config, tensors
 
 
 def _outside_prefix(config, model, names):
+    c = model.config
+    if c.family == "falcon" and c.num_key_value_heads not in (1, c.num_attention_heads):
+        return "transformers caches a key for each query head of this Falcon"
     return None
 
 
