@@ -202,7 +202,7 @@ def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
     """
     stored, layers = read_for(model, folder), linear_layers(model)
     config, tensors = stored.config, stored.tensors
-    if stored.values["peft_type"] in ("LORA", OUTSIDE):
+    if stored.values.get("peft_type", "LORA") in ("LORA", OUTSIDE):  # under our names it is left out
         covered = _covered(stored, model, folder)
         _check_same([*tensors, *([EMBEDDING_MODULE] if stored.replaced.low_rank else [])], covered, folder)
         adapted = [name for name in covered if name != EMBEDDING_MODULE]
@@ -292,7 +292,7 @@ def _unstacked(stored, layout, folder):
     """Our own adapters, of a folder in which they are stacked."""
     config_path = Path(folder, "adapter_config.json")
     try:
-        config = parse_adapter_config(stored.own)
+        config = dataclasses.replace(parse_adapter_config(stored.own), kind=stored.config.kind)
         own = StoredAdapter(config, stored.own, {}, stored.replaced)
         adapted = _covered_of(own, layout.linears, folder)
         expected = stored.own | layout.describe(config, adapted)
