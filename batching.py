@@ -37,8 +37,8 @@ class Samples:
     """The samples of one prepared file.
 
     lengths (N,) int64: the positions a sample takes in the model: one less than its tokens, since the last is only
-    ever a target, and with those that `prepend` adds. target_counts (N,) int32: how many of them have a target. sources (N,) int32: which source each
-    sample is from, by its place in the `sources` of data.json.
+    ever a target, and with those that `prepend` adds. target_counts (N,) int32: how many of them have a target.
+    sources (N,) int32: which source each sample is from, by its place in the `sources` of data.json.
     """
 
     def __init__(self, path: Path):

@@ -1,7 +1,7 @@
 """Adapters: a few trained numbers over a frozen linear layer. LoRA (Hu et al. 2021, arXiv 2106.09685) and its kin.
 
-An adapter takes the place of a linear layer in the model and calls it. `ADAPTERS` has those of the folder adapters/ too,
-some of which take the place of other modules. What PEFT has too is saved in PEFT's format.
+An adapter takes the place of a linear layer in the model and calls it. `ADAPTERS` has those of the folder adapters/
+too, some of which take the place of other modules. What PEFT has too is saved in PEFT's format.
 
 To add an adapter: a class that inherits from `Adapter` and a line in `ADAPTERS`; nothing else. The class has
 - `__init__(self, base, r, alpha, dropout=0.0, rslora=False)`, the flags --lora_r and so on. It calls
@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from adapters.adapter import Adapter, adapters, linear_layers
+from adapters.adapter import Adapter, linear_layers
+from adapters.adapter import adapters as adapters
 from adapters.bias import BitFit
 from adapters.ia3 import IA3Linear
 from adapters.llama_adapter import LlamaAdapter, LlamaAdapterV2

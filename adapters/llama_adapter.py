@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class LlamaAdapter(Adapter):
     """Over an `Attention`: queries also attend to a trained prompt, apart from the text, through a gate.
 
-    y = o_proj(attention(q, k, v) + gate * softmax(q k_p^T / sqrt(d)) v_p), with keys k_p and values v_p that the layer's
+    y = o_proj(attention(q, k, v) + gate * softmax(q k_p^T / sqrt(d)) v_p): keys k_p and values v_p are what the layer's
     own projections make of adaption_prompt (1, n, D), without RoPE. The gate (1,) starts at zero, so it starts as the
     base itself. It is in the last layers alone.
     """
@@ -76,7 +76,7 @@ class LlamaAdapter(Adapter):
 
 
 class LlamaAdapterV2(LlamaAdapter):
-    """LLaMA-Adapter with a gate for each head, and beside it a bias and a scale for each linear layer and trained norms.
+    """LLaMA-Adapter with a gate for each head; beside it a bias and a scale for each linear layer, and trained norms.
 
     Over an `Attention`; `over` has the other two. As in Lit-GPT's adapter_v2; the paper's part for images is left out.
     """

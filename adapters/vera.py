@@ -1,4 +1,4 @@
-"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): one random pair of matrices for all layers, trained factors for each."""
+"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): one random pair of matrices for all layers, two vectors for each."""
 
 from __future__ import annotations
 

@@ -165,7 +165,9 @@ class WithPrefix:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.update`; without a cache, k and v (B, K, T, d) of these tokens alone."""
         rows = self.prefix.prefix_keys, self.prefix.prefix_values
-        k, v = (take_rows(self.virtual, own, x.transpose(1, 2)).transpose(1, 2) for own, x in zip(rows, (k, v)))
+        k, v = (
+            take_rows(self.virtual, own, x.transpose(1, 2)).transpose(1, 2) for own, x in zip(rows, (k, v), strict=True)
+        )
         return (k, v) if self.cache is None else self.cache.update(layer, k, v)
 
 

@@ -130,7 +130,8 @@ class Decoder:
     def read(self, tokens: Tensor, padding: Tensor, room: int, scores: Scorers | None = None) -> "Reading":
         """Begin to read prompts. tokens (B, T) int64, of which the first `padding` (B,) of each row are none.
 
-        If the model's adapter has virtual tokens, they are put before each prompt; `room` and `scores` do not count them.
+        If the model's adapter has virtual tokens, they are put before each prompt: `room` and `scores` do not count
+        them.
         room: positions to make room for now, T at least. scores: for rows whose prompts are to be scored, a function
         that is called with (position, logits (n, V)) for each stretch of the prompt in turn: what the model predicts
         after the tokens from that position of the prompt on, the last one included.

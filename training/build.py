@@ -144,8 +144,14 @@ def note_outside_peft(model: Transformer, method: str) -> None:
 
 def check_samples(s: Settings, config: Config, parts: list[Samples]) -> None:
     """Raise UserError if a sample is longer than the model's context, or has a token beyond its vocabulary."""
-    longest = max(part.lengths.max().item() for part in parts)
+    longest, taken = max(part.lengths.max().item() for part in parts), len(virtual_ids(s, config))
     if longest > config.max_position_embeddings:
+        if taken:
+            raise UserError(
+                f"--virtual_tokens {taken} and {longest - taken} tokens of a sample in {s.data_dir} are more than the "
+                f"model's context of {config.max_position_embeddings}: lower it, or run prepare_data.py with a smaller "
+                "--max_seq_length"
+            )
         raise UserError(
             f"{s.data_dir} has a sample of {longest} tokens, the model's context is {config.max_position_embeddings}: "
             "run prepare_data.py with a smaller --max_seq_length"

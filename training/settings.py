@@ -92,7 +92,7 @@ class Settings:
     lora_rslora: bool = False
     virtual_tokens: int = 20
     adapter_layers: int | None = None
-    train: list[str] | None = None
+    train: list[str] | str | None = None
     global_batch_size: int = 32
     micro_batch_tokens: int | Literal["auto"] = 2048
     planner: Literal[cli.table_keys("batching.py", "PLANNERS")] = "packed"
@@ -136,6 +136,8 @@ class Settings:
             raise UserError(
                 "--quantize needs --method lora or another adapter, not full: quantised weights cannot train"
             )
+        if isinstance(self.train, str):
+            self.train = [self.train] if self.train else []
         if self.train is not None and (self.method != "full" or not self.train):
             given = f"not {self.method}, which has parameters of its own" if self.train else "and a pattern"
             raise UserError(f"--train needs --method full, {given}")

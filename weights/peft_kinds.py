@@ -199,7 +199,9 @@ def _outside_vera(config, model, names):
 
 def _describe_ia3(config, model, names):
     multiplied = [name for name in names if is_feedforward(name, config.feedforward)]
-    inputs, outputs = (describe_targets(model, part) for part in (multiplied, [n for n in names if n not in multiplied]))
+    inputs, outputs = (
+        describe_targets(model, part) for part in (multiplied, [n for n in names if n not in multiplied])
+    )
     feedforward = inputs["target_modules"]  # which PEFT wants to find in both lists
     return outputs | {"target_modules": outputs["target_modules"] + feedforward, "feedforward_modules": feedforward}
 

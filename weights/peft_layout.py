@@ -123,7 +123,7 @@ class Layout:
         return self.names.spread(self._pieces[name], tensor)
 
     def rows_of(self, name: str, tensor: Tensor, where: str) -> Tensor:
-        """Of a module's tensor the rows of our layer `name`. Raises UserError, naming `where`, if it has not so many."""
+        """Of a module's tensor the rows of our layer `name`. UserError, naming `where`, if it has another number."""
         try:
             return self.names.take(self._pieces[name], [tensor]).contiguous()
         except ValueError as error:

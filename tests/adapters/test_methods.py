@@ -43,7 +43,9 @@ def model_dirs(tmp_path_factory):
         if family not in folders:
             values = {**SMALL, **MODELS[family]}
             if family != "llama":
-                values = {key: value for key, value in values.items() if key != "num_key_value_heads" or "mix" in family}
+                values = {
+                    key: value for key, value in values.items() if key != "num_key_value_heads" or "mix" in family
+                }
             config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
             reference = transformers.AutoModelForCausalLM.from_config(config).float()
             with torch.no_grad():
@@ -148,7 +150,9 @@ def check_text(writer):
         assert one.logprob == pytest.approx(two.logprob, abs=1e-3)
     ids = torch.tensor([virtual_ids(writer.model) + sum(requests[0], [])])
     logprobs = writer.model(ids)[0, -2].log_softmax(-1)
-    assert scoring.plain_score(writer.model, *requests[0]).logprob == pytest.approx(logprobs[ids[0, -1]].item(), abs=1e-3)
+    assert scoring.plain_score(writer.model, *requests[0]).logprob == pytest.approx(
+        logprobs[ids[0, -1]].item(), abs=1e-3
+    )
 
 
 class Greedy:
@@ -244,3 +248,47 @@ def test_what_changes_nothing_is_noted(settings, capsys):
 def test_a_model_without_biases(settings):
     with pytest.raises(UserError, match="--method bitfit: this mixtral model has no biases"):
         finetune.main(settings("bitfit", "mixtral"))
+
+
+# -------------------------------------------------------------------------------------------- freezing by pattern
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"optimizer_in_backward": True, "max_grad_norm": 0.0, "micro_batch_tokens": 900}]
+)
+@pytest.mark.parametrize(
+    ("family", "train", "expected"),
+    [
+        ("llama", "layers.1.*", lambda name: ".layers.1." in name),
+        ("gpt_neox", ["*norm*", "lm_head.weight"], lambda name: "norm" in name or name == "lm_head.weight"),
+        ("mixtral", r"layers\.(0|2)\..*_proj\.weight", lambda name: name[13] in "02" and name.endswith("_proj.weight")),
+    ],
+)
+def test_only_what_is_named_trains(family, train, expected, flags, settings, model_dirs, tmp_path, capsys):
+    flags = {"train": train, "learning_rate": 0.01, **flags}
+    finetune.main(settings("full", family, plan=True, **flags))
+    s = settings("full", family, **flags)
+    finetune.main(s)
+    before, after = load_model(model_dirs(family), torch.float32), load_model(s.out_dir / "final", torch.float32)
+    changed = {
+        n for (n, p), q in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(p, q)
+    }
+    assert changed == {name for name, _ in before.named_parameters() if expected(name)}
+    losses = [row["loss"] for row in rows(s.out_dir)]
+    assert losses[-1] < losses[0] - 0.02
+    shutil.copytree(s.out_dir, tmp_path / "resumed")
+    for name in ("final", "step-000006"):
+        shutil.rmtree(tmp_path / "resumed" / name)
+    finetune.main(settings("full", family, "resumed", resume=True, **flags))
+    one, two = ((folder / "final" / "model.safetensors").read_bytes() for folder in (s.out_dir, tmp_path / "resumed"))
+    assert one == two
+
+
+def test_the_plan_counts_only_what_trains(settings):
+    from training.memory.budget import plan_job
+
+    s = settings("full", "llama", train="layers.1.mlp.*")
+    predictor, model = plan.Predictor(plan_job(s)), load_model(s.checkpoint_dir, torch.float32)
+    trained = sum(p.nbytes for name, p in model.named_parameters() if ".layers.1.mlp." in name)
+    assert predictor.fixed["moments"] == 2 * trained and predictor.fixed["gradients"] == trained
+    assert predictor.fixed["weights"] == sum(p.nbytes for p in model.parameters())

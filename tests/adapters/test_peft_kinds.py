@@ -27,7 +27,8 @@ PEFT_TYPES = {
 
 # Where PEFT cannot have what we have. Of LLaMA-Adapter it has Llama's and Mistral's alone, without biases.
 OUTSIDE = {
-    ("vera", "gpt_neox"), ("vera", "falcon"), ("vera", "gpt2"), ("vera", "phi3"), ("prefix", "falcon"), ("prompt", "opt"),
+    ("vera", "gpt_neox"), ("vera", "falcon"), ("vera", "gpt2"), ("vera", "phi3"), ("prefix", "falcon"),
+    ("prompt", "opt"),
 }  # fmt: skip
 
 # A few rows of the table of families: plain ones, and each way in which a family's files differ from our layers.
@@ -127,7 +128,7 @@ def test_ours_in_peft_and_back(kind, tiny, tmp_path):
     again = tiny.load()
     loaded = load_adapter(again, folder)
     assert loaded.kind == kind
-    one, two = ({n: p for n, p in m.state_dict().items()} for m in (model, again))
+    one, two = model.state_dict(), again.state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -164,7 +165,11 @@ def theirs(kind, model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loads_pefts(kind, tiny, tmp_path):
     bare = tiny.load()
-    if (kind, tiny.family) in OUTSIDE - {("vera", tiny.family)} or kind == "llama-adapter" and not has_llama_adapter(bare):
+    if (
+        (kind, tiny.family) in OUTSIDE - {("vera", tiny.family)}
+        or kind == "llama-adapter"
+        and not has_llama_adapter(bare)
+    ):
         pytest.skip("PEFT has none here")
     config = theirs(kind, bare)
     model = peft_adapter(tiny, tmp_path, config)
