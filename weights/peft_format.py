@@ -184,9 +184,9 @@ class StoredAdapter(NamedTuple):
 
     config: of its adapters. values: all of adapter_config.json. tensors: of each adapter, by its layer and by their own
     names; of the types in `KINDS`, whose tensors tell only beside a model which module they are for, all by their names
-    in the file under "". replaced: new values of the base's parameters. own: where our layers are stacked as PEFT has them,
-    what would be in adapter_config.json if they were not; of the types in `KINDS` the names of our layers, if we wrote
-    it.
+    in the file under "". replaced: new values of the base's parameters. own: where our layers are stacked as PEFT has
+    them, what would be in adapter_config.json if they were not; of the types in `KINDS` the names of our layers, if we
+    wrote it.
     """
 
     config: AdapterConfig
