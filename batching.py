@@ -75,8 +75,8 @@ class Samples:
     """The samples of one prepared file.
 
     lengths (N,) int64: the positions a sample takes in the model: one less than its tokens, since the last is only
-    ever a target. target_counts (N,) int32: how many of them have a target. sources (N,) int32: which source each
-    sample is from, by its place in the `sources` of data.json.
+    ever a target, and with those that `prepend` adds. target_counts (N,) int32: how many of them have a target.
+    sources (N,) int32: which source each sample is from, by its place in the `sources` of data.json.
     """
 
     kind = "samples"  # as data.json calls them
@@ -96,6 +96,7 @@ class Samples:
         self.target_counts, self.sources = tensors["target_counts"], tensors["sources"]
         for name in self.cuts:
             setattr(self, name, tensors[name])
+        self.before = torch.empty(0, dtype=torch.int64)
         sizes, total = self.offsets.diff(), len(self.tokens)
         ends = [*self.offsets[:1].tolist(), *self.offsets[-1:].tolist()]
         columns = (self.target_counts, self.sources, *(tensors[name] for name in self.cuts))
@@ -148,10 +149,14 @@ class Samples:
 
     def sequences(self, i: int) -> list[tuple[Tensor, Tensor]]:
         """What the model is to read of sample i, here one sequence: its tokens (n,) int64, and is_target (n,) bool."""
-        return [self._between(self.offsets[i].item(), self.offsets[i + 1].item())]
+        return [self._begun(*self._between(self.offsets[i].item(), self.offsets[i + 1].item()))]
 
     def _between(self, start, end):
         return self.tokens[start:end].long(), self.is_target[start:end]
+
+    def _begun(self, tokens, is_target):
+        """The same with the ids before them that `prepend` was given."""
+        return torch.cat([self.before, tokens]), F.pad(is_target, (len(self.before), 0))
 
     def inputs_and_targets(self, i: int) -> tuple[Tensor, Tensor]:
         """Sample i: its tokens but the last, and for each the token to predict or IGNORE: two (length,) int64."""
@@ -215,7 +220,7 @@ class Pairs(Samples):
     @property
     def row_lengths(self) -> Tensor:
         """(N,) int64: the positions of the longer of each pair's two rows in `padded`."""
-        shared, first = self.beginnings.long(), self.first_ends.long() - 1
+        shared, first = self.beginnings.long() + len(self.before), self.first_ends.long() - 1
         return shared + torch.maximum(first, self.lengths - shared - first)
 
     def _have_targets(self):
@@ -231,7 +236,8 @@ class Pairs(Samples):
         start, end = self.offsets[i].item(), self.offsets[i + 1].item()
         fork = start + self.beginnings[i].item()
         second = fork + self.first_ends[i].item()
-        return [self._between(*span) for span in ((start, fork), (fork, second), (second, end))]
+        beginning, *ends = (self._between(*span) for span in ((start, fork), (fork, second), (second, end)))
+        return [self._begun(*beginning), *ends]
 
     def sequences(self, i: int) -> list[tuple[Tensor, Tensor]]:
         """Pair i as two sequences, prompt and chosen answer, prompt and rejected: see `Samples.sequences`."""
@@ -249,7 +255,7 @@ class Pairs(Samples):
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def _bounds(self, indices):
-        shared, first = self.beginnings[indices].long(), self.first_ends[indices].long() - 1
+        shared, first = self.beginnings[indices].long() + len(self.before), self.first_ends[indices].long() - 1
         ends = torch.stack([first, self.lengths[indices] - shared - first], 1)
         return Forks(tuple(shared.tolist()), tuple(map(tuple, ends.tolist())))
 

@@ -1,6 +1,7 @@
 """Adapters: a few trained numbers over a frozen linear layer. LoRA (Hu et al. 2021, arXiv 2106.09685) and its kin.
 
-An adapter takes the place of a linear layer in the model and calls it. LoRA and DoRA are saved in PEFT's format.
+An adapter takes the place of a linear layer in the model and calls it. `ADAPTERS` has those of the folder adapters/
+too, some of which take the place of other modules. What PEFT has too is saved in PEFT's format.
 
 To add an adapter: a class that inherits from `Adapter` and a line in `ADAPTERS`; nothing else. The class has
 - `__init__(self, base, r, alpha, dropout=0.0, rslora=False)`, the flags --lora_r and so on. It calls
@@ -17,88 +18,33 @@ point, inherit from `LoRALinear` and override that method.
 
 import contextlib
 import ctypes
+import dataclasses
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from model import Linear
+from adapters.adapter import Adapter, linear_layers
+from adapters.adapter import adapters as adapters
+from adapters.bias import BitFit
+from adapters.ia3 import IA3Linear
+from adapters.llama_adapter import LlamaAdapter, LlamaAdapterV2
+from adapters.vera import VeRALinear
+from adapters.virtual_tokens import PrefixTuning, PromptTuning
+from model import Linear, Transformer
 from ops.dropout import dropout
 from ops.linear import Part, drops, low_rank_linears
 from shell.cli import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-UNIT_VECTORS = 1024  # that go through an adapter at one time, to find its weight
-
-
-class Adapter(nn.Module):
-    """What stands in the place of the frozen linear layer `base`, and trains. The page's beginning says what to add.
-
-    standard: whether this computes exactly LoRA or DoRA as published, as PEFT does too. Only then may code that has
-        that formula stand in for `forward`: `LoRALinear.together`, decode_cpu.cpp, PEFT's file format.
-    """
-
-    standard = False
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.device = base.weight.device if isinstance(base, nn.Linear) else base.device
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """The one weight, (out, in) fp32, that does what base and adapter do together.
-
-        It is what `forward` makes of the unit vectors. Raises UserError if no weight does the same, beside the base's
-        bias: an adapter that is not linear, or that changes the bias.
-        """
-        training, columns = self.training, []
-        self.eval()
-        offset = self(torch.zeros(1, self.in_features, device=self.device))
-        for start in range(0, self.in_features, UNIT_VECTORS):
-            number = min(UNIT_VECTORS, self.in_features - start)
-            x = torch.zeros(number, self.in_features, device=self.device)
-            x[:, start:].fill_diagonal_(1)
-            columns.append(self(x) - offset)
-        weight = torch.cat(columns).float().T.contiguous()
-        x = torch.randn(4, self.in_features, generator=torch.Generator().manual_seed(0)).to(self.device)
-        y, bare = self(x), self.base(x)
-        self.train(training)
-        error = (y - F.linear(x, weight, None if self.base.bias is None else self.base.bias.float())).norm()
-        if not error <= 0.01 * (y - bare).norm() + 1e-5 * y.norm():
-            raise UserError(
-                f"{type(self).__name__} does what no single weight does (it is not linear, or changes the bias): it "
-                "cannot be merged"
-            )
-        return weight
-
-    @classmethod
-    @cache
-    def is_standard(cls) -> bool:
-        """Whether the class is a key of `FORMULAS` (not a subclass of one) and computes that formula.
-
-        A researcher may edit `LoRALinear` in place, so that is tried on a small layer. Then a line on standard error
-        says that the fast ways are not taken.
-        """
-        if cls not in FORMULAS:
-            return False
-        with torch.random.fork_rng([]), _disable_current_modes(), torch.no_grad():
-            try:
-                follows = _follows_formula(cls)
-            except (AttributeError, RuntimeError, TypeError, ValueError):  # what else an edit may lead to
-                follows = False
-        if not follows:
-            print(f"note: {cls.__name__} computes something new: going on without its fast ways", file=sys.stderr)
-        return follows
 
 
 class LoRALinear(Adapter):
@@ -146,10 +92,44 @@ class LoRALinear(Adapter):
         ys = low_rank_linears(x, [base.dequantize for base in bases], [whole], factors)
         return [y if base.bias is None else y + base.bias.to(y.dtype) for y, base in zip(ys, bases, strict=True)]
 
+    @classmethod
+    @cache
+    def is_standard(cls) -> bool:
+        """Whether the class is a key of `FORMULAS` (not a subclass of one) and computes that formula.
+
+        A researcher may edit `LoRALinear` in place, so that is tried on a small layer. Then a line on standard error
+        says that the fast ways are not taken.
+        """
+        if cls not in FORMULAS:
+            return False
+        with torch.random.fork_rng([]), _disable_current_modes(), torch.no_grad():
+            try:
+                follows = _follows_formula(cls)
+            except (AttributeError, RuntimeError, TypeError, ValueError):  # what else an edit may lead to
+                follows = False
+        if not follows:
+            print(f"note: {cls.__name__} computes something new: going on without its fast ways", file=sys.stderr)
+        return follows
+
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """As in `Adapter`: by the formula where it holds, which is faster."""
         return FORMULAS[type(self)](self) if self.standard else super().merged_weight()
+
+
+class LoRAFALinear(LoRALinear):
+    """LoRA whose A stays as it was drawn (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303).
+
+    So of a layer's input only A x, (..., r), is kept for the backward pass. Its file is that of LoRA.
+    """
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__(base, r, alpha, dropout, rslora)
+        self.lora_A.requires_grad_(False)
+
+    def trains_by_hand(self) -> bool:
+        """Never: `together` keeps the input, for A's gradient."""
+        return False
 
 
 class DoRALinear(LoRALinear):
@@ -183,7 +163,11 @@ class DoRALinear(LoRALinear):
         return y + (ratio - 1) * bare + ratio * self.low_rank(x)  # exactly y at the start, where ratio is 1
 
 
-ADAPTERS = {"lora": LoRALinear, "dora": DoRALinear}
+ADAPTERS = {
+    "lora": LoRALinear, "dora": DoRALinear, "lora-fa": LoRAFALinear, "vera": VeRALinear, "ia3": IA3Linear,
+    "bitfit": BitFit, "prompt": PromptTuning, "prefix": PrefixTuning, "llama-adapter": LlamaAdapter,
+    "llama-adapter-v2": LlamaAdapterV2,
+}  # fmt: skip
 
 
 def lora_weight(adapter: LoRALinear) -> Tensor:
@@ -196,7 +180,8 @@ def dora_weight(adapter: DoRALinear) -> Tensor:
     return lora_weight(adapter) * adapter.ratio()[:, None]
 
 
-FORMULAS = {LoRALinear: lora_weight, DoRALinear: dora_weight}  # the published ones, which PEFT's files stand for
+# The published ones, which PEFT's files stand for.
+FORMULAS = {LoRALinear: lora_weight, DoRALinear: dora_weight, LoRAFALinear: lora_weight}
 
 
 def _follows_formula(cls):
@@ -223,6 +208,9 @@ class AdapterConfig:
 
     targets: names such as "q_proj" (the end of a module's name, or all of it), or one regular expression for it.
     rank_pattern, alpha_pattern: other ranks and alphas for the modules whose names end as a key says (PEFT's).
+    virtual_tokens: how many trained tokens stand before every text, or the prompts of LLaMA-Adapter have.
+    adapter_layers: how many of the last blocks have such prompts. feedforward: those of `targets`, named in the same
+    way, whose input (IA)3 multiplies, not their output. seed: of VeRA's random matrices.
     """
 
     kind: str = "lora"
@@ -233,12 +221,16 @@ class AdapterConfig:
     targets: tuple | str = PROJECTIONS
     rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict = field(default_factory=dict)
+    virtual_tokens: int = 20
+    adapter_layers: int = 1
+    feedforward: tuple | str = ("down_proj",)
+    seed: int = 0
 
-    def adapt(self, base: nn.Module, name: str) -> Adapter:
-        """The adapter over the linear layer `base`, which is called `name` in the model."""
+    def adapt(self, base: nn.Module, name: str, shared: Any = None) -> Adapter:
+        """The adapter over the module `base`, which is called `name` in the model. shared: `Adapter.shared`'s."""
         r = match_pattern(self.rank_pattern, name, self.r)
         alpha = match_pattern(self.alpha_pattern, name, self.alpha)
-        adapter = ADAPTERS[self.kind](base, r, alpha, self.dropout, self.rslora)
+        adapter = ADAPTERS[self.kind].over(base, name, r, alpha, self, shared)
         adapter.standard = adapter.is_standard()
         return adapter
 
@@ -259,38 +251,42 @@ def match_pattern(pattern: dict, name: str, default: float | None) -> float | No
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name and module of every linear layer, quantised or not, adapted or not, and not what is inside an adapter."""
-    adapted = adapters(model)
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
-    return {name: module for name, module in layers.items() if not any(outer in adapted for outer in _outer(name))}
+def add_lora(model: Transformer, config: AdapterConfig) -> None:
+    """Freeze the model and wrap its modules as `config` says. Its trainable parameters are the adapter's."""
+    wrap(model, config, places(model, config))
 
 
-def _outer(name):
-    """The names of the modules that the module `name` is in."""
-    return accumulate(name.split(".")[:-1], "{}.{}".format)
-
-
-def add_lora(model: nn.Module, config: AdapterConfig) -> None:
-    """Freeze the model and wrap its linear layers as `config` says. Its trainable parameters are the adapter's."""
-    layers = linear_layers(model)
-    for target in () if isinstance(config.targets, str) else config.targets:
-        if not any(AdapterConfig(targets=(target,)).covers(name) for name in layers):
-            choices = dict.fromkeys(name.rpartition(".")[2] for name in layers)
-            raise UserError(f"--lora_targets: the model has no projection {target!r}, only {', '.join(choices)}")
-    names = [name for name in layers if config.covers(name)]
+def places(model: Transformer, config: AdapterConfig) -> list[str]:
+    """The names of the modules of a model that get an adapter. Raises UserError if there are none."""
+    kind, layers = ADAPTERS[config.kind], linear_layers(model)
+    kind.check(model, config)
+    if "lora_targets" in kind.flags:
+        for target in () if isinstance(config.targets, str) else config.targets:
+            if not any(AdapterConfig(targets=(target,)).covers(name) for name in layers):
+                choices = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+                raise UserError(f"--lora_targets: the model has no projection {target!r}, only {', '.join(choices)}")
+    names = kind.places(model, config)
     if not names:
         raise UserError(f"--lora_targets: no linear layer of the model is called {config.targets!r}")
-    wrap(model, config, names)
+    return names
 
 
-def wrap(model: nn.Module, config: AdapterConfig, names: Sequence[str]) -> None:
-    """Freeze the model and put an adapter over each linear layer in `names`."""
+def wrap(model: Transformer, config: AdapterConfig, names: Sequence[str], whole: Sequence[str] | None = None) -> None:
+    """Freeze the model and put an adapter over each module in `names`, an inner one before what it is in.
+
+    whole: what these are called in the whole model, if this one has only some of its blocks.
+    Virtual tokens take room: the model's context is shorter by their number.
+    """
+    kind = ADAPTERS[config.kind]
     model.requires_grad_(False)
-    for name in names:
+    shared = kind.shared(model, config, names, model.model.embed_tokens.weight.device)
+    for name, known in zip(names, whole or names, strict=True):
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, config.adapt(model.get_submodule(name), name))
+        setattr(model.get_submodule(parent), leaf, config.adapt(model.get_submodule(name), known, shared))
         give_back_memory()
+    if taken := kind.number_of_virtual_tokens(config):
+        context = model.config.max_position_embeddings - taken
+        model.config = dataclasses.replace(model.config, max_position_embeddings=context)
 
 
 def give_back_memory() -> None:
@@ -301,22 +297,3 @@ def give_back_memory() -> None:
     """
     with contextlib.suppress(AttributeError, TypeError):  # other C libraries have no such function, or need none
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Name and module of every adapter in the model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
-
-
-@contextlib.contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes as its base does: what its adapters stand for is in their place."""
-    found = adapters(model)
-    places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in found}
-    for name, adapter in found.items():
-        setattr(*places[name], adapter.base)
-    try:
-        yield
-    finally:
-        for name, adapter in found.items():
-            setattr(*places[name], adapter)

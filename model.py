@@ -648,6 +648,8 @@ class Transformer(nn.Module):
         angles = {rope: rope_angles(rope, positions, layout.lengths, dtype) for rope in set(c.ropes)}
         scores = [c.scores(layer) for layer in range(c.num_hidden_layers)]
         attention = {s: layout.attention(c.head_dim, dtype, s) for s in set(scores)}
+        for attend in attention.values():
+            attend.tokens = layout.tokens  # by which adapters/virtual_tokens.py knows where it has to do something
         return [(angles[rope], attention[s]) for rope, s in zip(c.ropes, scores, strict=True)]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ from ops.core_sharing import share_cores
 from quantize import read_quantization, write_plan
 from shell.files import whole_file, write_json
 from weights.checkpoint import load_model, read_config, trained_quantization
+from weights.merge import check_mergeable
 from weights.peft_format import load_adapter
 
 Result = TypeVar("Result")
@@ -189,7 +190,7 @@ def check(s: Settings) -> None:
         except UserError as error:
             raise UserError(f"--variants {variant}: a form is fp32, bf16 or a --quantize; {error}") from None
     if s.adapter_dir is not None:
-        load_adapter(model, s.adapter_dir)
+        check_mergeable(load_adapter(model, s.adapter_dir), s.adapter_dir)
 
 
 def plain(s: Settings) -> dict:

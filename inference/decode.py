@@ -15,6 +15,7 @@ after more than PROBE_LENGTH positions, or by less than PROBE_TOLERANCE (10% in 
 """
 
 import ctypes
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,13 +23,16 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapters.adapter import Adapter, adapters
+from adapters.virtual_tokens import virtual_ids
 from experts import Experts, choose
 from inference.kv_cache import KVCache, joined
 from inference.several import SeveralLinear, choice_of, recordable, use
 from inference.slots import Slots, StepCache
-from lora import Adapter, DoRALinear
+from lora import DoRALinear
 from model import (
     MLP,
     Angles,
@@ -78,7 +82,8 @@ def fastest_decoder(model: Transformer) -> "Decoder":
     tokens, adapters = for_each_adapter(model, tokens)
     with torch.inference_mode():
         use(model, adapters)
-        expected = model(tokens)[:, -2:].float()
+        read = put_before(virtual_ids(model), tokens, torch.zeros_like(tokens[:, 0]))
+        expected = model(read)[:, -2:].float()
     for kind in kinds:
         difference = probe(kind, model, tokens, expected)
         if isinstance(difference, Decoder):
@@ -127,7 +132,7 @@ class Decoder:
     keeps_cheaply = False  # whether `keep` copies no cache, so that rows had best leave as soon as they end
 
     def __init__(self, model: Transformer):
-        self.model, self.cache = model, None
+        self.model, self.cache, self.virtual = model, None, virtual_ids(model)
 
     @torch.inference_mode()
     def start(
@@ -153,11 +158,15 @@ class Decoder:
     ) -> "Reading":
         """Begin to read prompts. tokens (B, T) int64, of which the first `padding` (B,) of each row are none.
 
+        If the model's adapter has virtual tokens, they are put before each prompt: `room` and `scores` do not count
+        them.
         room: positions to make room for now, T at least. scores: for rows whose prompts are to be scored, a function
         that is called with (position, logits (n, V)) for each stretch of the prompt in turn: what the model predicts
         after the tokens from that position of the prompt on, the last one included.
         adapters: which one each row has, (B,) int64, where there are several; None: the first.
         """
+        tokens = put_before(self.virtual, tokens, padding)
+        room += len(self.virtual)
         return Reading(self, tokens, self._new_cache(tokens, padding, room, adapters), scores or {})
 
     @torch.inference_mode()
@@ -229,7 +238,7 @@ class Decoder:
         use(self.model, cache.adapters)
         hidden = self.model.hidden_states(tokens, cache)
         logits = self.model.logits(hidden[:, -1])
-        score_stretches(scores or {}, cache, start, hidden, self._row_logits)
+        score_stretches(scores or {}, cache, start, hidden, self._row_logits, len(self.virtual))
         return logits
 
     def _row_logits(self, hidden, cache, row):
@@ -292,16 +301,28 @@ def longrope_contexts(config: Config) -> set[int]:
     return {rope.original_context for rope in config.ropes if rope is not None and rope.scaling == "longrope"}
 
 
-def score_stretches(scores: Scorers, cache: KVCache, start: int, hidden: Tensor, logits: Callable) -> None:
+def score_stretches(
+    scores: Scorers, cache: KVCache, start: int, hidden: Tensor, logits: Callable, virtual: int = 0
+) -> None:
     """Call `scores` (`Decoder.read`) for the columns from `start` on, with what `logits` makes of hidden (B, T, D).
 
-    logits: a function of the hidden states (n, D) of a row, the cache, and the number of the row in it.
+    logits: a function of the hidden states (n, D) of a row, the cache, and the number of the row in it. virtual: how
+    many virtual tokens each row begins with; what is predicted after them is not asked for.
     """
     for row, score in scores.items():
-        unused = 0 if cache.padding is None else int(cache.padding[row])
+        unused = virtual + (0 if cache.padding is None else int(cache.padding[row]))
         for column in range(max(start, unused), start + hidden.size(1), LOSS_CHUNK):
             part = hidden[row, column - start : column - start + LOSS_CHUNK]
             score(column - unused, logits(part, cache, row))
+
+
+def put_before(virtual: list[int], tokens: Tensor, padding: Tensor) -> Tensor:
+    """Rows (B, T), padded at the left, with the ids `virtual` before the text of each: (B, T + n)."""
+    if not virtual:
+        return tokens
+    ids = torch.tensor(virtual, device=tokens.device).expand(len(tokens), -1)
+    places = padding[:, None] + torch.arange(len(virtual), device=tokens.device)
+    return F.pad(tokens, (len(virtual), 0)).scatter(1, places, ids)
 
 
 class PlainDecoder(Decoder):
@@ -312,7 +333,7 @@ class PlainDecoder(Decoder):
         start = cache.length
         use(self.model, cache.adapters)
         logits = self.model(tokens, cache=cache)
-        score_stretches(scores or {}, cache, start, logits, lambda part, *_: part)
+        score_stretches(scores or {}, cache, start, logits, lambda part, *_: part, len(self.virtual))
         return logits[:, -1]
 
 
@@ -330,7 +351,8 @@ class StaticDecoder(Decoder):
     def __init__(self, model: Transformer):
         super().__init__(model)
         c, weight = model.config, model.model.embed_tokens.weight
-        self.slots = Slots(c, compute_dtype(weight.dtype, weight.device.type), weight.device)
+        whole = dataclasses.replace(c, max_position_embeddings=c.max_position_embeddings + len(self.virtual))
+        self.slots = Slots(whole, compute_dtype(weight.dtype, weight.device.type), weight.device)
         self.slopes = None if c.slopes is None else torch.tensor(c.slopes, device=weight.device)
         self.outgrown = longrope_contexts(c)
         self.angles: dict[int, dict] = {}  # of all positions of a slot, by its size
@@ -431,8 +453,8 @@ class StaticDecoder(Decoder):
         slots = self.slots
         length = slots.lengths[row]
         tokens = slots.view(0, slots.count, slots.room)[slots.numbers[row], :, :length, 0]  # (1, length)
-        adapters = slots.adapter[slots.numbers[row]][None]
-        reading = self.read(tokens, torch.zeros_like(tokens[:, 0]), length, adapters=adapters).finish()
+        cache = self._new_cache(tokens, torch.zeros_like(tokens[:, 0]), length, slots.adapter[slots.numbers[row]][None])
+        reading = Reading(self, tokens, cache, {}).finish()
         slots.put([row], reading.cache)
         return reading.logits[0]
 
@@ -501,8 +523,12 @@ def cpp() -> ctypes.CDLL | None:
 
 
 def in_decode_cpp(model: Transformer) -> bool:
-    """Whether decode_cpu.cpp has what a model is made of, and is compiled."""
-    return all(type(block.mlp) in (MLP, Experts) for block in model.model.layers) and cpp() is not None
+    """Whether decode_cpu.cpp has what a model is made of, and is compiled.
+
+    Adapters in the place of other modules than linear layers it has not, unless they do nothing in a step.
+    """
+    adapted = all(hasattr(adapter, "in_features") or not adapter.in_steps for adapter in adapters(model).values())
+    return adapted and all(type(block.mlp) in (MLP, Experts) for block in model.model.layers) and cpp() is not None
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -638,7 +664,7 @@ def dense(weight: nn.Parameter, bias: nn.Parameter | None = None) -> Linear:
 
 
 def base_of(layer: nn.Module) -> nn.Module:
-    """The linear layer under an adapter, or the layer itself where there is none."""
+    """The module under an adapter, or the module itself where there is none."""
     return layer.base if isinstance(layer, Adapter) else layer
 
 
@@ -705,7 +731,7 @@ class Parts:
     """What it reads of a `Block`."""
 
     def __init__(self, block: Block):
-        attention = block.self_attn
+        attention = base_of(block.self_attn)
         self.parallel, self.shared_norm, self.scale = block.parallel, block.shared_norm, block.scale
         self.clip, self.mlp = attention.clip, (ExpertsParts if block.sparse else MLPParts)(block.mlp)
         self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from adapters.virtual_tokens import virtual_ids
 from inference.several import use
 from model import Places, Transformer
 from ops.loss import LOSS_CHUNK
@@ -35,6 +36,7 @@ class Score(NamedTuple):
 def plain_score(model: Transformer, context: list[int], continuation: list[int]) -> Score:
     """The `Score` of one continuation, from a forward pass over context and continuation: the reference for `score`."""
     context, continuation = fit(context, continuation, model.config.max_position_embeddings)
+    context = virtual_ids(model) + context
     tokens = torch.tensor([context + continuation], device=device_of(model))
     logits = model(tokens)[0, len(context) - 1 : -1].float()  # position i predicts the token at i + 1
     targets = tokens[0, len(context) :]
@@ -60,7 +62,8 @@ def score(
     Raises UserError for a continuation longer than the model's context, and for logits that are not finite.
     """
     config, results = model.config, [Score(0.0, True)] * len(requests)
-    fitted = [fit(*request, config.max_position_embeddings) for request in requests]
+    fitted, virtual = [fit(*request, config.max_position_embeddings) for request in requests], virtual_ids(model)
+    fitted = [(virtual + context, continuation) for context, continuation in fitted]
     rows = share_contexts(fitted, 6 * config.hidden_size, batch_tokens, adapters)
     progress(sum(not continuation for _, continuation in fitted))
     for batch in cut_batches(rows, batch_tokens):

@@ -241,7 +241,7 @@ def random_matrix(out_features, in_features, device):
     return torch.randn(out_features, in_features, generator=generator, device="cpu").to(device)
 
 
-class VeRALinear(Adapter):
+class OwnVeRALinear(Adapter):
     """y = base(x) + b * B (d * A x), A and B shared by all layers of a size (Kopiczko et al., arXiv 2310.11454)."""
 
     def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
@@ -256,7 +256,7 @@ class VeRALinear(Adapter):
         return self.base(x) + F.linear(small, self.B.to(x.dtype)) * self.b.to(x.dtype)
 
 
-ADAPTERS = {"vera": VeRALinear, '''
+ADAPTERS = {"own-vera": OwnVeRALinear, '''
 
 
 def vera_weight(weight, tensors):
@@ -271,7 +271,7 @@ def vera_weight(weight, tensors):
 
 def test_an_adapter_with_tensors_of_its_own(fork):
     fork.edit("lora.py", "ADAPTERS = {", VERA)
-    out, _ = fork.run(method="vera")
+    out, _ = fork.run(method="own-vera")
     losses = [row["loss"] for row in rows(fork.out / "run")]
     base = load_model(fork.model_dir, torch.float32)
     assert losses[0] == pytest.approx(fork.loss(base), rel=1e-5) and losses[3] < losses[0]
@@ -281,7 +281,7 @@ def test_an_adapter_with_tensors_of_its_own(fork):
     expected = fork.expected_model(vera_weight)
     fork.check(expected, base)
     fork.check_merged(expected)
-    assert_not_taken_for_lora(fork, "vera")
+    assert_not_taken_for_lora(fork, "own-vera")
 
 
 # --------------------------------------------------------------------------------------- planner, norm, quantiser, loss

@@ -291,7 +291,7 @@ def test_a_decoder_over_quantised_layers(kind, quantize, batch):
 
 @DECODERS
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("kind_of_adapter", lora.ADAPTERS)
+@pytest.mark.parametrize("kind_of_adapter", ["lora", "dora", "lora-fa"])
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4", "bnb.int8"])
 @pytest.mark.parametrize("targets", [lora.PROJECTIONS, ("q_proj", "v_proj", "down_proj", "lm_head")])
 def test_a_decoder_under_an_adapter(kind, kind_of_adapter, quantize, targets, batch):

@@ -15,6 +15,7 @@ LAYERS = [
     ["experts"],
     ["model"],
     ["quantize"],
+    ["adapters"],
     ["lora"],
     ["weights", "text"],
     ["batching"],

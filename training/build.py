@@ -24,7 +24,7 @@ from quantize import read_quantization
 from shell.cli import UserError
 from shell.files import read_json
 from text.tokenizer import Tokenizer
-from training.from_settings import DTYPES, adapter_config, autocast_dtype
+from training.from_settings import DTYPES, adapter_config, autocast_dtype, idle_flags, train_only, virtual_ids
 from training.offload import OffloadedAdamW
 from training.optimizer import OPTIMIZERS, InBackward, StepInBackward, build_optimizer, go_on, is_projected
 from weights.checkpoint import load_model, load_optimizer, read_config
@@ -96,7 +96,7 @@ def place_optimizer(s: Settings, fabric: Fabric, model: Transformer) -> torch.op
 def open_data(s: Settings) -> Data:
     """The prepared folder of --data_dir. Raises UserError if it was made for another tokenizer."""
     info = read_data_info(s.data_dir)
-    read_config(s.checkpoint_dir)
+    config = read_config(s.checkpoint_dir)
     if not Tokenizer(s.checkpoint_dir).fits(info):
         raise UserError(
             f"{s.data_dir} was made with another tokenizer or chat template: run prepare_data.py again with "
@@ -106,6 +106,7 @@ def open_data(s: Settings) -> Data:
     for part, samples in (("training", train), ("validation", val)):
         if dropped := samples.drop_without_target():
             print(f"note: {dropped} {part} samples have no target token and are left out", file=sys.stderr)
+        samples.prepend(virtual_ids(s, config))
     if not len(train):
         raise UserError(f"{s.data_dir} has no training sample with a target token: see how prepare_data.py was run")
     return Data(info, train, val, source_names(info, train, val))
@@ -123,6 +124,8 @@ def check_model(s: Settings, data: Data) -> Transformer:
         if s.method != "full":
             lora.add_lora(model, adapter_config(s, config))
             note_outside_peft(model, s.method)
+        else:
+            train_only(model, s.train)
         check_trained(s, model)
     if s.balance_loss and not config.experts:
         raise UserError(f"--balance_loss {s.balance_loss:g}: the model in {s.checkpoint_dir} has no experts")
@@ -131,8 +134,8 @@ def check_model(s: Settings, data: Data) -> Transformer:
             "note: small steps on bf16 weights round to nothing; --precision bf16-mixed trains fp32 weights",
             file=sys.stderr,
         )
-    if s.method == "full" and (unused := s.changed("lora_")):
-        print(f"note: {', '.join(unused)} change nothing with --method full", file=sys.stderr)
+    if unused := idle_flags(s):
+        print(f"note: {', '.join(unused)} change nothing with --method {s.method}", file=sys.stderr)
     check_objective(s, data)
     check_samples(s, config, [part for part in (data.train, data.val) if len(part)])
     if s.keep_best and not len(data.val):
@@ -176,8 +179,14 @@ def note_outside_peft(model: Transformer, method: str) -> None:
 
 def check_samples(s: Settings, config: Config, parts: list[Samples]) -> None:
     """Raise UserError if a sample is longer than the model's context, or has a token beyond its vocabulary."""
-    longest = max(part.row_lengths.max().item() for part in parts)
+    longest, taken = max(part.row_lengths.max().item() for part in parts), len(virtual_ids(s, config))
     if longest > config.max_position_embeddings:
+        if taken:
+            raise UserError(
+                f"--virtual_tokens {taken} and {longest - taken} tokens of a sample in {s.data_dir} are more than the "
+                f"model's context of {config.max_position_embeddings}: lower it, or run prepare_data.py with a smaller "
+                "--max_seq_length"
+            )
         raise UserError(
             f"{s.data_dir} has a sample of {longest} tokens, the model's context is {config.max_position_embeddings}: "
             "run prepare_data.py with a smaller --max_seq_length"
@@ -220,7 +229,9 @@ def build_model(
     """The model to train, from the checkpoint `newest` if there is one, and its AdapterConfig (None for "full")."""
     dtype = DTYPES[s.precision]
     if s.method == "full":
-        return load_model(newest or s.checkpoint_dir, dtype, device).requires_grad_(True), None
+        model = load_model(newest or s.checkpoint_dir, dtype, device)
+        train_only(model, s.train)
+        return model, None
     config = adapter_config(s, read_config(s.checkpoint_dir))
     model = load_model(s.checkpoint_dir, dtype, device, s.quantize, adapter_dir=newest)
     if not newest:

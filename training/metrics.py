@@ -301,7 +301,7 @@ def estimated_flops(model: nn.Module, tokens: int, targets: int) -> float:
     """
     trainable, frozen = parameter_counts(model)
     embedding, head = model.model.embed_tokens.weight, model.lm_head.in_features * model.lm_head.out_features
-    looked_up = [module.weight for module in model.model.values() if isinstance(module, nn.Embedding)]
+    looked_up = [module.weight for module in model.model.values() if hasattr(module, "num_embeddings")]
     outside = sum(map(torch.numel, looked_up)) + (0 if model.config.tie_word_embeddings else head)  # not in the blocks
     per_weight = 6 if embedding.requires_grad else 4
     in_blocks = per_weight * (frozen - outside) + 6 * trainable if frozen else 6 * (trainable - outside)

@@ -285,7 +285,8 @@ class StepInBackward(InBackward):
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.optimizer, self.stopped, self._squares = optimizer, False, []
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(self._step)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._step)
 
     def _step(self, parameter):
         square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()  # and no copy of it in fp32

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from adapters.adapter import switched_off
 from batching import PLANNERS, Batch, Samples, in_order
-from lora import switched_off
 from objectives import answer_logps
 from ops.devices import to_device
 from shell.cli import UserError

@@ -314,12 +314,12 @@ def hash_of_pieces(path: Path) -> str:
 def sizes(s: Settings, model: Transformer) -> tuple[int, int]:
     """Bytes of `final/` and of a checkpoint, about. model: as in training; it may be on the meta device."""
     dtype, full = DTYPES[s.precision], s.method == "full"
-    named = model.named_parameters()
-    trained = [(name, p.to(dtype) if full else p) for name, p in named if full or p.requires_grad]
-    weights = sum(p.nbytes for _, p in trained)
-    moments = moment_bytes(s, trained, "disk")
+    named = [(name, p) for name, p in model.named_parameters() if full or p.requires_grad]
+    weights = sum((p.to(dtype) if full else p).nbytes for _, p in named)
+    stepped = [(name, p.to(dtype) if full else p) for name, p in named if p.requires_grad]
+    moments = moment_bytes(s, stepped, "disk")
     if s.offload:
-        moments = sum(STATE_BYTES * p.numel() for _, p in trained)
+        moments = sum(STATE_BYTES * p.numel() for _, p in stepped)
     return weights, weights + moments
 
 

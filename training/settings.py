@@ -42,6 +42,11 @@ class Settings:
             A name of the model's family, such as query_key_value, is all projections in it.
             By default all, but in a mixture of experts attention's alone.
         lora_rslora: Multiply by alpha / sqrt(r) instead.
+        virtual_tokens: Trained tokens before every text with the methods prompt and prefix, which take room in the
+            model's context; with llama-adapter and -v2 the length of the prompt that each adapted layer attends to.
+        adapter_layers: With llama-adapter and -v2, how many of the last layers have a prompt; by default all but two.
+        train: With "full", train only the parameters with such names, for example "layers.30.*" or "*norm*": patterns
+            as in a shell, or regular expressions, for the whole name or all from one of its dots on.
         global_batch_size: Samples in an optimiser step, over all micro-batches and devices.
         micro_batch_tokens: Tokens in a micro-batch, padding included: memory against speed. Without dropout the
             gradient is the same up to rounding; fixed for a run.
@@ -115,6 +120,9 @@ class Settings:
     lora_dropout: float = 0.0
     lora_targets: list[str] | None = None
     lora_rslora: bool = False
+    virtual_tokens: int = 20
+    adapter_layers: int | None = None
+    train: list[str] | str | None = None
     global_batch_size: int = 32
     micro_batch_tokens: int | Literal["auto"] = 2048
     planner: Literal[cli.table_keys("batching.py", "PLANNERS")] = "packed"
@@ -169,6 +177,11 @@ class Settings:
             raise UserError(
                 "--quantize needs --method lora or another adapter, not full: quantised weights cannot train"
             )
+        if isinstance(self.train, str):
+            self.train = [self.train] if self.train else []
+        if self.train is not None and (self.method != "full" or not self.train):
+            given = f"not {self.method}, which has parameters of its own" if self.train else "and a pattern"
+            raise UserError(f"--train needs --method full, {given}")
         if self.time_budget is not None:
             cli.number_of_seconds(self.time_budget, "time_budget")
         if self.memory_budget is not None:
@@ -192,7 +205,7 @@ class Settings:
     def _check_ranges(self):
         above_zero = ("lora_r", "lora_alpha", "global_batch_size", "micro_batch_tokens", "epochs", "learning_rate")
         more = ("lora_plus_ratio", "apollo_rank", "apollo_scale", "mezo_epsilon", "devices", "plan_tflops", "dpo_beta")
-        cli.check_numbers(self, *above_zero, *more, above=0)
+        cli.check_numbers(self, *above_zero, *more, "virtual_tokens", "adapter_layers", above=0)
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
         zero_or_above = ("warmup_steps", "weight_decay", "max_grad_norm", "eval_interval", "save_interval", "keep_last")

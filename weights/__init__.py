@@ -8,6 +8,7 @@ rope_config.py         RoPE in a config.json
 config_keys.py         checks of single values of a config.json
 peft_format.py         adapter folders in PEFT's format
 adapter_config.py      their adapter_config.json, checked
+peft_kinds.py          those that are not LoRA: VeRA, (IA)3, virtual tokens, LLaMA-Adapter
 peft_layout.py         how they lie there where a family calls our layers otherwise or joins them
 replaced.py            what such a folder changes beside its adapters: whole parameters, rows of tokens
 safetensors_format.py  the safetensors header: what misleads is refused before memory is taken
@@ -24,7 +25,8 @@ merge.py               adapter and base as one model
 combine.py             several adapters as one
 
 checkpoint.py imports families.py, peft_format.py and stored.py; they import safetensors_format.py; peft_format.py and
-stored.py import replaced.py; peft_format.py imports adapter_config.py, which does too, and peft_layout.py; that,
+stored.py import replaced.py; peft_format.py imports adapter_config.py, which does too, and peft_layout.py; both
+import peft_kinds.py, which imports peft_layout.py; that,
 stored.py and checkpoint.py import names.py; families.py imports rope_config.py and both config_keys.py; the formats
 that are converted import stored.py; meta_format.py imports bin_format.py and params_json.py; it and gguf_format.py
 import byte_level_bpe.py, and gguf_format.py imports meta_format.py, whose order of rows some architectures have, and

@@ -4,10 +4,13 @@ import math
 import re
 
 from lora import ADAPTERS, AdapterConfig, DoRALinear, LoRALinear, is_named
+from weights.peft_kinds import KINDS, whole_number
+from weights.peft_kinds import parse as parse_kind
 from weights.replaced import EMBEDDING, HEAD
 
 OURS = "ONETUNE_"  # before the kind, in the peft_type of an adapter that is not PEFT's
 OUTSIDE = f"{OURS}OUTSIDE_PEFT"  # the peft_type of LoRA and DoRA over layers where PEFT cannot have them
+OWN_NUMBERS = {"virtual_tokens": 1, "adapter_layers": 1, "seed": 0}  # fields of AdapterConfig, and the least of each
 EMBEDDING_MODULE, HEAD_MODULE = (name.removesuffix(".weight") for name in (EMBEDDING, HEAD))
 
 # Settings of PEFT's that change what an adapter computes, and that we do not have.
@@ -19,6 +22,9 @@ UNSUPPORTED = (
 
 def parse_adapter_config(values: dict) -> AdapterConfig:
     """adapter_config.json as an AdapterConfig. Raises ValueError for what would compute something else."""
+    if values.get("peft_type") in KINDS:
+        _check_targets(values)
+        return parse_kind(values)
     kind = _kind(values)
     _check_supported(values)
     for key in ("r", "lora_alpha", "target_modules"):
@@ -36,7 +42,25 @@ def parse_adapter_config(values: dict) -> AdapterConfig:
         targets=targets if isinstance(targets, str) else tuple(targets),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
+        **_own_fields(values),
     )
+
+
+def own_description(config: AdapterConfig) -> dict:
+    """What adapter_config.json has of an adapter of ours beside PEFT's keys."""
+    feedforward = config.feedforward if isinstance(config.feedforward, str) else [*config.feedforward]
+    return {**{key: getattr(config, key) for key in OWN_NUMBERS}, "feedforward": feedforward}
+
+
+def _own_fields(values):
+    """What `own_description` says, as fields of AdapterConfig."""
+    fields = {key: whole_number(values, key, least) for key, least in OWN_NUMBERS.items() if key in values}
+    if "feedforward" in values:
+        feedforward = values["feedforward"]
+        if not isinstance(feedforward, str) and not _is_list_of(str, feedforward):
+            raise ValueError("feedforward is neither a list of names nor a regular expression")
+        fields["feedforward"] = feedforward if isinstance(feedforward, str) else tuple(feedforward)
+    return fields
 
 
 def _kind(values):
@@ -50,7 +74,8 @@ def _kind(values):
                     return kind
         raise ValueError(f"lora.py has no {wanted.__name__} as published, which peft_type LORA stands for")
     if not isinstance(peft_type, str) or not peft_type.startswith(OURS):
-        raise ValueError(f"peft_type {str(peft_type)[:80]!r} is not supported, only LORA is")
+        choices = ", ".join(("LORA", *KINDS))
+        raise ValueError(f"peft_type {str(peft_type)[:80]!r} is not supported, only {choices} are")
     kind = peft_type.removeprefix(OURS)
     if kind not in ADAPTERS:
         raise ValueError(f"it is an adapter of the kind {kind[:80]!r}, lora.py has only {', '.join(ADAPTERS)}")
@@ -105,7 +130,8 @@ def _check_targets(values):
     if not all(_is_list_of(int, ids) for ids in token_ids(values).values()):
         raise ValueError("trainable_token_indices is neither a list of numbers nor an object of such lists")
     patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in _pattern(values, name)]
-    patterns += [values.get(key) for key in ("target_modules", "exclude_modules") if isinstance(values.get(key), str)]
+    expressions = ("target_modules", "exclude_modules", "feedforward_modules")
+    patterns += [values.get(key) for key in expressions if isinstance(values.get(key), str)]
     patterns += [*(values.get("modules_to_save") or []), *layer_patterns(values)]
     for pattern in patterns:
         _check_pattern(pattern)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import lora
 from model import Linear, Transformer
 from quantize import quantizer_of, read_quantization
+from shell.cli import UserError
 from weights import peft_format
 from weights.checkpoint import model_of
 from weights.replaced import EMBEDDING, HEAD, Replaced
@@ -42,11 +43,16 @@ class Tuned:
             peft_format.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
             stored = peft_format.read_for(self.model, adapter_dir)
             self.adapter, self.tensors, self.replaced = stored.config, stored.tensors, stored.replaced
+            check_mergeable(self.adapter, adapter_dir)
         self.base_is_tied = self.model.config.tie_word_embeddings
         if self.base_is_tied:
             self.replaced = self.replaced.for_tied_base()
         self.linears = lora.linear_layers(self.model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.tensors:
+            kind, shared = lora.ADAPTERS[self.adapter.kind], self.tensors.pop("", {})
+            self.shared = kind.shared(self.model, self.adapter, [*self.tensors], self.device)
+            self.tensors = {name: own | shared for name, own in self.tensors.items()}
 
     def _stored(self, name):
         """The tensor `name` of the base, in fp32; a tied head has the embedding's."""
@@ -71,10 +77,15 @@ class Tuned:
         else:
             layer = Linear(*weight.T.shape, device="meta")
             layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), bias
-        if name in self.tensors:
-            layer = self.adapter.adapt(layer, name)
-            peft_format.fill_adapter(layer, self.tensors[name], name)
-        return layer
+        return self._adapted(layer, name)
+
+    def _adapted(self, module, name):
+        """The module `name` with its adapter, if it has one."""
+        if name not in self.tensors:
+            return module
+        adapter = self.adapter.adapt(module, name, self.shared)
+        peft_format.fill_adapter(adapter, self.tensors[name], name)
+        return adapter
 
     @torch.no_grad()
     def merged(self, name: str) -> tuple[Tensor, Tensor | None]:
@@ -82,10 +93,13 @@ class Tuned:
 
         The second is None where the adapter changes nothing.
         """
-        path, before = name.removesuffix(".weight"), None
+        (path, _, leaf), before = name.rpartition("."), None
         if name in self.replaced.names():
             before = self._stored(name)
-        if path not in self.linears or path == name:
+        if leaf == "bias" and path in self.tensors:
+            adapter = self.module(path)
+            return adapter.merged_bias(), adapter.base.bias.float()
+        if path not in self.linears or leaf != "weight":
             return self.read(name), before
         layer = self.linear(path)
         if path not in self.tensors:
@@ -109,7 +123,11 @@ class Tuned:
         for path in lora.linear_layers(module):
             inner, _, leaf = path.rpartition(".")
             setattr(module.get_submodule(inner), leaf, self.linear(f"{name}.{path}"))
-        return module
+        for whole in [whole for whole in self.tensors if whole.startswith(f"{name}.") and whole not in self.linears]:
+            inner, _, leaf = whole.removeprefix(f"{name}.").rpartition(".")
+            parent = module.get_submodule(inner)
+            setattr(parent, leaf, self._adapted(getattr(parent, leaf), whole))
+        return self._adapted(module, name)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -129,6 +147,12 @@ class Tuned:
         model.lm_head = ReadWhenRun(partial(self.linear, "lm_head"))
         with bar:
             return model(tokens.to(self.device))
+
+
+def check_mergeable(config: lora.AdapterConfig, adapter_dir: str | Path) -> None:
+    """Raise UserError if adapters of this kind are no weights of the base."""
+    if why := lora.ADAPTERS[config.kind].unmergeable:
+        raise UserError(f"{adapter_dir}: a {config.kind} adapter cannot be merged, {why}: use it with --adapter_dir")
 
 
 class ReadWhenRun(nn.Module):

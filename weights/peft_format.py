@@ -4,9 +4,10 @@ Standard LoRA and DoRA are in PEFT's format. Where the model's family calls an a
 has it as a part of another, they are stacked to what PEFT has there (peft_layout.py). The tensors' metadata then has a
 description of ours, with which each layer comes back bit for bit, as resuming needs.
 
-Any other kind of adapter has the peft_type "ONETUNE_KIND", which PEFT does not load; its tensors are called
-MODULE:NAME, after the parameters and buffers of its class. So are LoRA and DoRA over layers where PEFT cannot have them
-(`outside_peft`), with the peft_type `OUTSIDE`.
+peft_kinds.py has PEFT's other types. Any other kind of adapter has the peft_type "ONETUNE_KIND", which PEFT does not
+load; its tensors are called MODULE:NAME, after the parameters and buffers of its class, and :NAME if all modules share
+one. So are adapters over layers where PEFT cannot have them (`outside_peft`), LoRA and DoRA with the peft_type
+`OUTSIDE`.
 
 PEFT's folders may hold more than adapters over linear layers: new values of the base's own parameters (replaced.py).
 They are read; only adapters are written.
@@ -19,23 +20,15 @@ import json
 import re
 import signal
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora import (
-    ADAPTERS,
-    Adapter,
-    AdapterConfig,
-    DoRALinear,
-    adapters,
-    is_named,
-    linear_layers,
-    match_pattern,
-    wrap,
-)
+from adapters.adapter import Adapter, adapters, linear_layers
+from lora import ADAPTERS, AdapterConfig, DoRALinear, LoRALinear, is_named, match_pattern, places, wrap
 from model import Linear, Transformer
 from shell.cli import UserError
 from shell.files import check_listed, read_json
@@ -45,16 +38,21 @@ from weights.adapter_config import (
     OURS,
     OUTSIDE,
     layer_patterns,
+    own_description,
     parse_adapter_config,
     token_ids,
 )
+from weights.peft_kinds import KINDS, PEFT_TYPES, PREFIX, Found, layout_of
 from weights.peft_layout import Layout, outside_peft
 from weights.replaced import EMBEDDING, FLOATS, HEAD, Replaced, biases, parameters_of, replace
 from weights.safetensors_format import read_metadata, read_tensors, write_tensors
 
-PREFIX = "base_model.model."  # PEFT's, before every name in an adapter file
 METADATA = "onetune"  # the key in the tensors' metadata: adapter_config.json as it would be under our names
+KIND = "onetune_kind"  # the key there for an adapter that is trained in another way than its file tells
+ADAPTED = "onetune_adapted"  # the key there for the names of our layers that have an adapter, of a type in `KINDS`
+NAMES_IN_JSON = {dict: "object", list: "list"}
 PATTERN_SECONDS = 2
+SLOW_PATTERNS = "the patterns in adapter_config.json take too long to match: list the modules' names"
 ADAPTER_AGAIN = "copy or train it again"  # what mends an adapter folder
 UNSAVED = "hash_of_unsaved_buffers"
 SAMPLED = 4096  # values of each go into that hash: of a random matrix they tell as much as all
@@ -71,36 +69,66 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
     line; our scripts also try the path in onetune.json, which is as it was given.
     """
     found = adapters(model)
-    tensors = {
-        name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in own_tensors(adapter).items()}
-        for name, adapter in found.items()
-    }
-    peft_type, layout = _peft_type(model, config, found), Layout(model.config, linear_layers(model))
-    description, metadata = _description(config, peft_type, base_model), {"format": "pt"}
-    if peft_type == "LORA" and layout.differs(found):
-        metadata[METADATA] = json.dumps(description)
-        tensors = layout.stack(tensors, config, lambda name: _row_norms(model.get_submodule(name)))
-        description |= layout.describe(config, [*found])
-    called = _peft_name if peft_type == "LORA" else "{}:{}".format
-    flat = {called(name, key): t.contiguous() for name, own in tensors.items() for key, t in own.items()}
+    tensors = _copied({name: own_tensors(adapter) for name, adapter in found.items()})
+    peft_type, metadata = _peft_type(model, config, found), {"format": "pt"}
+    description = _description(config, peft_type, base_model)
+    if peft_type in KINDS:
+        flat, adapted = KINDS[peft_type].write(tensors, model), [*found]
+        metadata |= {ADAPTED: json.dumps(adapted)} if "lora_targets" in ADAPTERS[config.kind].flags else {}
+        description |= KINDS[peft_type].describe(config, model, adapted)
+    elif peft_type == "LORA":
+        layout = Layout(model.config, linear_layers(model))
+        if ADAPTERS[config.kind] not in (LoRALinear, DoRALinear):
+            metadata[KIND] = config.kind
+        if layout.differs(found):
+            metadata[METADATA] = json.dumps(description)
+            tensors = layout.stack(tensors, config, lambda name: _row_norms(model.get_submodule(name)))
+            description |= layout.describe(config, [*found])
+        flat = {_peft_name(name, key): t for name, own in tensors.items() for key, t in own.items()}
+    else:
+        flat = _flat(tensors)
+        metadata |= {KIND: config.kind} if peft_type == OUTSIDE else {}
+    flat = {name: tensor.contiguous() for name, tensor in flat.items()}
     write_tensors(Path(folder, "adapter_model.safetensors"), flat, metadata)
     Path(folder, "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _copied(tensors):
+    """The same on the CPU; what several adapters share is copied once."""
+    copies = {}
+    for tensor in (tensor for own in tensors.values() for tensor in own.values()):
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+    return {name: {key: copies[id(tensor)] for key, tensor in own.items()} for name, own in tensors.items()}
+
+
+def _flat(tensors):
+    """All tensors as MODULE:NAME, and what several modules share as :NAME."""
+    counts = Counter(id(tensor) for own in tensors.values() for tensor in own.values())
+    each = [(name, key, tensor) for name, own in tensors.items() for key, tensor in own.items()]
+    return {f"{name if counts[id(tensor)] == 1 else ''}:{key}": tensor for name, key, tensor in each}
 
 
 def _peft_type(model, config, found):
     """What kind of adapters a model has, as PEFT would call it."""
     if not all(adapter.standard for adapter in found.values()):
-        return f"{OURS}{config.kind}"
+        peft_type = PEFT_TYPES.get(config.kind)
+        own = peft_type is None or KINDS[peft_type].outside(config, model, [*found])
+        return f"{OURS}{config.kind}" if own else peft_type
     return OUTSIDE if outside_peft(model.config, config.kind, found) else "LORA"
 
 
 def _description(config, peft_type, base_model):
-    """adapter_config.json of adapters under our names."""
+    """adapter_config.json of adapters under our names; of types in `KINDS` what all have."""
     description = {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(Path(base_model).resolve() if Path(base_model).is_dir() else base_model),
         "inference_mode": True,
+    }
+    if peft_type in KINDS:
+        return description
+    description |= {
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -111,7 +139,9 @@ def _description(config, peft_type, base_model):
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    return description | ({"use_dora": ADAPTERS[config.kind] is DoRALinear} if peft_type in ("LORA", OUTSIDE) else {})
+    if peft_type in ("LORA", OUTSIDE):
+        return description | {"use_dora": ADAPTERS[config.kind] is DoRALinear}
+    return description | own_description(config)
 
 
 @torch.no_grad()
@@ -153,15 +183,17 @@ class StoredAdapter(NamedTuple):
     """An adapter folder's content.
 
     config: of its adapters. values: all of adapter_config.json. tensors: of each adapter, by its layer and by their own
-    names. replaced: new values of the base's parameters. own: where our layers are stacked as PEFT has them, what would
-    be in adapter_config.json if they were not.
+    names; of the types in `KINDS`, whose tensors tell only beside a model which module they are for, all by their names
+    in the file under "". replaced: new values of the base's parameters. own: where our layers are stacked as PEFT has
+    them, what would be in adapter_config.json if they were not; of the types in `KINDS` the names of our layers, if we
+    wrote it.
     """
 
     config: AdapterConfig
     values: dict
     tensors: dict[str, dict[str, Tensor]]
     replaced: Replaced
-    own: dict | None = None
+    own: dict | list | None = None
 
 
 def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
@@ -171,20 +203,42 @@ def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
     """
     stored, layers = read_for(model, folder), linear_layers(model)
     config, tensors = stored.config, stored.tensors
-    covered = _covered(stored, model, folder)
-    _check_same([*tensors, *([EMBEDDING_MODULE] if stored.replaced.low_rank else [])], covered, folder)
-    adapted = [name for name in covered if name != EMBEDDING_MODULE]
+    if stored.values.get("peft_type", "LORA") in ("LORA", OUTSIDE):  # under our names it is left out
+        covered = _covered(stored, model, folder)
+        _check_same([*tensors, *([EMBEDDING_MODULE] if stored.replaced.low_rank else [])], covered, folder)
+        adapted = [name for name in covered if name != EMBEDDING_MODULE]
+    else:
+        adapted = _places(stored, model, folder)
+        _check_same(tensors, adapted, folder)
+    stand_ins = _without_memory(config, model, adapted, folder)
     for name in adapted:
-        where = f"{folder}: {name}"
-        _check_shapes(_without_memory(config, layers[name], name, where), tensors[name], where)
+        _check_shapes(stand_ins[name], tensors[name], f"{folder}: {name}")
     _check_replaced(stored, model, adapted, folder)
     replace(model, stored.replaced, str(folder))
     wrap(model, config, adapted)
     for name, adapter in adapters(model).items():
         fill_adapter(adapter, tensors[name], f"{folder}: {name}")
-    if set(adapted) != {name for name in layers if config.covers(name)}:  # `config` has no field for what narrows it
-        config = dataclasses.replace(config, targets=tuple(adapted))
+    narrowed = set(adapted) != {name for name in layers if config.covers(name)}
+    if narrowed and "lora_targets" in ADAPTERS[config.kind].flags:  # `config` has no field for what narrows it
+        config = dataclasses.replace(config, targets=tuple(name for name in adapted if name in layers))
     return config
+
+
+def _places(stored, model, folder):
+    """The modules that have an adapter that is not LoRA. Those without tensors of their own get none."""
+    config, tensors = stored.config, stored.tensors
+    if (taken := ADAPTERS[config.kind].number_of_virtual_tokens(config)) >= model.config.max_position_embeddings:
+        context = model.config.max_position_embeddings
+        raise UserError(f"{folder}: its {taken} virtual tokens fill the model's context of {context}")
+    with _time_limit(f"{folder}: {SLOW_PATTERNS}"):
+        names = places(model, config)
+    shared = tensors.pop("", {})
+    for name in names:
+        if name == EMBEDDING_MODULE:
+            tensors.setdefault(name, {})
+        if name in tensors:
+            tensors[name] |= shared
+    return names
 
 
 def read_for(model: Transformer, folder: Path) -> StoredAdapter:
@@ -197,6 +251,8 @@ def read_for(model: Transformer, folder: Path) -> StoredAdapter:
     stored, linears = read_adapter(folder), [*linear_layers(model)]
     if stored.values.get("fan_in_fan_out") and model.config.family != "gpt2":  # only its weights are (in, out)
         raise UserError(f"{Path(folder, 'adapter_config.json')}: fan_in_fan_out is not supported, but for GPT-2")
+    if stored.values["peft_type"] in KINDS:
+        return _read_kind(stored, model, folder)
     if stored.values["peft_type"] != "LORA":
         return stored
     experts_are_modules = any(re.search(r"\.experts\.\d+\.", name) for name in stored.tensors)  # transformers 4
@@ -214,6 +270,16 @@ def read_for(model: Transformer, folder: Path) -> StoredAdapter:
     return StoredAdapter(config, values | {"target_modules": [*config.targets]}, tensors, stored.replaced)
 
 
+def _read_kind(stored, model, folder):
+    """The same for a type in `KINDS`."""
+    layout = layout_of(model)
+    covered = lambda names: _covered_of(stored, names, folder)  # noqa: E731
+    found = Found(stored.config, stored.values, stored.tensors[""], stored.own, model, layout, covered, str(folder))
+    with _time_limit(f"{folder}: {SLOW_PATTERNS}"):
+        config, tensors = KINDS[stored.values["peft_type"]].read(found)
+    return stored._replace(config=config, tensors=tensors)
+
+
 def _target_parameters(stored, layout, folder):
     """Which parameters of a layer's experts are adapted: those that `target_parameters` names, all or the end."""
     wanted = stored.values.get("target_parameters") or []
@@ -227,7 +293,7 @@ def _unstacked(stored, layout, folder):
     """Our own adapters, of a folder in which they are stacked."""
     config_path = Path(folder, "adapter_config.json")
     try:
-        config = parse_adapter_config(stored.own)
+        config = dataclasses.replace(parse_adapter_config(stored.own), kind=stored.config.kind)
         own = StoredAdapter(config, stored.own, {}, stored.replaced)
         adapted = _covered_of(own, layout.linears, folder)
         expected = stored.own | layout.describe(config, adapted)
@@ -286,15 +352,21 @@ def _check_replaced(stored, model, adapted, folder):
         raise UserError(f"{folder}: {name} is changed in two ways (modules_to_save, tokens, LoRA): not supported")
 
 
-def _without_memory(config, layer, name, where):
-    """The adapter over a layer of this size, but without memory: for checks before any is taken for the rank."""
+def _without_memory(config, model, names, folder):
+    """The adapters over these modules, by name, but without memory: for checks before any is taken for the rank."""
+    layers, found, shared = linear_layers(model), {}, None
     with torch.device("meta"):
-        base = Linear(layer.in_features, layer.out_features, layer.bias is not None)
-        try:
-            return config.adapt(base, name)
-        except (OverflowError, RuntimeError, TypeError) as error:  # of a rank that no tensor can have
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{where}: no adapter can be as adapter_config.json says ({reason})") from None
+        bare = None if {*names} <= layers.keys() else Transformer(model.config)
+        for name in names:
+            layer = layers.get(name)
+            base = layer and Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            try:
+                shared = ADAPTERS[config.kind].shared(model, config, names, "meta") if shared is None else shared
+                found[name] = config.adapt(base or bare.get_submodule(name), name, shared)
+            except (OverflowError, RuntimeError, TypeError) as error:  # of a rank that no tensor can have
+                reason = str(error).split("\n")[0]
+                raise UserError(f"{folder}: {name}: no adapter can be as adapter_config.json says ({reason})") from None
+    return found
 
 
 @torch.no_grad()
@@ -345,7 +417,7 @@ def _covered(stored, model, folder):
 def _covered_of(stored, names, folder):
     """Those of the modules `names` that an adapter covers."""
     config, values = stored.config, stored.values
-    with _time_limit(f"{folder}: the patterns in adapter_config.json take too long to match: list the modules' names"):
+    with _time_limit(f"{folder}: {SLOW_PATTERNS}"):
         for name in names:
             for patterns in (config.rank_pattern, config.alpha_pattern):
                 match_pattern(patterns, name, None)
@@ -406,15 +478,20 @@ def read_adapter(folder: Path) -> StoredAdapter:
     except ValueError as error:
         raise UserError(f"{config_path}: {error}") from None
     tensors, replaced = {}, Replaced(config)
-    in_peft = values["peft_type"] == "LORA"
-    for full_name, tensor in read_tensors(tensors_path, ADAPTER_AGAIN).items():
+    in_peft, stored = values["peft_type"] == "LORA", read_tensors(tensors_path, ADAPTER_AGAIN)
+    if values["peft_type"] in KINDS:
+        own = _own_description(tensors_path, ADAPTED, list)
+        return StoredAdapter(config, values, {"": {**stored}}, replaced, own)
+    if values["peft_type"] in ("LORA", OUTSIDE):
+        config = _as_trained(config, tensors_path)
+    for full_name, tensor in stored.items():
         if in_peft and _sort_replaced(full_name, tensor, values, replaced):
             continue
         parts = (_split_peft_name if in_peft else _split_name)(full_name)
         if parts is None:
             raise UserError(f"{tensors_path}: tensor {full_name} is not one of a {config.kind} adapter")
         name, key = parts
-        own = replaced.low_rank if name == EMBEDDING_MODULE else tensors.setdefault(name, {})
+        own = replaced.low_rank if in_peft and name == EMBEDDING_MODULE else tensors.setdefault(name, {})
         if key in own:
             raise UserError(f"{tensors_path}: tensor {full_name} comes twice, with and without .weight")
         own[key] = tensor
@@ -422,17 +499,27 @@ def read_adapter(folder: Path) -> StoredAdapter:
     return StoredAdapter(config, values, tensors, replaced, _own_description(tensors_path) if in_peft else None)
 
 
-def _own_description(path):
-    """What adapter_config.json would be under our names, of the metadata of a file in which adapters are stacked."""
-    text = read_metadata(path, ADAPTER_AGAIN).get(METADATA)
+def _as_trained(config, path):
+    """The config with the kind that the metadata of a file name, if that is one of LoRA's kin and computes the same."""
+    kind = read_metadata(path, ADAPTER_AGAIN).get(KIND)
+    same = kind in ADAPTERS and issubclass(ADAPTERS[kind], LoRALinear) and config.kind == "lora"
+    return dataclasses.replace(config, kind=kind) if same and ADAPTERS[kind].is_standard() else config
+
+
+def _own_description(path, key=METADATA, kind=dict):
+    """What adapter_config.json would be under our names, of the metadata of a file in which adapters are stacked.
+
+    Or what else we have put there under `key`, of a type that JSON knows.
+    """
+    text = read_metadata(path, ADAPTER_AGAIN).get(key)
     if text is None:
         return None
     try:
         own = json.loads(text)
     except (ValueError, RecursionError):
         own = None
-    if not isinstance(own, dict):
-        raise UserError(f"{path} is damaged ({METADATA} in its metadata is no object): {ADAPTER_AGAIN}")
+    if not isinstance(own, kind):
+        raise UserError(f"{path} is damaged ({key} in its metadata is no {NAMES_IN_JSON[kind]}): {ADAPTER_AGAIN}")
     return own
 
 

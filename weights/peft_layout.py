@@ -109,17 +109,25 @@ class Layout:
         for parts in held.values():
             own = {index: tensors.get(parts[index], blank[index]) for index in ranks}
             As += [part["lora_A"] for part in own.values()]
-            columns = [self._spread(parts[index], part["lora_B"]) for index, part in own.items()]
+            columns = [self.spread(parts[index], part["lora_B"]) for index, part in own.items()]
             Bs.append(torch.cat(columns, dim=1))
         stacked = {"lora_A": torch.cat(As), "lora_B": torch.stack(Bs, dim=-1).flatten(1)}  # (E * r, in), (out, r * E)
         if any(MAGNITUDE in part for part in blank.values()):
             names = held[0].values()
             lengths = {name: tensors[name][MAGNITUDE] if name in tensors else base_norms(name) for name in names}
-            stacked[MAGNITUDE] = sum(self._spread(name, length) for name, length in lengths.items())
+            stacked[MAGNITUDE] = sum(self.spread(name, length) for name, length in lengths.items())
         return stacked
 
-    def _spread(self, name, tensor):
+    def spread(self, name: str, tensor: Tensor) -> Tensor:
+        """The rows of our layer `name` at their places among those of its module, and zeros elsewhere."""
         return self.names.spread(self._pieces[name], tensor)
+
+    def rows_of(self, name: str, tensor: Tensor, where: str) -> Tensor:
+        """Of a module's tensor the rows of our layer `name`. UserError, naming `where`, if it has another number."""
+        try:
+            return self.names.take(self._pieces[name], [tensor]).contiguous()
+        except ValueError as error:
+            raise UserError(f"{where}: {error}: it belongs to another base model") from None
 
     def unstack(self, stored: Tensors, config: AdapterConfig, adapted: Collection[str], where: str) -> Tensors:
         """What `stack` made, by the names in the file, as the tensors of our linear layers `adapted`, bit for bit.
@@ -157,12 +165,7 @@ class Layout:
     def _part(self, name, stored, A, B, where):
         """The tensors of the layer `name`: this A, and its rows of B and of whatever else its module has."""
         rest = {key: tensor for key, tensor in stored.items() if key not in ("lora_A", "lora_B")}
-        try:
-            rows = {
-                key: self.names.take(self._pieces[name], [t]).contiguous() for key, t in {"lora_B": B, **rest}.items()
-            }
-        except ValueError as error:
-            raise UserError(f"{where}: {error}: it belongs to another base model") from None
+        rows = {key: self.rows_of(name, tensor, where) for key, tensor in {"lora_B": B, **rest}.items()}
         return {"lora_A": A.contiguous(), **rows}
 
     def _ranks(self, config, adapted):

@@ -179,7 +179,7 @@ def quality_settings(base, adapter=None):
     return s
 
 
-@pytest.mark.parametrize("kind", lora.ADAPTERS)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize(("family", "targets"), [("llama", PROJECTIONS), ("llama-tied", ("v_proj", "lm_head"))])
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4", "plan"])
 def test_merged_in_fp32_is_base_and_adapter(tiny_checkpoint, make_adapter, family, targets, quantize, kind):

@@ -52,6 +52,7 @@ def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
         autocast=autocast_dtype(s),
         quantize=s.quantize,
         adapter=None if s.method == "full" else adapter_config(s, config),
+        train=s.train and tuple(s.train),
         optimizer=s.optimizer,
         recompute=s.recompute,
         gradients=gradients,

@@ -15,7 +15,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
@@ -30,6 +30,7 @@ import model as model_file
 import quantize
 from ops import attention, devices, dtypes, rope
 from ops.forks import Forks
+from training.from_settings import train_only
 from training.memory.allocations import Allocations, trace_step
 from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
 from training.optimizer import moment_bytes
@@ -59,7 +60,8 @@ class Job:
     device: "cpu" or "cuda"; "meta" stands for a CUDA device that this machine lacks. Attention is what it is there, but
         for FlexAttention, which torch cannot trace: `ops.attention.flex_stand_in` takes its place.
     dtype: of the weights. autocast: dtype of the products under torch.autocast, or None.
-    quantize: as `quantize.read_quantization` returns it. adapter: a `lora.AdapterConfig`, None to train all weights.
+    quantize: as `quantize.read_quantization` returns it. adapter: a `lora.AdapterConfig`, None to train the weights;
+        then train: only those with such names, as --train has them; None for all.
     optimizer, recompute, beta1, apollo_rank: as in finetune.py.
     gradients: "kept" from earlier micro-batches of a step, "new" if it has only one, "freed" one by one if the
         optimiser steps in the backward pass, "none" if there is no backward pass but two forward passes (MeZO).
@@ -74,6 +76,7 @@ class Job:
     autocast: torch.dtype | None = None
     quantize: str | dict | None = None
     adapter: lora.AdapterConfig | None = None
+    train: tuple[str, ...] | None = None
     optimizer: str = "adamw"
     recompute: float | Literal["offload"] = 0.0
     gradients: str = "kept"
@@ -110,7 +113,7 @@ class NoRandomness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operation, unless it fills a tensor with random numbers."""
-        return args[0] if func is aten.uniform_.default else func(*args, **(kwargs or {}))
+        return args[0] if func in (aten.uniform_.default, aten.normal_.default) else func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -130,8 +133,36 @@ def fake_tensors(mode: FakeTensorMode, device: str) -> Iterator[None]:
         yield
 
 
-def build(job: Job, numbers: list[int]) -> model_file.Transformer:
+def chosen_parts(job: Job) -> list[str]:
+    """In the whole model of `job`, the names of the modules that get an adapter, or of the parameters that train."""
+    with torch.device("meta"):
+        model = model_file.Transformer(job.config)
+    if job.adapter:
+        return lora.places(model, job.adapter)
+    train_only(model, job.train)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def chosen_in_block(names: list[str], number: int) -> tuple:
+    """Those of the names that are in block `number`, in a form that is equal for blocks that have the same ones."""
+    start = f"{quantize.BLOCKS}{number}."
+    return tuple(name.removeprefix(start) for name in names if name.startswith(start))
+
+
+def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
     """The model of `job` with only those of its blocks that have these numbers; to be called in `fake_tensors`."""
+    here = {number: place for place, number in enumerate(numbers)}
+
+    def in_whole_model(name):
+        return re.sub(r"(?<=^model\.layers\.)\d+", lambda place: str(numbers[int(place[0])]), name)
+
+    def in_this_model(name):
+        block = re.match(r"model\.layers\.(\d+)\.", name)
+        if block is None:
+            return name
+        number = here.get(int(block[1]))
+        return None if number is None else f"{quantize.BLOCKS}{number}.{name[block.end() :]}"
+
     with torch.device("meta"):
         model = model_file.Transformer(job.config.of_layers(numbers))
     for name, parameter in list(model.named_parameters()):
@@ -139,16 +170,19 @@ def build(job: Job, numbers: list[int]) -> model_file.Transformer:
         module = model.get_submodule(path)
         tensor = torch.empty(parameter.shape, dtype=job.dtype, device=job.device)
         linear = leaf == "weight" and isinstance(module, nn.Linear) and path.startswith(quantize.BLOCKS)
-        in_whole_model = re.sub(r"(?<=^model\.layers\.)\d+", lambda place: str(numbers[int(place[0])]), path)
-        if linear and (quantizer := quantize.quantizer_of(job.quantize, in_whole_model)):
+        if linear and (quantizer := quantize.quantizer_of(job.quantize, in_whole_model(path))):
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias))
         else:
             setattr(module, leaf, nn.Parameter(tensor))
     model.tie_weights()
+    names = {own: name for name in chosen_parts(job) if (own := in_this_model(name)) is not None}
     if job.adapter:
         with NoRandomness():
-            lora.add_lora(model, job.adapter)
+            lora.wrap(model, job.adapter, [*names], [*names.values()])
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
     return model.train()
 
 
@@ -186,7 +220,9 @@ class Predictor:
         offloads = job.recompute == "offload"
         recomputed = [offloads or number < round(job.recompute * L) for number in range(L)]
         quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
-        kinds = list(zip(job.config.kinds_of_layers(), recomputed, quantizers, strict=True))
+        chosen = chosen_parts(job)
+        parts = [chosen_in_block(chosen, number) for number in range(L)]
+        kinds = list(zip(job.config.kinds_of_layers(), recomputed, quantizers, parts, strict=True))
         runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of equal blocks
         traced = [number for run in runs for number in run[:TRACED_BLOCKS]]
         last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lora import Adapter, adapters
+from adapters.adapter import Adapter, adapters
 from model import Transformer
 from ops.linear import Part, low_rank_linears
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from tqdm import tqdm
 
-from lora import adapters
+from adapters.adapter import adapters
 from model import Transformer
 from shell.cli import UserError
 from training import build, nonfinite, reference, run_folder
