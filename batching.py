@@ -131,6 +131,11 @@ class Samples:
         """(N,) int64: the place of each sample in the file, from 0, by which messages name it."""
         return torch.arange(len(self))
 
+    def prepend(self, ids: list[int]) -> None:
+        """Let every sample begin with these ids: virtual tokens, which are never targets and take positions."""
+        self.before = torch.tensor([*ids, *self.before], dtype=torch.int64)
+        self.lengths = self.lengths + len(ids)
+
     def drop_without_target(self) -> int:
         """Drop the samples without a target. Returns how many; if any, the tokens of the others are now in memory."""
         kept, before = self._have_targets(), len(self)

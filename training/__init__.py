@@ -6,11 +6,14 @@ build.py       from the flags to a `Run`: data, model, optimiser, devices
 schedule.py    the learning rate of each step, the time budget, when to validate, save and stop
 steps.py       how many steps a run has, and the micro-batches of each
 optimizer.py   AdamW, and AdamW within the backward pass
+update_rules.py                the optimisers' steps that no library has as needed here
+mezo.py        a gradient without a backward pass
 offload.py     AdamW in host memory
 reference.py   what the base alone makes of preference pairs
 metrics.py     what a run measures: a row of metrics.csv for each step, memory, FLOPs, the plot
 run_folder.py  the folder of a run: checkpoints, rotation, disk space, what must match to resume
 nonfinite.py   a step whose loss or gradient is not finite: which samples cause it, and replaying it
+sweep/         several variants over one base, trained together. Its map is in sweep/__init__.py
 memory/        peak memory predicted and tried out before the first step. Its map is in memory/__init__.py
 
 from_settings.py imports none of the others; offload.py imports optimizer.py; build.py imports these three; nonfinite.py
