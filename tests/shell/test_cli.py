@@ -238,7 +238,7 @@ def test_several_missing_flags(capsys):
         ("alpha", ["lora_alpha"]),
         ("dropout", ["lora_dropout"]),
         ("wd", ["weight_decay"]),
-        ("num_train_epochs", ["epochs"]),
+        ("num_train_epochs", ["train", "epochs"]),
         ("max_train_steps", ["max_steps"]),
         ("lr_scheduler", ["schedule"]),
         ("checkpoint", ["checkpoint_dir"]),
