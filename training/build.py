@@ -24,6 +24,7 @@ from quantize import read_quantization
 from shell.cli import UserError
 from shell.files import read_json
 from text.tokenizer import Tokenizer
+from training.forgetting import check_forgetting
 from training.from_settings import DTYPES, adapter_config, autocast_dtype, idle_flags, train_only, virtual_ids
 from training.offload import OffloadedAdamW
 from training.optimizer import OPTIMIZERS, InBackward, StepInBackward, build_optimizer, go_on, is_projected
@@ -137,6 +138,7 @@ def check_model(s: Settings, data: Data) -> Transformer:
     if unused := idle_flags(s):
         print(f"note: {', '.join(unused)} change nothing with --method {s.method}", file=sys.stderr)
     check_objective(s, data)
+    check_forgetting(s, data)
     check_samples(s, config, [part for part in (data.train, data.val) if len(part)])
     if s.keep_best and not len(data.val):
         raise UserError(
