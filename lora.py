@@ -20,7 +20,7 @@ import ctypes
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -222,6 +222,7 @@ class AdapterConfig:
 
     targets: names such as "q_proj" (the end of a module's name, or all of it), or one regular expression for it.
     rank_pattern, alpha_pattern: other ranks and alphas for the modules whose names end as a key says (PEFT's).
+    layers: numbers of the blocks to which targets are narrowed, but for whole names (PEFT's `layers_to_transform`).
     """
 
     kind: str = "lora"
@@ -232,25 +233,39 @@ class AdapterConfig:
     targets: tuple | str = PROJECTIONS
     rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
 
     def adapt(self, base: nn.Module, name: str) -> Adapter:
         """The adapter over the linear layer `base`, which is called `name` in the model."""
-        r = match_pattern(self.rank_pattern, name, self.r)
         alpha = match_pattern(self.alpha_pattern, name, self.alpha)
-        adapter = ADAPTERS[self.kind](base, r, alpha, self.dropout, self.rslora)
+        adapter = ADAPTERS[self.kind](base, self.rank(name), alpha, self.dropout, self.rslora)
         adapter.standard = adapter.is_standard()
         return adapter
+
+    def rank(self, name: str) -> int:
+        """The rank of the adapter over the linear layer called `name`."""
+        return match_pattern(self.rank_pattern, name, self.r)
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer called `name` gets an adapter."""
         if isinstance(self.targets, str):
             return re.fullmatch(self.targets, name) is not None
-        return is_named(name, self.targets)
+        narrowed = self.layers is not None and name not in self.targets
+        return is_named(name, self.targets) and not (narrowed and layer_number(name) not in self.layers)
 
 
 def is_named(name: str, ends: Sequence[str]) -> bool:
     """Whether a module's name, or the end of it, is one of these."""
     return any(name == end or name.endswith("." + end) for end in ends)
+
+
+def layer_number(name: str, pattern: str = r"[^.]*") -> int | None:
+    """The number of the block that a module is in, by the first number in its name; None if it is in none.
+
+    pattern: the name of what numbers the blocks, a regular expression (PEFT's `layers_pattern`).
+    """
+    match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name)
+    return match and int(match[1])
 
 
 def match_pattern(pattern: dict, name: str, default: float | None) -> float | None:
@@ -270,9 +285,15 @@ def _outer(name):
     return accumulate(name.split(".")[:-1], "{}.{}".format)
 
 
-def add_lora(model: nn.Module, config: AdapterConfig) -> None:
-    """Freeze the model and wrap its linear layers as `config` says. Its trainable parameters are the adapter's."""
+def add_lora(model: nn.Module, config: AdapterConfig, called: Callable[[str], str] | None = None) -> None:
+    """Freeze the model and wrap its linear layers as `config` says. Its trainable parameters are the adapter's.
+
+    called: of a model that has some blocks of another alone, the names that its layers have there.
+    """
     layers = linear_layers(model)
+    if called is not None:
+        wrap(model, config, [name for name in layers if config.covers(called(name))], called)
+        return
     for target in () if isinstance(config.targets, str) else config.targets:
         if not any(AdapterConfig(targets=(target,)).covers(name) for name in layers):
             choices = dict.fromkeys(name.rpartition(".")[2] for name in layers)
@@ -283,12 +304,12 @@ def add_lora(model: nn.Module, config: AdapterConfig) -> None:
     wrap(model, config, names)
 
 
-def wrap(model: nn.Module, config: AdapterConfig, names: Sequence[str]) -> None:
-    """Freeze the model and put an adapter over each linear layer in `names`."""
+def wrap(model: nn.Module, config: AdapterConfig, names: Sequence[str], called: Callable[[str], str] = str) -> None:
+    """Freeze the model and put an adapter over each linear layer in `names`. called: as in `add_lora`."""
     model.requires_grad_(False)
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, config.adapt(model.get_submodule(name), name))
+        setattr(model.get_submodule(parent), leaf, config.adapt(model.get_submodule(name), called(name)))
         give_back_memory()
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 
 import lora
-from model import Config, Transformer
+from model import Config
 from ops.dtypes import compute_dtype
-from weights.peft_layout import Layout
+from shell.cli import UserError
+from training.targets import default_targets, layout_of, own_pattern, own_targets
 
 if TYPE_CHECKING:
     from training.settings import Settings
@@ -19,24 +21,28 @@ DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": t
 
 
 def adapter_config(s: Settings, config: Config) -> lora.AdapterConfig:
-    """The adapter that the flags describe, for a model of this `Config`."""
-    targets = own_targets(s.lora_targets or default_targets(config), config)
-    return lora.AdapterConfig(s.method, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_rslora, targets)
+    """The adapter that the flags describe, for a model of this `Config`. Raises UserError for what does not fit it."""
+    adapter = lora.AdapterConfig(
+        s.method, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_rslora,
+        targets=own_targets(s.lora_targets or default_targets(config), config),
+        layers=own_layers(s.lora_layers, config),
+    )  # fmt: skip
+    if not (s.lora_rank_pattern or s.lora_alpha_pattern):
+        return adapter
+    adapted = [name for name in layout_of(config).linears if adapter.covers(name)]
+    return dataclasses.replace(
+        adapter,
+        rank_pattern=own_pattern("lora_rank_pattern", s.lora_rank_pattern, s.lora_r, config, adapted),
+        alpha_pattern=own_pattern("lora_alpha_pattern", s.lora_alpha_pattern, s.lora_alpha, config, adapted),
+    )
 
 
-def default_targets(config: Config) -> list[str]:
-    """All projections that a block has; attention's alone beside experts, of which a model has thousands."""
-    left_out = ("gate_proj", "up_proj", "down_proj") if config.experts else () if config.gated else ("gate_proj",)
-    return [name for name in lora.PROJECTIONS if name not in left_out]
-
-
-def own_targets(targets: list[str], config: Config) -> tuple[str, ...]:
-    """`targets` with the family's own names, such as query_key_value, replaced by those of all layers in them."""
-    if {*targets} <= {*lora.PROJECTIONS}:
-        return tuple(targets)
-    with torch.device("meta"):
-        layout = Layout(config, lora.linear_layers(Transformer(config)))
-    return tuple(dict.fromkeys(own for target in targets for own in layout.own_targets(target)))
+def own_layers(layers: list[int] | None, config: Config) -> tuple[int, ...] | None:
+    """--lora_layers: the numbers of the blocks with adapters, None for all. Raises UserError if one is not there."""
+    for number in layers or ():
+        if number >= config.num_hidden_layers:
+            raise UserError(f"--lora_layers {number}: the model's layers are 0 to {config.num_hidden_layers - 1}")
+    return None if layers is None else tuple(layers)
 
 
 def autocast_dtype(s: Settings) -> torch.dtype | None:

@@ -26,8 +26,13 @@ class Settings:
         lora_alpha: Scale of the adapter; its product is multiplied by alpha / r.
         lora_dropout: Share of the adapter's inputs set to zero in training.
         lora_targets: Projections that get an adapter; gate_proj, up_proj and down_proj are also those of every expert.
-            A name of the model's family, such as query_key_value, is all projections in it.
-            By default all, but in a mixture of experts attention's alone.
+            A name of the model's family, such as query_key_value, is all projections in it. "all-linear" is all layers
+            but the head, experts included; any other text is a regular expression for the whole names of layers.
+            By default all projections, but in a mixture of experts attention's alone.
+        lora_layers: Numbers of the blocks that get adapters, such as [0,1,5]; by default all.
+        lora_rank_pattern: Other ranks for some layers, such as {down_proj: 8}; keys are ends of names, or regular
+            expressions for them.
+        lora_alpha_pattern: Other alphas for some layers, in the same way.
         lora_rslora: Multiply by alpha / sqrt(r) instead.
         global_batch_size: Samples in an optimiser step, over all micro-batches and devices.
         micro_batch_tokens: Tokens in a micro-batch, padding included: memory against speed. Without dropout the
@@ -83,7 +88,10 @@ class Settings:
     lora_r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.0
-    lora_targets: list[str] | None = None
+    lora_targets: list[str] | str | None = None
+    lora_layers: list[int] | None = None
+    lora_rank_pattern: dict[str, int] | None = None
+    lora_alpha_pattern: dict[str, float] | None = None
     lora_rslora: bool = False
     global_batch_size: int = 32
     micro_batch_tokens: int | Literal["auto"] = 2048
@@ -157,8 +165,18 @@ class Settings:
         cli.check_numbers(self, *zero_or_above, "seed", "balance_loss", "z_loss", least=0)
         cli.check_numbers(self, "lora_dropout", "beta1", "beta2", least=0, below=1)
         cli.check_numbers(self, "recompute", least=0, most=1)
-        if self.lora_targets == []:
+        self._check_layers()
+
+    def _check_layers(self):
+        if self.lora_targets in ([], ""):
             raise UserError("--lora_targets is empty: name at least one projection, such as [q_proj,v_proj]")
+        if self.lora_layers == []:
+            raise UserError("--lora_layers is empty: give at least one number, such as [0,1]")
+        cli.check_numbers(self, "lora_layers", least=0)
+        for flag in ("lora_rank_pattern", "lora_alpha_pattern"):
+            for key, value in (getattr(self, flag) or {}).items():
+                if not value > 0:
+                    raise UserError(f"--{flag}: {key} has {value}: must be above 0")
 
     def _check_checkpoints(self):
         if self.keep_best and not (self.eval_interval and self.save_interval and self.keep_last):

@@ -36,7 +36,16 @@ def parse_adapter_config(values: dict) -> AdapterConfig:
         targets=targets if isinstance(targets, str) else tuple(targets),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
+        layers=_layers(values),
     )
+
+
+def _layers(values):
+    """`layers_to_transform`, None for all blocks; also where `layers_pattern` says otherwise what counts as one."""
+    layers = values.get("layers_to_transform")
+    if layers in (None, []) or values.get("layers_pattern"):
+        return None
+    return (layers,) if type(layers) is int else tuple(layers)
 
 
 def _kind(values):

@@ -32,6 +32,7 @@ from lora import (
     DoRALinear,
     adapters,
     is_named,
+    layer_number,
     linear_layers,
     match_pattern,
     wrap,
@@ -111,6 +112,7 @@ def _description(config, peft_type, base_model):
         "bias": "none",
         "fan_in_fan_out": False,
     }
+    description |= {} if config.layers is None else {"layers_to_transform": list(config.layers)}
     return description | ({"use_dora": ADAPTERS[config.kind] is DoRALinear} if peft_type in ("LORA", OUTSIDE) else {})
 
 
@@ -362,8 +364,8 @@ def _left_out(values, name):
     numbers = values.get("layers_to_transform")
     if numbers in (None, []) or name in (values.get("target_modules") or []):
         return False
-    found = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name) for pattern in layer_patterns(values))
-    number = next((int(match[1]) for match in found if match), None)
+    found = (layer_number(name, pattern) for pattern in layer_patterns(values))
+    number = next((number for number in found if number is not None), None)
     return number not in (numbers if isinstance(numbers, list) else [numbers])
 
 

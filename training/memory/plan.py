@@ -15,7 +15,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
@@ -136,8 +136,7 @@ def build(job: Job, numbers: list[int]) -> model_file.Transformer:
         module = model.get_submodule(path)
         tensor = torch.empty(parameter.shape, dtype=job.dtype, device=job.device)
         linear = leaf == "weight" and isinstance(module, nn.Linear) and path.startswith(quantize.BLOCKS)
-        in_whole_model = re.sub(r"(?<=^model\.layers\.)\d+", lambda place: str(numbers[int(place[0])]), path)
-        if linear and (quantizer := quantize.quantizer_of(job.quantize, in_whole_model)):
+        if linear and (quantizer := quantize.quantizer_of(job.quantize, in_whole_model(path, numbers))):
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias))
         else:
@@ -145,8 +144,25 @@ def build(job: Job, numbers: list[int]) -> model_file.Transformer:
     model.tie_weights()
     if job.adapter:
         with NoRandomness():
-            lora.add_lora(model, job.adapter)
+            lora.add_lora(model, job.adapter, lambda name: in_whole_model(name, numbers))
     return model.train()
+
+
+def in_whole_model(name: str, numbers: list[int]) -> str:
+    """What a module is called in the whole model, of a model that has only the blocks with these numbers."""
+    return re.sub(r"(?<=^model\.layers\.)\d+", lambda place: str(numbers[int(place[0])]), name)
+
+
+def adapters_in_blocks(job: Job) -> list[Hashable]:
+    """Of each block, in a form that is equal for blocks with the same: which of its layers have an adapter, and how."""
+    found = [[] for _ in range(job.config.num_hidden_layers)]
+    if job.adapter:
+        with torch.device("meta"):
+            names = lora.linear_layers(model_file.Transformer(job.config))
+        for name in filter(job.adapter.covers, names):
+            if (number := lora.layer_number(name, "layers")) is not None:
+                found[number].append((name.partition(f".{number}.")[2], job.adapter.rank(name)))
+    return [tuple(each) for each in found]
 
 
 def parameter_bytes(module: nn.Module, job: Job, elsewhere: Collection[int] = ()) -> Counter:
@@ -183,7 +199,8 @@ class Predictor:
         offloads = job.recompute == "offload"
         recomputed = [offloads or number < round(job.recompute * L) for number in range(L)]
         quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
-        kinds = list(zip(job.config.kinds_of_layers(), recomputed, quantizers, strict=True))
+        each = job.config.kinds_of_layers(), recomputed, quantizers, adapters_in_blocks(job)
+        kinds = list(zip(*each, strict=True))
         runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of equal blocks
         traced = [number for run in runs for number in run[:TRACED_BLOCKS]]
         last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1
