@@ -223,6 +223,8 @@ class AdapterConfig:
     targets: names such as "q_proj" (the end of a module's name, or all of it), or one regular expression for it.
     rank_pattern, alpha_pattern: other ranks and alphas for the modules whose names end as a key says (PEFT's).
     layers: numbers of the blocks to which targets are narrowed, but for whole names (PEFT's `layers_to_transform`).
+    residual: whether the base's weights are those without the adapters' start, as PiSSA has it: W - scale * B_0 A_0.
+        Then an adapter keeps A_0 and B_0 in its buffers `start_A` and `start_B` (weights/residual.py).
     """
 
     kind: str = "lora"
@@ -234,17 +236,29 @@ class AdapterConfig:
     rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
+    residual: bool = False
 
     def adapt(self, base: nn.Module, name: str) -> Adapter:
         """The adapter over the linear layer `base`, which is called `name` in the model."""
-        alpha = match_pattern(self.alpha_pattern, name, self.alpha)
-        adapter = ADAPTERS[self.kind](base, self.rank(name), alpha, self.dropout, self.rslora)
+        adapter = ADAPTERS[self.kind](base, self.rank(name), self.alpha_of(name), self.dropout, self.rslora)
         adapter.standard = adapter.is_standard()
+        if self.residual:
+            adapter.register_buffer("start_A", torch.zeros_like(adapter.lora_A, requires_grad=False))
+            adapter.register_buffer("start_B", torch.zeros_like(adapter.lora_B, requires_grad=False))
         return adapter
 
     def rank(self, name: str) -> int:
         """The rank of the adapter over the linear layer called `name`."""
         return match_pattern(self.rank_pattern, name, self.r)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of the adapter over the linear layer called `name`."""
+        return match_pattern(self.alpha_pattern, name, self.alpha)
+
+    def scale(self, name: str) -> float:
+        """What B A is multiplied by, in LoRA over the linear layer called `name`."""
+        r = self.rank(name)
+        return self.alpha_of(name) / (math.sqrt(r) if self.rslora else r)
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer called `name` gets an adapter."""

@@ -23,9 +23,11 @@ from quantize import read_quantization
 from shell.cli import UserError
 from shell.files import read_json
 from text.tokenizer import Tokenizer
+from training import initialization
 from training.from_settings import DTYPES, adapter_config, autocast_dtype
 from training.offload import OffloadedAdamW
 from training.optimizer import InBackward, StepInBackward, build_optimizer
+from weights import peft_format
 from weights.checkpoint import load_model, load_optimizer, read_config
 from weights.peft_layout import outside_peft
 
@@ -112,7 +114,9 @@ def check_model(s: Settings, data: Data) -> Transformer:
         model = Transformer(config)
         s.quantize = read_quantization(s.quantize, model)
         if s.method != "full":
-            lora.add_lora(model, adapter_config(s, config))
+            adapter = adapter_config(s, config)
+            initialization.check(s, model, adapter)
+            lora.add_lora(model, adapter)
             note_outside_peft(model, s.method)
     if s.balance_loss and not config.experts:
         raise UserError(f"--balance_loss {s.balance_loss:g}: the model in {s.checkpoint_dir} has no experts")
@@ -181,11 +185,10 @@ def build_model(
     dtype = DTYPES[s.precision]
     if s.method == "full":
         return load_model(newest or s.checkpoint_dir, dtype, device).requires_grad_(True), None
-    config = adapter_config(s, read_config(s.checkpoint_dir))
-    model = load_model(s.checkpoint_dir, dtype, device, s.quantize, adapter_dir=newest)
     if not newest:
-        lora.add_lora(model, config)
-    return model, config
+        return initialization.start(s, adapter_config(s, read_config(s.checkpoint_dir)), dtype, device)
+    model = load_model(s.checkpoint_dir, dtype, device, s.quantize, adapter_dir=newest)
+    return model, peft_format.read_for(model, newest, peft_format.is_on_residual(newest)).config
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> None:

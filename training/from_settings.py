@@ -11,6 +11,7 @@ import lora
 from model import Config
 from ops.dtypes import compute_dtype
 from shell.cli import UserError
+from training.initialization import takes_from_base
 from training.targets import default_targets, layout_of, own_pattern, own_targets
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def adapter_config(s: Settings, config: Config) -> lora.AdapterConfig:
     adapter = lora.AdapterConfig(
         s.method, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_rslora,
         targets=own_targets(s.lora_targets or default_targets(config), config),
-        layers=own_layers(s.lora_layers, config),
+        layers=own_layers(s.lora_layers, config), residual=takes_from_base(s),
     )  # fmt: skip
     if not (s.lora_rank_pattern or s.lora_alpha_pattern):
         return adapter

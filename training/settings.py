@@ -1,6 +1,7 @@
 """The command line of finetune.py: every flag with its default, and what is refused before anything is loaded."""
 
 import dataclasses
+import math
 import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ class Settings:
             expressions for them.
         lora_alpha_pattern: Other alphas for some layers, in the same way.
         lora_rslora: Multiply by alpha / sqrt(r) instead.
+        lora_init: How the adapter starts (training/initialization.py): A at random and B zero ("default", "gaussian"),
+            by the base's weights, or by the activations of training batches ("eva").
+        lora_init_iterations: With pissa: a fast SVD of so many iterations (16 is usual) in place of the exact one. With
+            loftq: how often it quantises and decomposes (1 by default).
+        lora_eva_rho: With eva: no layer gets more than this times its rank; 2 by default, at 1 all keep theirs.
         global_batch_size: Samples in an optimiser step, over all micro-batches and devices.
         micro_batch_tokens: Tokens in a micro-batch, padding included: memory against speed. Without dropout the
             gradient is the same up to rounding; fixed for a run.
@@ -93,6 +99,9 @@ class Settings:
     lora_rank_pattern: dict[str, int] | None = None
     lora_alpha_pattern: dict[str, float] | None = None
     lora_rslora: bool = False
+    lora_init: Literal[cli.table_keys("training/initialization.py", "INITIALISATIONS")] = "default"
+    lora_init_iterations: int | None = None
+    lora_eva_rho: float | None = None
     global_batch_size: int = 32
     micro_batch_tokens: int | Literal["auto"] = 2048
     planner: Literal[cli.table_keys("batching.py", "PLANNERS")] = "packed"
@@ -166,6 +175,18 @@ class Settings:
         cli.check_numbers(self, "lora_dropout", "beta1", "beta2", least=0, below=1)
         cli.check_numbers(self, "recompute", least=0, most=1)
         self._check_layers()
+
+        self._check_init()
+
+    def _check_init(self):
+        cli.check_numbers(self, "lora_init_iterations", above=0)
+        cli.check_numbers(self, "lora_eva_rho", least=1, below=math.inf)
+        if self.lora_init_iterations is not None and self.lora_init not in ("pissa", "loftq"):
+            raise UserError(f"--lora_init_iterations goes with --lora_init pissa or loftq, not {self.lora_init}")
+        if self.lora_eva_rho is not None and self.lora_init != "eva":
+            raise UserError(f"--lora_eva_rho goes with --lora_init eva, not {self.lora_init}")
+        if self.lora_init == "loftq" and self.quantize in (None, "none"):
+            raise UserError("--lora_init loftq needs --quantize: it makes up for what that loses")
 
     def _check_layers(self):
         if self.lora_targets in ([], ""):

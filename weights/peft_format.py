@@ -10,6 +10,8 @@ MODULE:NAME, after the parameters and buffers of its class. So are LoRA and DoRA
 
 PEFT's folders may hold more than adapters over linear layers: new values of the base's own parameters (replaced.py).
 They are read; only adapters are written.
+
+Adapters that start from the base's weights are written as ordinary ones of twice the rank (residual.py).
 """
 
 import contextlib
@@ -19,6 +21,7 @@ import json
 import re
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +43,7 @@ from lora import (
 from model import Linear, Transformer
 from shell.cli import UserError
 from shell.files import check_listed, read_json
+from weights import residual
 from weights.adapter_config import (
     EMBEDDING_MODULE,
     HEAD_MODULE,
@@ -77,7 +81,11 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
         for name, adapter in found.items()
     }
     peft_type, layout = _peft_type(model, config, found), Layout(model.config, linear_layers(model))
-    description, metadata = _description(config, peft_type, base_model), {"format": "pt"}
+    metadata = {"format": "pt"}
+    if config.residual:
+        metadata[residual.METADATA] = residual.describe(config)
+        tensors, config = residual.doubled(tensors, config)
+    description = _description(config, peft_type, base_model)
     if peft_type == "LORA" and layout.differs(found):
         metadata[METADATA] = json.dumps(description)
         tensors = layout.stack(tensors, config, lambda name: _row_norms(model.get_submodule(name)))
@@ -156,7 +164,8 @@ class StoredAdapter(NamedTuple):
 
     config: of its adapters. values: all of adapter_config.json. tensors: of each adapter, by its layer and by their own
     names. replaced: new values of the base's parameters. own: where our layers are stacked as PEFT has them, what would
-    be in adapter_config.json if they were not.
+    be in adapter_config.json if they were not. start: of adapters of twice their rank, what those without their start
+    are like (residual.py).
     """
 
     config: AdapterConfig
@@ -164,14 +173,16 @@ class StoredAdapter(NamedTuple):
     tensors: dict[str, dict[str, Tensor]]
     replaced: Replaced
     own: dict | None = None
+    start: dict | None = None
 
 
-def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
+def load_adapter(model: Transformer, folder: Path, on_residual: bool = False) -> AdapterConfig:
     """Freeze the model and put the adapter in `folder`, ours or PEFT's, over it. Returns its `AdapterConfig`.
 
+    on_residual: whether the model has been given what `without_start` leaves of its weights.
     Raises UserError if a tensor is missing, surplus, misshapen or not finite.
     """
-    stored, layers = read_for(model, folder), linear_layers(model)
+    stored, layers = read_for(model, folder, on_residual), linear_layers(model)
     config, tensors = stored.config, stored.tensors
     covered = _covered(stored, model, folder)
     _check_same([*tensors, *([EMBEDDING_MODULE] if stored.replaced.low_rank else [])], covered, folder)
@@ -189,7 +200,46 @@ def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
     return config
 
 
-def read_for(model: Transformer, folder: Path) -> StoredAdapter:
+def is_on_residual(folder: Path) -> bool:
+    """Whether the adapters in `folder` started from the base's weights, and are to be loaded over the rest of them."""
+    path = Path(folder, "adapter_model.safetensors")
+    return path.is_file() and residual.METADATA in read_metadata(path, ADAPTER_AGAIN)
+
+
+def without_start(model: Transformer, folder: Path) -> Callable[[str, Tensor], Tensor]:
+    """What is to become of each of the model's weights under the adapters in `folder`, which `is_on_residual`.
+
+    Returns a function of a parameter's name and its value, as `checkpoint.fill_model` takes it.
+    """
+    stored = read_for(model, folder, on_residual=True)
+
+    def change(name, weight):
+        path = name.removesuffix(".weight")
+        own = stored.tensors.get(path)
+        if own is None or path == name:
+            return weight
+        return residual.rest(weight, own["start_A"], own["start_B"], stored.config.scale(path))
+
+    return change
+
+
+def read_for(model: Transformer, folder: Path, on_residual: bool = False) -> StoredAdapter:
+    """`read_adapter`, for the layers of `model`. on_residual: as in `load_adapter`.
+
+    Raises UserError if it cannot be over these.
+    """
+    stored = _read_for(model, folder)
+    if not on_residual:
+        return stored
+    try:
+        start = parse_adapter_config(stored.values | {key: stored.start.get(key) for key in residual.KEYS})
+        tensors, config = residual.halved(stored.tensors, stored.config, start)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}: in the metadata of adapter_model.safetensors: {error}: {ADAPTER_AGAIN}") from None
+    return stored._replace(tensors=tensors, config=config)
+
+
+def _read_for(model, folder):
     """`read_adapter`, with the names of the model's layers where PEFT has those of its family.
 
     PEFT's rules are those for the family's names. Of an adapter on a layer that holds several of ours, each of these
@@ -213,7 +263,8 @@ def read_for(model: Transformer, folder: Path) -> StoredAdapter:
     _check_same(stored.tensors, {*layout.in_file(adapted).values()}, folder)
     config, tensors = layout.own_config(stored.config, adapted), layout.copied(stored.tensors, adapted, str(folder))
     values = {key: stored.values.get(key) for key in ("modules_to_save", "trainable_token_indices")}
-    return StoredAdapter(config, values | {"target_modules": [*config.targets]}, tensors, stored.replaced)
+    values |= {"target_modules": [*config.targets]}
+    return stored._replace(config=config, values=values, tensors=tensors)
 
 
 def _target_parameters(stored, layout, folder):
@@ -230,7 +281,7 @@ def _unstacked(stored, layout, folder):
     config_path = Path(folder, "adapter_config.json")
     try:
         config = parse_adapter_config(stored.own)
-        own = StoredAdapter(config, stored.own, {}, stored.replaced)
+        own = stored._replace(config=config, values=stored.own, tensors={}, own=None)
         adapted = _covered_of(own, layout.linears, folder)
         expected = stored.own | layout.describe(config, adapted)
     except ValueError as error:
@@ -421,12 +472,16 @@ def read_adapter(folder: Path) -> StoredAdapter:
             raise UserError(f"{tensors_path}: tensor {full_name} comes twice, with and without .weight")
         own[key] = tensor
     _check_rows(values, replaced, config_path)
-    return StoredAdapter(config, values, tensors, replaced, _own_description(tensors_path) if in_peft else None)
+    own = _in_metadata(tensors_path, METADATA) if in_peft else None
+    return StoredAdapter(config, values, tensors, replaced, own, _in_metadata(tensors_path, residual.METADATA))
 
 
-def _own_description(path):
-    """What adapter_config.json would be under our names, of the metadata of a file in which adapters are stacked."""
-    text = read_metadata(path, ADAPTER_AGAIN).get(METADATA)
+def _in_metadata(path, key):
+    """The object that is called `key` in the metadata of a file of tensors, None if there is none.
+
+    METADATA: what adapter_config.json would be under our names, of adapters that are stacked.
+    """
+    text = read_metadata(path, ADAPTER_AGAIN).get(key)
     if text is None:
         return None
     try:
@@ -434,7 +489,7 @@ def _own_description(path):
     except (ValueError, RecursionError):
         own = None
     if not isinstance(own, dict):
-        raise UserError(f"{path} is damaged ({METADATA} in its metadata is no object): {ADAPTER_AGAIN}")
+        raise UserError(f"{path} is damaged ({key} in its metadata is no object): {ADAPTER_AGAIN}")
     return own
 
 
