@@ -1,4 +1,4 @@
-"""EVA: adapters that start with the main directions of their layers' inputs (Paischer et al. 2024, arXiv 2410.07170)."""
+"""EVA: adapters that start with their layers' main directions of input (Paischer et al. 2024, arXiv 2410.07170)."""
 
 import dataclasses
 import itertools
