@@ -45,6 +45,7 @@ from training.metrics import (
     report,
     targets_by_source_name,
 )
+from training.noise import neftune_sizes
 from training.nonfinite import NotFinite, check_finite
 from training.optimizer import InBackward, begin_step
 from training.run_folder import explained_write_errors
@@ -228,11 +229,19 @@ def objective(run: Run, batch: tuple) -> Forward:
     with run.fabric.autocast():
         trained, losses = run.model(
             to_device(tokens, run.fabric.device), targets, recompute=recompute, offsets=offsets, each=True,
-            routed=routed, z_loss=s.z_loss,
+            routed=routed, z_loss=s.z_loss, noise=embedding_noise(run, targets, offsets),
         )  # fmt: skip
     if routed:
         trained = trained + unevenness(run, routed, targets, offsets)
     return Forward(trained, losses, tokens.numel())
+
+
+def embedding_noise(run: Run, targets: Tensor, offsets: list[int] | None) -> Tensor | None:
+    """--neftune_alpha: the size of the noise on each embedded token of a micro-batch, in training; else None."""
+    alpha, c = run.settings.neftune_alpha, run.model.config
+    if not alpha or not run.model.training:
+        return None
+    return to_device(neftune_sizes(alpha, c.embedding_size or c.hidden_size, targets, offsets), run.fabric.device)
 
 
 def unevenness(run: Run, routed: list[Tensor], targets: Tensor, offsets: list[int] | None) -> Tensor:

@@ -10,6 +10,7 @@ schedule.py    the learning rate of each step, the time budget, when to validate
 steps.py       how many steps a run has, and the micro-batches of each
 optimizer.py   AdamW, and AdamW within the backward pass
 offload.py     AdamW in host memory
+noise.py       noise on embedded tokens
 metrics.py     what a run measures: a row of metrics.csv for each step, memory, FLOPs, the plot
 run_folder.py  the folder of a run: checkpoints, rotation, disk space, what must match to resume
 nonfinite.py   a step whose loss or gradient is not finite: which samples cause it, and replaying it

@@ -59,6 +59,8 @@ class Settings:
             metrics.csv has the loss without it.
         z_loss: Train the loss plus this times the square of log sum exp(logits) of each target, which keeps logits near
             0 (PaLM, arXiv 2204.02311, section 5, has 1e-4). metrics.csv has the loss without it.
+        neftune_alpha: In training add uniform noise to embedded tokens, of up to this over sqrt(L D), for a sample of L
+            tokens and an embedding of size D (NEFTune, arXiv 2310.05914, has 5 to 15); 0 for none.
         beta1: AdamW's decay of the first moment.
         beta2: AdamW's decay of the second moment.
         max_grad_norm: Clip the gradient to this norm; 0 for no clipping.
@@ -115,6 +117,7 @@ class Settings:
     weight_decay: float = 0.0
     balance_loss: float = 0.0
     z_loss: float = 0.0
+    neftune_alpha: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
@@ -171,7 +174,7 @@ class Settings:
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
         zero_or_above = ("warmup_steps", "weight_decay", "max_grad_norm", "eval_interval", "save_interval", "keep_last")
-        cli.check_numbers(self, *zero_or_above, "seed", "balance_loss", "z_loss", least=0)
+        cli.check_numbers(self, *zero_or_above, "seed", "balance_loss", "z_loss", "neftune_alpha", least=0)
         cli.check_numbers(self, "lora_dropout", "beta1", "beta2", least=0, below=1)
         cli.check_numbers(self, "recompute", least=0, most=1)
         self._check_layers()

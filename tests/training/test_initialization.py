@@ -200,12 +200,23 @@ def test_eva_is_pefts(tiny_models, rho):
     with torch.no_grad():
         after, As = eva.eva(ours, before, (batches * 50), rho)
     ranks = {name: after.rank(name) for name in lora.linear_layers(ours) if after.covers(name)}
-    assert ranks == {name: module.r["default"] for name, module in expected.items()}
+    theirs = {name: module.r["default"] for name, module in expected.items()}
+    assert by_block(ranks) == by_block(theirs)
     assert sum(ranks.values()) == R * 4 * 3 and (rho == 1.0) == (set(ranks.values()) == {R})
     for name, module in expected.items():
+        if not (r := min(ranks.get(name, 0), theirs[name])):
+            continue
         assert after.scale(name) == pytest.approx(module.scaling["default"])
         # Rounding turns directions of nearly equal variance: what is made of equal inputs is compared below.
-        assert distance(As[name], module.lora_A["default"].weight) < 0.1, name
+        assert distance(As[name][:r], module.lora_A["default"].weight[:r]) < 0.1, name
+
+
+def by_block(ranks):
+    """Ranks by the layer's place, sorted: of queries, keys and values, whose inputs are equal, any may come first."""
+    found = {}
+    for name, r in ranks.items():
+        found.setdefault(name.rpartition(".")[0], []).append(r)
+    return {name: sorted(each) for name, each in found.items()}
 
 
 def test_main_directions_are_pefts():
