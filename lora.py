@@ -225,6 +225,8 @@ class AdapterConfig:
     layers: numbers of the blocks to which targets are narrowed, but for whole names (PEFT's `layers_to_transform`).
     residual: whether the base's weights are those without the adapters' start, as PiSSA has it: W - scale * B_0 A_0.
         Then an adapter keeps A_0 and B_0 in its buffers `start_A` and `start_B` (weights/residual.py).
+    save, tokens: modules that train whole, by their names, and tokens whose rows of the embedding train, in order
+        (weights/beside.py).
     """
 
     kind: str = "lora"
@@ -237,6 +239,8 @@ class AdapterConfig:
     alpha_pattern: dict = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     residual: bool = False
+    save: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
 
     def adapt(self, base: nn.Module, name: str) -> Adapter:
         """The adapter over the linear layer `base`, which is called `name` in the model."""
@@ -261,7 +265,9 @@ class AdapterConfig:
         return self.alpha_of(name) / (math.sqrt(r) if self.rslora else r)
 
     def covers(self, name: str) -> bool:
-        """Whether the linear layer called `name` gets an adapter."""
+        """Whether the linear layer called `name` gets an adapter; one that trains whole does not."""
+        if name in self.save:
+            return False
         if isinstance(self.targets, str):
             return re.fullmatch(self.targets, name) is not None
         narrowed = self.layers is not None and name not in self.targets

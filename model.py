@@ -525,6 +525,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.hidden_dtype: torch.dtype | None = None  # of the weights, where the embedding itself has another
         D, E = config.hidden_size, config.embedding_size or config.hidden_size
         self.model = nn.ModuleDict({"embed_tokens": embedding(config.vocab_size, E)})
         if E != D:
@@ -631,11 +632,12 @@ class Transformer(nn.Module):
         """
         c, parts = self.config, self.model
         weight = parts.embed_tokens.weight
-        x = parts.embed_tokens(tokens).to(compute_dtype(weight.dtype, tokens.device.type))
+        dtype = self.hidden_dtype or weight.dtype
+        x = parts.embed_tokens(tokens).to(compute_dtype(dtype, tokens.device.type))
         if noise is not None:
             x = x + torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1).mul_(noise[..., None]).to(x.dtype)
         if c.embedding_scale != 1:
-            x = x * weight.new_full((), c.embedding_scale)  # rounded as the weights are
+            x = x * weight.new_full((), c.embedding_scale, dtype=dtype)  # rounded as the weights are
         if "project_in" in parts:
             x = parts.project_in(x)
         if c.learned_positions:

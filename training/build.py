@@ -24,10 +24,11 @@ from shell.cli import UserError
 from shell.files import read_json
 from text.tokenizer import Tokenizer
 from training import initialization
-from training.from_settings import DTYPES, adapter_config, autocast_dtype
+from training.from_settings import DTYPES, adapter_config, autocast_dtype, base_quantization
 from training.offload import OffloadedAdamW
 from training.optimizer import InBackward, StepInBackward, build_optimizer
 from weights import peft_format
+from weights.beside import train_beside
 from weights.checkpoint import load_model, load_optimizer, read_config
 from weights.peft_layout import outside_peft
 
@@ -117,6 +118,8 @@ def check_model(s: Settings, data: Data) -> Transformer:
             adapter = adapter_config(s, config)
             initialization.check(s, model, adapter)
             lora.add_lora(model, adapter)
+            check_beside(model, adapter)
+            train_beside(model, adapter)
             note_outside_peft(model, s.method)
     if s.balance_loss and not config.experts:
         raise UserError(f"--balance_loss {s.balance_loss:g}: the model in {s.checkpoint_dir} has no experts")
@@ -141,6 +144,21 @@ def note_outside_peft(model: Transformer, method: str) -> None:
     why = outside_peft(model.config, method, found) if all(adapter.standard for adapter in found.values()) else None
     if why:
         print(f"note: {why}: the adapter is for onetune alone, the merged model for all", file=sys.stderr)
+
+
+def check_beside(model: Transformer, adapter: lora.AdapterConfig) -> None:
+    """Raise UserError for what trains beside adapters that have no place for it in their folder, or trains twice."""
+    if not (adapter.save or adapter.tokens):
+        return
+    found = lora.adapters(model)
+    if not all(each.standard for each in found.values()) or outside_peft(model.config, adapter.kind, found):
+        raise UserError(
+            "--lora_modules_to_save and --lora_tokens need adapters that PEFT has: LoRA or DoRA as published"
+        )
+    if adapter.tokens and "model.embed_tokens" in adapter.save:
+        raise UserError("--lora_tokens: the whole embedding trains already (--lora_modules_to_save)")
+    if adapter.tokens and model.config.tie_word_embeddings and "lm_head" in found:
+        raise UserError("--lora_tokens: the head is the embedding: leave lm_head out of --lora_targets")
 
 
 def check_samples(s: Settings, config: Config, parts: list[Samples]) -> None:
@@ -185,10 +203,15 @@ def build_model(
     dtype = DTYPES[s.precision]
     if s.method == "full":
         return load_model(newest or s.checkpoint_dir, dtype, device).requires_grad_(True), None
+    config = read_config(s.checkpoint_dir)
+    adapter = adapter_config(s, config)
+    quantize = base_quantization(s, adapter, config)
     if not newest:
-        return initialization.start(s, adapter_config(s, read_config(s.checkpoint_dir)), dtype, device)
-    model = load_model(s.checkpoint_dir, dtype, device, s.quantize, adapter_dir=newest)
-    return model, peft_format.read_for(model, newest, peft_format.is_on_residual(newest)).config
+        return initialization.start(s, adapter, dtype, device, quantize)
+    model = load_model(s.checkpoint_dir, dtype, device, quantize, adapter_dir=newest)
+    stored = peft_format.read_for(model, newest, peft_format.is_on_residual(newest))
+    train_beside(model, stored.config, stored.replaced)
+    return model, stored.config
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> None:

@@ -10,9 +10,10 @@ import torch
 import lora
 from model import Config
 from ops.dtypes import compute_dtype
+from quantize import quantizable_layers
 from shell.cli import UserError
 from training.initialization import takes_from_base
-from training.targets import default_targets, layout_of, own_pattern, own_targets
+from training.targets import bare_model, default_targets, layout_of, own_modules, own_pattern, own_targets, token_ids
 
 if TYPE_CHECKING:
     from training.settings import Settings
@@ -27,6 +28,7 @@ def adapter_config(s: Settings, config: Config) -> lora.AdapterConfig:
         s.method, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_rslora,
         targets=own_targets(s.lora_targets or default_targets(config), config),
         layers=own_layers(s.lora_layers, config), residual=takes_from_base(s),
+        save=own_modules(s.lora_modules_to_save, config), tokens=token_ids(s.lora_tokens, config, s.checkpoint_dir),
     )  # fmt: skip
     if not (s.lora_rank_pattern or s.lora_alpha_pattern):
         return adapter
@@ -44,6 +46,19 @@ def own_layers(layers: list[int] | None, config: Config) -> tuple[int, ...] | No
         if number >= config.num_hidden_layers:
             raise UserError(f"--lora_layers {number}: the model's layers are 0 to {config.num_hidden_layers - 1}")
     return None if layers is None else tuple(layers)
+
+
+def base_quantization(s: Settings, adapter: lora.AdapterConfig | None, config: Config) -> str | dict | None:
+    """How the base is quantised: as --quantize says, but for modules that train whole. Takes what `check_model` gave s.
+
+    adapter: `adapter_config`'s, or None with --method full.
+    """
+    saved = {} if adapter is None else {*adapter.save}.intersection(quantizable_layers(bare_model(config)))
+    if not saved or s.quantize is None:
+        return s.quantize
+    every = dict.fromkeys(quantizable_layers(bare_model(config)), s.quantize)
+    every = s.quantize if isinstance(s.quantize, dict) else every
+    return every | dict.fromkeys(saved, "none")
 
 
 def autocast_dtype(s: Settings) -> torch.dtype | None:

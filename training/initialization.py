@@ -30,6 +30,7 @@ from quantize import BLOCKS, quantizer_of
 from shell.cli import UserError
 from training.eva import EVA_RHO, eva
 from training.steps import planned_steps
+from weights.beside import train_beside
 from weights.checkpoint import load_model
 from weights.residual import rest
 
@@ -187,12 +188,15 @@ def check(s: Settings, model: Transformer, config: AdapterConfig) -> None:
 
 @torch.no_grad()
 def start(
-    s: Settings, config: AdapterConfig, dtype: torch.dtype, device: torch.device
+    s: Settings, config: AdapterConfig, dtype: torch.dtype, device: torch.device, quantize: str | dict | None
 ) -> tuple[Transformer, AdapterConfig]:
-    """The model with adapters at their start, and their config: with --lora_init eva the ranks may be others."""
+    """The model with adapters at their start, and their config: with --lora_init eva the ranks may be others.
+
+    quantize: of the base, as `from_settings.base_quantization` has it.
+    """
     init, starts = INITIALISATIONS[s.lora_init], {}
     change = by_weight(s, config, starts) if init.weight else None
-    model = load_model(s.checkpoint_dir, dtype, device, s.quantize, change=change)
+    model = load_model(s.checkpoint_dir, dtype, device, quantize, change=change)
     if init.activations:
         rho = EVA_RHO if s.lora_eva_rho is None else s.lora_eva_rho
         config, As = init.activations(model, config, training_batches(s), rho)
@@ -203,6 +207,7 @@ def start(
             init.adapter(adapter)
         elif starts.get(name) is not None:
             fill(adapter, starts[name])
+    train_beside(model, config)
     return model, config
 
 

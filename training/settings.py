@@ -34,6 +34,10 @@ class Settings:
         lora_rank_pattern: Other ranks for some layers, such as {down_proj: 8}; keys are ends of names, or regular
             expressions for them.
         lora_alpha_pattern: Other alphas for some layers, in the same way.
+        lora_modules_to_save: Modules that train whole beside the adapters, in fp32, such as [embed_tokens,lm_head] or
+            [input_layernorm]; ends of names, which may be of all that is in a module.
+        lora_tokens: Tokens whose rows of the embedding train, as texts of added tokens or as ids, such as
+            ["<|tool|>",32000]; a head that is the embedding follows.
         lora_rslora: Multiply by alpha / sqrt(r) instead.
         lora_init: How the adapter starts (training/initialization.py): A at random and B zero ("default", "gaussian"),
             by the base's weights, or by the activations of training batches ("eva").
@@ -100,6 +104,8 @@ class Settings:
     lora_layers: list[int] | None = None
     lora_rank_pattern: dict[str, int] | None = None
     lora_alpha_pattern: dict[str, float] | None = None
+    lora_modules_to_save: list[str] | None = None
+    lora_tokens: list[int | str] | None = None
     lora_rslora: bool = False
     lora_init: Literal[cli.table_keys("training/initialization.py", "INITIALISATIONS")] = "default"
     lora_init_iterations: int | None = None
@@ -194,8 +200,9 @@ class Settings:
     def _check_layers(self):
         if self.lora_targets in ([], ""):
             raise UserError("--lora_targets is empty: name at least one projection, such as [q_proj,v_proj]")
-        if self.lora_layers == []:
-            raise UserError("--lora_layers is empty: give at least one number, such as [0,1]")
+        for flag, such in (("lora_layers", "[0,1]"), ("lora_modules_to_save", "[lm_head]"), ("lora_tokens", "[3,7]")):
+            if getattr(self, flag) == []:
+                raise UserError(f"--{flag} is empty: give at least one, such as {such}")
         cli.check_numbers(self, "lora_layers", least=0)
         for flag in ("lora_rank_pattern", "lora_alpha_pattern"):
             for key, value in (getattr(self, flag) or {}).items():

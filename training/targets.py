@@ -7,12 +7,15 @@ those of the model's family, such as query_key_value, which is all layers that i
 import functools
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
 import lora
 from model import Config, Transformer
 from shell.cli import UserError
+from text.tokenizer import Tokenizer
+from weights.beside import family_names, modules_named
 from weights.peft_layout import Layout, ends, patterns
 
 ALL_LINEAR = "all-linear"
@@ -38,10 +41,55 @@ def own_targets(targets: list[str] | str, config: Config) -> tuple[str, ...]:
 
 
 @functools.cache
+def bare_model(config: Config) -> Transformer:
+    """A model of this `Config` without values, to look at and not to change."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+@functools.cache
 def layout_of(config: Config) -> Layout:
     """Where the adapters of a model of this `Config` are in PEFT's files."""
-    with torch.device("meta"):
-        return Layout(config, lora.linear_layers(Transformer(config)))
+    return Layout(config, lora.linear_layers(bare_model(config)))
+
+
+def own_modules(names: list[str] | None, config: Config) -> tuple[str, ...]:
+    """--lora_modules_to_save: the paths of all modules with parameters that these names mean, in the model's order.
+
+    Raises UserError for a name of none, or of one that PEFT cannot save by itself, as the family has it in another.
+    """
+    model = bare_model(config)
+    found, unknown = modules_named(model, names or ())
+    if unknown:
+        raise UserError(f"--lora_modules_to_save: the model has no module {unknown[0]!r} with parameters of its own")
+    apart = family_names(model)
+    for path in found:
+        if path not in apart:
+            layout = layout_of(config)
+            whole = layout.module(path) if path in layout.linears else "a parameter of the family"
+            raise UserError(f"--lora_modules_to_save: {path} is a part of {whole}, which cannot be saved in parts")
+    return tuple(found)
+
+
+def token_ids(tokens: list[int | str] | None, config: Config, checkpoint_dir: Path) -> tuple[int, ...]:
+    """--lora_tokens: the ids of added tokens that are given as texts, and those given, in order.
+
+    Raises UserError for a text that is no added token of the tokenizer in `checkpoint_dir`, or an id without a row.
+    """
+    if not tokens:
+        return ()
+    added = Tokenizer(checkpoint_dir).added_tokens
+    for token in tokens:
+        if isinstance(token, str) and token not in added:
+            raise UserError(
+                f"--lora_tokens: {token!r} is no added token of {checkpoint_dir}: give its id, or add it "
+                "(convert_hf_checkpoint.py --add_tokens)"
+            )
+    ids = sorted({added[token]["id"] if isinstance(token, str) else token for token in tokens})
+    for id in ids:
+        if not 0 <= id < config.vocab_size:
+            raise UserError(f"--lora_tokens: {id} is beyond the embedding, whose last row is {config.vocab_size - 1}")
+    return tuple(ids)
 
 
 def _matching(text, layout):

@@ -53,6 +53,7 @@ from weights.adapter_config import (
     parse_adapter_config,
     token_ids,
 )
+from weights.beside import describe_beside, own_names, own_replaced, tensors_beside
 from weights.peft_layout import Layout, outside_peft
 from weights.replaced import EMBEDDING, FLOATS, HEAD, Replaced, biases, parameters_of, replace
 from weights.safetensors_format import read_metadata, read_tensors, write_tensors
@@ -85,13 +86,14 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
     if config.residual:
         metadata[residual.METADATA] = residual.describe(config)
         tensors, config = residual.doubled(tensors, config)
-    description = _description(config, peft_type, base_model)
+    description = _description(config, peft_type, base_model) | describe_beside(model, config)
     if peft_type == "LORA" and layout.differs(found):
         metadata[METADATA] = json.dumps(description)
         tensors = layout.stack(tensors, config, lambda name: _row_norms(model.get_submodule(name)))
         description |= layout.describe(config, [*found])
     called = _peft_name if peft_type == "LORA" else "{}:{}".format
     flat = {called(name, key): t.contiguous() for name, own in tensors.items() for key, t in own.items()}
+    flat |= {f"{PREFIX}{name}": tensor for name, tensor in tensors_beside(model, config).items()}
     write_tensors(Path(folder, "adapter_model.safetensors"), flat, metadata)
     Path(folder, "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
 
@@ -246,7 +248,7 @@ def _read_for(model, folder):
     gets the same A and its own rows of B and of the magnitudes; of one of ours it gets what it had. Raises UserError
     for what is kept beside such adapters.
     """
-    stored, linears = read_adapter(folder), [*linear_layers(model)]
+    stored, linears = _beside_by_our_names(read_adapter(folder), model, folder), [*linear_layers(model)]
     if stored.values.get("fan_in_fan_out") and model.config.family != "gpt2":  # only its weights are (in, out)
         raise UserError(f"{Path(folder, 'adapter_config.json')}: fan_in_fan_out is not supported, but for GPT-2")
     if stored.values["peft_type"] != "LORA":
@@ -267,6 +269,25 @@ def _read_for(model, folder):
     return stored._replace(config=config, values=values, tensors=tensors)
 
 
+def _beside_by_our_names(stored, model, folder):
+    """A folder's content with our names of what it changes beside its adapters, and that in its config."""
+    values, replaced = own_names(model, stored.values), own_replaced(model, stored.replaced)
+    ids = token_ids(values)
+    replaced.rows = {
+        name: (ids.get(name.removesuffix(".weight"), []), rows) for name, (_, rows) in replaced.rows.items()
+    }
+    _check_rows(values, replaced, Path(folder, "adapter_config.json"))
+    whole = parameters_of(model, values.get("modules_to_save") or [])
+    if EMBEDDING in whole and values.get("ensure_weight_tying") and model.config.tie_word_embeddings:
+        whole.add(HEAD)
+    paths = {name.rpartition(".")[0] for name in whole}
+    save = tuple(path for path, _ in model.named_modules() if path in paths)
+    tokens = tuple(ids.get(EMBEDDING_MODULE, ()))
+    config = dataclasses.replace(stored.config, save=save, tokens=tokens)
+    own = None if stored.own is None else own_names(model, stored.own)
+    return stored._replace(config=config, values=values, replaced=replaced, own=own)
+
+
 def _target_parameters(stored, layout, folder):
     """Which parameters of a layer's experts are adapted: those that `target_parameters` names, all or the end."""
     wanted = stored.values.get("target_parameters") or []
@@ -281,6 +302,7 @@ def _unstacked(stored, layout, folder):
     config_path = Path(folder, "adapter_config.json")
     try:
         config = parse_adapter_config(stored.own)
+        config = dataclasses.replace(config, save=stored.config.save, tokens=stored.config.tokens)
         own = stored._replace(config=config, values=stored.own, tensors={}, own=None)
         adapted = _covered_of(own, layout.linears, folder)
         expected = stored.own | layout.describe(config, adapted)
@@ -311,11 +333,13 @@ def _refuse_beside(stored, model, layout, folder):
     """Raise UserError for what a folder changes beside its adapters, if that is not called in the family as with us."""
     replaced, ours = stored.replaced, {HEAD, *(name for name, _ in model.named_parameters())}
     differs = layout.differs(layout.linears)
-    same = {name for name in replaced.names() if layout.names.piece(name).theirs == (name,)}
+    pieces = {name: layout.names.piece(name) for name in replaced.names()}
+    same = {name for name, piece in pieces.items() if piece.theirs == (name,) or piece.row.is_whole}
     found = sorted(replaced.names() - (same & ours if differs else same))
     if differs:
         found += ["LoRA on the embedding"] if replaced.low_rank else []
-        found += ["ensure_weight_tying"] if stored.values.get("ensure_weight_tying") else []
+        tied = stored.values.get("ensure_weight_tying") and EMBEDDING not in replaced.whole
+        found += ["ensure_weight_tying"] if tied else []
         found += ["bias"] if stored.values.get("bias", "none") != "none" else []
     if found:
         raise UserError(f"{folder}: {', '.join(found)} is not supported for {model.config.family} models")
@@ -471,7 +495,6 @@ def read_adapter(folder: Path) -> StoredAdapter:
         if key in own:
             raise UserError(f"{tensors_path}: tensor {full_name} comes twice, with and without .weight")
         own[key] = tensor
-    _check_rows(values, replaced, config_path)
     own = _in_metadata(tensors_path, METADATA) if in_peft else None
     return StoredAdapter(config, values, tensors, replaced, own, _in_metadata(tensors_path, residual.METADATA))
 

@@ -220,7 +220,7 @@ class Layout:
             return config  # it says the same by our names
         return AdapterConfig(
             config.kind, config.r, config.alpha, config.dropout, config.rslora, tuple(ends(taken, self.linears)),
-            patterns(ranks, config.r), patterns(alphas, config.alpha),
+            patterns(ranks, config.r), patterns(alphas, config.alpha), save=config.save, tokens=config.tokens,
         )  # fmt: skip
 
 

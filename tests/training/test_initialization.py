@@ -384,7 +384,7 @@ def test_other_families(tiny_models, tmp_path, family, quantize):
         checkpoint_dir=tiny.folder, quantize=quantize, lora_init="pissa", lora_init_iterations=None,
         data_dir=None, method="lora",
     )  # fmt: skip
-    model, config = initialization.start(s, config, torch.float32, torch.device("cpu"))
+    model, config = initialization.start(s, config, torch.float32, torch.device("cpu"), quantize)
     tokens = random_tokens(2, 9)
     if not quantize:
         assert distance(model(tokens), tiny.load()(tokens)) < 1e-4

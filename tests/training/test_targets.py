@@ -26,7 +26,8 @@ def flags(**changes):
     """The flags of finetune.py that describe an adapter."""
     defaults = dict(
         method="lora", lora_r=3, lora_alpha=6, lora_dropout=0.0, lora_rslora=False, lora_targets=None,
-        lora_layers=None, lora_rank_pattern=None, lora_alpha_pattern=None,
+        lora_layers=None, lora_rank_pattern=None, lora_alpha_pattern=None, lora_init="default",
+        lora_init_iterations=None, lora_modules_to_save=None, lora_tokens=None, checkpoint_dir=None,
     )  # fmt: skip
     return SimpleNamespace(**{**defaults, **changes})
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -32,6 +33,7 @@ from ops import attention, devices, dtypes, rope
 from training.memory.allocations import Allocations, trace_step
 from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
 from training.optimizer import OPTIMIZERS
+from weights.beside import train_beside
 
 if TYPE_CHECKING:
     from batching import Samples
@@ -144,7 +146,9 @@ def build(job: Job, numbers: list[int]) -> model_file.Transformer:
     model.tie_weights()
     if job.adapter:
         with NoRandomness():
-            lora.add_lora(model, job.adapter, lambda name: in_whole_model(name, numbers))
+            called = functools.partial(in_whole_model, numbers=numbers)
+            lora.add_lora(model, job.adapter, called)
+            train_beside(model, job.adapter, called=called)
     return model.train()
 
 
@@ -162,6 +166,9 @@ def adapters_in_blocks(job: Job) -> list[Hashable]:
         for name in filter(job.adapter.covers, names):
             if (number := lora.layer_number(name, "layers")) is not None:
                 found[number].append((name.partition(f".{number}.")[2], job.adapter.rank(name)))
+        for name in job.adapter.save:
+            if (number := lora.layer_number(f"{name}.", "layers")) is not None:
+                found[number].append(name.partition(f".{number}.")[2])
     return [tuple(each) for each in found]
 
 
