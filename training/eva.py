@@ -86,9 +86,10 @@ def eva(
         for leader in dict.fromkeys(first.values())
     }
     ranks = {name: inputs[leader].n for name, leader in first.items()}
-    for batch in itertools.islice(itertools.chain([one], batches), BATCHES):
+    for number, batch in enumerate(itertools.islice(itertools.chain([one], batches), BATCHES)):
         moving = {leader for name, leader in first.items() if not inputs[leader].has_converged(ranks[name])}
         if not moving:
+            print(f"--lora_init eva: the directions are clear after {number} micro-batches", file=sys.stderr)
             break
         watch(model, {leader: layers[leader] for leader in moving}, batch, lambda name, x: inputs[name].update(x))
         if all(part.components is not None for part in inputs.values()):

@@ -22,6 +22,7 @@ gguf_vocabulary.py     writing them: the tokenizer
 meta_format.py         Meta's consolidated.*.pth, sharded, and Mistral's consolidated*.safetensors
 params_json.py         what a params.json beside those means
 byte_level_bpe.py      byte-level BPE as a tokenizer.json, also from tiktoken's and Mistral's files
+grown.py               a larger vocabulary
 merge.py               adapter and base as one model
 
 checkpoint.py imports families.py, peft_format.py and stored.py; they import safetensors_format.py; peft_format.py and
@@ -30,5 +31,6 @@ residual.py; peft_layout.py, beside.py, stored.py and checkpoint.py import names
 and both config_keys.py; the formats that are converted import stored.py; meta_format.py imports bin_format.py and
 params_json.py; it and gguf_format.py import byte_level_bpe.py, and gguf_format.py imports meta_format.py, whose order
 of rows some architectures have, and gguf_architectures.py, which imports families.py; gguf_writing.py imports
-gguf_format.py, gguf_vocabulary.py, which does too, and families.py; merge.py imports no format that is converted.
+gguf_format.py, gguf_vocabulary.py, which does too, and families.py; grown.py imports families.py and replaced.py;
+merge.py imports no format that is converted.
 """
