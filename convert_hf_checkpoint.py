@@ -2,6 +2,7 @@
 
     python convert_hf_checkpoint.py --repo_id mistralai/Mistral-7B-v0.1
     python convert_hf_checkpoint.py --source model.Q4_K_M.gguf
+    python convert_hf_checkpoint.py --source checkpoints/my --add_tokens "[<|tool|>]" --out_dir checkpoints/larger
     python convert_hf_checkpoint.py --adapter_dir out/RUN/final
     python convert_hf_checkpoint.py --adapter_dir out/RUN/final --out_file model.gguf --dtype q8_0
     python convert_hf_checkpoint.py --adapter_dir "[out/a/final,out/b/final]" --combine ties --weights "[1,1]" \\
@@ -13,6 +14,7 @@ a time, so a model need not fit into memory, and a folder or file appears when i
 """
 
 import contextlib
+import dataclasses
 import re
 import shutil
 import tempfile
@@ -45,6 +47,9 @@ class Settings:
         seed: With dare: of the values that are dropped; 0 if not given.
         text: To combine: a text file, on whose beginning the result is compared with each adapter and with the base.
         quantize: How the base was quantised when the adapter was trained, if not as the adapter's onetune.json says.
+        add_tokens: With source and out_dir: tokens to add to the vocabulary, such as ["<|tool|>","<|end_tool|>"].
+            Embedding and head get a row for each, the mean of the old ones.
+        add_special: Whether they are special tokens, which templates alone may hold; false: a user's text too.
         out_dir: Folder to write; by default checkpoints/REPO_ID, checkpoints/NAME or ADAPTER_DIR-merged.
         out_file: To write a .gguf file, which llama.cpp loads, instead of a folder: its name.
         dtype: Dtype of the weights written. "auto" is that of the source (float16 if it is quantised), and float32 for
@@ -64,6 +69,8 @@ class Settings:
     seed: int | None = None
     text: Path | None = None
     quantize: Literal[*cli.table_keys("quantize.py", "QUANTIZERS"), "none"] | cli.JsonFile | None = None
+    add_tokens: list[str] | None = None
+    add_special: bool = True
     out_dir: Path | None = None
     out_file: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0", "q4_0"] = "auto"
@@ -78,6 +85,7 @@ class Settings:
         if self.quantize is not None and self.adapter_dir is None:
             raise UserError("--quantize goes with --adapter_dir: it says how the adapter's base was quantised")
         self._check_combination()
+        self._check_added()
         if self.out_file is None:
             if self.dtype in ("q8_0", "q4_0"):
                 raise UserError(f"--dtype {self.dtype} goes with --out_file NAME.gguf")
@@ -108,6 +116,16 @@ class Settings:
         cli.check_numbers(self, "seed", least=0, below=2**63)
         cli.check_files(self, "text")
 
+    def _check_added(self):
+        if self.add_tokens is None:
+            if not self.add_special:
+                raise UserError("--add_special goes with --add_tokens")
+            return
+        if self.source is None or self.out_dir is None or self.adapter_dir is not None:
+            raise UserError("--add_tokens needs --source and --out_dir: it writes the model with a larger vocabulary")
+        if not self.add_tokens:
+            raise UserError('--add_tokens is empty: give at least one text, such as ["<|tool|>"]')
+
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)
@@ -118,6 +136,7 @@ from tqdm import tqdm
 from model import Config, Transformer
 from quantize import describe_quantization
 from shell.files import checked, flush, new_folder, read_json, whole_file, write_json
+from text.added import add_tokens, new_ids
 from text.style_templates import save_chat_template
 from text.tokenizer import Tokenizer
 from text.vocabulary import has_tokenizer
@@ -138,6 +157,7 @@ from weights.checkpoint import (
 )
 from weights.combine import Options, check_options
 from weights.combine import combine as combine_adapters
+from weights.grown import grown, grown_config, grown_shapes
 from weights.merge import PROBE_LENGTH, Tuned, compare, describe_distance
 from weights.peft_format import save_adapter
 from weights.stored import Weights, holds_safetensors
@@ -157,6 +177,8 @@ def main(s: Settings) -> None:
         folder = merge(s)
     elif s.repo_id is not None:
         folder = download(s)
+    elif s.add_tokens:
+        folder = grow(s)
     else:
         folder = convert(s.source, s.out_dir, s.dtype)
     then = "prepare_data.py --data my.jsonl" if s.adapter_dir is None else "generate.py"
@@ -258,6 +280,37 @@ def convert(source: Path, out_dir: Path | None, dtype: str) -> Path:
         write_json(folder / "config.json", config)
     print(f"wrote {out_dir}: {describe(layout)}")
     return out_dir
+
+
+def grow(s: Settings) -> Path:
+    """Write the model in --source with tokens added to its vocabulary. Returns its folder."""
+    refuse_existing(s.out_dir)
+    weights, config, model, write_side_files = open_checked(s.source)
+    with tempfile.TemporaryDirectory() as place:
+        write_side_files(Path(place))
+        write_json(Path(place, "config.json"), config)
+        ids, tokens = (
+            new_ids(open_tokenizer(Path(place), s.source).folder, s.add_tokens),
+            Tokenizer(Path(place)).vocab_size,
+        )
+    rows = max(model.config.vocab_size, tokens + len(ids))
+    try:
+        config = grown_config(config, rows)
+    except ValueError as error:
+        raise UserError(f"{s.source}: --add_tokens: {error}") from None
+    config = config if s.dtype == "auto" else with_dtype(config, getattr(torch, s.dtype))
+    shapes, read = grown_shapes(shapes_of(model), rows), grown(weights.read, tokens, rows)
+    layout = {name: (target_dtype(weights, name, s.dtype), shape) for name, shape in shapes.items()}
+    hashes, larger = {}, dataclasses.replace(model.config, vocab_size=rows)
+    with new_folder(s.out_dir, hashes) as folder, checked(s.source):
+        hashes |= write(folder, larger, layout, lambda name: read(name).to(layout[name][0]))
+        write_side_files(folder)
+        write_json(folder / "config.json", config)
+        add_tokens(folder, ids, s.add_special)
+        Tokenizer(folder)  # it is read as it will be
+    named = ", ".join(f"{text} {id}" for text, id in ids.items())
+    print(f"wrote {s.out_dir}: {rows} rows (they were {model.config.vocab_size}), with {named}")
+    return s.out_dir
 
 
 def open_checked(source: Path) -> tuple[Weights, dict, Transformer, Callable[[Path], None]]:

@@ -53,6 +53,10 @@ class LoRALinear(Adapter):
     A and B are fp32 whatever the model's dtype: in bf16 most of AdamW's steps would round to nothing.
     """
 
+    flags = (
+        *Adapter.flags, "lora_init", "lora_init_iterations", "lora_eva_rho", "lora_modules_to_save", "lora_tokens",
+    )  # fmt: skip
+
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(base)
         self.dropout = dropout
@@ -211,6 +215,11 @@ class AdapterConfig:
     virtual_tokens: how many trained tokens stand before every text, or the prompts of LLaMA-Adapter have.
     adapter_layers: how many of the last blocks have such prompts. feedforward: those of `targets`, named in the same
     way, whose input (IA)3 multiplies, not their output. seed: of VeRA's random matrices.
+    layers: numbers of the blocks to which targets are narrowed, but for whole names (PEFT's `layers_to_transform`).
+    residual: whether the base's weights are those without the adapters' start, as PiSSA has it: W - scale * B_0 A_0.
+        Then an adapter keeps A_0 and B_0 in its buffers `start_A` and `start_B` (weights/residual.py).
+    save, tokens: modules that train whole, by their names, and tokens whose rows of the embedding train, in order
+        (weights/beside.py).
     """
 
     kind: str = "lora"
@@ -225,25 +234,58 @@ class AdapterConfig:
     adapter_layers: int = 1
     feedforward: tuple | str = ("down_proj",)
     seed: int = 0
+    layers: tuple[int, ...] | None = None
+    residual: bool = False
+    save: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
 
     def adapt(self, base: nn.Module, name: str, shared: Any = None) -> Adapter:
         """The adapter over the module `base`, which is called `name` in the model. shared: `Adapter.shared`'s."""
-        r = match_pattern(self.rank_pattern, name, self.r)
-        alpha = match_pattern(self.alpha_pattern, name, self.alpha)
-        adapter = ADAPTERS[self.kind].over(base, name, r, alpha, self, shared)
+        adapter = ADAPTERS[self.kind].over(base, name, self.rank(name), self.alpha_of(name), self, shared)
         adapter.standard = adapter.is_standard()
+        if self.residual:
+            adapter.register_buffer("start_A", torch.zeros_like(adapter.lora_A, requires_grad=False))
+            adapter.register_buffer("start_B", torch.zeros_like(adapter.lora_B, requires_grad=False))
         return adapter
 
+    def rank(self, name: str) -> int:
+        """The rank of the adapter over the linear layer called `name`."""
+        return match_pattern(self.rank_pattern, name, self.r)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of the adapter over the linear layer called `name`."""
+        return match_pattern(self.alpha_pattern, name, self.alpha)
+
+    def scale(self, name: str) -> float:
+        """What B A is multiplied by, in LoRA over the linear layer called `name`."""
+        r = self.rank(name)
+        return self.alpha_of(name) / (math.sqrt(r) if self.rslora else r)
+
     def covers(self, name: str) -> bool:
-        """Whether the linear layer called `name` gets an adapter."""
+        """Whether the linear layer called `name` gets an adapter; one that trains whole does not."""
+        if name in self.save:
+            return False
         if isinstance(self.targets, str):
             return re.fullmatch(self.targets, name) is not None
-        return is_named(name, self.targets)
+        return is_named(name, self.targets) and (name in self.targets or self.in_layers(name))
+
+    def in_layers(self, name: str) -> bool:
+        """Whether the module called `name` is in one of the blocks that `layers` has."""
+        return self.layers is None or layer_number(name) in self.layers
 
 
 def is_named(name: str, ends: Sequence[str]) -> bool:
     """Whether a module's name, or the end of it, is one of these."""
     return any(name == end or name.endswith("." + end) for end in ends)
+
+
+def layer_number(name: str, pattern: str = r"[^.]*") -> int | None:
+    """The number of the block that a module is in, by the first number in its name; None if it is in none.
+
+    pattern: the name of what numbers the blocks, a regular expression (PEFT's `layers_pattern`).
+    """
+    match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name)
+    return match and int(match[1])
 
 
 def match_pattern(pattern: dict, name: str, default: float | None) -> float | None:

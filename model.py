@@ -551,6 +551,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.hidden_dtype: torch.dtype | None = None  # of the weights, where the embedding itself has another
         D, E = config.hidden_size, config.embedding_size or config.hidden_size
         self.model = nn.ModuleDict({"embed_tokens": embedding(config.vocab_size, E)})
         if E != D:
@@ -579,6 +580,7 @@ class Transformer(nn.Module):
         each: bool = False,
         routed: list[Tensor] | None = None,
         z_loss: float = 0.0,
+        noise: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) for tokens (B, T) int64; with `targets` (B, T) the sum of their losses, a scalar in fp32.
 
@@ -594,8 +596,9 @@ class Transformer(nn.Module):
             `targets`, without gradient.
         routed: a list to which each mixture of experts adds the logits (B * T, E) of its router, with gradient.
         z_loss: as in `ops.loss.head_loss`.
+        noise: (B, T) fp32, how far from 0 the uniform noise goes that is added to each embedded token.
         """
-        x = self.hidden_states(tokens, cache, recompute, offsets, routed=routed)
+        x = self.hidden_states(tokens, cache, recompute, offsets, routed=routed, noise=noise)
         if targets is None:
             return self.logits(x)
         loss, losses = self.target_losses(x, targets, z_loss)
@@ -609,6 +612,7 @@ class Transformer(nn.Module):
         offsets: list[int] | Forks | None = None,
         tree: Places | None = None,
         routed: list[Tensor] | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """The final, normed hidden states (B, T, D) of tokens (B, T).
 
@@ -617,8 +621,10 @@ class Transformer(nn.Module):
         layers, layout = self.model.layers, Layout(tokens, cache, offsets, tree)
         if layout.whole is not layout and any(rope and rope.depends_on_length for rope in self.config.ropes):
             whole = layout.whole  # one beginning would have to be turned by the lengths of several samples
-            return self.hidden_states(whole.tokens, None, recompute, whole.offsets, routed=routed)[:, layout.copies]
-        x = self.embed(tokens, layout.places.positions[:, -tokens.size(1) :])
+            noise = None if noise is None else noise[:, layout.sources]
+            x = self.hidden_states(whole.tokens, None, recompute, whole.offsets, routed=routed, noise=noise)
+            return x[:, layout.copies]
+        x = self.embed(tokens, layout.places.positions[:, -tokens.size(1) :], noise)
         arguments = self.block_arguments(layout, x.dtype)
         offload = recompute == "offload"
         share, chunk = (1.0, self.mlp_chunk()) if offload else (recompute, None)
@@ -652,13 +658,19 @@ class Transformer(nn.Module):
             attend.tokens = layout.tokens  # by which adapters/virtual_tokens.py knows where it has to do something
         return [(angles[rope], attention[s]) for rope, s in zip(c.ropes, scores, strict=True)]
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The hidden states (B, T, D) before the first block, of tokens (B, T) at positions (B or 1, T)."""
+    def embed(self, tokens: Tensor, positions: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The hidden states (B, T, D) before the first block, of tokens (B, T) at positions (B or 1, T).
+
+        noise: as in `forward`.
+        """
         c, parts = self.config, self.model
         weight = parts.embed_tokens.weight
-        x = parts.embed_tokens(tokens).to(compute_dtype(weight.dtype, tokens.device.type))
+        dtype = self.hidden_dtype or weight.dtype
+        x = parts.embed_tokens(tokens).to(compute_dtype(dtype, tokens.device.type))
+        if noise is not None:
+            x = x + torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1).mul_(noise[..., None]).to(x.dtype)
         if c.embedding_scale != 1:
-            x = x * weight.new_full((), c.embedding_scale)  # rounded as the weights are
+            x = x * weight.new_full((), c.embedding_scale, dtype=dtype)  # rounded as the weights are
         if "project_in" in parts:
             x = parts.project_in(x)
         if c.learned_positions:

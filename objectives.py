@@ -20,6 +20,7 @@ from batching import IGNORE, Batch, Samples
 from experts import balance_loss
 from model import Transformer
 from ops.devices import numbers_on, to_device
+from ops.noise import neftune_sizes
 from shell.cli import UserError
 
 if TYPE_CHECKING:
@@ -81,12 +82,21 @@ class Objective:
         s, device = self.s, model.model.embed_tokens.weight.device
         routed = [] if s.balance_loss and model.training else None
         tokens = to_device(batch.tokens, device)
-        x = model.hidden_states(tokens, recompute=s.recompute, offsets=batch.offsets, routed=routed)
+        noise = self.noise(model, batch)
+        x = model.hidden_states(tokens, recompute=s.recompute, offsets=batch.offsets, routed=routed, noise=noise)
         result = self.losses(model, x, batch)
         if not routed:
             return result
         balance = s.balance_loss * len(result.losses) * unevenness(model, batch, routed)
         return result._replace(trained=result.trained + balance)
+
+    def noise(self, model: Transformer, batch: Batch) -> Tensor | None:
+        """--neftune_alpha: the size of the noise on each embedded token (B, T) in training, else None."""
+        alpha, c, embedding = self.s.neftune_alpha, model.config, model.model.embed_tokens
+        if not alpha or not model.training:
+            return None
+        sizes = neftune_sizes(alpha, c.embedding_size or c.hidden_size, up_to_last_target(batch.targets), batch.offsets)
+        return to_device(sizes, embedding.weight.device)
 
     def losses(self, model: Transformer, x: Tensor, batch: Batch) -> Forward:
         """What the objective makes of what the head gets, x (B, T, E)."""
@@ -100,10 +110,14 @@ def unevenness(model: Transformer, batch: Batch, routed: list[Tensor]) -> Tensor
     """
     counted = None
     if batch.offsets is None:
-        is_target = batch.targets != IGNORE
-        rows = is_target.flip(1).cummax(1).values.flip(1).flatten().nonzero().squeeze(1)
+        rows = up_to_last_target(batch.targets).flatten().nonzero().squeeze(1)
         counted = to_device(rows, routed[0].device)
     return balance_loss(routed, model.config.experts.per_token, counted)
+
+
+def up_to_last_target(targets: Tensor) -> Tensor:
+    """Which positions of padded rows, targets (B, T), are a sample's: bool (B, T)."""
+    return (targets != IGNORE).flip(1).cummax(1).values.flip(1)
 
 
 class CrossEntropy(Objective):

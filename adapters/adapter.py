@@ -35,7 +35,10 @@ class Adapter(nn.Module):
     """
 
     standard = False
-    flags: tuple[str, ...] = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rslora")
+    flags: tuple[str, ...] = (
+        "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rslora", "lora_layers", "lora_rank_pattern",
+        "lora_alpha_pattern", "lora_plus_ratio",
+    )  # fmt: skip
     targets: tuple[str, ...] | None = None
     unmergeable: str | None = None
     in_steps = True

@@ -22,7 +22,7 @@ class BitFit(Adapter):
     So the base stays as it is, in any dtype or quantised.
     """
 
-    flags = ()
+    flags = ("lora_layers",)
 
     def __init__(self, base: nn.Module):
         super().__init__(base)
@@ -39,12 +39,12 @@ class BitFit(Adapter):
 
     @classmethod
     def places(cls, model: Transformer, config: AdapterConfig) -> list[str]:
-        """Every linear layer and LayerNorm that has a bias."""
+        """Every linear layer and LayerNorm that has a bias, of the blocks in `config.layers`."""
         linears = linear_layers(model)
         return [
             name
             for name, module in model.named_modules()
-            if (name in linears or isinstance(module, LayerNorm)) and module.bias is not None
+            if (name in linears or isinstance(module, LayerNorm)) and module.bias is not None and config.in_layers(name)
         ]
 
     @classmethod

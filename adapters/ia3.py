@@ -21,7 +21,7 @@ class IA3Linear(Adapter):
     By default, as in the paper, it is on keys, values and the MLP's second layer.
     """
 
-    flags = ("lora_targets",)
+    flags = ("lora_targets", "lora_layers")
     targets = ("k_proj", "v_proj", "down_proj")
 
     def __init__(self, base: nn.Module, feedforward: bool):

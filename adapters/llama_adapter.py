@@ -82,7 +82,7 @@ class LlamaAdapterV2(LlamaAdapter):
     """
 
     unmergeable = LlamaAdapter.unmergeable
-    flags = ("virtual_tokens", "adapter_layers", "lora_targets")
+    flags = ("virtual_tokens", "adapter_layers", "lora_targets", "lora_layers")
 
     @classmethod
     def places(cls, model: Transformer, config: AdapterConfig) -> list[str]:

@@ -45,7 +45,7 @@ class VeRALinear(Adapter):
     A (r, in) and B (out, r) are the first columns and rows of the matrices that all layers share.
     """
 
-    flags = ("lora_r", "lora_dropout", "lora_targets")
+    flags = ("lora_r", "lora_dropout", "lora_targets", "lora_layers")
 
     def __init__(self, base: nn.Module, projections: Projections, dropout: float = 0.0):
         super().__init__(base)

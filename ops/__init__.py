@@ -21,6 +21,7 @@ alibi.py       ALiBi: how much each head's scores fall with distance
 attention.py   attention, and the fastest way on a device: SDPA, FlashAttention, FlexAttention, C++
 flex.py        what FlexAttention is made of on CUDA: scores, block masks, sinks, and its compiled form
 forks.py       attention where several samples share their beginning, which is computed once
+noise.py       how large the noise on embedded tokens is, with NEFTune
 chunks.py      what is computed for each position by itself, for some positions at a time
 offload.py     tensors in host memory between forward and backward pass; copies beside the computations
 loss.py        cross-entropy at target positions, in chunks; loss_gpu.py, its kernel

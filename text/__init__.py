@@ -1,6 +1,7 @@
 """Text to tokens and back, and how a conversation is rendered: the same for training and inference.
 
 tokenizer.py        a checkpoint's tokenizer: encode, decode, stream; added tokens, BOS and EOS
+added.py            adding tokens to its files
 vocabulary.py       what is in its files, run by the libraries tokenizers and SentencePiece
 word_cache.py       text to ids word by word, each word remembered
 messages.py         what a conversation is made of: one form for all the forms that people and programs write
@@ -13,6 +14,6 @@ style_templates.py  our styles as Jinja chat templates, written to merged models
 tool_calls.py       calls of tools in the text that a model writes
 
 prompts.py imports template_style.py, which imports chat_template.py; both import segments.py and messages.py.
-style_templates.py imports prompts.py; segments.py and tool_calls.py import tokenizer.py,
-which imports vocabulary.py, and that word_cache.py.
+style_templates.py imports prompts.py; segments.py, tool_calls.py and added.py import tokenizer.py, which imports
+vocabulary.py, and that word_cache.py.
 """

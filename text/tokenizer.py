@@ -238,6 +238,10 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
 
+    def id_of(self, text: str) -> int | None:
+        """The id of the added token with this text, or of the vocabulary's piece that is written so; None for none."""
+        return self.added_tokens[text]["id"] if text in self.added_tokens else self._model.piece_to_id(text)
+
     def file_hash(self) -> str:
         """SHA-256 (hex) of the files that decide the ids of a text: all but the chat template.
 

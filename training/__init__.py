@@ -2,6 +2,9 @@
 
 settings.py    the flags. Start here
 from_settings.py               the flags as objects: dtypes, the adapter
+targets.py     which layers get an adapter, of which rank
+initialization.py              how adapters start: PiSSA, OLoRA, LoftQ
+eva.py         how they start with EVA
 build.py       from the flags to a `Run`: data, model, optimiser, devices
 schedule.py    the learning rate of each step, the time budget, when to validate, save and stop
 steps.py       how many steps a run has, and the micro-batches of each
@@ -17,6 +20,7 @@ nonfinite.py   a step whose loss or gradient is not finite: which samples cause 
 sweep/         several variants over one base, trained together. Its map is in sweep/__init__.py
 memory/        peak memory predicted and tried out before the first step. Its map is in memory/__init__.py
 
-from_settings.py imports none of the others; offload.py imports optimizer.py; build.py imports these three; nonfinite.py
-imports build.py and steps.py; memory/ imports from_settings.py, metrics.py, offload.py and steps.py.
+from_settings.py imports targets.py and initialization.py, which imports eva.py and steps.py; offload.py imports
+optimizer.py; build.py imports from_settings.py, initialization.py and these two; nonfinite.py imports build.py and
+steps.py; memory/ imports from_settings.py, metrics.py, offload.py and steps.py.
 """

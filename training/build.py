@@ -24,10 +24,21 @@ from quantize import read_quantization
 from shell.cli import UserError
 from shell.files import read_json
 from text.tokenizer import Tokenizer
+from training import initialization
 from training.forgetting import check_forgetting
-from training.from_settings import DTYPES, adapter_config, autocast_dtype, idle_flags, train_only, virtual_ids
+from training.from_settings import (
+    DTYPES,
+    adapter_config,
+    autocast_dtype,
+    base_quantization,
+    idle_flags,
+    train_only,
+    virtual_ids,
+)
 from training.offload import OffloadedAdamW
 from training.optimizer import OPTIMIZERS, InBackward, StepInBackward, build_optimizer, go_on, is_projected
+from weights import peft_format
+from weights.beside import train_beside
 from weights.checkpoint import load_model, load_optimizer, read_config
 from weights.peft_layout import outside_peft
 
@@ -123,7 +134,11 @@ def check_model(s: Settings, data: Data) -> Transformer:
         model = Transformer(config)
         s.quantize = read_quantization(s.quantize, model)
         if s.method != "full":
-            lora.add_lora(model, adapter_config(s, config))
+            adapter = adapter_config(s, config)
+            initialization.check(s, model, adapter)
+            lora.add_lora(model, adapter)
+            check_beside(model, adapter)
+            train_beside(model, adapter)
             note_outside_peft(model, s.method)
         else:
             train_only(model, s.train)
@@ -179,6 +194,21 @@ def note_outside_peft(model: Transformer, method: str) -> None:
         print(f"note: {why}: the adapter is for onetune alone, the merged model for all", file=sys.stderr)
 
 
+def check_beside(model: Transformer, adapter: lora.AdapterConfig) -> None:
+    """Raise UserError for what trains beside adapters that have no place for it in their folder, or trains twice."""
+    if not (adapter.save or adapter.tokens):
+        return
+    found = lora.adapters(model)
+    if not all(each.standard for each in found.values()) or outside_peft(model.config, adapter.kind, found):
+        raise UserError(
+            "--lora_modules_to_save and --lora_tokens need adapters that PEFT has: LoRA or DoRA as published"
+        )
+    if adapter.tokens and "model.embed_tokens" in adapter.save:
+        raise UserError("--lora_tokens: the whole embedding trains already (--lora_modules_to_save)")
+    if adapter.tokens and model.config.tie_word_embeddings and "lm_head" in found:
+        raise UserError("--lora_tokens: the head is the embedding: leave lm_head out of --lora_targets")
+
+
 def check_samples(s: Settings, config: Config, parts: list[Samples]) -> None:
     """Raise UserError if a sample is longer than the model's context, or has a token beyond its vocabulary."""
     longest, taken = max(part.row_lengths.max().item() for part in parts), len(virtual_ids(s, config))
@@ -222,7 +252,7 @@ def start_fabric(s: Settings) -> Fabric:
 
 def adapt(s: Settings, model: Transformer) -> None:
     """Put the adapter that the flags describe over a loaded model, as it starts."""
-    lora.add_lora(model, adapter_config(s, model.config))
+    initialization.put_over(s, model, adapter_config(s, model.config))
 
 
 def build_model(
@@ -234,11 +264,18 @@ def build_model(
         model = load_model(newest or s.checkpoint_dir, dtype, device)
         train_only(model, s.train)
         return model, None
-    config = adapter_config(s, read_config(s.checkpoint_dir))
-    model = load_model(s.checkpoint_dir, dtype, device, s.quantize, adapter_dir=newest)
+    config = read_config(s.checkpoint_dir)
+    adapter = adapter_config(s, config)
+    quantize = base_quantization(s, adapter, config)
     if not newest:
-        lora.add_lora(model, config)
-    return model, config
+        return initialization.start(s, adapter, dtype, device, quantize)
+    model = load_model(s.checkpoint_dir, dtype, device, quantize, adapter_dir=newest)
+    if "lora_init" not in lora.ADAPTERS[s.method].flags:
+        return model, adapter
+    # Starts may have shared out the ranks, and modules and tokens beside the adapters have their values there.
+    stored = peft_format.read_for(model, newest, peft_format.is_on_residual(newest))
+    train_beside(model, stored.config, stored.replaced)
+    return model, stored.config
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> None:

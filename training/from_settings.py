@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ import torch
 import lora
 from model import Config, Transformer
 from ops.dtypes import compute_dtype
+from quantize import quantizable_layers
 from shell.cli import UserError
-from weights.peft_layout import Layout
+from training.initialization import takes_from_base
+from training.targets import bare_model, default_targets, layout_of, own_modules, own_pattern, own_targets, token_ids
 
 if TYPE_CHECKING:
     from training.settings import Settings
@@ -22,16 +25,26 @@ DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": t
 
 
 def adapter_config(s: Settings, config: Config) -> lora.AdapterConfig:
-    """The adapter that the flags describe, for a model of this `Config`."""
+    """The adapter that the flags describe, for a model of this `Config`. Raises UserError for what does not fit it."""
     own = lora.ADAPTERS[s.method].targets
     defaults = [name for name in default_targets(config) if own is None or name in own]
-    return lora.AdapterConfig(
+    adapter = lora.AdapterConfig(
         s.method, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_rslora,
         targets=own_targets(s.lora_targets or defaults, config),
         virtual_tokens=s.virtual_tokens,
         adapter_layers=s.adapter_layers or max(1, config.num_hidden_layers - 2),
         seed=s.seed,
+        layers=own_layers(s.lora_layers, config), residual=takes_from_base(s),
+        save=own_modules(s.lora_modules_to_save, config), tokens=token_ids(s.lora_tokens, config, s.checkpoint_dir),
     )  # fmt: skip
+    if not (s.lora_rank_pattern or s.lora_alpha_pattern):
+        return adapter
+    adapted = [name for name in layout_of(config).linears if adapter.covers(name)]
+    return dataclasses.replace(
+        adapter,
+        rank_pattern=own_pattern("lora_rank_pattern", s.lora_rank_pattern, s.lora_r, config, adapted),
+        alpha_pattern=own_pattern("lora_alpha_pattern", s.lora_alpha_pattern, s.lora_alpha, config, adapted),
+    )
 
 
 def virtual_ids(s: Settings, config: Config) -> list[int]:
@@ -78,19 +91,25 @@ def pattern_of_names(pattern: str) -> re.Pattern:
         raise UserError(f"--train {pattern}: no regular expression ({error})") from None
 
 
-def default_targets(config: Config) -> list[str]:
-    """All projections that a block has; attention's alone beside experts, of which a model has thousands."""
-    left_out = ("gate_proj", "up_proj", "down_proj") if config.experts else () if config.gated else ("gate_proj",)
-    return [name for name in lora.PROJECTIONS if name not in left_out]
+def own_layers(layers: list[int] | None, config: Config) -> tuple[int, ...] | None:
+    """--lora_layers: the numbers of the blocks with adapters, None for all. Raises UserError if one is not there."""
+    for number in layers or ():
+        if number >= config.num_hidden_layers:
+            raise UserError(f"--lora_layers {number}: the model's layers are 0 to {config.num_hidden_layers - 1}")
+    return None if layers is None else tuple(layers)
 
 
-def own_targets(targets: list[str], config: Config) -> tuple[str, ...]:
-    """`targets` with the family's own names, such as query_key_value, replaced by those of all layers in them."""
-    if {*targets} <= {*lora.PROJECTIONS}:
-        return tuple(targets)
-    with torch.device("meta"):
-        layout = Layout(config, lora.linear_layers(Transformer(config)))
-    return tuple(dict.fromkeys(own for target in targets for own in layout.own_targets(target)))
+def base_quantization(s: Settings, adapter: lora.AdapterConfig | None, config: Config) -> str | dict | None:
+    """How the base is quantised: as --quantize says, but for modules that train whole. Takes what `check_model` gave s.
+
+    adapter: `adapter_config`'s, or None with --method full.
+    """
+    saved = {} if adapter is None else {*adapter.save}.intersection(quantizable_layers(bare_model(config)))
+    if not saved or s.quantize is None:
+        return s.quantize
+    every = dict.fromkeys(quantizable_layers(bare_model(config)), s.quantize)
+    every = s.quantize if isinstance(s.quantize, dict) else every
+    return every | dict.fromkeys(saved, "none")
 
 
 def autocast_dtype(s: Settings) -> torch.dtype | None:

@@ -1,6 +1,7 @@
 """The command line of finetune.py: every flag with its default, and what is refused before anything is loaded."""
 
 import dataclasses
+import math
 import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -39,14 +40,28 @@ class Settings:
         lora_alpha: Scale of the adapter; its product is multiplied by alpha / r.
         lora_dropout: Share of the adapter's inputs set to zero in training.
         lora_targets: Projections that get an adapter; gate_proj, up_proj and down_proj are also those of every expert.
-            A name of the model's family, such as query_key_value, is all projections in it.
-            By default all, but in a mixture of experts attention's alone.
+            A name of the model's family, such as query_key_value, is all projections in it. "all-linear" is all layers
+            but the head, experts included; any other text is a regular expression for the whole names of layers.
+            By default all projections, but in a mixture of experts attention's alone.
+        lora_layers: Numbers of the blocks that get adapters, such as [0,1,5]; by default all.
+        lora_rank_pattern: Other ranks for some layers, such as {down_proj: 8}; keys are ends of names, or regular
+            expressions for them.
+        lora_alpha_pattern: Other alphas for some layers, in the same way.
+        lora_modules_to_save: Modules that train whole beside the adapters, in fp32, such as [embed_tokens,lm_head] or
+            [input_layernorm]; ends of names, which may be of all that is in a module.
+        lora_tokens: Tokens whose rows of the embedding train, as texts of added tokens or as ids, such as
+            ["<|tool|>",32000]; a head that is the embedding follows.
         lora_rslora: Multiply by alpha / sqrt(r) instead.
         virtual_tokens: Trained tokens before every text with the methods prompt and prefix, which take room in the
             model's context; with llama-adapter and -v2 the length of the prompt that each adapted layer attends to.
         adapter_layers: With llama-adapter and -v2, how many of the last layers have a prompt; by default all but two.
         train: With "full", train only the parameters with such names, for example "layers.30.*" or "*norm*": patterns
             as in a shell, or regular expressions, for the whole name or all from one of its dots on.
+        lora_init: How the adapter starts (training/initialization.py): A at random and B zero ("default", "gaussian"),
+            by the base's weights, or by the activations of training batches ("eva").
+        lora_init_iterations: With pissa: a fast SVD of so many iterations (16 is usual) in place of the exact one. With
+            loftq: how often it quantises and decomposes (1 by default).
+        lora_eva_rho: With eva: no layer gets more than this times its rank; 2 by default, at 1 all keep theirs.
         global_batch_size: Samples in an optimiser step, over all micro-batches and devices.
         micro_batch_tokens: Tokens in a micro-batch, padding included: memory against speed. Without dropout the
             gradient is the same up to rounding; fixed for a run.
@@ -81,6 +96,8 @@ class Settings:
             metrics.csv has the loss without it.
         z_loss: Train the loss plus this times the square of log sum exp(logits) of each target, which keeps logits near
             0 (PaLM, arXiv 2204.02311, section 5, has 1e-4). metrics.csv has the loss without it.
+        neftune_alpha: In training add uniform noise to embedded tokens, of up to this over sqrt(L D), for a sample of L
+            tokens and an embedding of size D (NEFTune, arXiv 2310.05914, has 5 to 15); 0 for none.
         beta1: Decay of the first moment, SGD's momentum: 0.9 where the optimiser has one.
         beta2: Decay of the second moment, 0.999, or of Lion's one, 0.99, where the optimiser has one.
         max_grad_norm: Clip the gradient to this norm; 0 for no clipping.
@@ -121,8 +138,16 @@ class Settings:
     lora_r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.0
-    lora_targets: list[str] | None = None
+    lora_targets: list[str] | str | None = None
+    lora_layers: list[int] | None = None
+    lora_rank_pattern: dict[str, int] | None = None
+    lora_alpha_pattern: dict[str, float] | None = None
+    lora_modules_to_save: list[str] | None = None
+    lora_tokens: list[int | str] | None = None
     lora_rslora: bool = False
+    lora_init: Literal[cli.table_keys("training/initialization.py", "INITIALISATIONS")] = "default"
+    lora_init_iterations: int | None = None
+    lora_eva_rho: float | None = None
     virtual_tokens: int = 20
     adapter_layers: int | None = None
     train: list[str] | str | None = None
@@ -148,6 +173,7 @@ class Settings:
     label_smoothing: float = 0.0
     balance_loss: float = 0.0
     z_loss: float = 0.0
+    neftune_alpha: float = 0.0
     beta1: float | None = None
     beta2: float | None = None
     max_grad_norm: float = 1.0
@@ -213,11 +239,34 @@ class Settings:
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
         zero_or_above = ("warmup_steps", "weight_decay", "max_grad_norm", "eval_interval", "save_interval", "keep_last")
-        cli.check_numbers(self, *zero_or_above, "seed", "balance_loss", "z_loss", "simpo_gamma", least=0)
+        zero_or_above += ("seed", "balance_loss", "z_loss", "simpo_gamma", "neftune_alpha")
+        cli.check_numbers(self, *zero_or_above, least=0)
         cli.check_numbers(self, "lora_dropout", "beta1", "beta2", "label_smoothing", least=0, below=1)
         cli.check_numbers(self, "recompute", least=0, most=1)
-        if self.lora_targets == []:
+        self._check_layers()
+        self._check_init()
+
+    def _check_init(self):
+        cli.check_numbers(self, "lora_init_iterations", above=0)
+        cli.check_numbers(self, "lora_eva_rho", least=1, below=math.inf)
+        if self.lora_init_iterations is not None and self.lora_init not in ("pissa", "loftq"):
+            raise UserError(f"--lora_init_iterations goes with --lora_init pissa or loftq, not {self.lora_init}")
+        if self.lora_eva_rho is not None and self.lora_init != "eva":
+            raise UserError(f"--lora_eva_rho goes with --lora_init eva, not {self.lora_init}")
+        if self.lora_init == "loftq" and self.quantize in (None, "none"):
+            raise UserError("--lora_init loftq needs --quantize: it makes up for what that loses")
+
+    def _check_layers(self):
+        if self.lora_targets in ([], ""):
             raise UserError("--lora_targets is empty: name at least one projection, such as [q_proj,v_proj]")
+        for flag, such in (("lora_layers", "[0,1]"), ("lora_modules_to_save", "[lm_head]"), ("lora_tokens", "[3,7]")):
+            if getattr(self, flag) == []:
+                raise UserError(f"--{flag} is empty: give at least one, such as {such}")
+        cli.check_numbers(self, "lora_layers", least=0)
+        for flag in ("lora_rank_pattern", "lora_alpha_pattern"):
+            for key, value in (getattr(self, flag) or {}).items():
+                if not value > 0:
+                    raise UserError(f"--{flag}: {key} has {value}: must be above 0")
 
     def _check_optimizer(self):
         """Give beta1 and beta2 the optimiser's own values, and refuse what it has no use for."""

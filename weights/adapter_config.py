@@ -42,6 +42,7 @@ def parse_adapter_config(values: dict) -> AdapterConfig:
         targets=targets if isinstance(targets, str) else tuple(targets),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
+        layers=_layers(values),
         **_own_fields(values),
     )
 
@@ -61,6 +62,14 @@ def _own_fields(values):
             raise ValueError("feedforward is neither a list of names nor a regular expression")
         fields["feedforward"] = feedforward if isinstance(feedforward, str) else tuple(feedforward)
     return fields
+
+
+def _layers(values):
+    """`layers_to_transform`, None for all blocks; also where `layers_pattern` says otherwise what counts as one."""
+    layers = values.get("layers_to_transform")
+    if layers in (None, []) or values.get("layers_pattern"):
+        return None
+    return (layers,) if type(layers) is int else tuple(layers)
 
 
 def _kind(values):

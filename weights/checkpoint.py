@@ -103,6 +103,7 @@ def load_model(
     device: str | torch.device = "cpu",
     quantize: str | dict | None = None,
     adapter_dir: str | Path | None = None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Transformer:
     """A frozen `Transformer` in evaluation mode with the weights of a model folder.
 
@@ -110,6 +111,7 @@ def load_model(
     quantize: what --quantize says, for the linear layers in the blocks (quantize.py); embedding and head stay as they
         are.
     adapter_dir: an adapter to add, onetune's or PEFT's (its matrices are fp32).
+    change: as in `fill_model`.
 
     The model is built without memory; then each tensor is read, cast, quantised on its device and put in place before
     the next is read, so peak memory is the finished model and one tensor. Raises UserError for tensors that are
@@ -122,10 +124,13 @@ def load_model(
         except UserError as error:
             raise UserError(f"{checkpoint_dir}: {error}") from None
     quantization = read_quantization(quantize, model)
+    residual = adapter_dir is not None and peft_format.is_on_residual(adapter_dir)
+    if residual:
+        change = peft_format.without_start(model, adapter_dir)
     with checked(checkpoint_dir):
-        fill_model(model, weights.read, dtype, device, quantization)
+        fill_model(model, weights.read, dtype, device, quantization, change)
         if adapter_dir is not None:
-            peft_format.load_adapter(model, adapter_dir)
+            peft_format.load_adapter(model, adapter_dir, residual)
     return model.eval()
 
 
@@ -135,13 +140,16 @@ def fill_model(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     quantization: str | dict | None = None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Give a model without memory its frozen weights: `read(name)` is called for each in turn. As in `load_model`.
 
-    quantization: as `quantize.read_quantization` returns it. Raises UserError for a value too large for `dtype`.
+    quantization: as `quantize.read_quantization` returns it. change: what becomes of each parameter, by its name and as
+    it is stored, before it is cast or quantised. Raises UserError for a value too large for `dtype`.
     """
     for name in [name for name, _ in model.named_parameters()]:
-        _put(model, name, read(name).to(device), dtype, quantization)
+        tensor = read(name).to(device)
+        _put(model, name, tensor if change is None else change(name, tensor), dtype, quantization)
         lora.give_back_memory()
     model.tie_weights()
     model.requires_grad_(False)

@@ -35,13 +35,15 @@ class Tuned:
     def __init__(
         self, config: dict, weights: Weights, quantize: str | dict | None = None, adapter_dir: str | Path | None = None
     ):
-        self.adapter, self.tensors = None, {}
+        self.adapter, self.tensors, self.change = None, {}, None
         self.replaced = Replaced(lora.AdapterConfig())  # nothing
         _, self.model, self.weights = model_of(config, weights)
         self.quantization = read_quantization(quantize, self.model)
         if adapter_dir is not None:
-            peft_format.load_adapter(copy.deepcopy(self.model), adapter_dir)  # into no memory, for its checks
-            stored = peft_format.read_for(self.model, adapter_dir)
+            residual = peft_format.is_on_residual(adapter_dir)
+            peft_format.load_adapter(copy.deepcopy(self.model), adapter_dir, residual)  # into no memory, for its checks
+            stored = peft_format.read_for(self.model, adapter_dir, residual)
+            self.change = peft_format.without_start(self.model, adapter_dir) if residual else None
             self.adapter, self.tensors, self.replaced = stored.config, stored.tensors, stored.replaced
             check_mergeable(self.adapter, adapter_dir)
         self.base_is_tied = self.model.config.tie_word_embeddings
@@ -68,6 +70,7 @@ class Tuned:
     def linear(self, name: str) -> nn.Module:
         """The linear layer `name`: quantised and adapted as in training."""
         weight, bias = self.read(f"{name}.weight"), None
+        weight = self.change(f"{name}.weight", weight) if self.change else weight
         if self.linears[name].bias is not None:
             bias = nn.Parameter(self.read(f"{name}.bias"), requires_grad=False)
         dense = name == "lm_head" or f"{name}.weight" in self.replaced.whole
@@ -104,7 +107,7 @@ class Tuned:
         layer = self.linear(path)
         if path not in self.tensors:
             return layer.dequantize(torch.float32), before
-        return layer.merged_weight(), layer.base.dequantize(torch.float32)
+        return layer.merged_weight(), self._stored(name) if self.change else layer.base.dequantize(torch.float32)
 
     def merged_config(self, config: dict) -> dict:
         """config.json's values for the merged model: its head may be no longer the embedding."""

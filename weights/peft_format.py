@@ -11,6 +11,8 @@ one. So are adapters over layers where PEFT cannot have them (`outside_peft`), L
 
 PEFT's folders may hold more than adapters over linear layers: new values of the base's own parameters (replaced.py).
 They are read; only adapters are written.
+
+Adapters that start from the base's weights are written as ordinary ones of twice the rank (residual.py).
 """
 
 import contextlib
@@ -21,6 +23,7 @@ import re
 import signal
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +31,21 @@ import torch
 from torch import Tensor, nn
 
 from adapters.adapter import Adapter, adapters, linear_layers
-from lora import ADAPTERS, AdapterConfig, DoRALinear, LoRALinear, is_named, match_pattern, places, wrap
+from lora import (
+    ADAPTERS,
+    AdapterConfig,
+    DoRALinear,
+    LoRALinear,
+    is_named,
+    layer_number,
+    match_pattern,
+    places,
+    wrap,
+)
 from model import Linear, Transformer
 from shell.cli import UserError
 from shell.files import check_listed, read_json
+from weights import residual
 from weights.adapter_config import (
     EMBEDDING_MODULE,
     HEAD_MODULE,
@@ -42,6 +56,7 @@ from weights.adapter_config import (
     parse_adapter_config,
     token_ids,
 )
+from weights.beside import describe_beside, own_names, own_replaced, tensors_beside
 from weights.peft_kinds import KINDS, PEFT_TYPES, PREFIX, Found, layout_of
 from weights.peft_layout import Layout, outside_peft
 from weights.replaced import EMBEDDING, FLOATS, HEAD, Replaced, biases, parameters_of, replace
@@ -71,7 +86,12 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
     found = adapters(model)
     tensors = _copied({name: own_tensors(adapter) for name, adapter in found.items()})
     peft_type, metadata = _peft_type(model, config, found), {"format": "pt"}
-    description = _description(config, peft_type, base_model)
+    if peft_type != "LORA" and (config.save or config.tokens):
+        raise UserError(f"an adapter of the type {peft_type} cannot be saved with modules or tokens beside it")
+    if config.residual:
+        metadata[residual.METADATA] = residual.describe(config)
+        tensors, config = residual.doubled(tensors, config)
+    description = _description(config, peft_type, base_model) | describe_beside(model, config)
     if peft_type in KINDS:
         flat, adapted = KINDS[peft_type].write(tensors, model), [*found]
         metadata |= {ADAPTED: json.dumps(adapted)} if "lora_targets" in ADAPTERS[config.kind].flags else {}
@@ -85,6 +105,7 @@ def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_mod
             tensors = layout.stack(tensors, config, lambda name: _row_norms(model.get_submodule(name)))
             description |= layout.describe(config, [*found])
         flat = {_peft_name(name, key): t for name, own in tensors.items() for key, t in own.items()}
+        flat |= {f"{PREFIX}{name}": tensor for name, tensor in tensors_beside(model, config).items()}
     else:
         flat = _flat(tensors)
         metadata |= {KIND: config.kind} if peft_type == OUTSIDE else {}
@@ -139,6 +160,7 @@ def _description(config, peft_type, base_model):
         "bias": "none",
         "fan_in_fan_out": False,
     }
+    description |= {} if config.layers is None else {"layers_to_transform": list(config.layers)}
     if peft_type in ("LORA", OUTSIDE):
         return description | {"use_dora": ADAPTERS[config.kind] is DoRALinear}
     return description | own_description(config)
@@ -186,7 +208,7 @@ class StoredAdapter(NamedTuple):
     names; of the types in `KINDS`, whose tensors tell only beside a model which module they are for, all by their names
     in the file under "". replaced: new values of the base's parameters. own: where our layers are stacked as PEFT has
     them, what would be in adapter_config.json if they were not; of the types in `KINDS` the names of our layers, if we
-    wrote it.
+    wrote it. start: of adapters of twice their rank, what those without their start are like (residual.py).
     """
 
     config: AdapterConfig
@@ -194,14 +216,16 @@ class StoredAdapter(NamedTuple):
     tensors: dict[str, dict[str, Tensor]]
     replaced: Replaced
     own: dict | list | None = None
+    start: dict | None = None
 
 
-def load_adapter(model: Transformer, folder: Path) -> AdapterConfig:
+def load_adapter(model: Transformer, folder: Path, on_residual: bool = False) -> AdapterConfig:
     """Freeze the model and put the adapter in `folder`, ours or PEFT's, over it. Returns its `AdapterConfig`.
 
+    on_residual: whether the model has been given what `without_start` leaves of its weights.
     Raises UserError if a tensor is missing, surplus, misshapen or not finite.
     """
-    stored, layers = read_for(model, folder), linear_layers(model)
+    stored, layers = read_for(model, folder, on_residual), linear_layers(model)
     config, tensors = stored.config, stored.tensors
     if stored.values.get("peft_type", "LORA") in ("LORA", OUTSIDE):  # under our names it is left out
         covered = _covered(stored, model, folder)
@@ -241,7 +265,46 @@ def _places(stored, model, folder):
     return names
 
 
-def read_for(model: Transformer, folder: Path) -> StoredAdapter:
+def is_on_residual(folder: Path) -> bool:
+    """Whether the adapters in `folder` started from the base's weights, and are to be loaded over the rest of them."""
+    path = Path(folder, "adapter_model.safetensors")
+    return path.is_file() and residual.METADATA in read_metadata(path, ADAPTER_AGAIN)
+
+
+def without_start(model: Transformer, folder: Path) -> Callable[[str, Tensor], Tensor]:
+    """What is to become of each of the model's weights under the adapters in `folder`, which `is_on_residual`.
+
+    Returns a function of a parameter's name and its value, as `checkpoint.fill_model` takes it.
+    """
+    stored = read_for(model, folder, on_residual=True)
+
+    def change(name, weight):
+        path = name.removesuffix(".weight")
+        own = stored.tensors.get(path)
+        if own is None or path == name:
+            return weight
+        return residual.rest(weight, own["start_A"], own["start_B"], stored.config.scale(path))
+
+    return change
+
+
+def read_for(model: Transformer, folder: Path, on_residual: bool = False) -> StoredAdapter:
+    """`read_adapter`, for the layers of `model`. on_residual: as in `load_adapter`.
+
+    Raises UserError if it cannot be over these.
+    """
+    stored = _read_for(model, folder)
+    if not on_residual:
+        return stored
+    try:
+        start = parse_adapter_config(stored.values | {key: stored.start.get(key) for key in residual.KEYS})
+        tensors, config = residual.halved(stored.tensors, stored.config, start)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}: in the metadata of adapter_model.safetensors: {error}: {ADAPTER_AGAIN}") from None
+    return stored._replace(tensors=tensors, config=config)
+
+
+def _read_for(model, folder):
     """`read_adapter`, with the names of the model's layers where PEFT has those of its family.
 
     PEFT's rules are those for the family's names. Of an adapter on a layer that holds several of ours, each of these
@@ -253,6 +316,7 @@ def read_for(model: Transformer, folder: Path) -> StoredAdapter:
         raise UserError(f"{Path(folder, 'adapter_config.json')}: fan_in_fan_out is not supported, but for GPT-2")
     if stored.values["peft_type"] in KINDS:
         return _read_kind(stored, model, folder)
+    stored = _beside_by_our_names(stored, model, folder)
     if stored.values["peft_type"] != "LORA":
         return stored
     experts_are_modules = any(re.search(r"\.experts\.\d+\.", name) for name in stored.tensors)  # transformers 4
@@ -267,7 +331,27 @@ def read_for(model: Transformer, folder: Path) -> StoredAdapter:
     _check_same(stored.tensors, {*layout.in_file(adapted).values()}, folder)
     config, tensors = layout.own_config(stored.config, adapted), layout.copied(stored.tensors, adapted, str(folder))
     values = {key: stored.values.get(key) for key in ("modules_to_save", "trainable_token_indices")}
-    return StoredAdapter(config, values | {"target_modules": [*config.targets]}, tensors, stored.replaced)
+    values |= {"target_modules": [*config.targets]}
+    return stored._replace(config=config, values=values, tensors=tensors)
+
+
+def _beside_by_our_names(stored, model, folder):
+    """A folder's content with our names of what it changes beside its adapters, and that in its config."""
+    values, replaced = own_names(model, stored.values), own_replaced(model, stored.replaced)
+    ids = token_ids(values)
+    replaced.rows = {
+        name: (ids.get(name.removesuffix(".weight"), []), rows) for name, (_, rows) in replaced.rows.items()
+    }
+    _check_rows(values, replaced, Path(folder, "adapter_config.json"))
+    whole = parameters_of(model, values.get("modules_to_save") or [])
+    if EMBEDDING in whole and values.get("ensure_weight_tying") and model.config.tie_word_embeddings:
+        whole.add(HEAD)
+    paths = {name.rpartition(".")[0] for name in whole}
+    save = tuple(path for path, _ in model.named_modules() if path in paths)
+    tokens = tuple(ids.get(EMBEDDING_MODULE, ()))
+    config = dataclasses.replace(stored.config, save=save, tokens=tokens)
+    own = None if stored.own is None else own_names(model, stored.own)
+    return stored._replace(config=config, values=values, replaced=replaced, own=own)
 
 
 def _read_kind(stored, model, folder):
@@ -293,8 +377,11 @@ def _unstacked(stored, layout, folder):
     """Our own adapters, of a folder in which they are stacked."""
     config_path = Path(folder, "adapter_config.json")
     try:
-        config = dataclasses.replace(parse_adapter_config(stored.own), kind=stored.config.kind)
-        own = StoredAdapter(config, stored.own, {}, stored.replaced)
+        config = dataclasses.replace(
+            parse_adapter_config(stored.own), kind=stored.config.kind, save=stored.config.save,
+            tokens=stored.config.tokens,
+        )  # fmt: skip
+        own = stored._replace(config=config, values=stored.own, tensors={}, own=None)
         adapted = _covered_of(own, layout.linears, folder)
         expected = stored.own | layout.describe(config, adapted)
     except ValueError as error:
@@ -324,11 +411,13 @@ def _refuse_beside(stored, model, layout, folder):
     """Raise UserError for what a folder changes beside its adapters, if that is not called in the family as with us."""
     replaced, ours = stored.replaced, {HEAD, *(name for name, _ in model.named_parameters())}
     differs = layout.differs(layout.linears)
-    same = {name for name in replaced.names() if layout.names.piece(name).theirs == (name,)}
+    pieces = {name: layout.names.piece(name) for name in replaced.names()}
+    same = {name for name, piece in pieces.items() if piece.theirs == (name,) or piece.row.is_whole}
     found = sorted(replaced.names() - (same & ours if differs else same))
     if differs:
         found += ["LoRA on the embedding"] if replaced.low_rank else []
-        found += ["ensure_weight_tying"] if stored.values.get("ensure_weight_tying") else []
+        tied = stored.values.get("ensure_weight_tying") and EMBEDDING not in replaced.whole
+        found += ["ensure_weight_tying"] if tied else []
         found += ["bias"] if stored.values.get("bias", "none") != "none" else []
     if found:
         raise UserError(f"{folder}: {', '.join(found)} is not supported for {model.config.family} models")
@@ -434,8 +523,8 @@ def _left_out(values, name):
     numbers = values.get("layers_to_transform")
     if numbers in (None, []) or name in (values.get("target_modules") or []):
         return False
-    found = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name) for pattern in layer_patterns(values))
-    number = next((int(match[1]) for match in found if match), None)
+    found = (layer_number(name, pattern) for pattern in layer_patterns(values))
+    number = next((number for number in found if number is not None), None)
     return number not in (numbers if isinstance(numbers, list) else [numbers])
 
 
@@ -480,7 +569,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     tensors, replaced = {}, Replaced(config)
     in_peft, stored = values["peft_type"] == "LORA", read_tensors(tensors_path, ADAPTER_AGAIN)
     if values["peft_type"] in KINDS:
-        own = _own_description(tensors_path, ADAPTED, list)
+        own = _in_metadata(tensors_path, ADAPTED, list)
         return StoredAdapter(config, values, {"": {**stored}}, replaced, own)
     if values["peft_type"] in ("LORA", OUTSIDE):
         config = _as_trained(config, tensors_path)
@@ -495,8 +584,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
         if key in own:
             raise UserError(f"{tensors_path}: tensor {full_name} comes twice, with and without .weight")
         own[key] = tensor
-    _check_rows(values, replaced, config_path)
-    return StoredAdapter(config, values, tensors, replaced, _own_description(tensors_path) if in_peft else None)
+    own = _in_metadata(tensors_path, METADATA) if in_peft else None
+    return StoredAdapter(config, values, tensors, replaced, own, _in_metadata(tensors_path, residual.METADATA))
 
 
 def _as_trained(config, path):
@@ -506,10 +595,10 @@ def _as_trained(config, path):
     return dataclasses.replace(config, kind=kind) if same and ADAPTERS[kind].is_standard() else config
 
 
-def _own_description(path, key=METADATA, kind=dict):
-    """What adapter_config.json would be under our names, of the metadata of a file in which adapters are stacked.
+def _in_metadata(path, key, kind=dict):
+    """What is called `key` in the metadata of a file of tensors, of this type that JSON knows; None if it is not there.
 
-    Or what else we have put there under `key`, of a type that JSON knows.
+    METADATA: what adapter_config.json would be under our names, of adapters that are stacked.
     """
     text = read_metadata(path, ADAPTER_AGAIN).get(key)
     if text is None:

@@ -218,9 +218,12 @@ class Layout:
         taken = [name for name in self.linears if self.module(name) in adapted]
         ranks = {name: match_pattern(config.rank_pattern, self.module(name), config.r) for name in taken}
         alphas = {name: match_pattern(config.alpha_pattern, self.module(name), config.alpha) for name in taken}
+        covered = [name for name in self.linears if config.covers(name)]
+        if covered == taken and all(_numbers(config, n)[:2] == (ranks[n], alphas[n]) for n in taken):
+            return config  # it says the same by our names
         return AdapterConfig(
             config.kind, config.r, config.alpha, config.dropout, config.rslora, tuple(ends(taken, self.linears)),
-            patterns(ranks, config.r), patterns(alphas, config.alpha),
+            patterns(ranks, config.r), patterns(alphas, config.alpha), save=config.save, tokens=config.tokens,
         )  # fmt: skip
 
 

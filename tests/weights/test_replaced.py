@@ -184,12 +184,18 @@ def test_in_bf16_they_are_as_in_peft(tiny_checkpoint, tmp_path):
     assert half.dtype == torch.bfloat16 and distance(half, full) < 4e-3
 
 
+@pytest.mark.parametrize("kind", ["layers", "layer 0", "layers by pattern", "without some"])
 @torch.no_grad()
-def test_what_covers_only_some_layers_is_saved_by_their_names(tiny_checkpoint, tmp_path):
-    make(tiny_checkpoint("llama"), tmp_path, KINDS["layers"])
+def test_what_covers_only_some_layers_is_saved_so(tiny_checkpoint, tmp_path, kind):
+    """By their numbers where only these narrow it, else by the layers' names."""
+    make(tiny_checkpoint("llama"), tmp_path, KINDS[kind])
     model = load_model(tiny_checkpoint("llama"), torch.float32)
     config = peft_format.load_adapter(model, tmp_path)
-    assert config.targets == ("model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj")
+    assert config.layers == {"layers": (0, 2), "layer 0": (0,)}.get(kind)
+    if config.layers:
+        assert config.targets == ("q_proj",)
+    else:
+        assert all(target.startswith("model.layers.") for target in config.targets)
     (tmp_path / "again").mkdir()
     peft_format.save_adapter(model, config, tmp_path / "again", "base")
     again, tokens = load_model(tiny_checkpoint("llama"), torch.float32, adapter_dir=tmp_path / "again"), inputs()

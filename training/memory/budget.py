@@ -20,7 +20,7 @@ from batching import PLANNERS
 from quantize import bitsandbytes, describe_quantization
 from shell import cli
 from shell.cli import UserError
-from training.from_settings import DTYPES, adapter_config, autocast_dtype
+from training.from_settings import DTYPES, adapter_config, autocast_dtype, base_quantization
 from training.memory import machine, plan
 from training.metrics import peak_memory, start_measuring
 from training.optimizer import OPTIMIZERS, build_optimizer, moment_bytes
@@ -41,6 +41,7 @@ OUT_OF_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std
 def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
     """The `plan.Job` of this run."""
     config = read_config(s.checkpoint_dir)
+    adapter = None if s.method == "full" else adapter_config(s, config)
     if OPTIMIZERS[s.optimizer].gradient == "forward":
         gradients = "none"
     elif s.optimizer_in_backward or (s.offload and not s.max_grad_norm and gradients == "new"):
@@ -50,8 +51,8 @@ def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=DTYPES[s.precision],
         autocast=autocast_dtype(s),
-        quantize=s.quantize,
-        adapter=None if s.method == "full" else adapter_config(s, config),
+        quantize=base_quantization(s, adapter, config),
+        adapter=adapter,
         train=s.train and tuple(s.train),
         optimizer=s.optimizer,
         recompute=s.recompute,

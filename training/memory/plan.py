@@ -34,6 +34,7 @@ from training.from_settings import train_only
 from training.memory.allocations import Allocations, trace_step
 from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
 from training.optimizer import moment_bytes
+from weights.beside import train_beside
 
 if TYPE_CHECKING:
     from batching import Samples
@@ -143,10 +144,16 @@ def chosen_parts(job: Job) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def chosen_in_block(names: list[str], number: int) -> tuple:
-    """Those of the names that are in block `number`, in a form that is equal for blocks that have the same ones."""
-    start = f"{quantize.BLOCKS}{number}."
-    return tuple(name.removeprefix(start) for name in names if name.startswith(start))
+def chosen_in_block(job: Job, names: list[str], number: int) -> tuple:
+    """Those of the names that are in block `number`, in a form that is equal for blocks that have the same ones.
+
+    With the ranks of adapters, and the modules beside them that train whole.
+    """
+    start, config = f"{quantize.BLOCKS}{number}.", job.adapter
+    here = [name for name in names if name.startswith(start)]
+    whole = [name for name in (config.save if config else ()) if name.startswith(start)]
+    ranks = [config and config.rank(name) for name in here] + [None] * len(whole)
+    return tuple(zip((name.removeprefix(start) for name in here + whole), ranks, strict=True))
 
 
 def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
@@ -180,6 +187,7 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
     if job.adapter:
         with NoRandomness():
             lora.wrap(model, job.adapter, [*names], [*names.values()])
+            train_beside(model, job.adapter, called=in_whole_model)
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
@@ -221,7 +229,7 @@ class Predictor:
         recomputed = [offloads or number < round(job.recompute * L) for number in range(L)]
         quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
         chosen = chosen_parts(job)
-        parts = [chosen_in_block(chosen, number) for number in range(L)]
+        parts = [chosen_in_block(job, chosen, number) for number in range(L)]
         kinds = list(zip(job.config.kinds_of_layers(), recomputed, quantizers, parts, strict=True))
         runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of equal blocks
         traced = [number for run in runs for number in run[:TRACED_BLOCKS]]

@@ -124,6 +124,12 @@ def _settings(s, name, change):
     own.out_dir = s.out_dir / name
     if own.method == "full":
         raise UserError(f"{where}: --method full changes the base, which all variants share: take an adapter")
+    if own.lora_init not in ("default", "gaussian", "orthogonal"):
+        raise UserError(
+            f"{where}: --lora_init {own.lora_init} looks at the base, which all variants share: leave it out"
+        )
+    if own.neftune_alpha:
+        raise UserError(f"{where}: --neftune_alpha would not draw the noise of a run of its own: leave it at 0")
     if own.lora_dropout:
         raise UserError(f"{where}: --lora_dropout would not draw the numbers of a run of its own: leave it at 0")
     return own
