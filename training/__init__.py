@@ -5,13 +5,16 @@ from_settings.py               the flags as objects: dtypes, the adapter
 build.py       from the flags to a `Run`: data, model, optimiser, devices
 schedule.py    the learning rate of each step, the time budget, when to validate, save and stop
 steps.py       how many steps a run has, and the micro-batches of each
-optimizer.py   AdamW, and AdamW within the backward pass
+optimizer.py   the optimisers by name, their groups and bytes, and one within the backward pass
+update_rules.py                the optimisers that are written out here: schedule-free AdamW, APOLLO; several as one
+mezo.py        an optimiser that needs no backward pass
 offload.py     AdamW in host memory
 metrics.py     what a run measures: a row of metrics.csv for each step, memory, FLOPs, the plot
 run_folder.py  the folder of a run: checkpoints, rotation, disk space, what must match to resume
 nonfinite.py   a step whose loss or gradient is not finite: which samples cause it, and replaying it
 memory/        peak memory predicted and tried out before the first step. Its map is in memory/__init__.py
 
-from_settings.py imports none of the others; offload.py imports optimizer.py; build.py imports these three; nonfinite.py
-imports build.py and steps.py; memory/ imports from_settings.py, metrics.py, offload.py and steps.py.
+from_settings.py imports none of the others; mezo.py imports update_rules.py, optimizer.py both; offload.py imports
+optimizer.py; build.py imports these three; nonfinite.py imports build.py and steps.py; memory/ imports
+from_settings.py, metrics.py, offload.py, optimizer.py and steps.py.
 """
