@@ -25,7 +25,7 @@ LAYERS = [
     ["eval"],
 ]
 RANK = {folder: rank for rank, names in enumerate(LAYERS) for folder in names}
-FOREIGN = {"transformers", "peft", "litgpt", "lit_gpt", "torchtune", "trl", "accelerate", "unsloth"}
+FOREIGN = {"transformers", "peft", "litgpt", "lit_gpt", "torchtune", "trl", "accelerate", "unsloth", "schedulefree"}
 HEAVY = ("torch", "lightning", "bitsandbytes", "transformers")
 OURS = RANK.keys() | {"examples", "bench", "tests"}
 FILES = sorted(path for folder in RANK for path in (*ROOT.glob(f"{folder}.py"), *ROOT.glob(f"{folder}/**/*.py")))

@@ -8,9 +8,9 @@ eva.py         how they start with EVA
 build.py       from the flags to a `Run`: data, model, optimiser, devices
 schedule.py    the learning rate of each step, the time budget, when to validate, save and stop
 steps.py       how many steps a run has, and the micro-batches of each
-optimizer.py   AdamW, and AdamW within the backward pass
-update_rules.py                the optimisers' steps that no library has as needed here
-mezo.py        a gradient without a backward pass
+optimizer.py   the optimisers by name, their groups and bytes, and one within the backward pass
+update_rules.py                the optimisers that are written out here: schedule-free AdamW, APOLLO; several as one
+mezo.py        an optimiser that needs no backward pass
 offload.py     AdamW in host memory
 reference.py   what the base alone makes of preference pairs
 forgetting.py  how far training has taken a model from its base, on text that it is not to forget
@@ -20,7 +20,9 @@ nonfinite.py   a step whose loss or gradient is not finite: which samples cause 
 sweep/         several variants over one base, trained together. Its map is in sweep/__init__.py
 memory/        peak memory predicted and tried out before the first step. Its map is in memory/__init__.py
 
-from_settings.py imports targets.py and initialization.py, which imports eva.py and steps.py; offload.py imports
-optimizer.py; build.py imports from_settings.py, initialization.py and these two; nonfinite.py imports build.py and
-steps.py; memory/ imports from_settings.py, metrics.py, offload.py and steps.py.
+from_settings.py imports targets.py and initialization.py, which imports eva.py and steps.py; mezo.py imports
+update_rules.py, optimizer.py both; offload.py imports optimizer.py; forgetting.py and reference.py import none of these;
+build.py imports from_settings.py, initialization.py, forgetting.py, offload.py and optimizer.py; nonfinite.py imports
+build.py and steps.py; memory/ imports from_settings.py, metrics.py, offload.py, optimizer.py and steps.py; sweep/
+imports build.py, memory/ and what they import.
 """

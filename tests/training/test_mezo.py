@@ -156,8 +156,8 @@ def test_nothing_of_a_large_weight_is_drawn_twice(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- whole runs
 
 KINDS = {
-    "lora": dict(learning_rate=3e-3),
-    "lora over NF4": dict(learning_rate=3e-3, quantize="bnb.nf4", precision="bf16-true"),
+    "lora": dict(learning_rate=1e-3),
+    "lora over NF4": dict(learning_rate=1e-3, quantize="bnb.nf4", precision="bf16-true"),
     "full": dict(learning_rate=1e-3, method="full"),
     "full in bf16-mixed": dict(learning_rate=1e-3, method="full", precision="bf16-mixed"),
 }
@@ -166,9 +166,10 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_falls(run, kind):  # noqa: F811
     train = [random_sample(3, 5) for _ in range(4)]
-    out_dir = run(train, max_steps=200, eval_interval=0, save_interval=0, max_grad_norm=0.0, **MEZO | KINDS[kind])
+    out_dir = run(train, max_steps=120, eval_interval=0, save_interval=0, max_grad_norm=0.0, **MEZO | KINDS[kind])
     losses = column(out_dir, "loss")
-    assert sum(losses[-10:]) / 10 < losses[0] - 0.3, (losses[0], losses[-10:])
+    first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+    assert last < first - 0.2, (first, last)
 
 
 @pytest.mark.parametrize(
