@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from lora import adapters
 from quantize import describe_quantization
 from shell.cli import ROOT, UserError
 from shell.files import (
@@ -313,7 +314,8 @@ def sizes(s: Settings, model: Transformer) -> tuple[int, int]:
     """Bytes of `final/` and of a checkpoint, about. model: as in training; it may be on the meta device."""
     dtype, full = DTYPES[s.precision], s.method == "full"
     trained = [p.to(dtype) if full else p for p in model.parameters() if full or p.requires_grad]
-    weights = sum(p.nbytes for p in trained)
+    kept = [buffer for adapter in adapters(model).values() for buffer in adapter.buffers(recurse=False)]
+    weights = sum(tensor.nbytes for tensor in (*trained, *kept))
     moments = sum(OPTIMIZERS[s.optimizer].moment_bytes(p, "cpu") for p in trained)  # on a disk nothing is paged
     if s.offload:
         moments = sum(STATE_BYTES * p.numel() for p in trained)
