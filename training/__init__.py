@@ -21,7 +21,7 @@ sweep/         several variants over one base, trained together. Its map is in s
 memory/        peak memory predicted and tried out before the first step. Its map is in memory/__init__.py
 
 from_settings.py imports targets.py and initialization.py, which imports eva.py and steps.py; mezo.py imports
-update_rules.py, optimizer.py both; offload.py imports optimizer.py; forgetting.py and reference.py import none of these;
+update_rules.py, optimizer.py both; offload.py imports optimizer.py; forgetting.py, reference.py import none;
 build.py imports from_settings.py, initialization.py, forgetting.py, offload.py and optimizer.py; nonfinite.py imports
 build.py and steps.py; memory/ imports from_settings.py, metrics.py, offload.py, optimizer.py and steps.py; sweep/
 imports build.py, memory/ and what they import.
