@@ -191,7 +191,9 @@ def test_the_fused_optimiser_steps_as_the_plain_one_on_a_cpu():
     "flags",
     [
         dict(optimizer="adamw"), dict(optimizer="adamw-8bit"), dict(optimizer="adamw-paged"),
-        dict(optimizer="adamw-8bit-paged"), dict(offload="optimizer"),
+        dict(optimizer="adamw-8bit-paged"), dict(offload="optimizer"), dict(optimizer="lion"), dict(optimizer="muon"),
+        dict(optimizer="apollo", apollo_rank=4), dict(optimizer="schedule-free", schedule="constant"),
+        dict(optimizer="adafactor"), dict(optimizer="sgd"),
     ],
     ids=str,
 )  # fmt: skip
