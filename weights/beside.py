@@ -150,8 +150,8 @@ def describe_beside(model: Transformer, config: AdapterConfig) -> dict:
 
 def own_names(model: Transformer, values: dict) -> dict:
     """adapter_config.json's `values`, with our names where they name modules beside the adapters by the family's."""
-    theirs = {name: path for path, name in family_names(model).items() if name != path}
-    if not theirs:
+    theirs = {name: path for path, name in family_names(model).items()}
+    if all(name == path for name, path in theirs.items()):
         return values
     changed = dict(values)
     if save := values.get("modules_to_save"):

@@ -344,31 +344,33 @@ def test_what_peft_saves_of_ours_is_pefts(neox, tmp_path):
     assert len(adapters(again)) == 3 * 3 and again.model.layers[0].self_attn.k_proj.lora_A.size(0) == 6
 
 
-@pytest.mark.parametrize(
-    "settings, says",
-    [
-        (dict(modules_to_save=["wte"]), "transformer.wte.weight is not supported for gpt2"),
-        (dict(trainable_token_indices={"wte": [3, 4]}), "transformer.wte"),
-        (dict(bias="all"), "bias"),
-    ],
-    ids=["module", "tokens", "bias"],
-)
-def test_what_is_beside_adapters_under_other_names_is_refused(settings, says, tiny_models, tmp_path):
+def test_biases_under_other_names_are_refused(tiny_models, tmp_path):
     gpt2 = tiny_models(("gpt2", 0))
-    peft_adapter(gpt2, tmp_path, target_modules=["c_attn"], **settings)
-    with pytest.raises(UserError, match=says):
+    peft_adapter(gpt2, tmp_path, target_modules=["c_attn"], bias="all")
+    with pytest.raises(UserError, match="bias is not supported for gpt2"):
         gpt2.load(adapter_dir=tmp_path)
 
 
-@pytest.mark.parametrize("row", [("phi3", 0), ("glm", 0), ("mixtral", 0), ("qwen3_moe", 0)])
+LLAMAS = dict(
+    target_modules=["o_proj"], modules_to_save=["lm_head", "norm"], trainable_token_indices={"embed_tokens": [3, 9]}
+)
+
+
+@pytest.mark.parametrize(
+    "row, settings",
+    [
+        *((row, LLAMAS) for row in (("phi3", 0), ("glm", 0), ("mixtral", 0), ("qwen3_moe", 0), ("gemma2", 2))),
+        (("gemma2", 0), dict(target_modules=["q_proj"], modules_to_save=["post_attention_layernorm"])),
+        (("gpt2", 0), dict(target_modules=["c_attn"], modules_to_save=["wte", "ln_1"])),
+        (("gpt2", 2), dict(target_modules=["c_attn"], trainable_token_indices={"wte": [3, 9]})),
+        (("opt", 0), dict(target_modules=["fc1"], modules_to_save=["norm"], trainable_token_indices=[3, 9])),
+    ],
+)
 @torch.no_grad()
-def test_what_is_beside_adapters_under_our_names(row, tiny_models, tmp_path):
-    """Whole parameters and rows of tokens, in a family that has other names only for some linear layers."""
+def test_what_is_beside_adapters(row, settings, tiny_models, tmp_path):
+    """Whole parameters and rows of tokens, by the names of the family; PEFT takes the ends of names."""
     tiny = tiny_models(row)
     model = tiny.loaded_by_transformers(tiny.folder)
-    settings = dict(
-        target_modules=["o_proj"], modules_to_save=["lm_head", "norm"], trainable_token_indices={"embed_tokens": [3, 9]}
-    )
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=3, **settings)).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -378,14 +380,6 @@ def test_what_is_beside_adapters_under_our_names(row, tiny_models, tmp_path):
     tokens[0, 1] = 9
     expected = model(tokens, use_cache=False).logits
     assert distance(tiny.load(adapter_dir=tmp_path)(tokens), expected) < 1e-5
-
-
-def test_a_norm_of_another_name_is_refused(tiny_models, tmp_path):
-    """Gemma's post_attention_layernorm is not what we call so."""
-    gemma = tiny_models(("gemma2", 0))
-    peft_adapter(gemma, tmp_path, target_modules=["q_proj"], modules_to_save=["post_attention_layernorm"])
-    with pytest.raises(UserError, match="not supported for gemma2 models"):
-        gemma.load(adapter_dir=tmp_path)
 
 
 def test_other_parameters_are_refused(tiny_models, tmp_path):
