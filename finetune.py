@@ -30,6 +30,7 @@ from objectives import Forward
 from ops.devices import read_numbers
 from training import build, nonfinite, reference, run_folder
 from training.build import Data, Run
+from training.forgetting import forgetting
 from training.memory import budget
 from training.memory.dry_run import memory_dry_run
 from training.metrics import (
@@ -37,11 +38,11 @@ from training.metrics import (
     Found,
     Metrics,
     Sums,
+    open_metrics,
     parameter_counts,
     peak_memory,
     peak_memory_since,
     report,
-    units_by_source_name,
 )
 from training.nonfinite import NotFinite, check_finite
 from training.optimizer import OPTIMIZERS, InBackward, begin_step, weights_to_keep
@@ -112,8 +113,7 @@ def train_loop(run: Run, schedule: Schedule, start: int, signals: list[int]) -> 
     s, fabric = run.settings, run.fabric
     if start < schedule.total:
         memory_dry_run(run, forward)
-    named = units_by_source_name(run), fabric.is_global_zero, run.objective.columns, run.objective.unit
-    metrics = Metrics(s.out_dir / "metrics.csv", start, *named)
+    metrics = open_metrics(run, start)
     flops, signal = FirstStepFlops(), 0
     validation_tokens = run.val.lengths.sum().item()
     per_epoch = steps_per_epoch(s, run.train)
@@ -302,7 +302,7 @@ def validate(run: Run) -> dict:
     (loss,), *sums.numbers = read_numbers(loss, *sums.over_devices())
     loss = loss / val.unit_counts.sum().item()
     perplexity = {"val_perplexity": math.exp(min(loss, 700))} if run.objective.is_likelihood else {}
-    return {"val_loss": loss, **perplexity, **sums.means(val, slice(None), "val_")}
+    return {"val_loss": loss, **perplexity, **sums.means(val, slice(None), "val_"), **forgetting(run)}
 
 
 def progress_bar(start: int, total: int, shown: bool) -> tqdm:

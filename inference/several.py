@@ -207,6 +207,10 @@ def put_adapters(model: Transformer, folders: dict[str, Path]) -> None:
         _refuse_replaced(model, folder)
         peft_format.load_adapter(model, folder)
         for path, adapter in adapters(model).items():
+            if not hasattr(adapter.base, "in_features"):
+                raise UserError(
+                    f"{folder} changes {path}, not linear layers alone: it cannot share a base with other adapters"
+                )
             own.setdefault(path, {})[number] = adapter
             _put(model, path, adapter.base)
     for path, found in own.items():

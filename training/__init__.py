@@ -13,6 +13,7 @@ update_rules.py                the optimisers' steps that no library has as need
 mezo.py        a gradient without a backward pass
 offload.py     AdamW in host memory
 reference.py   what the base alone makes of preference pairs
+forgetting.py  how far training has taken a model from its base, on text that it is not to forget
 metrics.py     what a run measures: a row of metrics.csv for each step, memory, FLOPs, the plot
 run_folder.py  the folder of a run: checkpoints, rotation, disk space, what must match to resume
 nonfinite.py   a step whose loss or gradient is not finite: which samples cause it, and replaying it

@@ -25,6 +25,7 @@ from shell.cli import UserError
 from shell.files import read_json
 from text.tokenizer import Tokenizer
 from training import initialization
+from training.forgetting import check_forgetting
 from training.from_settings import (
     DTYPES,
     adapter_config,
@@ -152,6 +153,7 @@ def check_model(s: Settings, data: Data) -> Transformer:
     if unused := idle_flags(s):
         print(f"note: {', '.join(unused)} change nothing with --method {s.method}", file=sys.stderr)
     check_objective(s, data)
+    check_forgetting(s, data)
     check_samples(s, config, [part for part in (data.train, data.val) if len(part)])
     if s.keep_best and not len(data.val):
         raise UserError(

@@ -46,8 +46,7 @@ class Metrics:
     grows by a line, or is replaced whole.
 
     sources: the number of training units of each source that has a loss of its own, by its name.
-    more: names of columns that the run's objective adds, for training and validation. unit: what its losses are means
-    over, in words.
+    more: names of more columns. unit: what losses are means over, in words.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Metrics:
         if not enabled:
             return
         columns = [*COLUMNS, *(f"{kind}/{name}" for kind in ("loss", "val_loss") for name in sources)]
-        columns += [prefix + name for prefix in ("", "val_") for name in more]
+        columns += more
         before, rows = read_rows(path)
         kept, later = ([row for row in rows if (int(row["step"]) <= start) is early] for early in (True, False))
         if later:
@@ -96,6 +95,15 @@ class Metrics:
         """Steps and values of the rows that have a value for `name`."""
         rows = [row for row in self.rows if name in row]
         return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def open_metrics(run: Run, start: int) -> Metrics:
+    """The `Metrics` of a run that goes on after `start` steps."""
+    s, objective = run.settings, run.objective
+    more = [prefix + name for prefix in ("", "val_") for name in objective.columns]
+    more += ["forgetting"] * (s.forgetting_source is not None)
+    sources, path = units_by_source_name(run), s.out_dir / "metrics.csv"
+    return Metrics(path, start, sources, run.fabric.is_global_zero, more, objective.unit)
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict]]:

@@ -50,7 +50,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; identity, time budget, version
 HARMLESS = (  # settings that a resumed run may change; for the folders their contents are compared instead
     "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops",
-    "memory_budget", "checkpoint_dir", "data_dir", "sweep",
+    "memory_budget", "checkpoint_dir", "data_dir", "sweep", "forgetting_source",
 )  # fmt: skip
 PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files

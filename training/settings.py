@@ -109,6 +109,9 @@ class Settings:
             gradient: none are kept in memory, but a step must fit in one micro-batch, and there is no clipping.
         offload: With "full", keep fp32 weights and AdamW's moments in host memory ("optimizer"), where the CPU steps
             them; gradients are copied there as they come. With max_grad_norm 0 weights step in the backward pass.
+        forgetting_source: A source of the data, such as general text that is replayed by its weight in the mixture: at
+            each validation its validation samples tell how far the adapter has taken the model from its base
+            (column "forgetting": KL(base | model) for each target, in nats).
         eval_interval: Validate every so many steps, and at the end; 0 for never.
         save_interval: Write a checkpoint every so many steps; 0 for only when a signal stops the run.
         keep_last: How many of the newest checkpoints to keep; 0 for all.
@@ -178,6 +181,7 @@ class Settings:
     compile: bool = False
     optimizer_in_backward: bool = False
     offload: Literal["optimizer"] | None = None
+    forgetting_source: str | None = None
     eval_interval: int = 100
     save_interval: int = 100
     keep_last: int = 2

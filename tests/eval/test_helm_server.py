@@ -747,8 +747,9 @@ def serving(tiny_model_dir, tmp_path_factory):
                 config = json.loads((folder / "config.json").read_text())
                 (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
                 names = json.loads((folder / "tokenizer_config.json").read_text())
-                names["added_tokens_decoder"] = {
-                    str(500 + i): {"content": text, "special": True} for i, text in enumerate(MARKS)
+                vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+                names["added_tokens_decoder"] = {  # in the place of bytes that no text has: 0xF8 and on are not UTF-8
+                    str(vocabulary[chr(0xF8 + i)]): {"content": text, "special": True} for i, text in enumerate(MARKS)
                 }
                 if kind not in STYLES:
                     names["chat_template"] = (TEMPLATES / f"{kind}.jinja").read_text()

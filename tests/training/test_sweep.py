@@ -26,11 +26,12 @@ from training.sweep.joint import joined, joint_rows
 from training.sweep.variants import read_sweep
 from weights.peft_format import read_adapter
 
-VARIANTS = {
-    "low": {"learning_rate": 1e-3},
+VARIANTS = {  # under SGD, as AdamW's first steps make whole ones of a gradient that is rounding alone
+    "low": {"learning_rate": 0.03},
     "wide": {"lora_r": 3, "lora_alpha": 7.5, "lora_targets": ["q_proj", "down_proj"], "schedule": "linear"},
     "dora": {"method": "dora", "seed": 5, "max_grad_norm": 0.01},
     "small": {"global_batch_size": 2, "max_steps": 5, "weight_decay": 0.1, "warmup_steps": 2},
+    "adamw": {"optimizer": "adamw", "learning_rate": 1e-3},
 }
 
 
@@ -40,7 +41,7 @@ def sweep(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "plot_losses", lambda *_: None)
     monkeypatch.setattr(report, "plot", lambda *_: None)
     samples = random_samples(18), random_samples(5)
-    defaults = dict(max_steps=4, eval_interval=2, save_interval=2, micro_batch_tokens=60, learning_rate=1e-2)
+    defaults = dict(max_steps=4, eval_interval=2, save_interval=2, micro_batch_tokens=60, learning_rate=0.3, optimizer="sgd")
 
     def train(variants=None, name="sweep", more=None, **flags):
         path = tmp_path / f"{name}.yaml"
@@ -59,7 +60,7 @@ def sweep(settings, tmp_path, monkeypatch):
 
 
 def check_alike(one, other, within=1e-4):
-    """The adapters and the metrics of two runs, to fp32 rounding after a few steps of AdamW."""
+    """The adapters and the metrics of two runs, to fp32 rounding."""
     tensors, expected = (read_adapter(folder / "final").tensors for folder in (one, other))
     assert tensors.keys() == expected.keys()
     for name, own in expected.items():
@@ -75,7 +76,8 @@ def check_alike(one, other, within=1e-4):
 def test_each_variant_is_as_a_run_of_its_own(flags, sweep):
     out = sweep(**flags)
     for name, change in VARIANTS.items():
-        check_alike(out / name, sweep.alone(change, name=f"alone-{name}", **flags))
+        within = 0.02 if name == "adamw" else 1e-4
+        check_alike(out / name, sweep.alone(change, name=f"alone-{name}", **flags), within)
     with open(out / "sweep.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert {row["variant"] for row in table} == VARIANTS.keys()
@@ -105,7 +107,7 @@ def test_a_run_of_its_own_goes_on_from_a_variant(sweep):
 
 
 def test_halving_drops_the_worst(sweep, capsys):
-    variants = {f"v{i}": {"learning_rate": rate} for i, rate in enumerate((1e-7, 1e-2, 2e-7, 3e-3))}
+    variants = {f"v{i}": {"learning_rate": rate} for i, rate in enumerate((1e-7, 0.5, 2e-7, 0.2))}
     halving = {"halving": {"every": 2, "keep": 0.5}}
     out = sweep(variants, more=halving, max_steps=6)
     ended = json.loads((out / "sweep.json").read_text())["ended"]
@@ -221,4 +223,4 @@ def test_what_cannot_be_trained_together(flags, message, sweep):
 def test_a_plan_of_a_sweep(sweep, capsys):
     sweep(plan=True)
     out = capsys.readouterr().out
-    assert "4 variants" in out and "together" in out and "small: 5 steps" in out
+    assert f"{len(VARIANTS)} variants" in out and "together" in out and "small: 5 steps" in out

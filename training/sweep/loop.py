@@ -24,7 +24,7 @@ from training import build, nonfinite, reference, run_folder
 from training.build import Data, Run
 from training.from_settings import DTYPES, adapter_config
 from training.memory import budget
-from training.metrics import Metrics, parameter_counts, peak_memory_since, units_by_source_name, write_report
+from training.metrics import Metrics, open_metrics, parameter_counts, peak_memory_since, write_report
 from training.nonfinite import NotFinite
 from training.optimizer import begin_step, weights_to_keep
 from training.run_folder import explained_write_errors
@@ -179,8 +179,7 @@ def start(s: Settings, sweep: Sweep, fabric: Fabric, data: dict, newest: dict, i
         reference.prepare(run, done)
         print(f"{name}: {parameter_counts(base)[0]:,} trainable parameters")
         schedule = Schedule(own, total_steps(own, d.train), len(d.val) > 0, run_folder.schedule_state(place))
-        named = units_by_source_name(run), True, run.objective.columns, run.objective.unit
-        metrics = Metrics(own.out_dir / "metrics.csv", done, *named)
+        metrics = open_metrics(run, done)
         steps = planned_steps(own, d.train, done, schedule.total)
         rungs = rung(sweep.halving, done)
         variants.append(Variant(name, number, run, schedule, metrics, done, steps, ended.get(name, ""), rungs))
