@@ -10,7 +10,7 @@ one. So are adapters over layers where PEFT cannot have them (`outside_peft`), L
 `OUTSIDE`.
 
 PEFT's folders may hold more than adapters over linear layers: new values of the base's own parameters (replaced.py).
-They are read; only adapters are written.
+They are read; whole modules and rows of tokens are written too (beside.py).
 
 Adapters that start from the base's weights are written as ordinary ones of twice the rank (residual.py).
 """

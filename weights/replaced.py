@@ -1,7 +1,7 @@
 """What a folder of PEFT's changes beside its adapters: whole parameters, rows of tokens, LoRA on the embedding.
 
 These are not adapters over linear layers: when a model is loaded or merged, the base's own parameters get other values,
-and nothing is left to compute. They are read and used, but not trained here.
+and nothing is left to compute. What of them trains here is in beside.py.
 """
 
 import dataclasses

@@ -461,3 +461,26 @@ def test_a_tied_head_cannot_give_from_its_weight(tiny_checkpoint, settings, tmp_
     )
     with pytest.raises(UserError, match="the head's weight is the embedding's too"):
         finetune.main(s)
+
+
+@pytest.mark.parametrize(
+    "start, says",
+    [
+        ({"r": 2}, "not twice"), ({"lora_alpha": 1}, "not twice"), ({"r": None}, "r is missing"),
+        ({"r": "many"}, "many"), ({"rank_pattern": {"q_proj": 1}}, "not twice"), ("[1]", "is no object"),
+    ],
+)  # fmt: skip
+def test_damaged_metadata_are_refused_in_one_line(run, settings, start, says):  # noqa: F811
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = final_weights(run(random_samples(8), max_steps=1, **flags_of("olora")))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    before = json.loads(metadata["onetune.residual"])
+    metadata["onetune.residual"] = start if isinstance(start, str) else json.dumps(before | start)
+    save_file(load_file(path), path, metadata=metadata)
+    (path.parent / "manifest.json").unlink()
+    with pytest.raises(UserError, match=says) as error:
+        load_model(settings().checkpoint_dir, torch.float32, adapter_dir=path.parent)
+    assert "\n" not in str(error.value) and str(path.parent) in str(error.value)

@@ -220,7 +220,7 @@ def test_moments_take_what_an_optimiser_makes(optimizer):
     shared = ("step", "qmap1", "qmap2")  # a number, and tables that all parameters share
     for parameter in parameters:
         taken = sum(value.nbytes for key, value in real.state[parameter].items() if key not in shared)
-        assert OPTIMIZERS[optimizer].moment_bytes(parameter, "cpu") == taken
+        assert OPTIMIZERS[optimizer].moment_bytes(parameter, "cpu", "weight", None) == taken
 
 
 def test_weights_and_adapters_take_what_a_loaded_model_takes(tiny_model_dir):

@@ -41,7 +41,9 @@ def sweep(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "plot_losses", lambda *_: None)
     monkeypatch.setattr(report, "plot", lambda *_: None)
     samples = random_samples(18), random_samples(5)
-    defaults = dict(max_steps=4, eval_interval=2, save_interval=2, micro_batch_tokens=60, learning_rate=0.3, optimizer="sgd")
+    defaults = dict(
+        max_steps=4, eval_interval=2, save_interval=2, micro_batch_tokens=60, learning_rate=0.3, optimizer="sgd"
+    )
 
     def train(variants=None, name="sweep", more=None, **flags):
         path = tmp_path / f"{name}.yaml"
