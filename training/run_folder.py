@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from lora import adapters
+from adapters.adapter import adapters
 from quantize import describe_quantization
 from shell.cli import ROOT, UserError
 from shell.files import (
@@ -316,8 +316,8 @@ def sizes(s: Settings, model: Transformer) -> tuple[int, int]:
     """Bytes of `final/` and of a checkpoint, about. model: as in training; it may be on the meta device."""
     dtype, full = DTYPES[s.precision], s.method == "full"
     named = [(name, p) for name, p in model.named_parameters() if full or p.requires_grad]
-    kept = [buffer for adapter in adapters(model).values() for buffer in adapter.buffers(recurse=False)]
-    weights = sum((p.to(dtype) if full else p).nbytes for _, p in named) + sum(buffer.nbytes for buffer in kept)
+    kept = {id(t): t for adapter in adapters(model).values() for t in peft_format.own_tensors(adapter).values()}
+    weights = sum(tensor.nbytes for tensor in (kept | {id(p): p.to(dtype) if full else p for _, p in named}).values())
     stepped = [(name, p.to(dtype) if full else p) for name, p in named if p.requires_grad]
     moments = moment_bytes(s, stepped, "disk")
     if s.offload:

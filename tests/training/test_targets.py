@@ -28,6 +28,7 @@ def flags(**changes):
         method="lora", lora_r=3, lora_alpha=6, lora_dropout=0.0, lora_rslora=False, lora_targets=None,
         lora_layers=None, lora_rank_pattern=None, lora_alpha_pattern=None, lora_init="default",
         lora_init_iterations=None, lora_modules_to_save=None, lora_tokens=None, checkpoint_dir=None,
+        virtual_tokens=20, adapter_layers=None, seed=0,
     )  # fmt: skip
     return SimpleNamespace(**{**defaults, **changes})
 
