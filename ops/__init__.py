@@ -16,7 +16,6 @@ activation.py  activations of MLPs, gated (SwiGLU and its kin) and plain; activa
 grouping.py    tokens sorted by the expert that they go to, and back
 rope.py        RoPE: how fast each pair of dimensions turns, and the ways to stretch it
 rotation.py    RoPE applied to queries and keys; rotation_gpu.py, its kernel
-forks.py       samples that fork: one beginning, several ends
 alibi.py       ALiBi: how much each head's scores fall with distance
 attention.py   attention, and the fastest way on a device: SDPA, FlashAttention, FlexAttention, C++
 flex.py        what FlexAttention is made of on CUDA: scores, block masks, sinks, and its compiled form
