@@ -88,10 +88,15 @@ def build_run(s: Settings, fabric: Fabric, data: Data, newest: Path | None, iden
     if s.compile:
         compile_blocks(model, fabric.device)
     if newest:
-        load_optimizer(optimizer, newest)
-        go_on(optimizer)
+        load_states(optimizer, newest)
         fabric.strategy.precision.load_state_dict(read_json(newest / "scaler.json"))
     return Run(s, fabric, model.train(), optimizer, data.train, data.val, data.sources, data.info, adapter, identity)
+
+
+def load_states(optimizer: torch.optim.Optimizer | InBackward, newest: Path) -> None:
+    """Let an optimiser, and the weights that it trains, go on as they were at the checkpoint folder `newest`."""
+    load_optimizer(optimizer, newest)
+    go_on(optimizer)
 
 
 def place_optimizer(s: Settings, fabric: Fabric, model: Transformer) -> torch.optim.Optimizer | InBackward:

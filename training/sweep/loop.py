@@ -36,7 +36,7 @@ from training.sweep.joint import joint_passes
 from training.sweep.layers import VariantModel
 from training.sweep.plan import predicted_peak, print_plan
 from training.sweep.variants import Sweep, check_together, read_sweep
-from weights.checkpoint import load_model, load_optimizer, read_config
+from weights.checkpoint import load_model, read_config
 from weights.peft_format import load_adapter
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def start(s: Settings, sweep: Sweep, fabric: Fabric, data: dict, newest: dict, i
             run_folder.record_run(own)
         optimizer = build.place_optimizer(own, fabric, base)
         if place:
-            load_optimizer(optimizer, place)
+            build.load_states(optimizer, place)
         adapter = adapter_config(own, read_config(own.checkpoint_dir))
         run = Run(own, fabric, base.train(), optimizer, d.train, d.val, d.sources, d.info, adapter, identities[name])
         done = run_folder.step_of(place)

@@ -32,6 +32,7 @@ SHARED = (  # what all variants have alike: the base, how it is run, and when al
     "objective", "eval_interval", "out_dir", "resume", "replay", "plan", "plan_tflops", "memory_budget", "time_budget",
     "deterministic", "sweep",
 )  # fmt: skip
+OWN_STARTS = ("default", "gaussian", "orthogonal")  # of --lora_init: those that do not look at the base
 NAME = re.compile(r"[\w][\w.+=-]{0,99}")
 
 
@@ -122,16 +123,16 @@ def _settings(s, name, change):
             raise UserError(f"{where}: {flag} is the same for all variants: give it on the command line")
     own = cli.changed(dataclasses.replace(s, sweep=None), change, where)
     own.out_dir = s.out_dir / name
-    if own.method == "full":
-        raise UserError(f"{where}: --method full changes the base, which all variants share: take an adapter")
-    if own.lora_init not in ("default", "gaussian", "orthogonal"):
-        raise UserError(
-            f"{where}: --lora_init {own.lora_init} looks at the base, which all variants share: leave it out"
-        )
-    if own.neftune_alpha:
-        raise UserError(f"{where}: --neftune_alpha would not draw the noise of a run of its own: leave it at 0")
-    if own.lora_dropout:
-        raise UserError(f"{where}: --lora_dropout would not draw the numbers of a run of its own: leave it at 0")
+    refused = {
+        "method": (own.method == "full", "changes the base, which all variants share: take an adapter"),
+        "lora_init": (own.lora_init not in OWN_STARTS, "looks at the base, which all variants share: leave it out"),
+        "neftune_alpha": (own.neftune_alpha > 0, "would not draw the noise of a run of its own: leave it at 0"),
+        "lora_dropout": (own.lora_dropout > 0, "would not draw the numbers of a run of its own: leave it at 0"),
+        "optimizer": (own.optimizer == "mezo", "has passes of its own, which nothing shares: take another"),
+    }
+    for flag, (is_so, why) in refused.items():
+        if is_so:
+            raise UserError(f"{where}: --{flag} {getattr(own, flag)} {why}")
     return own
 
 
