@@ -59,8 +59,8 @@ def validation_text(s: Any, tokenizer: Tokenizer) -> Text:
 def encode_sample(tokenizer: Tokenizer, sample: Sample, style: str, args: dict) -> list[Encoded]:
     """`encode_dialog` of a sample; an error names the sample's place. args: variables of the chat template."""
     try:
-        messages, tools, own_args, _ = sample.dialog
-        return encode_dialog(tokenizer, messages, style, tools, {**args, **own_args})
+        dialog = sample.dialog
+        return encode_dialog(tokenizer, dialog.messages, style, dialog.tools, {**args, **dialog.template_args})
     except UserError as error:
         raise UserError(f"{sample.place}: {error}") from None
 

@@ -70,14 +70,14 @@ def explain(message: str, flags: dict[str, type], args: list[str]) -> str:
 def suggestions(name: str, flags: typing.Iterable[str]) -> list[str]:
     """Up to three flags that a user may have meant by an unknown one; none if no flag is like it.
 
-    The first of these that finds any: flags that it abbreviates (lr, batch_size for global_batch_size), one that is
-    spelt almost the same (lora_rank for lora_r), those that share most of their words with it (num_train_epochs for
-    epochs).
+    The first of these that finds any: flags that it abbreviates (lr, batch_size for global_batch_size), after one that
+    is nearly the same (lora_rank for lora_r); one that is spelt almost the same; those that share most of their words
+    with it (num_train_epochs for epochs).
     """
     flags, words = list(flags), name.replace("-", "_").split("_")
     abbreviated = [flag for flag in flags if _abbreviates(words, flag.split("_"))]
     if 1 <= len(abbreviated) <= 3:
-        return abbreviated
+        return list(dict.fromkeys([*difflib.get_close_matches(name, flags, n=1, cutoff=0.8), *abbreviated]))[:3]
     close = difflib.get_close_matches(name, flags, n=1)
     shared = {flag: _shared_words(words, flag.split("_")) for flag in flags}
     most = max(shared.values(), default=0)
