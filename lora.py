@@ -321,7 +321,7 @@ def wrap(model: Transformer, config: AdapterConfig, names: Sequence[str], whole:
     """
     kind = ADAPTERS[config.kind]
     model.requires_grad_(False)
-    shared = kind.shared(model, config, names, model.model.embed_tokens.weight.device)
+    shared = kind.shared(model, config, names, next(model.parameters()).device)
     for name, known in zip(names, whole or names, strict=True):
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, config.adapt(model.get_submodule(name), known, shared))
