@@ -148,7 +148,7 @@ def test_the_host_waits_once(way, tmp_path, monkeypatch):
         from_lists.append(how)
         return tensor(*arguments, **how)
 
-    for file in ("finetune", "model", "training.metrics", "ops.attention", "ops.flex", "ops.grouping"):
+    for file in ("objectives", "model", "training.metrics", "ops.attention", "ops.flex", "ops.grouping"):
         module = importlib.import_module(file)
         for function in (to_device, numbers_on):
             if hasattr(module, function.__name__):
@@ -159,7 +159,7 @@ def test_the_host_waits_once(way, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "tensor", counted)
     with Copies() as copies:
         row = finetune.train_step(run, micro_batches, 1, 1e-3)
-    assert reads == [[1, 1, 2]] and copies.found == 0
+    assert reads == [[1, 1, 2, 0]] and copies.found == 0
     assert not [how for how in from_lists if how.get("device") is not None]
     assert row["loss"] == row["grad_norm"] == 1.5
 
@@ -167,7 +167,7 @@ def test_the_host_waits_once(way, tmp_path, monkeypatch):
 def test_a_read_would_be_found(tmp_path, monkeypatch):
     """A `.item()` in the loss, and a copy that blocks."""
     run, micro_batches = make_run(LLAMA, tmp_path)
-    monkeypatch.setattr(finetune, "add_by_source", lambda sums, losses, *_: losses.sum().item())
+    monkeypatch.setattr(finetune.Sums, "add", lambda self, result, *_: result.losses.sum().item())
     with pytest.raises((RuntimeError, NotImplementedError)):
         finetune.train_step(run, micro_batches, 0, 1e-3)
     with Copies() as copies:
