@@ -342,11 +342,13 @@ class Layout:
         ends = numbers_on(positions.device, self.offsets)
         return (ends[1:] - ends[:-1])[branches - 1]
 
-    @functools.cached_property
+    @property
     def whole(self) -> "Layout":
         """The layout in which each sample has its beginning to itself: this one, if no two share any."""
-        if not isinstance(self.offsets, Forks):
-            return self
+        return self._apart if isinstance(self.offsets, Forks) else self
+
+    @functools.cached_property
+    def _apart(self):  # never itself: a layout that keeps itself would keep its tensors until Python looks for cycles
         return Layout(self.tokens[:, self.sources], offsets=self.offsets.whole_offsets())
 
     @functools.cached_property

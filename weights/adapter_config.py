@@ -22,7 +22,7 @@ UNSUPPORTED = (
 
 def parse_adapter_config(values: dict) -> AdapterConfig:
     """adapter_config.json as an AdapterConfig. Raises ValueError for what would compute something else."""
-    if values.get("peft_type") in KINDS:
+    if isinstance(values.get("peft_type"), str) and values["peft_type"] in KINDS:
         _check_targets(values)
         return parse_kind(values)
     kind = _kind(values)
