@@ -33,6 +33,10 @@ def check_forgetting(s: Settings, data: Data) -> None:
     where = f"--forgetting_source {s.forgetting_source}"
     if s.method == "full":
         raise UserError(f"{where} needs an adapter, not --method full, which leaves no base to compare with")
+    if s.lora_modules_to_save or s.lora_tokens:
+        raise UserError(
+            f"{where} needs adapters alone: what --lora_modules_to_save and --lora_tokens train has no base"
+        )
     if s.forgetting_source not in data.sources:
         known = ", ".join(data.sources) if data.sources else "just one source"
         raise UserError(f"{where}: {s.data_dir} has {known}: name one of several")

@@ -41,7 +41,7 @@ def prepare(run: Run, step: int = 0) -> None:
     path, parts = kept_at(run), {"train": run.train, "val": run.val}
     kept = read_kept(path, parts)
     if kept is None:
-        if run.adapter is None and step:
+        if step and (run.adapter is None or run.adapter.save or run.adapter.tokens):  # the base's own are not kept
             raise UserError(
                 f"{path} is gone, and the base is no longer as it was: start the run again without --resume"
             )

@@ -46,6 +46,8 @@ def test_measuring_changes_nothing(run):  # noqa: F811
 
 @pytest.mark.parametrize("flags, message", [
     ({"method": "full"}, "needs an adapter"),
+    ({"lora_init": "pissa"}, "--lora_init pissa takes from the base"),
+    ({"lora_modules_to_save": ["lm_head"]}, "needs adapters alone"),
     ({"forgetting_source": "nothing"}, "nothing: .* has gsm8k"),
     ({"eval_interval": 0}, "--eval_interval"),
 ])  # fmt: skip

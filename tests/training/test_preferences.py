@@ -136,6 +136,7 @@ def test_what_belongs_to_another_objective_is_refused(run, pairs_dir):
         ({"z_loss": 1e-4}, "--z_loss"),
         ({"dpo_loss": "ipo", "label_smoothing": 0.1}, "--label_smoothing"),
         ({"simpo_gamma": 0.2}, "--simpo_gamma"),
+        ({"lora_init": "olora"}, "--lora_init olora"),
     ):
         with pytest.raises(UserError, match=message):
             run("refused", **flags)
