@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from adapters.adapter import Adapter, linear_layers
+from adapters.adapter import Adapter, linear_layers, put
 from adapters.adapter import adapters as adapters
 from adapters.bias import BitFit
 from adapters.ia3 import IA3Linear
@@ -323,8 +323,7 @@ def wrap(model: Transformer, config: AdapterConfig, names: Sequence[str], whole:
     model.requires_grad_(False)
     shared = kind.shared(model, config, names, next(model.parameters()).device)
     for name, known in zip(names, whole or names, strict=True):
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, config.adapt(model.get_submodule(name), known, shared))
+        put(model, name, config.adapt(model.get_submodule(name), known, shared))
         give_back_memory()
     if taken := kind.number_of_virtual_tokens(config):
         context = model.config.max_position_embeddings - taken

@@ -142,6 +142,12 @@ def place(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "base")
 
 
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the one that is called `name` in the model."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
 @contextlib.contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes as its base does: what its adapters stand for is in their place."""

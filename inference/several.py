@@ -13,12 +13,12 @@ Shapes: B rows, R the sum of the adapters' ranks, numbers up to K adapters.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapters.adapter import put
 from experts import Experts
 from lora import Adapter, DoRALinear, LoRALinear, adapters
 from model import Transformer
@@ -212,19 +212,14 @@ def put_adapters(model: Transformer, folders: dict[str, Path]) -> None:
                     f"{folder} changes {path}, not linear layers alone: it cannot share a base with other adapters"
                 )
             own.setdefault(path, {})[number] = adapter
-            _put(model, path, adapter.base)
+            put(model, path, adapter.base)
     for path, found in own.items():
-        _put(model, path, SeveralLinear(model.get_submodule(path), found, choice))
+        put(model, path, SeveralLinear(model.get_submodule(path), found, choice))
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts) and any(isinstance(inner, SeveralLinear) for inner in module.modules()):
-            _put(model, name, SeveralExperts(module, choice))
+            put(model, name, SeveralExperts(module, choice))
     model.choice = choice
     model.eval()
-
-
-def _put(model, path, module: Any):
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _refuse_replaced(model, folder):

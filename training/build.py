@@ -48,9 +48,6 @@ if TYPE_CHECKING:
     from training.settings import Settings
 
 
-FROM_BASE = ("pissa", "olora", "loftq")  # of --lora_init: with these the base without its adapter is another one
-
-
 class Data(NamedTuple):
     """A prepared folder: its parsed data.json, its samples, and the names of its sources ([] if there is just one)."""
 
@@ -180,7 +177,8 @@ def check_objective(s: Settings, data: Data) -> None:
     if foreign := [flag for prefix in sorted(others) for flag in s.changed(prefix)]:
         raise UserError(f"{', '.join(foreign)}: --objective {s.objective} has no use for it")
     chosen(s).check()
-    if s.lora_init in FROM_BASE and (chosen(s).references() or s.forgetting_source):
+    changes_base = initialization.INITIALISATIONS[s.lora_init].weight is not None
+    if changes_base and (chosen(s).references() or s.forgetting_source):
         raise UserError(
             f"--lora_init {s.lora_init} takes from the base, which the run is to be compared with: take another, or a "
             "--dpo_loss without a reference and no --forgetting_source"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from adapters.adapter import Adapter, adapters
+from adapters.adapter import Adapter, adapters, put
 from model import Transformer
 from ops.linear import Part, low_rank_linears
 
@@ -117,7 +117,7 @@ class VariantModel:
         for name, adapter in found.items():
             base = adapter.base
             self.bases.setdefault(name, base)
-            self._put(name, base)
+            put(self.model, name, base)
             if not is_by_hand(adapter):
                 adapter.base = KnownBase(base)
         self.by_variant.append(found)
@@ -126,20 +126,16 @@ class VariantModel:
         """Put a `SharedLinear` in the place of each layer that any variant adapts: for training all together."""
         for name, base in self.bases.items():
             here = {number: found[name] for number, found in enumerate(self.by_variant) if name in found}
-            self._put(name, SharedLinear(base, here, self.stretches))
+            put(self.model, name, SharedLinear(base, here, self.stretches))
 
     @contextlib.contextmanager
     def only(self, number: int) -> Iterator[Transformer]:
         """The model of one variant: its adapters over the base, and no others."""
         shared = {name: self.model.get_submodule(name) for name in self.bases}
         for name, base in self.bases.items():
-            self._put(name, self.by_variant[number].get(name, base))
+            put(self.model, name, self.by_variant[number].get(name, base))
         try:
             yield self.model
         finally:
             for name, module in shared.items():
-                self._put(name, module)
-
-    def _put(self, name, module):
-        parent, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), leaf, module)
+                put(self.model, name, module)

@@ -22,6 +22,7 @@ import yaml
 
 from shell import cli
 from shell.cli import UserError
+from training.initialization import INITIALISATIONS
 
 if TYPE_CHECKING:
     from training.settings import Settings
@@ -32,7 +33,6 @@ SHARED = (  # what all variants have alike: the base, how it is run, and when al
     "objective", "eval_interval", "out_dir", "resume", "replay", "plan", "plan_tflops", "memory_budget", "time_budget",
     "deterministic", "sweep",
 )  # fmt: skip
-OWN_STARTS = ("default", "gaussian", "orthogonal")  # of --lora_init: those that do not look at the base
 NAME = re.compile(r"[\w][\w.+=-]{0,99}")
 
 
@@ -125,7 +125,7 @@ def _settings(s, name, change):
     own.out_dir = s.out_dir / name
     refused = {
         "method": (own.method == "full", "changes the base, which all variants share: take an adapter"),
-        "lora_init": (own.lora_init not in OWN_STARTS, "looks at the base, which all variants share: leave it out"),
+        "lora_init": (looks_at_base(own), "looks at the base, which all variants share: leave it out"),
         "neftune_alpha": (own.neftune_alpha > 0, "would not draw the noise of a run of its own: leave it at 0"),
         "lora_dropout": (own.lora_dropout > 0, "would not draw the numbers of a run of its own: leave it at 0"),
         "optimizer": (own.optimizer == "mezo", "has passes of its own, which nothing shares: take another"),
@@ -134,6 +134,12 @@ def _settings(s, name, change):
         if is_so:
             raise UserError(f"{where}: --{flag} {getattr(own, flag)} {why}")
     return own
+
+
+def looks_at_base(s: Settings) -> bool:
+    """Whether the adapter's start depends on the base's weights or on what it computes."""
+    start = INITIALISATIONS[s.lora_init]
+    return start.weight is not None or start.activations is not None
 
 
 def _halving(values, s):
