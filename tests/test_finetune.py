@@ -943,16 +943,22 @@ def test_a_run_is_not_overwritten(run, settings):
 # --------------------------------------------------------------------------------------------------- several devices
 
 
+def run_on_cpus(run_script, s):
+    """A run with these settings in processes of its own, which see no GPU: what it prints."""
+    s.out_dir.with_suffix(".yaml").write_text(yaml.safe_dump(run_folder.plain(s)))
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    code, out, err = run_script("finetune.py", "--config", s.out_dir.with_suffix(".yaml"), env=environment)
+    assert code == 0, out + err
+    return out
+
+
 def test_two_devices_do_what_one_does(run, run_script, settings):
     """Five samples by four: the second step of an epoch has one micro-batch, which leaves a device with none."""
     flags = dict(max_steps=4, lora_r=4, micro_batch_tokens=20, eval_interval=2, learning_rate=1e-3)
     train = [random_sample(*sizes) for sizes in ((3, 9), (9, 4, 1), (2, 3, 2), (7, 12, 1), (1, 6))]
     one = run(train, random_samples(3, sources=2), name="one", **flags)
     s = settings(name="two", devices=2, **flags)
-    s.out_dir.with_suffix(".yaml").write_text(yaml.safe_dump(run_folder.plain(s)))
-    environment = {"CUDA_VISIBLE_DEVICES": ""}
-    code, out, err = run_script("finetune.py", "--config", s.out_dir.with_suffix(".yaml"), env=environment)
-    assert code == 0, out + err
+    out = run_on_cpus(run_script, s)
     a, b = (load_file(final_weights(folder)) for folder in (s.out_dir, one))
     assert distance(a, b) < 1e-6
     for name in ("loss", "tokens", "targets", "padding", "grad_norm", "learning_rate"):

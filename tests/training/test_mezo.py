@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from test_finetune import (  # noqa: F401 (fixtures)
     column,
@@ -17,6 +16,7 @@ from test_finetune import (  # noqa: F401 (fixtures)
     rows,
     run,
     run_and_kill,
+    run_on_cpus,
     settings,
 )
 from test_memory_plan import SHAPES, activations, real_trace, tiny_job
@@ -25,7 +25,7 @@ import finetune
 from batching import IGNORE, Samples
 from model import Transformer
 from shell.cli import UserError
-from training import build, mezo, run_folder
+from training import build, mezo
 from training.build import Run
 from training.memory import budget
 from training.memory.allocations import Allocations
@@ -213,10 +213,7 @@ def test_two_devices_do_what_one_does(run, run_script, settings):  # noqa: F811
     flags = dict(max_steps=3, lora_r=4, micro_batch_tokens=20, eval_interval=0, learning_rate=1e-3, **MEZO)
     one = run([random_sample(*sizes) for sizes in ((3, 9), (9, 4), (2, 3), (7, 12), (1, 6))], name="one", **flags)
     s = settings(name="two", devices=2, **flags)
-    s.out_dir.with_suffix(".yaml").write_text(yaml.safe_dump(run_folder.plain(s)))
-    environment = {"CUDA_VISIBLE_DEVICES": ""}
-    code, out, err = run_script("finetune.py", "--config", s.out_dir.with_suffix(".yaml"), env=environment)
-    assert code == 0, out + err
+    run_on_cpus(run_script, s)
     a, b = (load_file(final_weights(folder)) for folder in (s.out_dir, one))
     assert distance(a, b) < 1e-4
     assert column(s.out_dir, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
