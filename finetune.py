@@ -28,7 +28,7 @@ from tqdm import tqdm
 from batching import PLANNERS, Batch, Samples, in_order
 from objectives import Forward
 from ops.devices import read_numbers
-from training import build, nonfinite, reference, run_folder
+from training import build, nonfinite, reference, run_folder, teacher
 from training.build import Data, Run
 from training.forgetting import forgetting
 from training.memory import budget
@@ -85,6 +85,7 @@ def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
     before = budget.memory_before(s, fabric.device)
     schedule = Schedule(s, total_steps(s, data.train), len(data.val) > 0, run_folder.schedule_state(newest))
     with budget.explained_out_of_memory(s, data.train, fabric.device):
+        teacher.prepare(s, fabric, data, identity)
         run = build.build_run(s, fabric, data, newest, identity)
         if not newest and fabric.is_global_zero:
             run_folder.record_run(s)

@@ -10,6 +10,7 @@ not depend on how a step is cut.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -102,6 +103,13 @@ class Objective:
         """What the objective makes of what the head gets, x (B, T, E)."""
         raise NotImplementedError
 
+    def traced_loss(self, model: Transformer, x: Tensor, targets: Tensor) -> Tensor:
+        """A scalar that takes the memory of `losses`, for --plan: on fake tensors, where nothing is known of samples.
+
+        By default the loss of each target.
+        """
+        return model.each_target_loss(x, targets).sum()
+
 
 def unevenness(model: Transformer, batch: Batch, routed: list[Tensor]) -> Tensor:
     """The balance loss of a micro-batch. routed: router logits (B * T, E) of each mixture.
@@ -129,6 +137,83 @@ class CrossEntropy(Objective):
         """The losses of a micro-batch: a unit is a target."""
         trained, losses = model.target_losses(x, batch.targets, self.s.z_loss, self.s.label_smoothing)
         return Forward(trained, losses, batch.tokens.numel())
+
+    def traced_loss(self, model: Transformer, x: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the losses of all targets."""
+        return model.target_losses(x, targets, self.s.z_loss, self.s.label_smoothing)[0]
+
+
+# ------------------------------------------------------------------------------------------------------- distillation
+
+
+class Distillation(Objective):
+    """Learn what a teacher finds likely at each target, beside the target (Hinton et al. 2015, arXiv 1503.02531).
+
+    The loss of a target is (1 - w) times -log p of it, and w T^2 times KL(teacher | model) at the temperature T.
+    training/teacher.py has the teacher's side computed before the first step.
+    """
+
+    is_likelihood = False
+    columns = ("cross_entropy", "teacher_kl", "teacher_agreement")
+    flags = ("teacher_",)
+
+    def check(self) -> None:
+        """Raise UserError without a teacher."""
+        if self.s.teacher_dir is None:
+            raise UserError("--objective distill needs --teacher_dir, the model to learn from")
+
+    def known(self, samples: Samples, indices: list[int]) -> dict[str, list[Tensor]]:
+        """The teacher's likeliest tokens for each target, and their log-probabilities."""
+        found = [samples.teacher.of_sample(i) for i in indices]
+        return {"teacher_ids": [ids for ids, _ in found], "teacher_logps": [logps for _, logps in found]}
+
+    def losses(self, model: Transformer, x: Tensor, batch: Batch) -> Forward:
+        """The losses of a micro-batch: a unit is a target."""
+        known = [to_device(torch.cat(batch.known[name]), x.device) for name in ("teacher_ids", "teacher_logps")]
+        cross_entropy, kl, agrees = self.beside_teacher(model, x, batch.targets, *known)
+        losses = self.combined(cross_entropy, kl)
+        with torch.no_grad():
+            measured = torch.stack([cross_entropy.sum(), kl.sum(), agrees.sum()]).double()
+        return Forward(losses.sum(), losses.detach(), batch.tokens.numel(), measured)
+
+    def traced_loss(self, model: Transformer, x: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the losses of all targets, with a teacher that knows nothing."""
+        size = model.at_targets(x, targets)[1].size(0), min(self.s.teacher_top_k, model.config.vocab_size)
+        ids = torch.zeros(size, dtype=torch.int32, device=x.device)
+        logps = torch.zeros(size[0], size[1] + (size[1] < model.config.vocab_size), device=x.device)
+        return self.combined(*self.beside_teacher(model, x, targets, ids, logps)[:2]).sum()
+
+    def beside_teacher(
+        self, model: Transformer, x: Tensor, targets: Tensor, ids: Tensor, logps: Tensor
+    ) -> list[Tensor]:
+        """What `distances_from_teacher` finds at the targets, for what the head gets, x (B, T, E)."""
+        of_logits = partial(distances_from_teacher, temperature=self.s.teacher_temperature)
+        x, targets = model.at_targets(x, targets)
+        return model.of_logits(x, of_logits, targets, ids, logps)
+
+    def combined(self, cross_entropy: Tensor, kl: Tensor) -> Tensor:
+        """The loss of each target. T^2 keeps the gradient of the KL as large as at a temperature of 1."""
+        w, temperature = self.s.teacher_weight, self.s.teacher_temperature
+        return (1 - w) * cross_entropy + w * temperature**2 * kl
+
+
+def distances_from_teacher(
+    logits: Tensor, targets: Tensor, ids: Tensor, logps: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits (n, V): -log p of each target, KL(teacher | model), whether both find one token likeliest: all (n,).
+
+    ids (n, k): the teacher's likeliest tokens, from the likeliest on. logps (n, k + 1) fp32: their log-probabilities at
+    this temperature, and that of all other tokens together, which count as one; (n, k) if there are no others. So the
+    KL is one of whole distributions, and at most that over all tokens one by one.
+    """
+    ids, scaled = ids.long(), logits / temperature
+    log_q = scaled.gather(1, ids)
+    if logps.size(1) > ids.size(1):
+        others = scaled.scatter(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        log_q = torch.cat([log_q, others], dim=1)
+    log_q = log_q - scaled.logsumexp(dim=-1, keepdim=True)
+    kl = (logps.exp() * (logps - log_q)).sum(dim=-1)
+    return F.cross_entropy(logits, targets, reduction="none"), kl, logits.argmax(dim=-1) == ids[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------- preferences
@@ -268,4 +353,4 @@ def answer_logps(model: Transformer, x: Tensor, targets: Tensor, counts: list[in
     return -torch.stack(sums).view(-1, 2)
 
 
-OBJECTIVES = {"sft": CrossEntropy, "dpo": Preference}
+OBJECTIVES = {"sft": CrossEntropy, "distill": Distillation, "dpo": Preference}

@@ -242,6 +242,44 @@ def tiny_model_dir(tiny_checkpoint, tmp_path_factory):
     return folder
 
 
+# One model of each structure that methods and objectives must work with, and what its configuration says beside SMALL.
+MODELS = {
+    "llama": dict(model_type="llama", attention_bias=True, mlp_bias=True),
+    "gpt_neox": dict(model_type="gpt_neox", use_parallel_residual=True),
+    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=11),
+}
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory):
+    """`model_dirs("gpt_neox", **changes)`: the folder of a tiny random model with the tokenizer of 512 tokens.
+
+    family: a name of `MODELS`, or a model_type of transformers. std: of its weights. changes: of its configuration.
+    Read only.
+    """
+    import transformers
+
+    folders = {}
+
+    def make(family, std=0.1, **changes):
+        key = family, std, *sorted(changes.items())
+        if key not in folders:
+            values = {"model_type": family, **SMALL, **MODELS.get(family, {}), **changes}
+            if family == "gpt_neox":
+                del values["num_key_value_heads"]
+            config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+            model = transformers.AutoModelForCausalLM.from_config(config).float()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.normal_(mean=float("norm" in name and name.endswith("weight")), std=std)
+            folders[key] = tmp_path_factory.mktemp(family) / "model"
+            model.save_pretrained(folders[key])
+            write_tiny_tokenizer(folders[key])
+        return folders[key]
+
+    return make
+
+
 # ----------------------------------------------------------------------------------------------- the small real model
 
 

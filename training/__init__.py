@@ -13,6 +13,7 @@ update_rules.py                the optimisers that are written out here: schedul
 mezo.py        an optimiser that needs no backward pass
 offload.py     AdamW in host memory
 reference.py   what the base alone makes of preference pairs
+teacher.py     what a teacher finds likely at each target, for distillation
 forgetting.py  how far training has taken a model from its base, on text that it is not to forget
 metrics.py     what a run measures: a row of metrics.csv for each step, memory, FLOPs, the plot
 run_folder.py  the folder of a run: checkpoints, rotation, disk space, what must match to resume
@@ -22,7 +23,7 @@ memory/        peak memory predicted and tried out before the first step. Its ma
 
 from_settings.py imports targets.py and initialization.py, which imports eva.py and steps.py; mezo.py imports
 update_rules.py, optimizer.py both; offload.py imports optimizer.py; forgetting.py, reference.py import none;
-build.py imports from_settings.py, initialization.py, forgetting.py, offload.py and optimizer.py; nonfinite.py imports
-build.py and steps.py; memory/ imports from_settings.py, metrics.py, offload.py, optimizer.py and steps.py; sweep/
-imports build.py, memory/ and what they import.
+teacher.py imports from_settings.py; build.py imports from_settings.py, initialization.py, forgetting.py, offload.py,
+optimizer.py and teacher.py; nonfinite.py imports build.py and steps.py; memory/ imports from_settings.py, metrics.py,
+offload.py, optimizer.py, steps.py and teacher.py; sweep/ imports build.py, memory/ and what they import.
 """

@@ -37,6 +37,7 @@ from training.from_settings import (
 )
 from training.offload import OffloadedAdamW
 from training.optimizer import OPTIMIZERS, InBackward, StepInBackward, build_optimizer, go_on, is_projected
+from training.teacher import check_teacher
 from weights import peft_format
 from weights.beside import train_beside
 from weights.checkpoint import load_model, load_optimizer, read_config
@@ -159,6 +160,7 @@ def check_model(s: Settings, data: Data) -> Transformer:
         print(f"note: {', '.join(unused)} change nothing with --method {s.method}", file=sys.stderr)
     check_objective(s, data)
     check_forgetting(s, data)
+    check_teacher(s, data)
     check_samples(s, config, [part for part in (data.train, data.val) if len(part)])
     if s.keep_best and not len(data.val):
         raise UserError(

@@ -51,7 +51,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; identity, time budget, version
 HARMLESS = (  # settings that a resumed run may change; for the folders their contents are compared instead
     "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops",
-    "memory_budget", "checkpoint_dir", "data_dir", "sweep", "forgetting_source",
+    "memory_budget", "checkpoint_dir", "data_dir", "sweep", "forgetting_source", "teacher_dir",
 )  # fmt: skip
 PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
@@ -289,9 +289,15 @@ def identity(s: Settings, info: dict) -> dict[str, str]:
         hashes = {name: sha256(s.data_dir / name) for name in parts}
     result = {f"data ({name})": hashes[name] for name in parts}
     result["tokenizer"], result["prompt style"] = info["tokenizer_hash"], info["prompt_style"]
-    result["base model (config.json)"] = hashlib.sha256(repr(read_config(s.checkpoint_dir)).encode()).hexdigest()
-    for path in shard_paths(s.checkpoint_dir, INDEX, "*.safetensors"):
-        result[f"base model ({path.name})"] = hash_of_pieces(path)
+    result |= hashes_of_model(s.checkpoint_dir, "base model")
+    return result | (hashes_of_model(s.teacher_dir, "teacher") if s.teacher_dir else {})
+
+
+def hashes_of_model(folder: Path, called: str) -> dict[str, str]:
+    """The hashes of a model folder's config and of its weights' pieces."""
+    result = {f"{called} (config.json)": hashlib.sha256(repr(read_config(folder)).encode()).hexdigest()}
+    for path in shard_paths(folder, INDEX, "*.safetensors"):
+        result[f"{called} ({path.name})"] = hash_of_pieces(path)
     return result
 
 

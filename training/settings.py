@@ -81,8 +81,15 @@ class Settings:
         schedule: How the rate falls to zero after the warm-up; "constant" keeps it.
         warmup_steps: Steps over which the rate rises.
         weight_decay: Decay of matrices (not of norms and biases).
-        objective: What a step minimises (objectives.py): "sft", the loss of the target tokens; "dpo", preferences, of
-            data that prepare_data.py made of pairs (prompt, chosen, rejected).
+        objective: What a step minimises (objectives.py): "sft", the loss of the target tokens; "distill", that and the
+            distance from what a teacher finds likely there; "dpo", preferences, of data that prepare_data.py made of
+            pairs (prompt, chosen, rejected).
+        teacher_dir: Of "distill", the folder of the model to learn from, with the same tokenizer. It reads the data
+            once, before the first step; what it finds is kept in data_dir.
+        teacher_quantize: Keep the teacher's weights in 4 or 8 bits while it reads.
+        teacher_top_k: How many of its likeliest tokens are kept for each target, 8 bytes each; all others count as one.
+        teacher_temperature: Both distributions are compared at this temperature.
+        teacher_weight: The share of the distance from the teacher in the loss; the rest is the loss of the target.
         dpo_loss: Of "dpo": DPO's own ("sigmoid") and IPO compare with the base, whose log-probabilities are computed
             once and kept in data_dir; SimPO and ORPO do not.
         dpo_beta: How much a pair's log-probabilities count: 0.1 is usual, for SimPO 2. For IPO the inverse of twice the
@@ -167,6 +174,11 @@ class Settings:
     warmup_steps: int = 10
     weight_decay: float = 0.0
     objective: Literal[cli.table_keys("objectives.py", "OBJECTIVES")] = "sft"
+    teacher_dir: Path | None = None
+    teacher_quantize: Literal[cli.table_keys("quantize.py", "QUANTIZERS")] | None = None
+    teacher_top_k: int = 32
+    teacher_temperature: float = 1.0
+    teacher_weight: float = 0.5
     dpo_loss: Literal[cli.table_keys("objectives.py", "PREFERENCE_LOSSES")] = "sigmoid"
     dpo_beta: float = 0.1
     simpo_gamma: float = 0.5
@@ -234,7 +246,17 @@ class Settings:
 
     def _check_ranges(self):
         above_zero = ("lora_r", "lora_alpha", "global_batch_size", "micro_batch_tokens", "epochs", "learning_rate")
-        more = ("lora_plus_ratio", "apollo_rank", "apollo_scale", "mezo_epsilon", "devices", "plan_tflops", "dpo_beta")
+        more = (
+            "teacher_top_k",
+            "teacher_temperature",
+            "lora_plus_ratio",
+            "apollo_rank",
+            "apollo_scale",
+            "mezo_epsilon",
+            "devices",
+            "plan_tflops",
+            "dpo_beta",
+        )
         cli.check_numbers(self, *above_zero, *more, "virtual_tokens", "adapter_layers", above=0)
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"--max_steps {self.max_steps}: must be above 0, or left out to use --epochs")
@@ -243,6 +265,7 @@ class Settings:
         cli.check_numbers(self, *zero_or_above, least=0)
         cli.check_numbers(self, "lora_dropout", "beta1", "beta2", "label_smoothing", least=0, below=1)
         cli.check_numbers(self, "recompute", least=0, most=1)
+        cli.check_numbers(self, "teacher_weight", above=0, most=1)
         self._check_layers()
         self._check_init()
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, Ids, write_tiny_tokenizer
+from conftest import MODELS, Ids
 from test_finetune import random_samples, rows, write_data
 
 import convert_hf_checkpoint
@@ -22,42 +22,9 @@ from training.memory import plan
 from training.settings import Settings
 from weights.checkpoint import load_model
 
-MODELS = {
-    "llama": dict(model_type="llama", attention_bias=True, mlp_bias=True),
-    "gpt_neox": dict(model_type="gpt_neox", use_parallel_residual=True),
-    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=11),
-}
 UNMERGEABLE = ("prompt", "prefix", "llama-adapter", "llama-adapter-v2")
 N = 3  # virtual tokens
 HAS_BIASES = ("llama", "gpt_neox")
-
-
-@pytest.fixture(scope="module")
-def model_dirs(tmp_path_factory):
-    """`model_dirs(family)`: the folder of a tiny random model with a tokenizer."""
-    import transformers
-
-    folders = {}
-
-    def make(family):
-        if family not in folders:
-            values = {**SMALL, **MODELS[family]}
-            if family != "llama":
-                values = {
-                    key: value for key, value in values.items() if key != "num_key_value_heads" or "mix" in family
-                }
-            config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-            reference = transformers.AutoModelForCausalLM.from_config(config).float()
-            with torch.no_grad():
-                for name, parameter in reference.named_parameters():
-                    is_gain = "norm" in name and name.endswith("weight")
-                    parameter.normal_(mean=float(is_gain), std=0.1)
-            folders[family] = tmp_path_factory.mktemp(family) / "model"
-            reference.save_pretrained(folders[family])
-            write_tiny_tokenizer(folders[family])
-        return folders[family]
-
-    return make
 
 
 def all_pairs():

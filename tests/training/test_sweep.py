@@ -87,6 +87,31 @@ def test_each_variant_is_as_a_run_of_its_own(flags, sweep):
     assert all(int(row["steps"]) == VARIANTS[row["variant"]].get("max_steps", 4) for row in table)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
+def test_variants_of_other_families(family, sweep, model_dirs):
+    """Attention's layers, fused in GPT-NeoX; a mixture's experts see all variants' positions, and train with none."""
+    variants = {
+        "one": {"lora_targets": ["q_proj", "o_proj"], "lora_r": 5},
+        "other": {"lora_targets": ["v_proj"], "method": "dora", "learning_rate": 0.1, "seed": 3},
+    }
+    flags = {"checkpoint_dir": model_dirs(family), "quantize": "bnb.nf4", "recompute": 0.5}
+    out = sweep(variants, **flags)
+    for name, change in variants.items():
+        check_alike(out / name, sweep.alone(change, name=f"alone-{name}", **flags))
+
+
+def test_variants_that_learn_from_a_teacher(sweep, model_dirs):
+    variants = {"more": {"teacher_weight": 0.9}, "less": {"teacher_weight": 0.2, "lora_r": 3}}
+    teacher_dir = model_dirs("mistral", std=0.4)
+    flags = {"objective": "distill", "teacher_dir": teacher_dir, "teacher_top_k": 4, "learning_rate": 0.05}
+    out = sweep(variants, **flags)
+    assert len([*(out.parent / "data").glob("teacher-*")]) == 1
+    for name, change in variants.items():
+        check_alike(out / name, sweep.alone(change, name=f"alone-{name}", **flags))
+    with pytest.raises(UserError, match="teacher_top_k is the same for all variants"):
+        sweep({"a": {"teacher_top_k": 3}}, name="refused", **flags)
+
+
 def test_a_resumed_sweep_ends_with_the_same_bytes(sweep):
     whole = sweep(name="whole")
     half = sweep(name="half")

@@ -134,7 +134,8 @@ def trace_step(
     backward = job.gradients != "none"
     with allocations, torch.set_grad_enabled(backward):
         with torch.autocast(job.device, job.autocast) if job.autocast else contextlib.nullcontext():
-            loss = model(tokens, targets, recompute=job.recompute, offsets=offsets)
+            x = model.hidden_states(tokens, recompute=job.recompute, offsets=offsets)
+            loss = job.loss(model, x, targets)
         allocations.part = "working set"
         if backward:
             loss.backward()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batching import PLANNERS
+from objectives import OBJECTIVES
 from quantize import bitsandbytes, describe_quantization
 from shell import cli
 from shell.cli import UserError
@@ -25,6 +26,7 @@ from training.memory import machine, plan
 from training.metrics import peak_memory, start_measuring
 from training.optimizer import OPTIMIZERS, build_optimizer, moment_bytes
 from training.steps import planned_steps, steps_per_epoch, total_steps
+from training.teacher import common_vocabulary, likeliest, teacher_dtype, without_virtual_tokens
 from weights.checkpoint import read_config
 
 if TYPE_CHECKING:
@@ -60,7 +62,25 @@ def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
         offload=s.offload,
         beta1=s.beta1,
         apollo_rank=s.apollo_rank,
+        loss=OBJECTIVES[s.objective](s).traced_loss,
     )
+
+
+def teacher_peak(s: Settings, train: Samples) -> int:
+    """Predicted bytes at the peak of the teacher's reading, before the model to train is there; 0 without one."""
+    if s.teacher_dir is None:
+        return 0
+    tokens = common_vocabulary(s)
+    how = min(s.teacher_top_k, tokens), tokens, s.teacher_temperature
+
+    def likeliest_sum(model, x, targets):
+        return likeliest(model, x, targets, *how)[1].sum()
+
+    job = plan.Job(
+        read_config(s.teacher_dir), plan_job(s).device, teacher_dtype(s), quantize=s.teacher_quantize,
+        gradients="none", optimizer="mezo", loss=likeliest_sum,
+    )  # fmt: skip
+    return plan.Predictor(job).peak(plan.full_shape(without_virtual_tokens(train), s.micro_batch_tokens))
 
 
 def planned_job(s: Settings, train: Samples) -> tuple[plan.Job, list[list[plan.Shape]]]:
@@ -74,7 +94,9 @@ def planned_job(s: Settings, train: Samples) -> tuple[plan.Job, list[list[plan.S
 def predicted_peak(s: Settings, train: Samples) -> int:
     """Predicted bytes at the peak of the run."""
     job, steps = planned_job(s, train)
-    return plan.Predictor(job).peak(plan.worst([shape for shapes in steps for shape in shapes]))
+    return max(
+        plan.Predictor(job).peak(plan.worst([shape for shapes in steps for shape in shapes])), teacher_peak(s, train)
+    )
 
 
 def largest_planned_micro_batch(s: Settings, samples: Samples) -> tuple[list[int], int]:
@@ -196,6 +218,9 @@ def print_plan(s: Settings, train: Samples) -> None:
         f"--recompute {described(s.recompute)}, {job.device}"
     )
     print(plan.describe(job, steps, rate, source, total_steps(s, train)))
+    if s.teacher_dir:
+        peak = teacher_peak(s, train) / 1e9
+        print(f"The teacher takes {peak:.3f} GB to read the data, before this model is loaded.")
 
 
 # -------------------------------------------------------------------------------------------------------- out of memory

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,6 +54,11 @@ CUDA_OVERHEAD = 600e6
 CPU_OVERHEAD = 250e6
 
 
+def sum_of_losses(model: model_file.Transformer, x: Tensor, targets: Tensor) -> Tensor:
+    """The loss of --objective sft for what the head gets, x (B, T, E), and targets (B, T)."""
+    return model.target_losses(x, targets)[0]
+
+
 @dataclass(frozen=True)
 class Job:
     """What decides a step's memory, beside the shapes of its micro-batches.
@@ -64,6 +69,8 @@ class Job:
     quantize: as `quantize.read_quantization` returns it. adapter: a `lora.AdapterConfig`, None to train the weights;
         then train: only those with such names, as --train has them; None for all.
     optimizer, recompute, beta1, apollo_rank: as in finetune.py.
+    loss: a scalar of the model, of what its head gets (B, T, E) and of the targets (B, T), as
+        `objectives.Objective.traced_loss`.
     gradients: "kept" from earlier micro-batches of a step, "new" if it has only one, "freed" one by one if the
         optimiser steps in the backward pass, "none" if there is no backward pass but two forward passes (MeZO).
     offload: "optimizer" if AdamW is in host memory, where `gradients` are then, too; else None.
@@ -84,6 +91,7 @@ class Job:
     offload: str | None = None
     beta1: float | None = 0.9
     apollo_rank: int = 256
+    loss: Callable[[model_file.Transformer, Tensor, Tensor], Tensor] = sum_of_losses
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from adapters.adapter import adapters
 from model import Transformer
 from shell.cli import UserError
-from training import build, nonfinite, reference, run_folder
+from training import build, nonfinite, reference, run_folder, teacher
 from training.build import Data, Run
 from training.from_settings import DTYPES, adapter_config
 from training.memory import budget
@@ -160,6 +160,8 @@ def _train(s, sweep, data, newest, identities, functions):
 
 def start(s: Settings, sweep: Sweep, fabric: Fabric, data: dict, newest: dict, identities: dict) -> tuple:
     """The base with the adapters of all variants, and the `Variant`s, at their start or their newest checkpoints."""
+    for name, own in sweep.variants.items():
+        teacher.prepare(own, fabric, data[name], identities[name])
     base = load_model(s.checkpoint_dir, DTYPES[s.precision], fabric.device, s.quantize)
     model, variants, ended = VariantModel(base), [], read_ended(s.out_dir) if s.resume else {}
     for number, (name, own) in enumerate(sweep.variants.items()):
