@@ -9,6 +9,7 @@ roofline.py   what training and decoding can reach on cards that are not here, p
 operations.py every operation of a step or a token, with its FLOPs and bytes; roofline.py's and machine/rates.py's
 measuring.py  what they share: JSON lines, alternating runs, processes, medians, tables, charts. Start here
 shapes.py     what the config.json of published models says; random_model.py makes a folder of such a shape
+methods.py    every method of finetune.py on the same data: memory, speed, right answers
 gpu.sh        the tests marked `gpu` and the parts of gpu/, each on its own clock, on a machine with a GPU
 results/      JSON lines and charts of the figures in README and docs/
 venvs/        made on first use: virtual environments of the peers, logs, converted models

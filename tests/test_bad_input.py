@@ -201,6 +201,8 @@ GOOD_FLAGS = {
     "bench/machine/contention.py": model_and_data,
     "bench/training/memory.py": model_and_data,
     "bench/training/planners.py": model_and_data,
+    "bench/training/sweep.py": model_and_data,
+    "bench/methods.py": model_and_data,
     "bench/training/saving.py": lambda p: {},
     "bench/preparation/speed.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
     "bench/preparation/chat_templates.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
