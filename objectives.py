@@ -96,7 +96,10 @@ class Objective:
         alpha, c, embedding = self.s.neftune_alpha, model.config, model.model.embed_tokens
         if not alpha or not model.training:
             return None
-        sizes = neftune_sizes(alpha, c.embedding_size or c.hidden_size, up_to_last_target(batch.targets), batch.offsets)
+        counted = batch.tokens < c.vocab_size  # virtual tokens are beyond it
+        if batch.offsets is None:
+            counted &= up_to_last_target(batch.targets)
+        sizes = neftune_sizes(alpha, c.embedding_size or c.hidden_size, counted, batch.offsets)
         return to_device(sizes, embedding.weight.device)
 
     def losses(self, model: Transformer, x: Tensor, batch: Batch) -> Forward:

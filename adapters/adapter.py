@@ -32,6 +32,7 @@ class Adapter(nn.Module):
         get one by default; all otherwise.
     unmergeable: why no weights of the base's shapes do the same, None if there are some.
     in_steps: whether it changes what is computed for a token that is no virtual one.
+    compiles: whether torch.compile can take a block with it.
     """
 
     standard = False
@@ -42,6 +43,7 @@ class Adapter(nn.Module):
     targets: tuple[str, ...] | None = None
     unmergeable: str | None = None
     in_steps = True
+    compiles = True
 
     def __init__(self, base: nn.Module):
         super().__init__()

@@ -228,15 +228,23 @@ def test_recomputing_changes_nothing(run):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
-def test_compiled_blocks_change_nothing(run, quantize, monkeypatch):
+@pytest.mark.parametrize("flags", [
+    {}, {"quantize": "bnb.nf4"}, {"method": "llama-adapter-v2", "virtual_tokens": 3, "adapter_layers": 2},
+])  # fmt: skip
+def test_compiled_blocks_change_nothing(run, flags, monkeypatch):
     monkeypatch.setattr(Attend, "__call__", Attend.__call__)  # compile_blocks replaces it
-    train, options = random_samples(12), dict(max_steps=4, eval_interval=0, precision="32-true", quantize=quantize)
+    train, options = random_samples(12), dict(max_steps=4, eval_interval=0, precision="32-true", **flags)
     plain = run(train, name="plain", **options)
     compiled = run(name="compiled", compile=True, **options)
     assert column(compiled, "loss") == pytest.approx(column(plain, "loss"), rel=1e-5)
     a, b = (load_file(final_weights(folder)) for folder in (plain, compiled))
     assert distance(a, b) < 1e-4
+
+
+def test_what_torch_cannot_compile_goes_on_with_one_line(run, capsys):
+    run(random_samples(4), max_steps=1, eval_interval=0, compile=True, method="prefix", virtual_tokens=3)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --compile")]
+    assert notes == ["note: --compile: torch cannot compile blocks with these adapters: going on without"]
 
 
 def test_without_a_compiler_a_run_goes_on_with_one_line(run, monkeypatch, capsys):

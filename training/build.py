@@ -297,6 +297,9 @@ def compile_blocks(model: Transformer, device: torch.device) -> None:
     if not (importlib.util.find_spec(compiler) if device.type == "cuda" else shutil.which(compiler)):
         print(f"note: --compile needs {compiler}, which is not installed: going on without", file=sys.stderr)
         return
+    if not all(adapter.compiles for adapter in lora.adapters(model).values()):
+        print("note: --compile: torch cannot compile blocks with these adapters: going on without", file=sys.stderr)
+        return
     for eager in (Attend, Experts):  # not where they are defined: that takes a second to import
         eager.__call__ = torch.compiler.disable(eager.__call__)
     for block in model.model.layers:

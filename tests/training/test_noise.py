@@ -1,6 +1,7 @@
 """NEFTune: the noise itself, against transformers, and in runs."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -9,8 +10,9 @@ from families.tiny import distance
 from test_finetune import column, final_weights, random_sample, random_samples, run, settings  # noqa: F401 (fixtures)
 
 import finetune
-from batching import Samples
-from objectives import up_to_last_target
+from batching import Batch, Samples
+from finetune import Settings
+from objectives import CrossEntropy, up_to_last_target
 from ops.forks import Forks
 from ops.noise import neftune_sizes
 from training import build
@@ -29,7 +31,7 @@ def samples(settings):  # noqa: F811
 def test_each_token_has_the_noise_of_its_own_sample(samples):
     """In packed and in padded rows the same; nothing on padding."""
     (_, targets, offsets), (_, padded, _) = samples.packed(range(4)), samples.padded(range(4))
-    packed = neftune_sizes(5.0, 48, up_to_last_target(targets), offsets)
+    packed = neftune_sizes(5.0, 48, torch.ones_like(targets, dtype=torch.bool), offsets)
     rows = neftune_sizes(5.0, 48, up_to_last_target(padded), None)
     lengths = [prompt + answer - 1 for prompt, answer in SIZES]
     expected = [torch.full((L,), 5 / (L * 48) ** 0.5) for L in lengths]
@@ -37,6 +39,23 @@ def test_each_token_has_the_noise_of_its_own_sample(samples):
     assert torch.allclose(packed[0], torch.cat(expected))
     for row, own, L in zip(rows, expected, lengths, strict=True):
         assert torch.allclose(row[:L], own) and not row[L:].any()
+
+
+def test_virtual_tokens_have_none_and_do_not_count(samples):
+    """In packed and padded rows: real tokens have the noise that they have without virtual ones before them."""
+    s = Settings("model", "data", neftune_alpha=5.0)
+    config = SimpleNamespace(vocab_size=512, embedding_size=None, hidden_size=48)
+    model = SimpleNamespace(
+        config=config, training=True, model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=torch.zeros(1)))
+    )
+    layouts = samples.packed, samples.padded
+    plain = [CrossEntropy(s).noise(model, Batch(*layout(range(4)))) for layout in layouts]
+    samples.prepend([512, 513, 514])
+    for layout, expected in zip(layouts, plain, strict=True):
+        batch = Batch(*layout(range(4)))
+        sizes, real = CrossEntropy(s).noise(model, batch), batch.tokens < 512
+        assert not sizes[~real].any() and (~real).sum() == 12
+        torch.testing.assert_close(sizes[real], expected.flatten())
 
 
 def test_a_beginning_has_the_noise_of_its_first_sample():

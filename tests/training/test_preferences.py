@@ -104,7 +104,9 @@ def test_the_reference_is_computed_once_and_bound_to_the_base(run, pairs_dir, mo
     assert len([*pairs_dir.glob("reference-*.safetensors")]) == 2
 
 
-@pytest.mark.parametrize("flags", [{}, {"method": "full", "learning_rate": 1e-4}, {"quantize": "bnb.nf4"}])
+@pytest.mark.parametrize("flags", [
+    {}, {"method": "full", "learning_rate": 1e-4}, {"quantize": "bnb.nf4"}, {"lora_init": "eva", "lora_r": 2},
+])  # fmt: skip
 def test_a_resumed_run_ends_with_the_same_bytes(flags, run):
     whole = run("whole", **flags)
     half = run("half", **flags)
