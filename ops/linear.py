@@ -8,7 +8,6 @@ Shapes: N positions (rows of a micro-batch end to end), r rank.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,92 +98,56 @@ def _add_low_rank_flops(ys, small, factors, scales, *_, out_shape=None):
     return sum(2 * y[0] * factor[0] * factor[1] for y, factor in zip(ys, factors, strict=True))
 
 
-class Part(NamedTuple):
-    """Positions whose rows of x go through the same factors: several adapters over one base have a part each.
-
-    rows: which positions. layers: the numbers of the layers that have factors for them. scales: of each of these.
-    drops: of each, what drops elements of its input, None if none does.
-    """
-
-    rows: slice
-    layers: Sequence[int]
-    scales: Sequence[float]
-    drops: Sequence[Callable[[Tensor], Tensor]] | None = None
-
-
 class _LowRankLinears(torch.autograd.Function):
-    """x @ W.T for several layers of one input, all positions together; then to each `Part` of the positions is added
+    """x @ W.T + scale * (drop(x) @ A.T) @ B.T for several layers of one input, the small products added in place.
 
-    scale * (drop(x) @ A.T) @ B.T, in place. Without dropout all A of a part are multiplied as one matrix, forward and
-    backward: so thin a product costs as much as reading x. With it each layer drops others of x's elements, again in
-    the backward pass.
+    Without dropout all A are multiplied as one matrix, forward and backward: so thin a product costs as much as reading
+    x. With it each layer drops others of x's elements, again in the backward pass. What x @ A.T gives is 0 where
+    `mask` says so, if there is one, and so is its gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, restores, rows, layers, scales, drops, *factors):
-        parts = [Part(*each) for each in zip(rows, layers, scales, drops, strict=True)]
-        flat, saved = x.flatten(0, -2).contiguous(), []
+    def forward(ctx, x, restores, scales, drops, mask, *factors):
+        a, b = factors[0::2], factors[1::2]
+        a = (a[0] if len(a) == 1 else torch.cat(a)).to(x.dtype)
+        flat, ranks = x.flatten(0, -2).contiguous(), [factor.size(1) for factor in b]
+        if drops:
+            small = torch.cat([drop(flat) @ part.T for drop, part in zip(drops, a.split(ranks), strict=True)], dim=1)
+        else:
+            small = flat @ a.T  # (N, sum of r)
+        small = small if mask is None else small.masked_fill_(mask, 0)
         ys = [F.linear(flat, restore(x.dtype)) for restore in restores]
-        for part, pairs in _by_part(parts, factors):
-            b, own_x = [pair[1] for pair in pairs], flat[part.rows]
-            a = (pairs[0][0] if len(pairs) == 1 else torch.cat([pair[0] for pair in pairs])).to(x.dtype)
-            if part.drops:
-                each = zip(part.drops, a.split(_ranks(b)), strict=True)
-                small = torch.cat([drop(own_x) @ own.T for drop, own in each], dim=1)
-            else:
-                small = own_x @ a.T  # (N, sum of r)
-            _add_low_rank_([ys[layer][part.rows] for layer in part.layers], small, b, part.scales)
-            saved += [small, a, *b]
-        ctx.save_for_backward(flat, *saved)
-        ctx.known, ctx.shape = (restores, parts), x.shape
+        _add_low_rank_(ys, small, b, scales)
+        ctx.save_for_backward(flat, small, a, *b)
+        ctx.known, ctx.ranks, ctx.shape = (restores, scales, drops, mask), ranks, x.shape
         return tuple(y.view(*x.shape[:-1], y.size(-1)) for y in ys)
 
     @staticmethod
     def backward(ctx, *grads):
-        (flat, *saved), (restores, parts) = ctx.saved_tensors, ctx.known
+        (flat, small, a, *b), (restores, scales, drops, mask) = ctx.saved_tensors, ctx.known
         grads = [grad.reshape(-1, grad.size(-1)) for grad in grads]
-        grad_x, of_factors = None, []
+        grad_small = torch.empty_like(small)
+        for grad, part, factor, scale in zip(grads, grad_small.split(ctx.ranks, dim=1), b, scales, strict=True):
+            _scaled_product(grad, factor.to(grad.dtype), scale, part)
+        grad_small = grad_small if mask is None else grad_small.masked_fill_(mask, 0)
+        parts = zip(grads, small.split(ctx.ranks, dim=1), b, scales, strict=True)
+        grad_b = [_scaled_gradient(grad.T, part, factor.dtype, scale) for grad, part, factor, scale in parts]
+        own = grad_small.split(ctx.ranks, dim=1)
+        if drops:
+            grad_a = [_scaled_gradient(part.T, drop(flat), b[0].dtype) for part, drop in zip(own, drops, strict=True)]
+        else:
+            grad_a = _scaled_gradient(grad_small.T, flat, b[0].dtype).split(ctx.ranks)
+        grad_x = None
         if ctx.needs_input_grad[0]:
             weights = (restore(grad.dtype) for restore, grad in zip(restores, grads, strict=True))
             grad_x = _sum_of_products(grads, weights)
-        for part in parts:
-            (small, a, *b), saved = saved[: 2 + len(part.layers)], saved[2 + len(part.layers) :]
-            own = None if grad_x is None else grad_x[part.rows]
-            of_layers = [grads[layer][part.rows] for layer in part.layers]
-            of_factors += _part_backward(part, of_layers, flat[part.rows], small, a, b, own)
-        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, None, *of_factors
-
-
-def _by_part(parts, factors):
-    """Each part with its pairs (A, B), of all factors in the order of parts and their layers."""
-    pairs = list(zip(factors[0::2], factors[1::2], strict=True))
-    for part in parts:
-        own, pairs = pairs[: len(part.layers)], pairs[len(part.layers) :]
-        yield part, own
-
-
-def _ranks(b):
-    return [factor.size(1) for factor in b]
-
-
-def _part_backward(part, grads, x, small, a, b, grad_x):
-    """The gradients of A and B of each layer of a part in turn; what they add to that of x is added to `grad_x`."""
-    grad_small, ranks = torch.empty_like(small), _ranks(b)
-    own = grad_small.split(ranks, dim=1)
-    for grad, each, factor, scale in zip(grads, own, b, part.scales, strict=True):
-        _scaled_product(grad, factor.to(grad.dtype), scale, each)
-    layers = zip(grads, small.split(ranks, dim=1), b, part.scales, strict=True)
-    grad_b = [_scaled_gradient(grad.T, each, factor.dtype, scale) for grad, each, factor, scale in layers]
-    if part.drops:
-        grad_a = [_scaled_gradient(each.T, drop(x), b[0].dtype) for each, drop in zip(own, part.drops, strict=True)]
-    else:
-        grad_a = _scaled_gradient(grad_small.T, x, b[0].dtype).split(ranks)
-    if grad_x is not None and part.drops:
-        for each, factor, drop in zip(own, a.split(ranks), part.drops, strict=True):
-            grad_x += drop(each @ factor)  # dropping is its own transpose
-    elif grad_x is not None:
-        _add_low_rank_([grad_x], grad_small, [a.T], [1.0])
-    return [each for pair in zip(grad_a, grad_b, strict=True) for each in pair]
+            if drops:
+                for part, factor, drop in zip(own, a.split(ctx.ranks), drops, strict=True):
+                    grad_x += drop(part @ factor)  # dropping is its own transpose
+            else:
+                _add_low_rank_([grad_x], grad_small, [a.T], [1.0])
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, None, None, *(each for pair in zip(grad_a, grad_b, strict=True) for each in pair)
 
 
 def _scaled_product(a, b, scale, out=None):
@@ -212,19 +175,18 @@ def _sum_of_products(xs, weights):
 def low_rank_linears(
     x: Tensor,
     restores: Sequence[Callable[[torch.dtype], Tensor]],
-    parts: Sequence[Part],
+    scales: Sequence[float],
     factors: Sequence[tuple[Tensor, Tensor]],
+    dropouts: Sequence[float] = (),
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Frozen linear layers of one input, each with its LoRA, of which parts of the positions have one each.
+    """Frozen linear layers of one input, each with its LoRA: (..., out) for each.
 
-    x (..., in), or (N, in) in effect. restores: for each layer a function that gives its weight (out, in) in a dtype.
-    factors: for each part, and in it for each of its layers, A (r, in) and B (out, r), both trainable and fp32. Returns
-    (..., out) for each layer; positions that are in no part have the frozen layers' own.
+    x (..., in). restores: for each layer a function that gives its weight (out, in) in a dtype. factors: for each layer
+    A (r, in) and B (out, r), both trainable and fp32. dropouts: for each layer the share of A's input that is dropped.
+    mask: bool (N, sum of r), where x @ A.T is to be 0: where factors of several adapters lie side by side, the columns
+    of each at positions that are not its own.
     """
-    known = ([getattr(part, name) for part in parts] for name in Part._fields)  # torch.compile takes lists alone
-    return _LowRankLinears.apply(as_multiplied(x), restores, *known, *(matrix for pair in factors for matrix in pair))
-
-
-def drops(dropouts: Sequence[float]) -> list[Callable[[Tensor], Tensor]] | None:
-    """What drops such a share of each layer's input, the same elements forward and backward; None if none does."""
-    return [partial(drop, p=p, seeds=new_seeds()) for p in dropouts] if any(dropouts) else None
+    x = as_multiplied(x)
+    drops = [partial(drop, p=p, seeds=new_seeds()) for p in dropouts] if any(dropouts) else None
+    return _LowRankLinears.apply(x, restores, scales, drops, mask, *(matrix for pair in factors for matrix in pair))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ops.activation import gated, plain_gated
 from ops.dropout import plain_drop
 from ops.dtypes import compute_dtype
-from ops.linear import Part, drops, linear, low_rank_linears, stored_linear
+from ops.linear import linear, low_rank_linears, stored_linear
 from ops.loss import head_loss, plain_head_loss
 from ops.norm import plain_rms_norm, rms_norm
 from ops.rotation import plain_rotate, rotate
@@ -144,8 +144,7 @@ def test_low_rank_linears(shape, ranks, stored, p, way, monkeypatch):
     monkeypatch.setattr("ops.linear.new_seeds", iter(seeds).__next__)
     x, weights = random(*shape), [torch.randn(7 + 20 * r, 12, dtype=stored) for r in ranks]
     factors, scales = [(random(r, 12), random(7 + 20 * r, r)) for r in ranks], [0.5 / r for r in ranks]
-    whole = Part(slice(None), range(len(ranks)), scales, drops([p for _ in ranks]))
-    ys = low_rank_linears(x, [weight.to for weight in weights], [whole], factors)
+    ys = low_rank_linears(x, [weight.to for weight in weights], scales, factors, [p for _ in ranks])
     masks = [plain_drop(torch.ones(shape), p, seed) if p else 1 for seed in seeds]
     expected = [
         F.linear(x, weight.float()) + scale * F.linear(F.linear(x * mask, a), b)
@@ -157,26 +156,22 @@ def test_low_rank_linears(shape, ranks, stored, p, way, monkeypatch):
     assert [y.shape for y in ys] == [y.shape for y in expected]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_parts_of_the_positions_have_factors_of_their_own(p, way, monkeypatch):
-    """Three adapters over three layers of one input, the second on the last two alone; two positions have none."""
-    covered, rows = [(0, 1, 2), (1, 2), (2,)], [slice(0, 4), slice(4, 5), slice(6, 9)]
-    seeds = [tuple(torch.randint(2**31, (2,)).tolist()) for layers in covered for _ in layers]
-    monkeypatch.setattr("ops.linear.new_seeds", iter(seeds).__next__)
+def test_a_mask_gives_positions_factors_of_their_own(way):
+    """Three adapters side by side over two layers of one input; the last position has none, nor has the last layer."""
     x, weights = random(1, 10, 12), [torch.randn(7, 12), torch.randn(5, 12), torch.randn(9, 12)]
-    factors, parts, adapted = [], [], []
-    for number, (layers, place) in enumerate(zip(covered, rows, strict=True)):
-        own = [(random(number + 2, 12), random(len(weights[layer]), number + 2)) for layer in layers]
-        parts.append(Part(place, layers, [0.5 + layer for layer in layers], drops([p for _ in layers])))
-        adapted += [(place, layer, pair) for layer, pair in zip(layers, own, strict=True)]
-        factors += own
-    ys = low_rank_linears(x, [weight.to for weight in weights], parts, factors)
+    ranks, rows = [2, 3, 1], [slice(0, 4), slice(4, 5), slice(5, 9)]
+    own = [[(random(r, 12), random(len(weight), r)) for r in ranks] for weight in weights[:2]]
+    factors = [(torch.cat([a for a, _ in each]), torch.cat([b for _, b in each], dim=1)) for each in own]
+    mask = torch.block_diag(*(torch.ones(place.stop - place.start, r) for place, r in zip(rows, ranks, strict=True)))
+    mask = F.pad(mask, (0, 0, 0, 1)).repeat(1, 2) == 0
+    none = torch.zeros(0, 12), torch.zeros(9, 0)
+    ys = low_rank_linears(x, [w.to for w in weights], [0.5, 1.5, 1.0], [*factors, none], mask=mask)
     expected = [F.linear(x, weight) for weight in weights]
-    for (place, layer, (a, b)), seed in zip(adapted, seeds, strict=True):
-        part = x[0, place] * (plain_drop(torch.ones(x[0, place].shape), p, seed) if p else 1)
-        delta = (0.5 + layer) * F.linear(F.linear(part, a), b)
-        expected[layer] = expected[layer] + F.pad(delta, (0, 0, place.start, 10 - place.stop))
-    inputs = (x, *(matrix for pair in factors for matrix in pair))
+    for layer, (scale, each) in enumerate(zip((0.5, 1.5), own, strict=True)):
+        for place, (a, b) in zip(rows, each, strict=True):
+            delta = scale * F.linear(F.linear(x[:, place], a), b)
+            expected[layer] = expected[layer] + F.pad(delta, (0, 0, place.start, 10 - place.stop))
+    inputs = (x, *(matrix for each in own for pair in each for matrix in pair))
     assert_close_in_norm(torch.cat(ys, dim=-1), torch.cat(expected, dim=-1), inputs)
 
 
@@ -189,14 +184,14 @@ def assert_close_in_norm(y, expected, inputs, within=1e-5):
 
 def test_low_rank_linears_give_no_gradient_to_an_input_that_wants_none(way):
     x, a, b = torch.randn(4, 12), random(3, 12), random(7, 3)
-    low_rank_linears(x, [torch.randn(7, 12).to], [Part(slice(None), [0], [1.0])], [(a, b)])[0].sum().backward()
+    low_rank_linears(x, [torch.randn(7, 12).to], [1.0], [(a, b)])[0].sum().backward()
     assert x.grad is None and a.grad.norm() > 0 and b.grad.norm() > 0
 
 
 def test_low_rank_linears_keep_fp32_gradients_in_bf16(way):
     x, a, b = random(6, 12, dtype=torch.bfloat16), random(3, 12), random(7, 3)
     weight = torch.randn(7, 12, dtype=torch.bfloat16)
-    (y,) = low_rank_linears(x, [weight.to], [Part(slice(None), [0], [2.0])], [(a, b)])
+    (y,) = low_rank_linears(x, [weight.to], [2.0], [(a, b)])
     expected = F.linear(x.float(), weight.float()) + 2 * F.linear(F.linear(x.float(), a), b)
     assert y.dtype == torch.bfloat16 and (y - expected).norm() < 0.02 * expected.norm()
     y.sum().backward()
@@ -241,7 +236,7 @@ def test_head_loss_without_gradient_computes_none(way):
 def test_autocast_decides_the_dtype_of_the_products():
     x, a, b, weight, targets = random(5, 8), random(2, 8), random(8, 2), torch.randn(8, 8), torch.randint(0, 8, (5,))
     with torch.autocast("cpu", torch.bfloat16):
-        adapted = low_rank_linears(x, [weight.to], [Part(slice(None), [0], [1.0])], [(a, b)])
+        adapted = low_rank_linears(x, [weight.to], [1.0], [(a, b)])
         results = (stored_linear(x, weight.to), *adapted, linear(x, weight))
         assert all(y.dtype == torch.bfloat16 for y in results)
         assert [y.dtype for y in head_loss(x, weight, targets)] == [torch.float32] * 2

@@ -50,7 +50,7 @@ def joint_passes(model: VariantModel, runs: dict[int, Run], steps: Samples, budg
         batches = {n: own_batch(runs[n], samples) for n, samples in row.items()}
         tokens = torch.cat([batch.tokens for batch in batches.values()], dim=1)
         sizes = [batch.tokens.size(1) for batch in batches.values()]
-        model.stretches.parts = [*zip(row, stretches(sizes), strict=True)]
+        model.stretches.lay_out([*zip(row, stretches(sizes), strict=True)])
         offsets = joined([batch.offsets for batch in batches.values()])
         trained = torch.zeros((), device=fabric.device)
         with fabric.autocast():
@@ -63,6 +63,19 @@ def joint_passes(model: VariantModel, runs: dict[int, Run], steps: Samples, budg
                 positions[n] += result.positions
         fabric.backward(trained)
     return {n: Found(losses[n], sums[n], positions[n], positions[n]) for n in steps}  # packed: there is no padding
+
+
+def own_passes(model: VariantModel, runs: dict[int, Run], steps: Samples, budget: int) -> dict[int, Found]:
+    """The same with each variant's samples in rows of their own, after joint passes whose gradients are forgotten.
+
+    Where factors lie side by side (`SharedLinear.together`), a weight that is no number makes all products NaN.
+    """
+    found = {}
+    for number, samples in steps.items():
+        for adapter in model.by_variant[number].values():
+            adapter.zero_grad()
+        found |= joint_passes(model, {number: runs[number]}, {number: samples}, budget)
+    return found
 
 
 def own_batch(run: Run, samples: list[int]) -> Batch:

@@ -7,21 +7,41 @@ model of one variant by itself, as a run of its own has it: for saving, loading 
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from adapters.adapter import Adapter, adapters, put
+from adapters.adapter import Adapter, adapters, device_of, put
 from model import Transformer
-from ops.linear import Part, low_rank_linears
+from ops.linear import low_rank_linears
 
 
-@dataclass
 class Stretches:
-    """Which positions of the micro-batch belong to which variant: pairs (its number, positions), in their order."""
+    """Which positions of the micro-batch belong to which variant.
 
-    parts: list[tuple[int, slice]] = field(default_factory=list)
+    parts: pairs (its number, positions), in their order, which together are all positions.
+    """
+
+    def __init__(self):
+        self.parts: list[tuple[int, slice]] = []
+        self._masks = {}
+
+    def lay_out(self, parts: list[tuple[int, slice]]) -> None:
+        """Set `parts`, for the next micro-batch."""
+        self.parts = parts
+        self._masks.clear()
+
+    def mask(self, owners: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+        """Where a position is not of the variant that a column is of: bool (T, columns).
+
+        owners: of the columns in turn, the number of a variant, and how many it has.
+        """
+        if owners not in self._masks:
+            numbers = [number for number, columns in owners for _ in range(columns)]
+            of_positions = [number for number, rows in self.parts for _ in range(rows.stop - rows.start)]
+            self._masks[owners] = (torch.tensor(of_positions)[:, None] != torch.tensor(numbers)).to(device)
+        return self._masks[owners]
 
 
 class KnownBase(nn.Module):
@@ -42,12 +62,24 @@ class KnownBase(nn.Module):
         return self.base.dequantize(dtype)
 
 
+class Stacked(NamedTuple):
+    """Factors of several variants as those of one LoRA: A (sum of r, in), B (out, sum of r), fp32, with gradient.
+
+    owners: the number of each variant and its rank, in turn.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    owners: tuple[tuple[int, int], ...]
+
+
 class SharedLinear(nn.Module):
     """`base` under the adapters of some variants, by their numbers. They are no part of this module's parameters."""
 
     def __init__(self, base: nn.Module, by_variant: dict[int, Adapter], stretches: Stretches):
         super().__init__()
-        self.base, self.stretches = base, stretches
+        self.base, self.stretches, self.device = base, stretches, device_of(base)
         self.in_features, self.out_features = base.in_features, base.out_features
         self._by_variant = (by_variant,)  # in a tuple, where nn.Module does not look for modules
 
@@ -66,18 +98,32 @@ class SharedLinear(nn.Module):
 
     @staticmethod
     def together(x: Tensor, layers: Sequence["SharedLinear"]) -> list[Tensor]:
-        """What each of `layers` makes of x (1, T, in): standard LoRA by hand, in one function with the bases."""
-        parts, factors = [], []
-        for number, rows in layers[0].stretches.parts:
-            own = {i: layer.by_variant.get(number) for i, layer in enumerate(layers)}
-            own = {i: adapter for i, adapter in own.items() if adapter is not None and is_by_hand(adapter)}
-            if own:
-                parts.append(Part(rows, [*own], [adapter.scale for adapter in own.values()]))
-                factors += [(adapter.lora_A, adapter.lora_B) for adapter in own.values()]
-        bases = [layer.base for layer in layers]
-        ys = low_rank_linears(x, [base.dequantize for base in bases], parts, factors)
+        """What each of `layers` makes of x (1, T, in): standard LoRA by hand, in one function with the bases.
+
+        The factors of all variants that have a stretch lie side by side, as those of one LoRA of their summed rank, and
+        a mask takes each from the others' positions. That is more arithmetic than each on its own stretch, but in as
+        few products as a run by itself has: they are thin, and cost by their number.
+        """
+        stretches, bases = layers[0].stretches, [layer.base for layer in layers]
+        stacked = [layer.stacked() for layer in layers]
+        owners = tuple(owner for each in stacked for owner in each.owners)
+        mask = stretches.mask(owners, x.device) if len(stretches.parts) > 1 else None
+        scales, factors = [each.scale for each in stacked], [(each.A, each.B) for each in stacked]
+        ys = low_rank_linears(x, [base.dequantize for base in bases], scales, factors, mask=mask)
         ys = [y if base.bias is None else y + base.bias.to(y.dtype) for y, base in zip(ys, bases, strict=True)]
         return [layer.others(x, y) for layer, y in zip(layers, ys, strict=True)]
+
+    def stacked(self) -> "Stacked":
+        """The factors of the variants that have a stretch and standard LoRA here."""
+        present = [(number, self.by_variant.get(number)) for number, _ in self.stretches.parts]
+        own = [(number, adapter) for number, adapter in present if adapter is not None and is_by_hand(adapter)]
+        if not own:
+            A, B = (torch.zeros(shape, device=self.device) for shape in ((0, self.in_features), (self.out_features, 0)))
+            return Stacked(A, B, 1.0, ())
+        scale = own[0][1].scale
+        Bs = [a.lora_B if a.scale == scale else a.lora_B * (a.scale / scale) for _, a in own]
+        owners = tuple((number, adapter.lora_A.size(0)) for number, adapter in own)
+        return Stacked(torch.cat([adapter.lora_A for _, adapter in own]), torch.cat(Bs, dim=1), scale, owners)
 
     def others(self, x: Tensor, y: Tensor) -> Tensor:
         """y (1, T, out), in which variants whose adapter is no standard LoRA have what this makes of x (1, T, in)."""

@@ -32,7 +32,7 @@ from training.schedule import Schedule
 from training.steps import planned_steps, steps_per_epoch, total_steps
 from training.sweep import report
 from training.sweep.halving import read_ended, rung, survivors, write_ended
-from training.sweep.joint import joint_passes
+from training.sweep.joint import joint_passes, own_passes
 from training.sweep.layers import VariantModel
 from training.sweep.plan import predicted_peak, print_plan
 from training.sweep.variants import Sweep, check_together, read_sweep
@@ -231,6 +231,8 @@ def step_together(s: Settings, model: VariantModel, stepping: list[Variant], fun
         begin_step(variant.run.optimizer, rates[variant.number], 1)
     runs = {variant.number: variant.run for variant in stepping}
     found = joint_passes(model, runs, samples, s.micro_batch_tokens)
+    if not all(each.loss.isfinite() for each in found.values()):
+        found = own_passes(model, runs, samples, s.micro_batch_tokens)
     numbers, seconds = {}, 0.0
     for variant in stepping:
         n = variant.number
