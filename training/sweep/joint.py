@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from batching import Batch, fill_rows, longest_first
+from batching import Batch
 from ops.devices import to_device
 from ops.forks import Forks
 from training.metrics import Found, Sums
@@ -28,14 +28,18 @@ Samples = dict[int, list[int]]  # numbers of samples, by the number of the varia
 def joint_rows(runs: dict[int, Run], steps: Samples, budget: int) -> list[Samples]:
     """The rows of at most `budget` positions into which the samples of all steps go; one that is longer has its own.
 
-    steps: the samples of each variant's step. A pure function of its arguments.
+    Variants follow one another, so that a row has few of them: the factors of all that it has are multiplied with all
+    of its positions. steps: the samples of each variant's step. A pure function of its arguments.
     """
-    pool = [(number, i) for number, samples in steps.items() for i in samples]
-    lengths = torch.cat([runs[number].train.lengths[samples] for number, samples in steps.items()])
-    rows = []
-    for members in fill_rows(longest_first(torch.arange(len(pool)), lengths), lengths, budget):
-        chosen = sorted(pool[member] for member in members)  # a variant's samples stand together
-        rows.append({n: [i for _, i in own] for n, own in itertools.groupby(chosen, key=lambda pair: pair[0])})
+    rows, room = [], 0
+    for number, samples in steps.items():
+        lengths = dict(zip(samples, runs[number].train.lengths[samples].tolist(), strict=True))
+        for sample in sorted(samples, key=lambda i: (-lengths[i], i)):
+            if lengths[sample] > room:
+                rows.append({})
+                room = budget
+            rows[-1].setdefault(number, []).append(sample)
+            room -= lengths[sample]
     return rows
 
 
