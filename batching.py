@@ -9,12 +9,13 @@ To add a batching idea: a function like `packed_in_step` and a line in `PLANNERS
 """
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from ops.forks import Forks
 from shell.cli import UserError
 from shell.files import check_listed, read_json
-from weights.safetensors_format import read_tensors
+from weights.safetensors_format import read_header, read_tensors
 
 DATA_AGAIN = "make it again with prepare_data.py"  # what to do about a damaged prepared folder
 COLUMNS = {
@@ -229,12 +230,17 @@ class Pairs(Samples):
         return shared + torch.maximum(first, self.lengths - shared - first)
 
     def _have_targets(self):
-        return (self.end_target_counts(range(len(self))) > 0).all(1)
+        return (self.end_target_counts() > 0).all(1)
 
-    def end_target_counts(self, indices: Iterable[int]) -> Tensor:
-        """(n, 2) int64: the targets of the chosen and the rejected end of each of these pairs."""
-        counts = [[is_target[1:].sum() for _, is_target in self._parts(i)[1:]] for i in indices]
-        return torch.tensor(counts, dtype=torch.int64).reshape(-1, 2)
+    def end_target_counts(self) -> Tensor:
+        """(N, 2) int64: the targets of the chosen and the rejected end of each pair. An end's first token is none."""
+        if not len(self):
+            return torch.empty(0, 2, dtype=torch.int64)
+        first = self.offsets[:-1] + self.beginnings
+        second = first + self.first_ends
+        starts = torch.stack([first + 1, second, second + 1, self.offsets[1:]], dim=1).flatten()[:-1]
+        sums = np.add.reduceat(self.is_target.numpy(), starts.numpy(), dtype=np.int64)  # from each start to the next
+        return F.pad(torch.from_numpy(sums), (0, 1)).view(-1, 4)[:, 0::2]
 
     def _parts(self, i):
         """The tokens and is_target of pair i's beginning, chosen end and rejected end."""
@@ -267,8 +273,8 @@ class Pairs(Samples):
 
 def open_samples(path: Path) -> Samples:
     """The samples of a prepared file, or its `Pairs` if it holds such. Raises UserError for a damaged file."""
-    is_pairs = any(name in read_tensors(Path(path), DATA_AGAIN) for name in Pairs.cuts)
-    return Pairs(path) if is_pairs else Samples(path)
+    _, header = read_header(path, DATA_AGAIN)
+    return Pairs(path) if any(name in header for name in Pairs.cuts) else Samples(path)
 
 
 def shift(ids: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
