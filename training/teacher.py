@@ -153,13 +153,9 @@ def ask_teacher(s: Settings, fabric: Fabric, parts: dict[str, Samples], path: Pa
 
 def make_room(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
     """Write a safetensors file of these shapes, all zeros. Raises UserError if the disk has no room for it."""
-    header = encode_header(
-        {name: (dtype_of(name)[0], shape, 4 * shape[0] * shape[1]) for name, shape in shapes.items()}
-    )
-    size, free = (
-        len(header) + sum(4 * rows * width for rows, width in shapes.values()),
-        shutil.disk_usage(path.parent).free,
-    )
+    nbytes = {name: 4 * rows * width for name, (rows, width) in shapes.items()}
+    header = encode_header({name: (dtype_of(name)[0], shape, nbytes[name]) for name, shape in shapes.items()})
+    size, free = len(header) + sum(nbytes.values()), shutil.disk_usage(path.parent).free
     if size > free:
         raise UserError(
             f"{path.parent} has room for {free / 1e9:.3g} GB, what the teacher knows takes {size / 1e9:.3g} GB: lower "

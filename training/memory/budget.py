@@ -92,11 +92,10 @@ def planned_job(s: Settings, train: Samples) -> tuple[plan.Job, list[list[plan.S
 
 
 def predicted_peak(s: Settings, train: Samples) -> int:
-    """Predicted bytes at the peak of the run."""
+    """Predicted bytes at the peak of the run, or of the teacher's reading before it."""
     job, steps = planned_job(s, train)
-    return max(
-        plan.Predictor(job).peak(plan.worst([shape for shapes in steps for shape in shapes])), teacher_peak(s, train)
-    )
+    own = plan.Predictor(job).peak(plan.worst([shape for shapes in steps for shape in shapes]))
+    return max(own, teacher_peak(s, train))
 
 
 def largest_planned_micro_batch(s: Settings, samples: Samples) -> tuple[list[int], int]:
