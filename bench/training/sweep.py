@@ -26,8 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
@@ -119,7 +117,7 @@ def measure(s, samples, side):
         out, start, started = Path(folder, "out"), cpu_times(), time.time()
         if side == TOGETHER:
             file = Path(folder, "sweep.yaml")
-            file.write_text(yaml.safe_dump({"variants": changes}))
+            file.write_text(json.dumps({"variants": changes}))  # which is YAML, too
             train(s, samples, out, {"sweep": file})
         else:
             for name in names:
