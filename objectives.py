@@ -200,6 +200,15 @@ class Distillation(Objective):
         return (1 - w) * cross_entropy + w * temperature**2 * kl
 
 
+def logps_of(logits: Tensor, ids: Tensor, others: bool) -> Tensor:
+    """Log-probabilities of the tokens ids (n, k) int64 by logits (n, V), and of all others together: (n, k + 1 or k)."""
+    found = logits.gather(1, ids)
+    if others:
+        rest = logits.scatter(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        found = torch.cat([found, rest], dim=1)
+    return found - logits.logsumexp(dim=-1, keepdim=True)
+
+
 def distances_from_teacher(
     logits: Tensor, targets: Tensor, ids: Tensor, logps: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,12 +218,8 @@ def distances_from_teacher(
     this temperature, and that of all other tokens together, which count as one; (n, k) if there are no others. So the
     KL is one of whole distributions, and at most that over all tokens one by one.
     """
-    ids, scaled = ids.long(), logits / temperature
-    log_q = scaled.gather(1, ids)
-    if logps.size(1) > ids.size(1):
-        others = scaled.scatter(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
-        log_q = torch.cat([log_q, others], dim=1)
-    log_q = log_q - scaled.logsumexp(dim=-1, keepdim=True)
+    ids = ids.long()
+    log_q = logps_of(logits / temperature, ids, others=logps.size(1) > ids.size(1))
     kl = (logps.exp() * (logps - log_q)).sum(dim=-1)
     return F.cross_entropy(logits, targets, reduction="none"), kl, logits.argmax(dim=-1) == ids[:, 0]
 

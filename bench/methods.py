@@ -39,6 +39,7 @@ from bench.measuring import (
     others_share,
     print_table,
     script_command,
+    summarize,
 )
 from shell import cli
 from shell.cli import UserError
@@ -117,7 +118,9 @@ COLUMNS = {
     "tokens/s": "{tokens_per_second:.0f}", "val loss": "{val_loss:.3f}", "exact match": "{exact_match:.1%}",
     "others": "{others_cpu:.0%}",
 }  # fmt: skip
-MEDIANS = ("tokens_per_second", "peak_gb", "val_loss", "exact_match", "others_cpu", "trainable", "learning_rate")
+MEDIANS = (
+    "tokens_per_second", "peak_gb", "val_loss", "exact_match", "others_cpu", "trainable", "learning_rate", "tokens",
+)  # fmt: skip
 
 
 def main(s):
@@ -126,7 +129,7 @@ def main(s):
     for line in alternate([{"method": name} for name in s.methods], s.runs, lambda method: measure(s, method), s, call):
         lines.append(line)
         print("{method}: {tokens_per_second:.0f} tokens/s, {exact_match:.1%}".format(**line), flush=True)
-    rows = medians(lines)
+    rows = summarize(lines, ("method",), MEDIANS)
     print(f"\n{s.checkpoint_dir.name} on {s.data_dir.name}, {machine_name(call['machine'])}, {call['commit']}")
     print_table(COLUMNS, rows)
     chart = s.out_file.with_suffix(".png")
@@ -137,17 +140,6 @@ def main(s):
         "peak_gb": ("peak memory, GB", "{:.2f}"),
     }, chart)  # fmt: skip
     print(f"written to {s.out_file} and {chart}")
-
-
-def medians(lines):
-    """A row for each method in their order: medians over its runs."""
-    by_method = {}
-    for line in lines:
-        by_method.setdefault(line["method"], []).append(line)
-    return [
-        {**runs[0], **{name: statistics.median(run[name] for run in runs) for name in MEDIANS}}
-        for runs in by_method.values()
-    ]
 
 
 def measure(s, method):

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from batching import PLANNERS, Batch, Samples, in_order
+from objectives import logps_of
 from ops.devices import to_device
 from ops.loss import LOSS_CHUNK
 from shell.cli import UserError
@@ -219,10 +220,7 @@ def likeliest(
     found = []
     for part in teacher.at_targets(x, targets)[0].split(LOSS_CHUNK):
         scaled = teacher.logits(part)[:, :tokens].float() / temperature
-        values, ids = scaled.topk(k, dim=-1)
-        if k < tokens:
-            others = scaled.scatter(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
-            values = torch.cat([values, others], dim=1)
-        found.append((ids.int(), values - scaled.logsumexp(dim=-1, keepdim=True)))
+        ids = scaled.topk(k, dim=-1).indices
+        found.append((ids.int(), logps_of(scaled, ids, others=k < tokens)))
     ids, logps = zip(*found, strict=True)
     return torch.cat(ids), torch.cat(logps)

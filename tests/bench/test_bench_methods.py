@@ -6,6 +6,7 @@ import pytest
 
 import prepare_data
 from bench import methods
+from bench.measuring import summarize
 from bench.training import sweep
 from lora import ADAPTERS
 from shell.cli import UserError
@@ -54,7 +55,10 @@ def test_medians_are_over_the_runs_of_a_method():
         {"method": name, **dict.fromkeys(methods.MEDIANS, value)}
         for name, value in (("a", 1), ("b", 9), ("a", 2), ("a", 7))
     ]
-    assert [(row["method"], row["peak_gb"]) for row in methods.medians(lines)] == [("a", 2), ("b", 9)]
+    assert [(row["method"], row["peak_gb"]) for row in summarize(lines, ("method",), methods.MEDIANS)] == [
+        ("a", 2),
+        ("b", 9),
+    ]
 
 
 def test_a_sweep_beside_its_variants_one_by_one(data_dir, tiny_model_dir, tmp_path, run_script):
