@@ -201,7 +201,7 @@ class Distillation(Objective):
 
 
 def logps_of(logits: Tensor, ids: Tensor, others: bool) -> Tensor:
-    """Log-probabilities of the tokens ids (n, k) int64 by logits (n, V), and of all others together: (n, k + 1 or k)."""
+    """Log-probabilities of tokens ids (n, k) int64 by logits (n, V), and of all others as one: (n, k + 1 or k)."""
     found = logits.gather(1, ids)
     if others:
         rest = logits.scatter(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
