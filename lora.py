@@ -41,7 +41,7 @@ from adapters.vera import VeRALinear
 from adapters.virtual_tokens import PrefixTuning, PromptTuning
 from model import Linear, Transformer
 from ops.dropout import dropout
-from ops.linear import low_rank_linears
+from ops.linear import LowRank, low_rank_linears
 from shell.cli import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -92,7 +92,8 @@ class LoRALinear(Adapter):
         bases, scales = [layer.base for layer in layers], [layer.scale for layer in layers]
         factors = [(layer.lora_A, layer.lora_B) for layer in layers]
         dropouts = [layer.dropout if layer.training else 0.0 for layer in layers]
-        ys = low_rank_linears(x, [base.dequantize for base in bases], scales, factors, dropouts)
+        part = LowRank(0, x.shape[:-1].numel(), scales, factors)
+        ys = low_rank_linears(x, [base.dequantize for base in bases], [part], dropouts)
         return [y if base.bias is None else y + base.bias.to(y.dtype) for y, base in zip(ys, bases, strict=True)]
 
     @classmethod

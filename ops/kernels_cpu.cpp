@@ -236,14 +236,16 @@ constexpr int64_t QUERIES = 32;  // queries of a head that attend together
 
 typedef std::vector<uint32_t> Buffer;
 
-// x (count, d), whose rows are `stride` apart, as (rows, width) with zeros around it: words along d.
-template <class T>
-const uint32_t *along(Buffer &to, const T *x, int64_t stride, int64_t count, int64_t d, int64_t rows, int64_t width) {
+// x (count, d), whose rows are `stride` apart, as T (rows, width) with zeros around it: words along d.
+template <class S, class T = S>
+const uint32_t *along(Buffer &to, const S *x, int64_t stride, int64_t count, int64_t d, int64_t rows, int64_t width) {
     to.resize(rows * width / PER_WORD<T>);
     for (int64_t i = 0; i < rows; i++) {
         T *row = (T *)to.data() + i * width;
         int64_t filled = i < count ? d : 0;
-        std::memcpy(row, x + i * stride, filled * sizeof(T));
+        if constexpr (std::is_same_v<S, T>) std::memcpy(row, x + i * stride, filled * sizeof(T));
+        else
+            for (int64_t j = 0; j < filled; j += LANES) store(row + j, load(x + i * stride + j, filled - j), filled - j);
         std::memset(row + filled, 0, (width - filled) * sizeof(T));
     }
     return to.data();
@@ -512,6 +514,246 @@ void each_sample_and_key_head(const Heads &a, int64_t threads, Work work) {
 
 }  // namespace
 
+// ---------------------------------------------------------------------------------------------------- low-rank adapters
+//
+// LoRA over layers of one input: y += scale * small B^T, where small = x A^T. Products as thin as these cost as much as
+// reading what they multiply, so a block of positions goes through all of them while it is in the cache.
+
+// Of one layer at the positions of a part.
+struct Factors {
+    const float *A, *B;      // (rank, in), (out, rank)
+    float *grad_A, *grad_B;  // receive the gradients, in the backward pass
+    int64_t rank;
+    float scale;
+};
+
+// Positions with one adapter. small (end - start, ranks): x A^T of its layers side by side.
+struct Part {
+    int64_t start, end, ranks;
+    void *small;
+    const Factors *layers;
+};
+
+// Layers of one input. ys: what they give, or in the backward pass its gradient: (positions, out) each.
+struct Layers {
+    int64_t in, count, parts;
+    const int64_t *outs;
+    void *const *ys;
+    const Part *all;
+};
+
+namespace {
+
+constexpr int64_t MOST_ROWS = 64, STRIP = 256;  // positions, and columns of a wide matrix, that are one thread's work
+
+int64_t whole(int64_t n) { return round_up(n, SUM_COLUMNS); }
+
+// A and B as what positions are multiplied with: in the forward pass A^T and B^T, in the backward pass A and B.
+struct Multiplied {
+    Buffer A, B;
+};
+
+struct Thin {
+    Buffer rows, more, turned, x_along, x_down, small_along;
+    std::vector<float> thin, wide;
+};
+
+template <class T>
+void lay_out(const Factors &f, int64_t in, int64_t out, bool backward, Multiplied &to, Thin &w) {
+    int64_t P = PER_WORD<T>, R = f.rank;
+    if (backward) {
+        along<float, T>(w.rows, f.A, in, R, in, round_up(R, P), whole(in));
+        down(to.A, (const T *)w.rows.data(), round_up(R, P), whole(in));
+        along<float, T>(w.rows, f.B, R, out, R, whole(out), round_up(R, LANES));
+        down(to.B, (const T *)w.rows.data(), whole(out), round_up(R, LANES));
+    } else {
+        along<float, T>(w.rows, f.A, in, R, in, round_up(R, LANES), whole(in));
+        turned(to.A, w.rows.data(), round_up(R, LANES), whole(in) / P);
+        along<float, T>(w.rows, f.B, R, out, R, whole(out), whole(R));
+        turned(to.B, w.rows.data(), whole(out), whole(R) / P);
+    }
+}
+
+// to (M, N) += scale * from, whose rows are `stride` apart.
+template <class T>
+void add(T *to, int64_t to_stride, const float *from, int64_t stride, int64_t M, int64_t N, float scale) {
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < N; n += LANES) {
+            T *place = to + m * to_stride + n;
+            store(place, load(place, N - n) + load(from + m * stride + n) * scale, N - n);
+        }
+}
+
+// thin (M, rank) as T, into a part's columns of `small`, and with zeros around it for the next product.
+template <class T>
+const uint32_t *keep_small(const Thin &w, T *small, int64_t stride, int64_t M, int64_t rank, Buffer &to, int64_t rows) {
+    int64_t R = round_up(rank, LANES);
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t r = 0; r < rank; r += LANES)
+            store(small + m * stride + r, load(&w.thin[m * R + r]), rank - r);
+    return along(to, small, stride, M, rank, rows, R);
+}
+
+// Positions `first` to `last` of a part, forward: small, and what it adds to all ys.
+template <class T>
+void low_rank_rows(const Layers &a, const Part &part, const Multiplied *multiplied, int64_t first, int64_t last,
+                   const T *x, Thin &w) {
+    int64_t P = PER_WORD<T>, M = last - first, rows = round_up(M, WHOLE_ROWS), before = 0;
+    const uint32_t *x_along = along(w.x_along, x + first * a.in, a.in, M, a.in, rows, whole(a.in));
+    for (int64_t i = 0; i < a.count; before += part.layers[i++].rank) {
+        const Factors &f = part.layers[i];
+        if (!f.rank) continue;
+        int64_t R = round_up(f.rank, LANES), out = a.outs[i];
+        w.thin.resize(rows * R);
+        multiply<T>(x_along, whole(a.in) / P, multiplied[i].A.data(), R, w.thin.data(), R, rows, R, whole(a.in) / P);
+        T *small = (T *)part.small + (first - part.start) * part.ranks + before;
+        const uint32_t *s = keep_small(w, small, part.ranks, M, f.rank, w.small_along, rows);
+        w.wide.resize(rows * STRIP);
+        for (int64_t n = 0; n < out; n += STRIP) {
+            int64_t N = std::min(STRIP, out - n);
+            multiply<T>(s, R / P, multiplied[i].B.data() + n, whole(out), w.wide.data(), STRIP, rows, whole(N),
+                        (f.rank + P - 1) / P);
+            add((T *)a.ys[i] + first * out + n, out, w.wide.data(), STRIP, M, N, f.scale);
+        }
+    }
+}
+
+// The same, backward: the gradient of `small` (grads, laid out like it), and what it adds to grad_x, unless null.
+template <class T>
+void low_rank_rows_backward(const Layers &a, const Part &part, const Multiplied *multiplied, int64_t first,
+                            int64_t last, T *grads, T *grad_x, Thin &w) {
+    int64_t P = PER_WORD<T>, M = last - first, rows = round_up(M, WHOLE_ROWS), before = 0;
+    for (int64_t i = 0; i < a.count; before += part.layers[i++].rank) {
+        const Factors &f = part.layers[i];
+        if (!f.rank) continue;
+        int64_t R = round_up(f.rank, LANES), out = a.outs[i], K = whole(out) / P;
+        const uint32_t *y_along = along(w.x_along, (const T *)a.ys[i] + first * out, out, M, out, rows, whole(out));
+        w.thin.resize(rows * R);
+        multiply<T>(y_along, K, multiplied[i].B.data(), R, w.thin.data(), R, rows, R, K);
+        for (float &value : w.thin) value *= f.scale;
+        T *small = grads + (first - part.start) * part.ranks + before;
+        const uint32_t *s = keep_small(w, small, part.ranks, M, f.rank, w.small_along, rows);
+        if (!grad_x) continue;
+        w.wide.resize(rows * STRIP);
+        for (int64_t n = 0; n < a.in; n += STRIP) {
+            int64_t N = std::min(STRIP, a.in - n);
+            multiply<T>(s, R / P, multiplied[i].A.data() + n, whole(a.in), w.wide.data(), STRIP, rows, whole(N),
+                        (f.rank + P - 1) / P);
+            add(grad_x + first * a.in + n, a.in, w.wide.data(), STRIP, M, N, 1.0f);
+        }
+    }
+}
+
+// small^T (rank, L) times a strip of a wide matrix (L, N): into w.wide (rank and more, whole(N)).
+template <class T>
+void sum_over_positions(const T *small, int64_t ranks, int64_t rank, const uint32_t *strip, int64_t L, int64_t N,
+                        Thin &w) {
+    int64_t P = PER_WORD<T>, rows = round_up(std::max(rank, LANES), std::max(WHOLE_ROWS, LANES)), K = whole(L);
+    along(w.rows, small, ranks, L, rank, K, rows);
+    down(w.more, (const T *)w.rows.data(), K, rows);
+    const uint32_t *s = turned(w.turned, w.more.data(), K / P, rows);
+    w.wide.resize(rows * whole(N));
+    multiply<T>(s, K / P, strip, whole(N), w.wide.data(), whole(N), rows, whole(N), K / P);
+}
+
+// A strip of N columns of a wide matrix at L positions, as words along the positions.
+template <class T>
+const uint32_t *strip_down(const T *x, int64_t stride, int64_t L, int64_t N, Thin &w) {
+    along(w.x_along, x, stride, L, N, whole(L), whole(N));
+    return down(w.x_down, (const T *)w.x_along.data(), whole(L), whole(N));
+}
+
+// Columns n to n + N of grad_A in all layers of a part.
+template <class T>
+void grad_A_columns(const Layers &a, const Part &part, const T *grads, const T *x, int64_t n, Thin &w) {
+    int64_t L = part.end - part.start, N = std::min(STRIP, a.in - n), before = 0;
+    const uint32_t *strip = strip_down(x + part.start * a.in + n, a.in, L, N, w);
+    for (int64_t i = 0; i < a.count; before += part.layers[i++].rank) {
+        const Factors &f = part.layers[i];
+        if (!f.rank) continue;
+        sum_over_positions(grads + before, part.ranks, f.rank, strip, L, N, w);
+        for (int64_t r = 0; r < f.rank; r++) std::memcpy(f.grad_A + r * a.in + n, &w.wide[r * whole(N)], 4 * N);
+    }
+}
+
+// Rows n to n + N of grad_B in layer i of a part.
+template <class T>
+void grad_B_rows(const Layers &a, const Part &part, int64_t i, int64_t before, int64_t n, Thin &w) {
+    const Factors &f = part.layers[i];
+    int64_t L = part.end - part.start, out = a.outs[i], N = std::min(STRIP, out - n);
+    const uint32_t *strip = strip_down((const T *)a.ys[i] + part.start * out + n, out, L, N, w);
+    sum_over_positions((const T *)part.small + before, part.ranks, f.rank, strip, L, N, w);
+    int64_t rows = w.wide.size() / whole(N);
+    auto result = (const float *)turned(w.turned, (const uint32_t *)w.wide.data(), rows, whole(N));
+    for (int64_t j = 0; j < N; j++)
+        for (int64_t r = 0; r < f.rank; r++) f.grad_B[(n + j) * f.rank + r] = result[j * rows + r] * f.scale;
+}
+
+// What threads take in turn: some positions of a part, or a strip of a gradient (layer -1: of A).
+struct Work {
+    int64_t part, layer, before, first, last;
+};
+
+std::vector<Work> blocks_of_rows(const Layers &a, int64_t threads) {
+    int64_t positions = 0;
+    for (int64_t p = 0; p < a.parts; p++) positions += a.all[p].end - a.all[p].start;
+    int64_t rows = std::min(MOST_ROWS, round_up(positions / (2 * threads) + 1, WHOLE_ROWS));
+    std::vector<Work> blocks;
+    for (int64_t p = 0; p < a.parts; p++)
+        for (int64_t first = a.all[p].start; first < a.all[p].end; first += rows)
+            blocks.push_back({p, 0, 0, first, std::min(first + rows, a.all[p].end)});
+    return blocks;
+}
+
+std::vector<Work> strips_of_gradients(const Layers &a) {
+    std::vector<Work> strips;
+    for (int64_t p = 0; p < a.parts; p++) {
+        for (int64_t n = 0; n < a.in; n += STRIP) strips.push_back({p, -1, 0, n, 0});
+        int64_t before = 0;
+        for (int64_t i = 0; i < a.count; before += a.all[p].layers[i++].rank)
+            for (int64_t n = 0; n < a.outs[i] && a.all[p].layers[i].rank; n += STRIP)
+                strips.push_back({p, i, before, n, 0});
+    }
+    return strips;
+}
+
+template <class T>
+void low_rank_all(const Layers &a, const T *x, T *grad_x, bool backward, int64_t threads) {
+    std::vector<Multiplied> multiplied(a.parts * a.count);
+    std::vector<Work> blocks = blocks_of_rows(a, threads);
+    std::vector<Work> strips = backward ? strips_of_gradients(a) : std::vector<Work>();
+    std::vector<std::vector<T>> grads(a.parts);  // of each part's small
+    if (backward)
+        for (int64_t p = 0; p < a.parts; p++) grads[p].resize((a.all[p].end - a.all[p].start) * a.all[p].ranks);
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Thin w;
+        tiles::InUse unit;
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < a.parts * a.count; n++) {
+            int64_t layer = n % a.count;
+            lay_out<T>(a.all[n / a.count].layers[layer], a.in, a.outs[layer], backward, multiplied[n], w);
+        }
+#pragma omp for schedule(dynamic)
+        for (size_t n = 0; n < blocks.size(); n++) {
+            const Work &block = blocks[n];
+            const Part &part = a.all[block.part];
+            const Multiplied *own = &multiplied[block.part * a.count];
+            if (backward)
+                low_rank_rows_backward(a, part, own, block.first, block.last, grads[block.part].data(), grad_x, w);
+            else low_rank_rows(a, part, own, block.first, block.last, x, w);
+        }
+#pragma omp for schedule(dynamic)
+        for (size_t n = 0; n < strips.size(); n++) {
+            const Work &s = strips[n];
+            if (s.layer < 0) grad_A_columns(a, a.all[s.part], grads[s.part].data(), x, s.first, w);
+            else grad_B_rows<T>(a, a.all[s.part], s.layer, s.before, s.first, w);
+        }
+    }
+}
+
+}  // namespace
+
 // --------------------------------------------------------------------------------------------- what Python calls
 
 // f(T) with the type that a tensor has.
@@ -622,6 +864,22 @@ void attend_backward(int64_t bf16, const void *grad, const void *q, const void *
             attend_sample_backward(*a, sample, head, (const T *)grad, (const T *)q, (const T *)k, (const T *)v,
                                    log_sums, (T *)grad_q, (T *)grad_k, (T *)grad_v, grad_sinks, w);
         });
+    });
+}
+
+// LoRA's part of several layers of one input, added to what the layers give.
+void low_rank(int64_t bf16, const void *x, const Layers *layers, int64_t threads) {
+    in_type(bf16, [&](auto type) {
+        using T = decltype(type);
+        low_rank_all<T>(*layers, (const T *)x, nullptr, false, threads);
+    });
+}
+
+// grad_x, or null: is added to.
+void low_rank_backward(int64_t bf16, const void *x, void *grad_x, const Layers *layers, int64_t threads) {
+    in_type(bf16, [&](auto type) {
+        using T = decltype(type);
+        low_rank_all<T>(*layers, (const T *)x, (T *)grad_x, true, threads);
     });
 }
 }

@@ -6,15 +6,18 @@ dequantises the weight again in the backward pass.
 Shapes: N positions (rows of a micro-batch end to end), r rank.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ops.cpp import operator
+from ops.cpp import call_cpp, in_cpp, operator
 from ops.dropout import drop, new_seeds
 from ops.dtypes import as_multiplied
 from ops.gpu import in_triton, launch, power_of_two
@@ -98,56 +101,203 @@ def _add_low_rank_flops(ys, small, factors, scales, *_, out_shape=None):
     return sum(2 * y[0] * factor[0] * factor[1] for y, factor in zip(ys, factors, strict=True))
 
 
+class _CFactors(ctypes.Structure):
+    """kernels_cpu.cpp's Factors."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("A", "B", "grad_A", "grad_B")]
+    _fields_ += [("rank", ctypes.c_int64), ("scale", ctypes.c_float)]
+
+
+class _CPart(ctypes.Structure):
+    """kernels_cpu.cpp's Part."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("start", "end", "ranks")]
+    _fields_ += [("small", ctypes.c_void_p), ("layers", ctypes.POINTER(_CFactors))]
+
+
+class _CLayers(ctypes.Structure):
+    """kernels_cpu.cpp's Layers. It holds what its addresses are of."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("inputs", "count", "parts")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("outs", "ys", "all")]
+
+
+@operator(
+    "low_rank_(Tensor x, Tensor(a!)[] ys, Tensor(b!)[] smalls, Tensor[] factors, float[] scales, int[] starts) -> ()"
+)
+def _low_rank_(x, ys, smalls, factors, scales, starts):
+    """In C++: add what all parts make of x (N, in) to ys (N, out), and leave x @ A.T of each in `smalls`."""
+    if not x.is_meta:
+        layers = _c_layers(x, ys, smalls, factors, None, scales, starts)
+        call_cpp("low_rank", x, ctypes.byref(layers))
+
+
+@operator(
+    "low_rank_backward_(Tensor x, Tensor(a!)? grad_x, Tensor[] grads, Tensor[] smalls, Tensor[] factors, "
+    "Tensor(b!)[] grad_factors, float[] scales, int[] starts) -> ()"
+)
+def _low_rank_backward_(x, grad_x, grads, smalls, factors, grad_factors, scales, starts):
+    """In C++: the gradients of all factors, and what the parts give that of x, which is added to `grad_x`."""
+    if not x.is_meta:
+        layers = _c_layers(x, grads, smalls, factors, grad_factors, scales, starts)
+        address = ctypes.c_void_p(None if grad_x is None else grad_x.data_ptr())
+        call_cpp("low_rank_backward", x, address, ctypes.byref(layers))
+
+
+def _c_layers(x, ys, smalls, factors, grad_factors, scales, starts):
+    """The `_CLayers` of some parts, each of which has len(ys) pairs of factors."""
+    assert all(each.is_contiguous() for each in (*ys, *smalls, *factors, *(grad_factors or ())))
+    count, parts = len(ys), (_CPart * len(smalls))()
+    of_factors = (_CFactors * len(scales))()
+    for n, scale in enumerate(scales):
+        pair = slice(2 * n, 2 * n + 2)
+        own = [each.data_ptr() for each in (*factors[pair], *(grad_factors[pair] if grad_factors else ()))]
+        of_factors[n] = _CFactors(*own, *[None] * (4 - len(own)), factors[2 * n].size(0), scale)
+    for n, (small, start) in enumerate(zip(smalls, starts, strict=True)):
+        own = ctypes.cast(ctypes.byref(of_factors, n * count * ctypes.sizeof(_CFactors)), ctypes.POINTER(_CFactors))
+        parts[n] = _CPart(start, start + len(small), small.size(1), small.data_ptr(), own)
+    outs = (ctypes.c_int64 * count)(*(y.size(1) for y in ys))
+    addresses = (ctypes.c_void_p * count)(*(y.data_ptr() for y in ys))
+    layers = _CLayers(x.size(1), count, len(parts), *map(ctypes.addressof, (outs, addresses, parts)))
+    layers.held = outs, addresses, parts, of_factors
+    return layers
+
+
+def _numbers(parts):
+    """The scales of all layers of all parts, and where each part begins."""
+    return [scale for part in parts for scale in part.scales], [part.start for part in parts]
+
+
+@register_flop_formula(torch.ops.onetune.low_rank_)
+def _low_rank_flops(x, ys, smalls, factors, *_, out_shape=None):
+    return sum(_flops_of_parts(smalls, factors, 2, 2))
+
+
+@register_flop_formula(torch.ops.onetune.low_rank_backward_)
+def _low_rank_backward_flops(x, grad_x, grads, smalls, factors, *_, out_shape=None):
+    return sum(_flops_of_parts(smalls, factors, 2 if grad_x is None else 4, 4))
+
+
+def _flops_of_parts(smalls, factors, of_a, of_b):
+    """FLOPs of each part, from the shapes of its small and its factors, with so many for each element and position."""
+    count = len(factors) // max(1, len(smalls))
+    for n, (positions, _) in enumerate(smalls):
+        own = factors[n * count : (n + 1) * count]
+        yield positions * (of_a * sum(map(prod, own[0::2])) + of_b * sum(map(prod, own[1::2])))
+
+
+class LowRank(NamedTuple):
+    """LoRA for some positions of several layers' input x (N, in): layer i's y += scale * (x @ A.T) @ B.T.
+
+    start, end: of the positions. scales and factors: of each layer; A (r, in) and B (out, r), both trainable and fp32.
+    A layer that has none has factors of rank 0.
+    """
+
+    start: int
+    end: int
+    scales: Sequence[float]
+    factors: Sequence[tuple[Tensor, Tensor]]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each layer."""
+        return [a.size(0) for a, _ in self.factors]
+
+    def own(self, x: Tensor) -> Tensor:
+        """These positions of x (N, ...)."""
+        return x if self.end - self.start == len(x) else x[self.start : self.end]
+
+
 class _LowRankLinears(torch.autograd.Function):
     """x @ W.T + scale * (drop(x) @ A.T) @ B.T for several layers of one input, the small products added in place.
 
-    Without dropout all A are multiplied as one matrix, forward and backward: so thin a product costs as much as reading
-    x. With it each layer drops others of x's elements, again in the backward pass. What x @ A.T gives is 0 where
-    `mask` says so, if there is one, and so is its gradient.
+    Kept for the backward pass: x, and x @ A.T of each part. `how`: pairs (start, end, scales) of each part.
     """
 
     @staticmethod
-    def forward(ctx, x, restores, scales, drops, mask, *factors):
-        a, b = factors[0::2], factors[1::2]
-        a = (a[0] if len(a) == 1 else torch.cat(a)).to(x.dtype)
-        flat, ranks = x.flatten(0, -2).contiguous(), [factor.size(1) for factor in b]
-        if drops:
-            small = torch.cat([drop(flat) @ part.T for drop, part in zip(drops, a.split(ranks), strict=True)], dim=1)
-        else:
-            small = flat @ a.T  # (N, sum of r)
-        small = small if mask is None else small.masked_fill_(mask, 0)
+    def forward(ctx, x, restores, how, drops, *factors):
+        flat, parts = x.flatten(0, -2).contiguous(), _as_parts(how, factors)
         ys = [F.linear(flat, restore(x.dtype)) for restore in restores]
-        _add_low_rank_(ys, small, b, scales)
-        ctx.save_for_backward(flat, small, a, *b)
-        ctx.known, ctx.ranks, ctx.shape = (restores, scales, drops, mask), ranks, x.shape
+        if _fits_cpp(flat, drops):
+            smalls = [flat.new_empty(part.end - part.start, sum(part.ranks)) for part in parts]
+            _low_rank_(flat, ys, smalls, factors, *_numbers(parts))
+        else:
+            smalls = [_add_part(part.own(flat), [part.own(y) for y in ys], part, drops) for part in parts]
+        ctx.save_for_backward(flat, *smalls, *factors)
+        ctx.known, ctx.shape = (restores, how, drops), x.shape
         return tuple(y.view(*x.shape[:-1], y.size(-1)) for y in ys)
 
     @staticmethod
     def backward(ctx, *grads):
-        (flat, small, a, *b), (restores, scales, drops, mask) = ctx.saved_tensors, ctx.known
-        grads = [grad.reshape(-1, grad.size(-1)) for grad in grads]
-        grad_small = torch.empty_like(small)
-        for grad, part, factor, scale in zip(grads, grad_small.split(ctx.ranks, dim=1), b, scales, strict=True):
-            _scaled_product(grad, factor.to(grad.dtype), scale, part)
-        grad_small = grad_small if mask is None else grad_small.masked_fill_(mask, 0)
-        parts = zip(grads, small.split(ctx.ranks, dim=1), b, scales, strict=True)
-        grad_b = [_scaled_gradient(grad.T, part, factor.dtype, scale) for grad, part, factor, scale in parts]
-        own = grad_small.split(ctx.ranks, dim=1)
-        if drops:
-            grad_a = [_scaled_gradient(part.T, drop(flat), b[0].dtype) for part, drop in zip(own, drops, strict=True)]
-        else:
-            grad_a = _scaled_gradient(grad_small.T, flat, b[0].dtype).split(ctx.ranks)
+        (flat, *kept), (restores, how, drops) = ctx.saved_tensors, ctx.known
+        smalls, factors = kept[: len(how)], kept[len(how) :]
+        grads, parts = [grad.reshape(-1, grad.size(-1)) for grad in grads], _as_parts(how, factors)
         grad_x = None
         if ctx.needs_input_grad[0]:
             weights = (restore(grad.dtype) for restore, grad in zip(restores, grads, strict=True))
             grad_x = _sum_of_products(grads, weights)
-            if drops:
-                for part, factor, drop in zip(own, a.split(ctx.ranks), drops, strict=True):
-                    grad_x += drop(part @ factor)  # dropping is its own transpose
-            else:
-                _add_low_rank_([grad_x], grad_small, [a.T], [1.0])
-            grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, None, None, *(each for pair in zip(grad_a, grad_b, strict=True) for each in pair)
+        if _fits_cpp(flat, drops):
+            grads = [grad.contiguous() for grad in grads]
+            grad_factors = [torch.empty_like(factor) for factor in factors]
+            _low_rank_backward_(flat, grad_x, grads, smalls, factors, grad_factors, *_numbers(parts))
+        else:
+            grad_factors = []
+            for part, small in zip(parts, smalls, strict=True):
+                own_x = None if grad_x is None else part.own(grad_x)
+                own = part.own(flat), own_x, [part.own(grad) for grad in grads]
+                grad_factors += _add_part_backward(*own, small, part, drops)
+        grad_x = None if grad_x is None else grad_x.view(ctx.shape)
+        return grad_x, None, None, None, *grad_factors
+
+
+def _fits_cpp(x, drops):
+    """Whether kernels_cpu.cpp makes the small products: of all parts and layers in one call."""
+    return in_cpp(x) and not in_triton(x) and not drops
+
+
+def _as_parts(how, factors):
+    """The `LowRank`s of a flat list of their factors."""
+    pairs, parts = [*zip(factors[0::2], factors[1::2], strict=True)], []
+    for start, end, scales in how:
+        parts.append(LowRank(start, end, scales, pairs[: len(scales)]))
+        pairs = pairs[len(scales) :]
+    return parts
+
+
+def _add_part(x, ys, part, drops):
+    """Add to each of ys (N, out) what a part makes of x (N, in), its positions alone: its small (N, sum of ranks).
+
+    Without dropout all A are multiplied as one matrix, forward and backward: so thin a product costs as much as reading
+    x. With it each layer drops others of x's elements, again in the backward pass.
+    """
+    a = torch.cat([a for a, _ in part.factors]).to(x.dtype)
+    if drops:
+        each = zip(drops, a.split(part.ranks), strict=True)
+        small = torch.cat([drop(x) @ own.T for drop, own in each], dim=1)
+    else:
+        small = x @ a.T
+    _add_low_rank_(ys, small, [b for _, b in part.factors], part.scales)
+    return small
+
+
+def _add_part_backward(x, grad_x, grads, small, part, drops):
+    """The gradients of a part's factors, those of each A and B in turn; what it gives x's is added to `grad_x`."""
+    a, dtype, grad_small = torch.cat([a for a, _ in part.factors]).to(x.dtype), torch.float32, torch.empty_like(small)
+    own = grad_small.split(part.ranks, dim=1)
+    for grad, place, (_, b), scale in zip(grads, own, part.factors, part.scales, strict=True):
+        _scaled_product(grad, b.to(grad.dtype), scale, place)
+    each = zip(grads, small.split(part.ranks, dim=1), part.scales, strict=True)
+    grad_b = [_scaled_gradient(grad.T, place, dtype, scale) for grad, place, scale in each]
+    if drops:
+        grad_a = [_scaled_gradient(place.T, drop(x), dtype) for place, drop in zip(own, drops, strict=True)]
+    else:
+        grad_a = _scaled_gradient(grad_small.T, x, dtype).split(part.ranks)
+    if grad_x is not None and drops:
+        for place, factor, drop in zip(own, a.split(part.ranks), drops, strict=True):
+            grad_x += drop(place @ factor)  # dropping is its own transpose
+    elif grad_x is not None:
+        _add_low_rank_([grad_x], grad_small, [a.T], [1.0])
+    return [gradient for pair in zip(grad_a, grad_b, strict=True) for gradient in pair]
 
 
 def _scaled_product(a, b, scale, out=None):
@@ -175,18 +325,17 @@ def _sum_of_products(xs, weights):
 def low_rank_linears(
     x: Tensor,
     restores: Sequence[Callable[[torch.dtype], Tensor]],
-    scales: Sequence[float],
-    factors: Sequence[tuple[Tensor, Tensor]],
+    parts: Sequence[LowRank],
     dropouts: Sequence[float] = (),
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Frozen linear layers of one input, each with its LoRA: (..., out) for each.
+    """Frozen linear layers of one input with LoRA: (..., out) for each.
 
-    x (..., in). restores: for each layer a function that gives its weight (out, in) in a dtype. factors: for each layer
-    A (r, in) and B (out, r), both trainable and fp32. dropouts: for each layer the share of A's input that is dropped.
-    mask: bool (N, sum of r), where x @ A.T is to be 0: where factors of several adapters lie side by side, the columns
-    of each at positions that are not its own.
+    x (..., in). restores: for each layer a function that gives its weight (out, in) in a dtype. parts: the adapters,
+    each at its own positions of the N that x has, end to end; no position is in two. dropouts: for each layer the share
+    of A's input that is dropped.
     """
     x = as_multiplied(x)
     drops = [partial(drop, p=p, seeds=new_seeds()) for p in dropouts] if any(dropouts) else None
-    return _LowRankLinears.apply(x, restores, scales, drops, mask, *(matrix for pair in factors for matrix in pair))
+    how = [(part.start, part.end, part.scales) for part in parts]
+    factors = (matrix for part in parts for pair in part.factors for matrix in pair)
+    return _LowRankLinears.apply(x, restores, how, drops, *factors)

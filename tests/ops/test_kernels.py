@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ops.activation import gated, plain_gated
 from ops.dropout import plain_drop
 from ops.dtypes import compute_dtype
-from ops.linear import linear, low_rank_linears, stored_linear
+from ops.linear import LowRank, linear, low_rank_linears, stored_linear
 from ops.loss import head_loss, plain_head_loss
 from ops.norm import plain_rms_norm, rms_norm
 from ops.rotation import plain_rotate, rotate
@@ -144,7 +144,8 @@ def test_low_rank_linears(shape, ranks, stored, p, way, monkeypatch):
     monkeypatch.setattr("ops.linear.new_seeds", iter(seeds).__next__)
     x, weights = random(*shape), [torch.randn(7 + 20 * r, 12, dtype=stored) for r in ranks]
     factors, scales = [(random(r, 12), random(7 + 20 * r, r)) for r in ranks], [0.5 / r for r in ranks]
-    ys = low_rank_linears(x, [weight.to for weight in weights], scales, factors, [p for _ in ranks])
+    part = LowRank(0, x.shape[:-1].numel(), scales, factors)
+    ys = low_rank_linears(x, [weight.to for weight in weights], [part], [p for _ in ranks])
     masks = [plain_drop(torch.ones(shape), p, seed) if p else 1 for seed in seeds]
     expected = [
         F.linear(x, weight.float()) + scale * F.linear(F.linear(x * mask, a), b)
@@ -156,23 +157,35 @@ def test_low_rank_linears(shape, ranks, stored, p, way, monkeypatch):
     assert [y.shape for y in ys] == [y.shape for y in expected]
 
 
-def test_a_mask_gives_positions_factors_of_their_own(way):
-    """Three adapters side by side over two layers of one input; the last position has none, nor has the last layer."""
-    x, weights = random(1, 10, 12), [torch.randn(7, 12), torch.randn(5, 12), torch.randn(9, 12)]
-    ranks, rows = [2, 3, 1], [slice(0, 4), slice(4, 5), slice(5, 9)]
-    own = [[(random(r, 12), random(len(weight), r)) for r in ranks] for weight in weights[:2]]
-    factors = [(torch.cat([a for a, _ in each]), torch.cat([b for _, b in each], dim=1)) for each in own]
-    mask = torch.block_diag(*(torch.ones(place.stop - place.start, r) for place, r in zip(rows, ranks, strict=True)))
-    mask = F.pad(mask, (0, 0, 0, 1)).repeat(1, 2) == 0
-    none = torch.zeros(0, 12), torch.zeros(9, 0)
-    ys = low_rank_linears(x, [w.to for w in weights], [0.5, 1.5, 1.0], [*factors, none], mask=mask)
+@pytest.mark.parametrize("lengths", [(4, 1, 3), (70, 1, 130)])
+def test_positions_have_low_rank_layers_of_their_own(lengths, way, threads):
+    """Three adapters over three layers of one input; some positions have none, and of a layer two adapters have none."""
+    x, weights = random(1, sum(lengths) + 2, 12), [torch.randn(7, 12), torch.randn(40, 12), torch.randn(9, 12)]
+    ranks = [(2, 17, 0), (3, 1, 5), (1, 2, 0)]
+    starts = [0, lengths[0] + 1, lengths[0] + 1 + lengths[1]]  # one position between the first and the second has none
+    parts = []
+    for start, length, own in zip(starts, lengths, ranks, strict=True):
+        factors = [(random(r, 12), random(len(weight), r)) for r, weight in zip(own, weights, strict=True)]
+        parts.append(LowRank(start, start + length, [0.5, 1.5, 0.7], factors))
+    ys = low_rank_linears(x, [weight.to for weight in weights], parts)
     expected = [F.linear(x, weight) for weight in weights]
-    for layer, (scale, each) in enumerate(zip((0.5, 1.5), own, strict=True)):
-        for place, (a, b) in zip(rows, each, strict=True):
-            delta = scale * F.linear(F.linear(x[:, place], a), b)
-            expected[layer] = expected[layer] + F.pad(delta, (0, 0, place.start, 10 - place.stop))
-    inputs = (x, *(matrix for each in own for pair in each for matrix in pair))
-    assert_close_in_norm(torch.cat(ys, dim=-1), torch.cat(expected, dim=-1), inputs)
+    for part in parts:
+        for layer, (scale, (a, b)) in enumerate(zip(part.scales, part.factors, strict=True)):
+            delta = scale * F.linear(F.linear(x[:, part.start : part.end], a), b)
+            expected[layer] = expected[layer] + F.pad(delta, (0, 0, part.start, x.size(1) - part.end))
+    trained = [matrix for part in parts for pair in part.factors for matrix in pair if matrix.numel()]
+    assert_close_in_norm(torch.cat(ys, dim=-1), torch.cat(expected, dim=-1), (x, *trained))
+
+
+def test_what_is_no_number_stays_at_its_positions(way):
+    x, weight = random(8, 12), torch.randn(7, 12)
+    good, bad = ((random(3, 12), random(7, 3)) for _ in range(2))
+    with torch.no_grad():
+        bad[0][1, 2] = torch.nan
+    (y,) = low_rank_linears(x, [weight.to], [LowRank(0, 5, [1.0], [good]), LowRank(5, 8, [1.0], [bad])])
+    y.sum().backward()
+    assert y[:5].isfinite().all() and not y[5:].isfinite().any()
+    assert x.grad[:5].isfinite().all() and all(factor.grad.isfinite().all() for factor in good)
 
 
 def assert_close_in_norm(y, expected, inputs, within=1e-5):
@@ -184,14 +197,14 @@ def assert_close_in_norm(y, expected, inputs, within=1e-5):
 
 def test_low_rank_linears_give_no_gradient_to_an_input_that_wants_none(way):
     x, a, b = torch.randn(4, 12), random(3, 12), random(7, 3)
-    low_rank_linears(x, [torch.randn(7, 12).to], [1.0], [(a, b)])[0].sum().backward()
+    low_rank_linears(x, [torch.randn(7, 12).to], [LowRank(0, 4, [1.0], [(a, b)])])[0].sum().backward()
     assert x.grad is None and a.grad.norm() > 0 and b.grad.norm() > 0
 
 
 def test_low_rank_linears_keep_fp32_gradients_in_bf16(way):
     x, a, b = random(6, 12, dtype=torch.bfloat16), random(3, 12), random(7, 3)
     weight = torch.randn(7, 12, dtype=torch.bfloat16)
-    (y,) = low_rank_linears(x, [weight.to], [2.0], [(a, b)])
+    (y,) = low_rank_linears(x, [weight.to], [LowRank(0, 6, [2.0], [(a, b)])])
     expected = F.linear(x.float(), weight.float()) + 2 * F.linear(F.linear(x.float(), a), b)
     assert y.dtype == torch.bfloat16 and (y - expected).norm() < 0.02 * expected.norm()
     y.sum().backward()
@@ -236,7 +249,7 @@ def test_head_loss_without_gradient_computes_none(way):
 def test_autocast_decides_the_dtype_of_the_products():
     x, a, b, weight, targets = random(5, 8), random(2, 8), random(8, 2), torch.randn(8, 8), torch.randint(0, 8, (5,))
     with torch.autocast("cpu", torch.bfloat16):
-        adapted = low_rank_linears(x, [weight.to], [1.0], [(a, b)])
+        adapted = low_rank_linears(x, [weight.to], [LowRank(0, 5, [1.0], [(a, b)])])
         results = (stored_linear(x, weight.to), *adapted, linear(x, weight))
         assert all(y.dtype == torch.bfloat16 for y in results)
         assert [y.dtype for y in head_loss(x, weight, targets)] == [torch.float32] * 2

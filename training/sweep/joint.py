@@ -28,8 +28,8 @@ Samples = dict[int, list[int]]  # numbers of samples, by the number of the varia
 def joint_rows(runs: dict[int, Run], steps: Samples, budget: int) -> list[Samples]:
     """The rows of at most `budget` positions into which the samples of all steps go; one that is longer has its own.
 
-    Variants follow one another, so that a row has few of them: the factors of all that it has are multiplied with all
-    of its positions. steps: the samples of each variant's step. A pure function of its arguments.
+    Variants follow one another, so that a row has few of them: each one's products in it are then larger. steps: the
+    samples of each variant's step. A pure function of its arguments.
     """
     rows, room = [], 0
     for number, samples in steps.items():
@@ -54,7 +54,7 @@ def joint_passes(model: VariantModel, runs: dict[int, Run], steps: Samples, budg
         batches = {n: own_batch(runs[n], samples) for n, samples in row.items()}
         tokens = torch.cat([batch.tokens for batch in batches.values()], dim=1)
         sizes = [batch.tokens.size(1) for batch in batches.values()]
-        model.stretches.lay_out([*zip(row, stretches(sizes), strict=True)])
+        model.stretches[:] = zip(row, stretches(sizes), strict=True)
         offsets = joined([batch.offsets for batch in batches.values()])
         trained = torch.zeros((), device=fabric.device)
         with fabric.autocast():
@@ -72,7 +72,7 @@ def joint_passes(model: VariantModel, runs: dict[int, Run], steps: Samples, budg
 def own_passes(model: VariantModel, runs: dict[int, Run], steps: Samples, budget: int) -> dict[int, Found]:
     """The same with each variant's samples in rows of their own, after joint passes whose gradients are forgotten.
 
-    Where factors lie side by side (`SharedLinear.together`), a weight that is no number makes all products NaN.
+    Where attention to the samples of a row is masked, NaN in one of them makes all of them NaN: 0 * NaN is NaN.
     """
     found = {}
     for number, samples in steps.items():

@@ -1,47 +1,22 @@
 """One frozen linear layer under the adapters of several variants: its product is made for all of their rows together.
 
-A micro-batch is one row of positions, of which each variant has a stretch (`Stretches`). The base's weight is read,
-and dequantised, once for all of them; each adapter adds what it does to its own stretch. `VariantModel.only` gives the
-model of one variant by itself, as a run of its own has it: for saving, loading and validation.
+A micro-batch is one row of positions, of which each variant has a stretch. The base's weight is read, and dequantised,
+once for all of them; each adapter adds what it does to its own stretch. `VariantModel.only` gives the model of one
+variant by itself, as a run of its own has it: for saving, loading and validation.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from adapters.adapter import Adapter, adapters, device_of, put
 from model import Transformer
-from ops.linear import low_rank_linears
+from ops.linear import LowRank, low_rank_linears
 
-
-class Stretches:
-    """Which positions of the micro-batch belong to which variant.
-
-    parts: pairs (its number, positions), in their order, which together are all positions.
-    """
-
-    def __init__(self):
-        self.parts: list[tuple[int, slice]] = []
-        self._masks = {}
-
-    def lay_out(self, parts: list[tuple[int, slice]]) -> None:
-        """Set `parts`, for the next micro-batch."""
-        self.parts = parts
-        self._masks.clear()
-
-    def mask(self, owners: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-        """Where a position is not of the variant that a column is of: bool (T, columns).
-
-        owners: of the columns in turn, the number of a variant, and how many it has.
-        """
-        if owners not in self._masks:
-            numbers = [number for number, columns in owners for _ in range(columns)]
-            of_positions = [number for number, rows in self.parts for _ in range(rows.stop - rows.start)]
-            self._masks[owners] = (torch.tensor(of_positions)[:, None] != torch.tensor(numbers)).to(device)
-        return self._masks[owners]
+# The positions of the micro-batch that each variant has, by its number, in their order; together they are all.
+Stretches = list[tuple[int, slice]]
 
 
 class KnownBase(nn.Module):
@@ -60,18 +35,6 @@ class KnownBase(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The base's weight, (out, in) of `dtype`."""
         return self.base.dequantize(dtype)
-
-
-class Stacked(NamedTuple):
-    """Factors of several variants as those of one LoRA: A (sum of r, in), B (out, sum of r), fp32, with gradient.
-
-    owners: the number of each variant and its rank, in turn.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    owners: tuple[tuple[int, int], ...]
 
 
 class SharedLinear(nn.Module):
@@ -98,40 +61,35 @@ class SharedLinear(nn.Module):
 
     @staticmethod
     def together(x: Tensor, layers: Sequence["SharedLinear"]) -> list[Tensor]:
-        """What each of `layers` makes of x (1, T, in): standard LoRA by hand, in one function with the bases.
-
-        The factors of all variants that have a stretch lie side by side, as those of one LoRA of their summed rank, and
-        a mask takes each from the others' positions. That is more arithmetic than each on its own stretch, but in as
-        few products as a run by itself has: they are thin, and cost by their number.
-        """
-        stretches, bases = layers[0].stretches, [layer.base for layer in layers]
-        stacked = [layer.stacked() for layer in layers]
-        owners = tuple(owner for each in stacked for owner in each.owners)
-        mask = stretches.mask(owners, x.device) if len(stretches.parts) > 1 else None
-        scales, factors = [each.scale for each in stacked], [(each.A, each.B) for each in stacked]
-        ys = low_rank_linears(x, [base.dequantize for base in bases], scales, factors, mask=mask)
+        """What each of `layers` makes of x (1, T, in): standard LoRA by hand, in one function with the bases."""
+        bases, parts = [layer.base for layer in layers], []
+        for number, rows in layers[0].stretches:
+            own = [layer.by_hand(number) for layer in layers]
+            scales = [adapter.scale if adapter else 0.0 for adapter in own]
+            factors = [layer.factors(adapter) for layer, adapter in zip(layers, own, strict=True)]
+            parts.append(LowRank(rows.start, rows.stop, scales, factors))
+        ys = low_rank_linears(x, [base.dequantize for base in bases], parts)
         ys = [y if base.bias is None else y + base.bias.to(y.dtype) for y, base in zip(ys, bases, strict=True)]
         return [layer.others(x, y) for layer, y in zip(layers, ys, strict=True)]
 
-    def stacked(self) -> "Stacked":
-        """The factors of the variants that have a stretch and standard LoRA here."""
-        present = [(number, self.by_variant.get(number)) for number, _ in self.stretches.parts]
-        own = [(number, adapter) for number, adapter in present if adapter is not None and is_by_hand(adapter)]
-        if not own:
-            A, B = (torch.zeros(shape, device=self.device) for shape in ((0, self.in_features), (self.out_features, 0)))
-            return Stacked(A, B, 1.0, ())
-        scale = own[0][1].scale
-        Bs = [a.lora_B if a.scale == scale else a.lora_B * (a.scale / scale) for _, a in own]
-        owners = tuple((number, adapter.lora_A.size(0)) for number, adapter in own)
-        return Stacked(torch.cat([adapter.lora_A for _, adapter in own]), torch.cat(Bs, dim=1), scale, owners)
+    def by_hand(self, number: int) -> Adapter | None:
+        """The adapter of a variant here, if it is standard LoRA, whose products `low_rank_linears` makes."""
+        adapter = self.by_variant.get(number)
+        return adapter if adapter is not None and is_by_hand(adapter) else None
+
+    def factors(self, adapter: Adapter | None) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of standard LoRA, of rank 0 without it."""
+        if adapter:
+            return adapter.lora_A, adapter.lora_B
+        return tuple(torch.empty(shape, device=self.device) for shape in ((0, self.in_features), (self.out_features, 0)))
 
     def others(self, x: Tensor, y: Tensor) -> Tensor:
         """y (1, T, out), in which variants whose adapter is no standard LoRA have what this makes of x (1, T, in)."""
         own = {n: adapter for n, adapter in self.by_variant.items() if not is_by_hand(adapter)}
-        if not any(number in own for number, _ in self.stretches.parts):
+        if not any(number in own for number, _ in self.stretches):
             return y
         pieces = []
-        for number, rows in self.stretches.parts:
+        for number, rows in self.stretches:
             piece, part = y[:, rows], x[:, rows]
             if number in own:
                 own[number].base.known = part, piece
@@ -149,11 +107,12 @@ def is_by_hand(adapter: Adapter) -> bool:
 class VariantModel:
     """A model whose linear layers are shared by the adapters of several variants.
 
-    model: the base. stretches: to be set before each micro-batch.
+    model: the base. stretches: to be set, in place, before each micro-batch.
     """
 
     def __init__(self, model: Transformer):
-        self.model, self.stretches = model, Stretches()
+        self.model = model
+        self.stretches: Stretches = []
         self.by_variant: list[dict[str, Adapter]] = []  # by the name of the layer
         self.bases: dict[str, nn.Module] = {}
 

@@ -33,8 +33,6 @@ def predicted_parts(s: Settings, sweep: Sweep, train: dict[str, Samples]) -> tup
     together = sum(each.lengths.sum().item() for each in train.values())
     positions = max(longest, min(s.micro_batch_tokens, together))
     parts = plan.Predictor(budget.plan_job(settings)).parts(plan.full_shape(samples, positions))
-    # The factors of all that are in a row are copied to lie side by side, until the backward pass (`SharedLinear`).
-    parts["saved activations"] += sum(each["adapters"] for each in own.values())
     return sum((own[name] for name in own if name != largest), parts), largest
 
 
