@@ -544,152 +544,191 @@ struct Layers {
 
 namespace {
 
-constexpr int64_t MOST_ROWS = 64, STRIP = 256;  // positions, and columns of a wide matrix, that are one thread's work
+constexpr int64_t MOST_ROWS = 64;                // positions that go through all products together
+constexpr int64_t STRIP = 256, POSITIONS = 256;  // columns of a gradient that are one thread's, and how it sums them up
 
 int64_t whole(int64_t n) { return round_up(n, SUM_COLUMNS); }
 
-// A and B as what positions are multiplied with: in the forward pass A^T and B^T, in the backward pass A and B.
+// Columns of all layers' ranks side by side, each filled up to whole vectors.
+int64_t filled_columns(const Part &part, int64_t layers) {
+    int64_t columns = 0;
+    for (int64_t i = 0; i < layers; i++) columns += round_up(part.layers[i].rank, LANES);
+    return columns;
+}
+
+// A part's A, of all layers, and B, of each, as words: in the forward pass of A^T and B^T.
 struct Multiplied {
-    Buffer A, B;
+    Buffer A;
+    std::vector<Buffer> B;
 };
 
 struct Thin {
-    Buffer rows, more, turned, x_along, x_down, small_along;
-    std::vector<float> thin, wide;
+    Buffer rows, more, turned, along, small, strip;
+    std::vector<float> sums;
 };
 
 template <class T>
-void lay_out(const Factors &f, int64_t in, int64_t out, bool backward, Multiplied &to, Thin &w) {
-    int64_t P = PER_WORD<T>, R = f.rank;
-    if (backward) {
-        along<float, T>(w.rows, f.A, in, R, in, round_up(R, P), whole(in));
-        down(to.A, (const T *)w.rows.data(), round_up(R, P), whole(in));
-        along<float, T>(w.rows, f.B, R, out, R, whole(out), round_up(R, LANES));
-        down(to.B, (const T *)w.rows.data(), whole(out), round_up(R, LANES));
-    } else {
-        along<float, T>(w.rows, f.A, in, R, in, round_up(R, LANES), whole(in));
-        turned(to.A, w.rows.data(), round_up(R, LANES), whole(in) / P);
-        along<float, T>(w.rows, f.B, R, out, R, whole(out), whole(R));
-        turned(to.B, w.rows.data(), whole(out), whole(R) / P);
+void lay_out_A(const Part &part, int64_t layers, int64_t in, bool backward, Multiplied &to, Thin &w) {
+    int64_t P = PER_WORD<T>, C = filled_columns(part, layers), width = whole(in), column = 0;
+    w.more.assign(C * width / P, 0);
+    for (int64_t i = 0; i < layers; i++) {
+        int64_t rank = part.layers[i].rank, rows = round_up(rank, LANES);
+        along<float, T>(w.rows, part.layers[i].A, in, rank, in, rows, width);
+        std::copy(w.rows.begin(), w.rows.end(), w.more.begin() + column * width / P);
+        column += rows;
     }
+    if (backward) down(to.A, (const T *)w.more.data(), C, width);
+    else turned(to.A, w.more.data(), C, width / P);
 }
 
-// to (M, N) += scale * from, whose rows are `stride` apart.
 template <class T>
-void add(T *to, int64_t to_stride, const float *from, int64_t stride, int64_t M, int64_t N, float scale) {
-    for (int64_t m = 0; m < M; m++)
-        for (int64_t n = 0; n < N; n += LANES) {
-            T *place = to + m * to_stride + n;
-            store(place, load(place, N - n) + load(from + m * stride + n) * scale, N - n);
+void lay_out_B(const Factors &f, int64_t out, bool backward, Buffer &to, Thin &w) {
+    int64_t width = backward ? round_up(f.rank, LANES) : whole(f.rank);
+    along<float, T>(w.rows, f.B, f.rank, out, f.rank, whole(out), width);
+    if (backward) down(to, (const T *)w.rows.data(), whole(out), width);
+    else turned(to, w.rows.data(), whole(out), width / PER_WORD<T>);
+}
+
+// y (M, N) += scale * a (M, K words) b (K, N): by vectors, as K is small. a has rows up to a multiple of SUM_ROWS, b
+// columns up to one of SUM_COLUMNS.
+template <class T>
+void add_product(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride, T *y, int64_t M, int64_t N,
+                 int64_t K, float scale) {
+    for (int64_t m = 0; m < M; m += SUM_ROWS)
+        for (int64_t n = 0; n < N; n += SUM_COLUMNS) {
+            float sums[SUM_ROWS * SUM_COLUMNS];
+            multiply_in_registers<T, false, 2>(a + m * a_stride, a_stride, b + n, b_stride, sums, SUM_COLUMNS, SUM_ROWS,
+                                               SUM_COLUMNS, K);
+            for (int64_t r = 0; r < SUM_ROWS && m + r < M; r++)
+                for (int64_t j = n; j < std::min(N, n + SUM_COLUMNS); j += LANES) {
+                    T *place = y + (m + r) * N + j;
+                    store(place, load(place, N - j) + load(sums + r * SUM_COLUMNS + j - n) * scale, N - j);
+                }
         }
 }
 
-// thin (M, rank) as T, into a part's columns of `small`, and with zeros around it for the next product.
+// sums (rows, columns), of one layer or of all: as T into a part's `small`, where columns are not filled up.
 template <class T>
-const uint32_t *keep_small(const Thin &w, T *small, int64_t stride, int64_t M, int64_t rank, Buffer &to, int64_t rows) {
-    int64_t R = round_up(rank, LANES);
-    for (int64_t m = 0; m < M; m++)
-        for (int64_t r = 0; r < rank; r += LANES)
-            store(small + m * stride + r, load(&w.thin[m * R + r]), rank - r);
-    return along(to, small, stride, M, rank, rows, R);
+void keep_small(const Part &part, int64_t i, int64_t count, const float *sums, int64_t stride, int64_t M, T *small) {
+    int64_t before = 0;
+    for (int64_t j = 0; j < i; j++) before += part.layers[j].rank;
+    for (int64_t end = i + count; i < end; i++) {
+        int64_t rank = part.layers[i].rank;
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t r = 0; r < rank; r += LANES)
+                store(small + m * part.ranks + before + r, load(sums + m * stride + r), rank - r);
+        before += rank;
+        sums += round_up(rank, LANES);
+    }
+}
+
+// The same as T with its filled columns, for the next product.
+template <class T>
+void fill(Buffer &to, const float *sums, int64_t rows, int64_t stride, int64_t columns, int64_t column) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t r = 0; r < columns; r += LANES)
+            store((T *)to.data() + m * stride + column + r, load(sums + m * columns + r));
 }
 
 // Positions `first` to `last` of a part, forward: small, and what it adds to all ys.
 template <class T>
-void low_rank_rows(const Layers &a, const Part &part, const Multiplied *multiplied, int64_t first, int64_t last,
-                   const T *x, Thin &w) {
-    int64_t P = PER_WORD<T>, M = last - first, rows = round_up(M, WHOLE_ROWS), before = 0;
-    const uint32_t *x_along = along(w.x_along, x + first * a.in, a.in, M, a.in, rows, whole(a.in));
-    for (int64_t i = 0; i < a.count; before += part.layers[i++].rank) {
+void low_rank_rows(const Layers &a, const Part &part, const Multiplied &by, int64_t first, int64_t last, const T *x,
+                   Thin &w) {
+    int64_t P = PER_WORD<T>, M = last - first, rows = round_up(M, WHOLE_ROWS), K = whole(a.in) / P, column = 0;
+    int64_t C = filled_columns(part, a.count);
+    w.sums.resize(rows * C);
+    w.small.resize(rows * C / P);
+    along(w.along, x + first * a.in, a.in, M, a.in, rows, whole(a.in));
+    multiply<T>(w.along.data(), K, by.A.data(), C, w.sums.data(), C, rows, C, K);
+    keep_small(part, 0, a.count, w.sums.data(), C, M, (T *)part.small + (first - part.start) * part.ranks);
+    fill<T>(w.small, w.sums.data(), rows, C, C, 0);
+    for (int64_t i = 0; i < a.count; i++) {
         const Factors &f = part.layers[i];
-        if (!f.rank) continue;
-        int64_t R = round_up(f.rank, LANES), out = a.outs[i];
-        w.thin.resize(rows * R);
-        multiply<T>(x_along, whole(a.in) / P, multiplied[i].A.data(), R, w.thin.data(), R, rows, R, whole(a.in) / P);
-        T *small = (T *)part.small + (first - part.start) * part.ranks + before;
-        const uint32_t *s = keep_small(w, small, part.ranks, M, f.rank, w.small_along, rows);
-        w.wide.resize(rows * STRIP);
-        for (int64_t n = 0; n < out; n += STRIP) {
-            int64_t N = std::min(STRIP, out - n);
-            multiply<T>(s, R / P, multiplied[i].B.data() + n, whole(out), w.wide.data(), STRIP, rows, whole(N),
-                        (f.rank + P - 1) / P);
-            add((T *)a.ys[i] + first * out + n, out, w.wide.data(), STRIP, M, N, f.scale);
-        }
+        add_product(w.small.data() + column / P, C / P, by.B[i].data(), whole(a.outs[i]),
+                    (T *)a.ys[i] + first * a.outs[i], M, a.outs[i], (f.rank + P - 1) / P, f.scale);
+        column += round_up(f.rank, LANES);
     }
 }
 
-// The same, backward: the gradient of `small` (grads, laid out like it), and what it adds to grad_x, unless null.
+// The same, backward: the gradient of `small` into grads, and what it adds to grad_x, unless that is null.
 template <class T>
-void low_rank_rows_backward(const Layers &a, const Part &part, const Multiplied *multiplied, int64_t first,
-                            int64_t last, T *grads, T *grad_x, Thin &w) {
-    int64_t P = PER_WORD<T>, M = last - first, rows = round_up(M, WHOLE_ROWS), before = 0;
-    for (int64_t i = 0; i < a.count; before += part.layers[i++].rank) {
+void low_rank_rows_backward(const Layers &a, const Part &part, const Multiplied &by, int64_t first, int64_t last,
+                            T *grads, T *grad_x, Thin &w) {
+    int64_t P = PER_WORD<T>, M = last - first, rows = round_up(M, WHOLE_ROWS), column = 0;
+    int64_t C = filled_columns(part, a.count);
+    w.small.resize(rows * C / P);
+    for (int64_t i = 0; i < a.count; i++) {
         const Factors &f = part.layers[i];
-        if (!f.rank) continue;
         int64_t R = round_up(f.rank, LANES), out = a.outs[i], K = whole(out) / P;
-        const uint32_t *y_along = along(w.x_along, (const T *)a.ys[i] + first * out, out, M, out, rows, whole(out));
-        w.thin.resize(rows * R);
-        multiply<T>(y_along, K, multiplied[i].B.data(), R, w.thin.data(), R, rows, R, K);
-        for (float &value : w.thin) value *= f.scale;
-        T *small = grads + (first - part.start) * part.ranks + before;
-        const uint32_t *s = keep_small(w, small, part.ranks, M, f.rank, w.small_along, rows);
-        if (!grad_x) continue;
-        w.wide.resize(rows * STRIP);
-        for (int64_t n = 0; n < a.in; n += STRIP) {
-            int64_t N = std::min(STRIP, a.in - n);
-            multiply<T>(s, R / P, multiplied[i].A.data() + n, whole(a.in), w.wide.data(), STRIP, rows, whole(N),
-                        (f.rank + P - 1) / P);
-            add(grad_x + first * a.in + n, a.in, w.wide.data(), STRIP, M, N, 1.0f);
-        }
+        if (!R) continue;
+        along(w.along, (const T *)a.ys[i] + first * out, out, M, out, rows, whole(out));
+        w.sums.resize(rows * R);
+        multiply<T>(w.along.data(), K, by.B[i].data(), R, w.sums.data(), R, rows, R, K);
+        for (float &value : w.sums) value *= f.scale;
+        keep_small(part, i, 1, w.sums.data(), R, M, grads + (first - part.start) * part.ranks);
+        fill<T>(w.small, w.sums.data(), rows, C, R, column);
+        column += R;
     }
+    if (grad_x)
+        add_product(w.small.data(), C / P, by.A.data(), whole(a.in), grad_x + first * a.in, M, a.in, C / P, 1.0f);
 }
 
-// small^T (rank, L) times a strip of a wide matrix (L, N): into w.wide (rank and more, whole(N)).
+// Columns of x (count, d) that are `stride` apart as words along the rows, with zeros around: (rows / PER_WORD, width).
 template <class T>
-void sum_over_positions(const T *small, int64_t ranks, int64_t rank, const uint32_t *strip, int64_t L, int64_t N,
-                        Thin &w) {
-    int64_t P = PER_WORD<T>, rows = round_up(std::max(rank, LANES), std::max(WHOLE_ROWS, LANES)), K = whole(L);
-    along(w.rows, small, ranks, L, rank, K, rows);
-    down(w.more, (const T *)w.rows.data(), K, rows);
-    const uint32_t *s = turned(w.turned, w.more.data(), K / P, rows);
-    w.wide.resize(rows * whole(N));
-    multiply<T>(s, K / P, strip, whole(N), w.wide.data(), whole(N), rows, whole(N), K / P);
+const uint32_t *strip_down(Buffer &to, const T *x, int64_t stride, int64_t count, int64_t d, int64_t rows,
+                           int64_t width) {
+    to.resize(rows / PER_WORD<T> * width);
+    auto row = [&](int64_t i, int64_t j) { return i < count && j < d ? load(x + i * stride + j, d - j) : Floats{}; };
+    for (int64_t i = 0; i < rows; i += PER_WORD<T>)
+        for (int64_t j = 0; j < width; j += LANES) {
+            Words first = (Words)row(i, j);
+            if (PER_WORD<T> == 2) first = first >> 16 | (Words)row(i + 1, j);
+            write(&to[i / PER_WORD<T> * width + j], first);
+        }
+    return to.data();
 }
 
-// A strip of N columns of a wide matrix at L positions, as words along the positions.
+// w.sums (rows, whole(N)) = small^T (rank, L), rows of which are `ranks` apart, times columns of x (L, N), which are
+// `stride` apart; returns the number of rows, whole vectors of them.
 template <class T>
-const uint32_t *strip_down(const T *x, int64_t stride, int64_t L, int64_t N, Thin &w) {
-    along(w.x_along, x, stride, L, N, whole(L), whole(N));
-    return down(w.x_down, (const T *)w.x_along.data(), whole(L), whole(N));
+int64_t sum_over_positions(const T *small, int64_t ranks, int64_t rank, const T *x, int64_t stride, int64_t L, int64_t N,
+                           Thin &w) {
+    int64_t rows = round_up(rank, std::max(WHOLE_ROWS, LANES)), width = whole(N);
+    w.sums.assign(rows * width, 0);
+    for (int64_t start = 0; start < L; start += POSITIONS) {
+        int64_t count = std::min(POSITIONS, L - start), K = whole(count);
+        strip_down(w.rows, small + start * ranks, ranks, count, rank, K, rows);
+        turned(w.turned, w.rows.data(), K / PER_WORD<T>, rows);
+        strip_down(w.strip, x + start * stride, stride, count, N, K, width);
+        multiply<T, true>(w.turned.data(), K / PER_WORD<T>, w.strip.data(), width, w.sums.data(), width, rows, width,
+                          K / PER_WORD<T>);
+    }
+    return rows;
 }
 
 // Columns n to n + N of grad_A in all layers of a part.
 template <class T>
 void grad_A_columns(const Layers &a, const Part &part, const T *grads, const T *x, int64_t n, Thin &w) {
     int64_t L = part.end - part.start, N = std::min(STRIP, a.in - n), before = 0;
-    const uint32_t *strip = strip_down(x + part.start * a.in + n, a.in, L, N, w);
-    for (int64_t i = 0; i < a.count; before += part.layers[i++].rank) {
-        const Factors &f = part.layers[i];
-        if (!f.rank) continue;
-        sum_over_positions(grads + before, part.ranks, f.rank, strip, L, N, w);
-        for (int64_t r = 0; r < f.rank; r++) std::memcpy(f.grad_A + r * a.in + n, &w.wide[r * whole(N)], 4 * N);
-    }
+    sum_over_positions(grads, part.ranks, part.ranks, x + part.start * a.in + n, a.in, L, N, w);
+    for (int64_t i = 0; i < a.count; before += part.layers[i++].rank)
+        for (int64_t r = 0; r < part.layers[i].rank; r++)
+            std::memcpy(part.layers[i].grad_A + r * a.in + n, &w.sums[(before + r) * whole(N)], 4 * N);
 }
 
-// Rows n to n + N of grad_B in layer i of a part.
+// Rows n to n + N of grad_B in layer i of a part, before whose columns in `small` there are `before`.
 template <class T>
 void grad_B_rows(const Layers &a, const Part &part, int64_t i, int64_t before, int64_t n, Thin &w) {
     const Factors &f = part.layers[i];
-    int64_t L = part.end - part.start, out = a.outs[i], N = std::min(STRIP, out - n);
-    const uint32_t *strip = strip_down((const T *)a.ys[i] + part.start * out + n, out, L, N, w);
-    sum_over_positions((const T *)part.small + before, part.ranks, f.rank, strip, L, N, w);
-    int64_t rows = w.wide.size() / whole(N);
-    auto result = (const float *)turned(w.turned, (const uint32_t *)w.wide.data(), rows, whole(N));
+    int64_t out = a.outs[i], N = std::min(STRIP, out - n);
+    int64_t rows = sum_over_positions((const T *)part.small + before, part.ranks, f.rank,
+                                      (const T *)a.ys[i] + part.start * out + n, out, part.end - part.start, N, w);
+    auto result = (const float *)turned(w.turned, (const uint32_t *)w.sums.data(), rows, whole(N));
     for (int64_t j = 0; j < N; j++)
         for (int64_t r = 0; r < f.rank; r++) f.grad_B[(n + j) * f.rank + r] = result[j * rows + r] * f.scale;
 }
 
-// What threads take in turn: some positions of a part, or a strip of a gradient (layer -1: of A).
+// What threads take in turn: some positions of a part, or a strip of a gradient (layer -1: of all A).
 struct Work {
     int64_t part, layer, before, first, last;
 };
@@ -700,7 +739,7 @@ std::vector<Work> blocks_of_rows(const Layers &a, int64_t threads) {
     int64_t rows = std::min(MOST_ROWS, round_up(positions / (2 * threads) + 1, WHOLE_ROWS));
     std::vector<Work> blocks;
     for (int64_t p = 0; p < a.parts; p++)
-        for (int64_t first = a.all[p].start; first < a.all[p].end; first += rows)
+        for (int64_t first = a.all[p].start; first < a.all[p].end && a.all[p].ranks; first += rows)
             blocks.push_back({p, 0, 0, first, std::min(first + rows, a.all[p].end)});
     return blocks;
 }
@@ -708,8 +747,8 @@ std::vector<Work> blocks_of_rows(const Layers &a, int64_t threads) {
 std::vector<Work> strips_of_gradients(const Layers &a) {
     std::vector<Work> strips;
     for (int64_t p = 0; p < a.parts; p++) {
-        for (int64_t n = 0; n < a.in; n += STRIP) strips.push_back({p, -1, 0, n, 0});
         int64_t before = 0;
+        for (int64_t n = 0; n < a.in && a.all[p].ranks; n += STRIP) strips.push_back({p, -1, 0, n, 0});
         for (int64_t i = 0; i < a.count; before += a.all[p].layers[i++].rank)
             for (int64_t n = 0; n < a.outs[i] && a.all[p].layers[i].rank; n += STRIP)
                 strips.push_back({p, i, before, n, 0});
@@ -719,7 +758,8 @@ std::vector<Work> strips_of_gradients(const Layers &a) {
 
 template <class T>
 void low_rank_all(const Layers &a, const T *x, T *grad_x, bool backward, int64_t threads) {
-    std::vector<Multiplied> multiplied(a.parts * a.count);
+    std::vector<Multiplied> multiplied(a.parts);
+    for (Multiplied &each : multiplied) each.B.resize(a.count);
     std::vector<Work> blocks = blocks_of_rows(a, threads);
     std::vector<Work> strips = backward ? strips_of_gradients(a) : std::vector<Work>();
     std::vector<std::vector<T>> grads(a.parts);  // of each part's small
@@ -730,18 +770,19 @@ void low_rank_all(const Layers &a, const T *x, T *grad_x, bool backward, int64_t
         static thread_local Thin w;
         tiles::InUse unit;
 #pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < a.parts * a.count; n++) {
-            int64_t layer = n % a.count;
-            lay_out<T>(a.all[n / a.count].layers[layer], a.in, a.outs[layer], backward, multiplied[n], w);
+        for (int64_t n = 0; n < a.parts * (a.count + 1); n++) {
+            int64_t p = n / (a.count + 1), i = n % (a.count + 1);
+            if (i == a.count) lay_out_A<T>(a.all[p], a.count, a.in, backward, multiplied[p], w);
+            else lay_out_B<T>(a.all[p].layers[i], a.outs[i], backward, multiplied[p].B[i], w);
         }
 #pragma omp for schedule(dynamic)
         for (size_t n = 0; n < blocks.size(); n++) {
             const Work &block = blocks[n];
             const Part &part = a.all[block.part];
-            const Multiplied *own = &multiplied[block.part * a.count];
+            const Multiplied &by = multiplied[block.part];
             if (backward)
-                low_rank_rows_backward(a, part, own, block.first, block.last, grads[block.part].data(), grad_x, w);
-            else low_rank_rows(a, part, own, block.first, block.last, x, w);
+                low_rank_rows_backward(a, part, by, block.first, block.last, grads[block.part].data(), grad_x, w);
+            else low_rank_rows(a, part, by, block.first, block.last, x, w);
         }
 #pragma omp for schedule(dynamic)
         for (size_t n = 0; n < strips.size(); n++) {

@@ -159,7 +159,7 @@ def test_low_rank_linears(shape, ranks, stored, p, way, monkeypatch):
 
 @pytest.mark.parametrize("lengths", [(4, 1, 3), (70, 1, 130)])
 def test_positions_have_low_rank_layers_of_their_own(lengths, way, threads):
-    """Three adapters over three layers of one input; some positions have none, and of a layer two adapters have none."""
+    """Three adapters over three layers of one input; some positions have none, and the last layer has but one."""
     x, weights = random(1, sum(lengths) + 2, 12), [torch.randn(7, 12), torch.randn(40, 12), torch.randn(9, 12)]
     ranks = [(2, 17, 0), (3, 1, 5), (1, 2, 0)]
     starts = [0, lengths[0] + 1, lengths[0] + 1 + lengths[1]]  # one position between the first and the second has none

@@ -81,7 +81,9 @@ class SharedLinear(nn.Module):
         """A (r, in) and B (out, r) of standard LoRA, of rank 0 without it."""
         if adapter:
             return adapter.lora_A, adapter.lora_B
-        return tuple(torch.empty(shape, device=self.device) for shape in ((0, self.in_features), (self.out_features, 0)))
+        return tuple(
+            torch.empty(shape, device=self.device) for shape in ((0, self.in_features), (self.out_features, 0))
+        )
 
     def others(self, x: Tensor, y: Tensor) -> Tensor:
         """y (1, T, out), in which variants whose adapter is no standard LoRA have what this makes of x (1, T, in)."""
@@ -115,6 +117,8 @@ class VariantModel:
         self.stretches: Stretches = []
         self.by_variant: list[dict[str, Adapter]] = []  # by the name of the layer
         self.bases: dict[str, nn.Module] = {}
+        self.shared: dict[str, SharedLinear] = {}
+        self.places: dict[str, tuple[nn.Module, str]] = {}  # the parent of each, and its name there
 
     def take(self) -> None:
         """Take the adapters that are in the model now away, as those of the next variant: it is the base again."""
@@ -131,16 +135,20 @@ class VariantModel:
         """Put a `SharedLinear` in the place of each layer that any variant adapts: for training all together."""
         for name, base in self.bases.items():
             here = {number: found[name] for number, found in enumerate(self.by_variant) if name in found}
-            put(self.model, name, SharedLinear(base, here, self.stretches))
+            self.shared[name] = SharedLinear(base, here, self.stretches)
+            parent, _, leaf = name.rpartition(".")
+            self.places[name] = self.model.get_submodule(parent), leaf
+        self._put(self.shared)
 
     @contextlib.contextmanager
     def only(self, number: int) -> Iterator[Transformer]:
         """The model of one variant: its adapters over the base, and no others."""
-        shared = {name: self.model.get_submodule(name) for name in self.bases}
-        for name, base in self.bases.items():
-            put(self.model, name, self.by_variant[number].get(name, base))
+        self._put({name: self.by_variant[number].get(name, base) for name, base in self.bases.items()})
         try:
             yield self.model
         finally:
-            for name, module in shared.items():
-                put(self.model, name, module)
+            self._put(self.shared)
+
+    def _put(self, modules: dict[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            setattr(*self.places[name], module)
