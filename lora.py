@@ -41,7 +41,7 @@ from adapters.vera import VeRALinear
 from adapters.virtual_tokens import PrefixTuning, PromptTuning
 from model import Linear, Transformer
 from ops.dropout import dropout
-from ops.linear import LowRank, low_rank_linears
+from ops.low_rank import LowRank, low_rank_linears
 from shell.cli import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -10,6 +10,7 @@ At its top this file imports nothing but the standard library, because the peers
 interpreters that have only the peer installed.
 """
 
+import csv
 import importlib
 import json
 import os
@@ -310,6 +311,29 @@ def last_line(log: Path) -> str:
 def script_command(script: str, flags: dict) -> list[str]:
     """The command that runs one of the project's scripts, such as "finetune.py", under this interpreter."""
     return [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def run_script(script: str, flags: dict, side: str = "") -> None:
+    """Run one of the project's scripts, without showing its output; flags that are None are left out.
+
+    Raises UserError, which begins with `side`, if it fails. What it says on standard error is shown.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    if subprocess.run(script_command(script, given), stdout=subprocess.PIPE).returncode:
+        from shell.cli import UserError  # not at the top: the peers' interpreters lack what it imports
+
+        raise UserError(f"{side}{': ' if side else ''}{script} failed, for the reason above")
+
+
+def read_metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv. Raises UserError if a step had no gradient: then nothing was measured."""
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not all(float(row["grad_norm"]) > 0 for row in rows):
+        from shell.cli import UserError
+
+        raise UserError("the gradient's norm is 0, so nothing was measured")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------- medians, table and chart

@@ -16,10 +16,8 @@ exact match   the share of questions whose answer is right to the letter
 others        share of the CPUs that other processes took during the training: above a few percent, measure again
 """
 
-import csv
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -38,7 +36,8 @@ from bench.measuring import (
     machine_name,
     others_share,
     print_table,
-    script_command,
+    read_metrics,
+    run_script,
     summarize,
 )
 from shell import cli
@@ -160,15 +159,12 @@ def train(s, method, run):
         "max_steps": s.steps, "warmup_steps": 5, "global_batch_size": s.global_batch_size,
         "micro_batch_tokens": s.micro_batch_tokens, "eval_interval": s.steps, "save_interval": 0,
     } | METHODS[method]  # fmt: skip
-    run_script("finetune.py", flags, method)
+    run_script("finetune.py", flags, f"--methods {method}")
 
 
 def read_run(run):
     """What a run has measured."""
-    with open(run / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not all(float(row["grad_norm"]) > 0 for row in rows):
-        raise UserError("the gradient's norm is 0, so nothing was measured")
+    rows = read_metrics(run)
     summary = json.loads((run / "summary.json").read_text())
     return {
         "trainable": summary["trainable_parameters"],
@@ -184,18 +180,10 @@ def answer(s, method, run):
     is_model = METHODS[method].get("method") == "full"
     flags = {
         "data": s.questions, "max_new_tokens": s.max_new_tokens, "batch_size": 100, "out_file": run / "answers.json",
-        "checkpoint_dir" if is_model else "adapter_dir": run / "final",
-    } | ({"limit": s.limit} if s.limit else {})  # fmt: skip
-    run_script("eval/exact_match.py", flags, method)
+        "checkpoint_dir" if is_model else "adapter_dir": run / "final", "limit": s.limit,
+    }  # fmt: skip
+    run_script("eval/exact_match.py", flags, f"--methods {method}")
     return json.loads((run / "answers.json").read_text())["exact_match"]
-
-
-def run_script(script, flags, method):
-    """One of the project's scripts, whose output is not shown. Raises UserError if it fails."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    done = subprocess.run(script_command(script, given), stdout=subprocess.PIPE)
-    if done.returncode:
-        raise UserError(f"--methods {method}: {script} failed, for the reason above")
 
 
 if __name__ == "__main__":

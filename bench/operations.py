@@ -50,6 +50,8 @@ KINDS = {
     "onetune::activate_backward": "activation",
     "onetune::loss_": "loss",
     "onetune::add_low_rank_": "adapter",
+    "onetune::low_rank_": "adapter",
+    "onetune::low_rank_backward_": "adapter",
     "onetune::drop": "dropout",
 }
 OTHERS = "copies and sums"  # casts, layouts, sums of gradients, scales: what no kernel of ours does

@@ -3,13 +3,14 @@
 Autograd saves more tensors than it needs and makes a new one for every small step. Written by hand, a function saves
 only its inputs, computes the rest again where that is cheap, and works in place. Each has a plain reference, `plain_*`,
 in a few lines of ordinary torch. The tests compare with it, torch.compile is given it, and fuses it itself, and a CPU
-without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for everything except matrix products; a GPU
-runs Triton's kernels.
+without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for everything except products with the base; a
+GPU runs Triton's kernels.
 
 dtypes.py      in which dtype a product is computed
 devices.py     copies between host and device that nobody waits for, and the one that somebody does
 norm.py        RMSNorm and LayerNorm. Start here: the smallest; norm_gpu.py, its kernels
-linear.py      linear layers: stored in another dtype or in 4 bits, with LoRA; linear_gpu.py, its kernel
+linear.py      linear layers whose weights are stored in another dtype or in 4 bits
+low_rank.py    such layers with LoRA, of one adapter or of several; low_rank_gpu.py, its kernel
 dequantize.py  weights in 4 and 8 bits: to numbers, and products with a few rows; dequantize_gpu.py, its kernels
 dropout.py     dropout that keeps no mask; dropout_gpu.py, its kernel
 activation.py  activations of MLPs, gated (SwiGLU and its kin) and plain; activation_gpu.py, their kernels

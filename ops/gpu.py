@@ -55,9 +55,9 @@ def launch(name: str, grid: tuple[int, ...], *arguments: Tensor | float | None, 
 @lru_cache
 def kernel(name: str) -> Any:
     """The Triton function of this name."""
-    from ops import activation_gpu, dequantize_gpu, dropout_gpu, linear_gpu, loss_gpu, norm_gpu, rotation_gpu
+    from ops import activation_gpu, dequantize_gpu, dropout_gpu, loss_gpu, low_rank_gpu, norm_gpu, rotation_gpu
 
-    files = (activation_gpu, dequantize_gpu, dropout_gpu, linear_gpu, loss_gpu, norm_gpu, rotation_gpu)
+    files = (activation_gpu, dequantize_gpu, dropout_gpu, loss_gpu, low_rank_gpu, norm_gpu, rotation_gpu)
     return next(getattr(file, name) for file in files if hasattr(file, name))
 
 

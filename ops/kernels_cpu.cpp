@@ -1,9 +1,9 @@
-// What norm.py, activation.py, rotation.py, loss.py and attention.py compute on a CPU, in fp32 or bf16, with all
-// arithmetic in fp32.
+// What norm.py, activation.py, rotation.py, loss.py, attention.py and low_rank.py compute on a CPU, in fp32 or bf16,
+// with all arithmetic in fp32.
 //
 // cpp.py compiles this file once with g++ and calls it through ctypes; the plain references are in those files. Each
-// row, head or sample is one thread's work, from the first number to the last: results do not depend on which thread
-// takes it.
+// row, head, sample or strip of a sum is one thread's work, from the first number to the last: results do not depend on
+// which thread takes it.
 
 #include "vectors.h"
 

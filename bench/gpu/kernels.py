@@ -19,7 +19,7 @@ from bench.gpu.random_models import SHAPES
 from bench.machine import limits as machine_limits
 from bench.roofline import kernel_name
 from lora import AdapterConfig
-from ops import linear
+from ops import low_rank
 from quantize import BLOCK, QUANTIZERS
 from training.from_settings import default_targets
 from training.memory import plan
@@ -93,7 +93,7 @@ def launched(s, shape):
 
     training = {"lora": job(None, adapter), "lora, dropout": job(None, dropping)}
     training |= {f"qlora {name}": job(name, adapter) for name in ("bnb.nf4", "bnb.nf4-dq", "bnb.int8")}
-    with patch.object(linear, "new_seeds", lambda: (1, 2)):  # with random ones, equal blocks would not look equal
+    with patch.object(low_rank, "new_seeds", lambda: (1, 2)):  # with random ones, equal blocks would not look equal
         traces = {name: operations.micro_batch(each, micro_batch) for name, each in training.items()}
     for quantize, batch in itertools.product((None, "bnb.nf4", "bnb.nf4-dq"), (1, 16)):
         name = f"decode {quantize or 'bf16'}, batch {batch}"

@@ -12,10 +12,8 @@ deviation     nats, the standard deviation of the step losses around their runni
 val_loss      after the last step, if the data have a validation part
 """
 
-import csv
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -25,7 +23,7 @@ from typing import Literal
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bench.measuring import Measurement, alternate, describe, print_table, script_command
+from bench.measuring import Measurement, alternate, describe, print_table, read_metrics, run_script
 from shell import cli
 from shell.cli import UserError
 
@@ -96,10 +94,8 @@ def train(s, planner):
     flags |= {"planner": planner, "max_steps": s.steps, "eval_interval": s.steps, "save_interval": 0}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, planner)
-        if subprocess.run(script_command("finetune.py", flags | {"out_dir": run}), stdout=subprocess.PIPE).returncode:
-            raise UserError(f"--planners {planner}: finetune.py failed, for the reason above")
-        with open(run / "metrics.csv", newline="") as file:
-            losses = [float(row["loss"]) for row in csv.DictReader(file)]
+        run_script("finetune.py", flags | {"out_dir": run}, f"--planners {planner}")
+        losses = [float(row["loss"]) for row in read_metrics(run)]
         summary = json.loads((run / "summary.json").read_text())
     kept = {key: summary[key] for key in ("val_loss", "padding", "training_seconds", "tokens_per_second")}
     return {"deviation": deviation(losses), **kept, "losses": losses}

@@ -15,10 +15,8 @@ minutes       of the processes from start to end, with loading and saving
 others        share of the CPUs that other processes took: above a few percent, measure again
 """
 
-import csv
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,11 +35,11 @@ from bench.measuring import (
     machine_name,
     others_share,
     print_table,
-    script_command,
+    read_metrics,
+    run_script,
     summarize,
 )
 from shell import cli
-from shell.cli import UserError
 
 TOGETHER, ALONE = "together", "one after another"
 SKIP = 2  # steps at the start that do not count
@@ -123,7 +121,7 @@ def measure(s, samples, side):
             for name in names:
                 train(s, samples, out / name, changes[name])
         minutes, others = (time.time() - started) / 60, others_share(start, cpu_times())
-        rows = [read_rows(out / name) for name in names]
+        rows = [read_metrics(out / name) for name in names]
         peaks = [max(float(row["memory_gb"]) for row in own) for own in rows]
     return {
         "tokens_per_second": speed(rows, together=side == TOGETHER),
@@ -140,19 +138,9 @@ def train(s, samples, out, flags):
         "global_batch_size": samples, "micro_batch_tokens": s.micro_batch_tokens, "lora_r": s.lora_r,
         "recompute": s.recompute, "eval_interval": 0, "save_interval": 0, "warmup_steps": 0,
     } | flags  # fmt: skip
-    flags |= {} if s.quantize == "none" else {"quantize": s.quantize}
-    flags |= {"lora_targets": json.dumps(s.lora_targets)} if s.lora_targets else {}
-    if subprocess.run(script_command("finetune.py", flags), stdout=subprocess.PIPE).returncode:
-        raise UserError("finetune.py failed, for the reason above")
-
-
-def read_rows(run):
-    """The rows of a run's metrics.csv. Raises UserError if nothing was trained."""
-    with open(run / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not all(float(row["grad_norm"]) > 0 for row in rows):
-        raise UserError("the gradient's norm is 0, so nothing was measured")
-    return rows
+    flags["quantize"] = None if s.quantize == "none" else s.quantize
+    flags["lora_targets"] = json.dumps(s.lora_targets) if s.lora_targets else None
+    run_script("finetune.py", flags)
 
 
 def speed(runs, together):

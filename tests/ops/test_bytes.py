@@ -9,8 +9,8 @@ from conftest import kernels
 from ops import gpu
 from ops.activation import activate, gated
 from ops.dropout import drop
-from ops.linear import _add_low_rank_
 from ops.loss import _loss_
+from ops.low_rank import _add_low_rank_
 from ops.norm import _norm, _norm_backward
 from ops.rotation import rotate
 from quantize import QUANTIZERS

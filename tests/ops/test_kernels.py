@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from ops.activation import gated, plain_gated
 from ops.dropout import plain_drop
 from ops.dtypes import compute_dtype
-from ops.linear import LowRank, linear, low_rank_linears, stored_linear
+from ops.linear import linear, stored_linear
 from ops.loss import head_loss, plain_head_loss
+from ops.low_rank import LowRank, low_rank_linears
 from ops.norm import plain_rms_norm, rms_norm
 from ops.rotation import plain_rotate, rotate
 
@@ -141,7 +142,7 @@ def test_a_cast_weight_is_not_kept():
 def test_low_rank_linears(shape, ranks, stored, p, way, monkeypatch):
     """With dropout: the same elements are dropped in the backward pass, others in each layer."""
     seeds = [tuple(torch.randint(2**31, (2,)).tolist()) for _ in ranks]
-    monkeypatch.setattr("ops.linear.new_seeds", iter(seeds).__next__)
+    monkeypatch.setattr("ops.low_rank.new_seeds", iter(seeds).__next__)
     x, weights = random(*shape), [torch.randn(7 + 20 * r, 12, dtype=stored) for r in ranks]
     factors, scales = [(random(r, 12), random(7 + 20 * r, r)) for r in ranks], [0.5 / r for r in ranks]
     part = LowRank(0, x.shape[:-1].numel(), scales, factors)

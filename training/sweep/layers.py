@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapters.adapter import Adapter, adapters, device_of, put
 from model import Transformer
-from ops.linear import LowRank, low_rank_linears
+from ops.low_rank import LowRank, low_rank_linears
 
 # The positions of the micro-batch that each variant has, by its number, in their order; together they are all.
 Stretches = list[tuple[int, slice]]
@@ -102,7 +102,7 @@ class SharedLinear(nn.Module):
 
 
 def is_by_hand(adapter: Adapter) -> bool:
-    """Whether this is standard LoRA, whose products `ops.linear.low_rank_linears` makes."""
+    """Whether this is standard LoRA, whose products `ops.low_rank.low_rank_linears` makes."""
     return hasattr(adapter, "together") and adapter.trains_by_hand()
 
 

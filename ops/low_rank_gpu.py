@@ -1,4 +1,4 @@
-"""Triton's thin products of LoRA, added to what the base gives. linear.py has what they compute."""
+"""Triton's thin products of LoRA, added to what the base gives. low_rank.py has what they compute."""
 
 import triton
 import triton.language as tl
