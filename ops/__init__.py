@@ -3,8 +3,8 @@
 Autograd saves more tensors than it needs and makes a new one for every small step. Written by hand, a function saves
 only its inputs, computes the rest again where that is cheap, and works in place. Each has a plain reference, `plain_*`,
 in a few lines of ordinary torch. The tests compare with it, torch.compile is given it, and fuses it itself, and a CPU
-without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for everything except products with the base; a
-GPU runs Triton's kernels.
+without a C++ compiler runs it. With a compiler, a CPU runs kernels_cpu.cpp for everything except products with the
+base; a GPU runs Triton's kernels.
 
 dtypes.py      in which dtype a product is computed
 devices.py     copies between host and device that nobody waits for, and the one that somebody does

@@ -562,6 +562,7 @@ struct Multiplied {
     std::vector<Buffer> B;
 };
 
+// What a thread writes to meanwhile.
 struct Thin {
     Buffer rows, more, turned, along, small, strip;
     std::vector<float> sums;
@@ -607,7 +608,8 @@ void add_product(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t
         }
 }
 
-// sums (rows, columns), of one layer or of all: as T into a part's `small`, where columns are not filled up.
+// sums (M, columns) of layer i and those after it, `count` in all: as T into a part's `small`, whose columns are not
+// filled up.
 template <class T>
 void keep_small(const Part &part, int64_t i, int64_t count, const float *sums, int64_t stride, int64_t M, T *small) {
     int64_t before = 0;
@@ -622,7 +624,7 @@ void keep_small(const Part &part, int64_t i, int64_t count, const float *sums, i
     }
 }
 
-// The same as T with its filled columns, for the next product.
+// sums (rows, columns) as T from a column of `to` on, whose rows are `stride` long: for the next product.
 template <class T>
 void fill(Buffer &to, const float *sums, int64_t rows, int64_t stride, int64_t columns, int64_t column) {
     for (int64_t m = 0; m < rows; m++)
