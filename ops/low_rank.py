@@ -78,26 +78,28 @@ class _LowRankLinears(torch.autograd.Function):
     def forward(ctx, x, restores, how, drops, *factors):
         flat, parts = x.flatten(0, -2).contiguous(), _as_parts(how, factors)
         ys = [F.linear(flat, restore(x.dtype)) for restore in restores]
-        if _fits_cpp(flat, drops):
+        cpp = _fits_cpp(flat, drops)
+        if cpp:
             kept = [flat.new_empty(part.end - part.start, sum(part.ranks)) for part in parts]
             _low_rank_(flat, ys, kept, factors, *_numbers(parts))
         else:
             each = (_add_part(part.own(flat), [part.own(y) for y in ys], part, drops) for part in parts)
             kept = [tensor for pair in each for tensor in pair]
         ctx.save_for_backward(flat, *kept, *factors)
-        ctx.known, ctx.shape = (restores, how, drops, len(kept)), x.shape
+        ctx.known, ctx.shape = (restores, how, drops, cpp), x.shape
         return tuple(y.view(*x.shape[:-1], y.size(-1)) for y in ys)
 
     @staticmethod
     def backward(ctx, *grads):
-        (flat, *kept), (restores, how, drops, count) = ctx.saved_tensors, ctx.known
+        (flat, *kept), (restores, how, drops, cpp) = ctx.saved_tensors, ctx.known  # torch.compile: not asked again
+        count = len(how) if cpp else 2 * len(how)
         kept, factors = kept[:count], kept[count:]
         grads, parts = [grad.reshape(-1, grad.size(-1)) for grad in grads], _as_parts(how, factors)
         grad_x = None
         if ctx.needs_input_grad[0]:
             weights = (restore(grad.dtype) for restore, grad in zip(restores, grads, strict=True))
             grad_x = _sum_of_products(grads, weights)
-        if _fits_cpp(flat, drops):
+        if cpp:
             grads = [grad.contiguous() for grad in grads]
             grad_factors = [torch.empty_like(factor) for factor in factors]
             _low_rank_backward_(flat, grad_x, grads, kept, factors, grad_factors, *_numbers(parts))
