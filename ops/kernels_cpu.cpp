@@ -571,7 +571,7 @@ struct Thin {
 template <class T>
 void lay_out_A(const Part &part, int64_t layers, int64_t in, bool backward, Multiplied &to, Thin &w) {
     int64_t P = PER_WORD<T>, C = filled_columns(part, layers), width = whole(in), column = 0;
-    w.more.assign(C * width / P, 0);
+    w.more.resize(C * width / P);
     for (int64_t i = 0; i < layers; i++) {
         int64_t rank = part.layers[i].rank, rows = round_up(rank, LANES);
         along<float, T>(w.rows, part.layers[i].A, in, rank, in, rows, width);

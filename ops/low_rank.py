@@ -91,7 +91,8 @@ class _LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        (flat, *kept), (restores, how, drops, cpp) = ctx.saved_tensors, ctx.known  # torch.compile: not asked again
+        # `cpp` is kept, not asked for again: torch.compile's backward pass does not say that it is being compiled.
+        (flat, *kept), (restores, how, drops, cpp) = ctx.saved_tensors, ctx.known
         count = len(how) if cpp else 2 * len(how)
         kept, factors = kept[:count], kept[count:]
         grads, parts = [grad.reshape(-1, grad.size(-1)) for grad in grads], _as_parts(how, factors)
