@@ -6,8 +6,8 @@ cd "$(dirname "$0")"
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 source .venv/bin/activate
 if ! cat requirements*.txt | cmp -s - .venv/installed-for-tests.txt; then
-    python -m pip install --quiet --disable-pip-version-check \
-        -r requirements.txt -r requirements-data.txt -r requirements-eval.txt -r requirements-dev.txt
+    files=(requirements*.txt)
+    python -m pip install --quiet --disable-pip-version-check "${files[@]/#/--requirement=}"
     cat requirements*.txt >.venv/installed-for-tests.txt
 fi
 

@@ -6,11 +6,14 @@ packages are ours to ask for; any other missing module is a fault in the code, a
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("requirements.txt", "requirements-eval.txt", "requirements-data.txt", "requirements-dev.txt")
+FILES = tuple(
+    f"requirements{part}.txt" for part in ("", "-eval", "-data", "-tracking", "-sweep", "-store", "-flows", "-dev")
+)
 MODULES = {"PyYAML": "yaml", "pytest-xdist": "xdist"}  # of the other packages, a-b is imported as a_b
 
 
@@ -49,5 +52,5 @@ def explain_missing() -> None:
 def _modules(path):
     """The names under which the packages of a requirements file are imported; none if there is no such file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    packages = [line.partition("==")[0].strip() for line in lines if line and line[0] != "#"]
+    packages = [re.split(r"==|\[", line)[0].strip() for line in lines if line and line[0] != "#"]
     return {MODULES.get(package, package.lower().replace("-", "_")) for package in packages}

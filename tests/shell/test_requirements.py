@@ -14,7 +14,7 @@ from shell import cli, requirements
 from shell.cli import UserError
 
 PINNED = [
-    (file, line.partition("==")[0])
+    (file, re.split(r"==|\[", line)[0])
     for file in requirements.FILES
     for line in (ROOT / file).read_text().splitlines()
     if line and line[0] != "#"
