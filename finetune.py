@@ -28,6 +28,7 @@ from tqdm import tqdm
 from batching import PLANNERS, Batch, Samples, in_order
 from objectives import Forward
 from ops.devices import read_numbers
+from tracking.following import following
 from training import build, nonfinite, reference, run_folder, teacher
 from training.build import Data, Run
 from training.forgetting import forgetting
@@ -76,7 +77,8 @@ def main(s: Settings) -> None:
         if newest:
             run_folder.check_same(s, newest, identity)
         run_folder.check_room(s, skeleton, total_steps(s, data.train))
-        train(s, data, newest, identity)
+        with following([s.out_dir], s.logger, s.log_adapter):
+            train(s, data, newest, identity)
 
 
 def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
@@ -87,8 +89,8 @@ def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
     with budget.explained_out_of_memory(s, data.train, fabric.device):
         teacher.prepare(s, fabric, data, identity)
         run = build.build_run(s, fabric, data, newest, identity)
-        if not newest and fabric.is_global_zero:
-            run_folder.record_run(s)
+        if fabric.is_global_zero:
+            run_folder.record_run(s, newest, identity)
         reference.prepare(run, run_folder.step_of(newest))
         trainable, frozen = parameter_counts(run.model)
         fabric.print(f"{trainable:,} trainable parameters beside {frozen:,} frozen ones\n{schedule.describe()}")

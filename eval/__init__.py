@@ -12,6 +12,7 @@ helm_server.py      the server for HELM and for OpenAI's clients (challenge_api.
                     limits and metrics)
 Dockerfile, submission.sh    the submission to the LLM Efficiency Challenge
 run_helm.sh, helm.conf       HELM run against the server
+                    helm_results.py      the scores of a suite
 
 Imports from every folder and from generate.py; no other folder imports from eval/.
 """

@@ -66,6 +66,7 @@ from preparation.reading import BadRow, read_rows
 from preparation.records import to_record
 from shell import files
 from text.messages import Dialog
+from tracking.results import record_result
 
 
 class Sample(NamedTuple):
@@ -92,16 +93,19 @@ def main(s: Settings) -> None:
     started = time.perf_counter()
     answers, right = match_answers(writer, samples, s)
     seconds = time.perf_counter() - started
-    print(f"exact match {sum(right)}/{len(right)} = {sum(right) / len(right):.1%} in {seconds:.0f} s")
+    share = sum(right) / len(right)
+    print(f"exact match {sum(right)}/{len(right)} = {share:.1%} in {seconds:.0f} s")
     if s.out_file:
         rows = []
         for sample, answer, ok in zip(samples, answers, right, strict=True):
             question = sample.prompt.messages[-1]["content"]
             rows.append({"prompt": question, "answer": answer, "expected": sample.answer, "right": ok})
-        result = {"exact_match": sum(right) / len(right), "samples": len(right), "seconds": seconds, "answers": rows}
+        result = {"exact_match": share, "samples": len(right), "seconds": seconds, "answers": rows}
         s.out_file.parent.mkdir(parents=True, exist_ok=True)
         with files.whole_file(s.out_file) as temporary:
             temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    data = s.data.stem if s.limit is None else f"{s.data.stem}, first {s.limit}"
+    record_result(s.adapter_dir or s.checkpoint_dir, "exact_match", data, {"exact_match": share})
 
 
 def match_answers(writer: Writer, samples: list[Sample], s: Settings) -> tuple[list[str], list[bool]]:

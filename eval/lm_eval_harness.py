@@ -125,6 +125,7 @@ from inference.writer import Writer
 from shell import files
 from text.messages import read_messages
 from text.prompts import prompt_text
+from tracking.results import record_result
 
 
 def main(s: Settings) -> None:
@@ -142,6 +143,18 @@ def main(s: Settings) -> None:
         with files.whole_file(s.save_filepath) as temporary:
             text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
             temporary.write_text(text + "\n", encoding="utf-8")
+    record_result(s.adapter_dir or s.checkpoint_dir, "lm_eval", "", metrics_of(results))
+
+
+def metrics_of(results: dict) -> dict[str, float]:
+    """The metrics of all tasks and groups by names such as gsm8k/exact_match, with the filter if it has a name."""
+    found = {}
+    for task, metrics in results["results"].items():
+        for key, value in metrics.items():
+            name, _, filtered = key.partition(",")
+            if isinstance(value, int | float) and "," in key and not name.endswith("_stderr"):
+                found[f"{task}/{name}" + (f"/{filtered}" if filtered != "none" else "")] = value
+    return found
 
 
 def evaluate(s: Settings, model: "OnetuneLM", manager: TaskManager, tasks: list) -> dict:

@@ -143,6 +143,7 @@ from model import Transformer
 from ops.core_sharing import share_cores
 from quantize import read_quantization, write_plan
 from shell.files import whole_file, write_json
+from tracking.results import record_result
 from weights.checkpoint import load_model, read_config, trained_quantization
 from weights.merge import check_mergeable
 from weights.peft_format import load_adapter
@@ -176,6 +177,7 @@ def measure_variants(s: Settings, samples: int) -> None:
     quality_report.draw_report(report, s.out_dir / "report.png")
     quality_report.show_report(report)
     print(f"written to {s.out_dir}: report.json, report.png")
+    record_result(s.adapter_dir or s.checkpoint_dir, "quality", "", quality_report.metrics_of(report))
 
 
 def check(s: Settings) -> None:

@@ -24,6 +24,21 @@ class Column(NamedTuple):
     axis: Literal["linear", "log", "percent"]
 
 
+def metrics_of(report: dict) -> dict[str, float]:
+    """Every measurement of every variant by a name such as adapter:bnb.nf4/task/reference/kl."""
+    found, waiting = (
+        {},
+        {row["variant"]: {k: v for k, v in row.items() if k != "variant"} for row in report["variants"]},
+    )
+    while waiting:
+        name, value = waiting.popitem()
+        if isinstance(value, dict):
+            waiting |= {f"{name}/{key}": below for key, below in value.items()}
+        elif value is not None:
+            found[name] = value
+    return dict(sorted(found.items()))
+
+
 def show_report(report: dict) -> None:
     """Print a line for each variant, and what the adapter did to general text."""
     columns = columns_of(report)

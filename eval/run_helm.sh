@@ -9,6 +9,7 @@
 #     HELM_SUITE        name of the run (v1)
 #     HELM_OUT          folder of the results (out/helm)
 #     HELM_THREADS      requests at one time (8)
+#     HELM_MODEL_DIR    folder of the model or adapter that is served, to keep the scores with the run that made it
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -18,17 +19,20 @@ instances=${3:-10}
 suite=${HELM_SUITE:-v1}
 out=${HELM_OUT:-out/helm}
 venv=${HELM_VENV:-$here/../.venv-helm}
+python=${PYTHON:-python3}
+
+"$python" "$here/helm_results.py" --help >/dev/null  # it prints the scores at the end, by the project's environment
 
 if [ ! -f "$conf" ]; then
     echo "error: $conf: no such file" >&2
     exit 2
 fi
-if ! "${PYTHON:-python3}" -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)" "$url/health" 2>/dev/null; then
+if ! "$python" -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)" "$url/health" 2>/dev/null; then
     echo "error: $url/health does not answer: start eval/helm_server.py, and give its URL as the first argument" >&2
     exit 2
 fi
 
-[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 if ! cmp -s "$here/requirements-helm.txt" "$venv/installed-requirements.txt"; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-helm.txt"
     cp "$here/requirements-helm.txt" "$venv/installed-requirements.txt"
@@ -40,16 +44,4 @@ HELM_HTTP_MODEL_BASE_URL=$url "$venv/bin/helm-run" --conf-paths "$conf" --suite 
     --max-eval-instances "$instances" --num-threads "${HELM_THREADS:-8}" --local-path "$out/local"
 "$venv/bin/helm-summarize" --suite "$suite" --output-path "$out"
 
-"$venv/bin/python" - "$out/runs/$suite" <<'EOF'
-import json
-import pathlib
-import sys
-
-METRICS = ["exact_match", "quasi_exact_match", "final_number_exact_match", "rouge_2", "bbq_metric_overall_accuracy"]
-for path in sorted(pathlib.Path(sys.argv[1]).glob("*/stats.json")):
-    means = {s["name"]["name"]: s.get("mean") for s in json.loads(path.read_text())
-             if s["name"].get("split") == "test" and "perturbation" not in s["name"]}
-    shown = [f"{name} {means[name]:.3f}" for name in METRICS if means.get(name) is not None]
-    print(f"{path.parent.name}: {', '.join(shown)}, {means['num_instances']:.0f} instances, "
-          f"{means['inference_runtime']:.1f} s a request")
-EOF
+"$python" "$here/helm_results.py" --suite_dir "$out/runs/$suite" ${HELM_MODEL_DIR:+--model_dir "$HELM_MODEL_DIR"}

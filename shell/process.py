@@ -22,6 +22,11 @@ def set_defaults() -> None:
             _set_here.add(name)
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes, of the several that share a run's devices."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
 def environment_without_defaults() -> dict[str, str]:
     """The environment as it was before `set_defaults`, for programs that are not ours."""
     return {name: value for name, value in os.environ.items() if name not in _set_here}

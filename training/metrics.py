@@ -22,6 +22,7 @@ from ops.devices import to_device
 from quantize import quantized_layers
 from shell.cli import UserError
 from shell.files import project_version, whole_file
+from tracking.run_files import read_rows
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -104,22 +105,6 @@ def open_metrics(run: Run, start: int) -> Metrics:
     more += ["forgetting"] * (s.forgetting_source is not None)
     sources, path = units_by_source_name(run), s.out_dir / "metrics.csv"
     return Metrics(path, start, sources, run.fabric.is_global_zero, more, objective.unit)
-
-
-def read_rows(path: Path) -> tuple[list[str], list[dict]]:
-    """Column names and rows (texts by name) of a CSV file, without a last line that was not finished; or [], []."""
-    if not path.exists():
-        return [], []
-    try:
-        text = path.read_text(encoding="utf-8")
-        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-        rows, names = list(reader), reader.fieldnames or []
-        for row in rows:
-            int(row["step"])
-            [float(value) for value in row.values() if value != ""]  # None where there are too few, a list if too many
-    except (KeyError, ValueError, TypeError, csv.Error):
-        raise UserError(f"{path} is damaged: move it away to go on without its rows") from None
-    return names, rows
 
 
 def write_rows(path: Path, columns: list[str], rows: list[dict]) -> tuple:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import yaml
 
 from adapters.adapter import adapters
@@ -33,7 +34,10 @@ from shell.files import (
     whole_file,
     write_json,
 )
+from shell.process import is_first
 from text.style_templates import save_chat_template
+from tracking.record import record_session
+from tracking.run_files import CONFIG, DIFF, FINAL, METRICS, SOURCE
 from training.from_settings import DTYPES
 from training.offload import STATE_BYTES
 from training.optimizer import moment_bytes, weights_to_keep
@@ -51,11 +55,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; identity, time budget, version
 HARMLESS = (  # settings that a resumed run may change; for the folders their contents are compared instead
     "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops",
-    "memory_budget", "checkpoint_dir", "data_dir", "sweep", "forgetting_source", "teacher_dir",
+    "memory_budget", "checkpoint_dir", "data_dir", "logger", "log_adapter", "sweep", "forgetting_source", "teacher_dir",
 )  # fmt: skip
 PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
-WRITTEN = ("step-*", "final", "source", "*.csv", "config.yaml", "summary.json", "loss.png")
+WRITTEN = ("step-*", FINAL, SOURCE, "*.csv", CONFIG, "*.json", DIFF, "loss.png")
 NO_SOURCE = ("tests", "bench", "eval")  # folders of code that a run does not use
 
 
@@ -80,7 +84,7 @@ def only_process(out_dir: Path) -> Iterator[None]:
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir {out_dir} is a file: choose another")
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":  # of several devices the first writes
+    if not is_first():
         yield
         return
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -132,15 +136,21 @@ def signals_noted() -> Iterator[list[int]]:
 # ------------------------------------------------------------------------------------------------ what a run writes
 
 
-def record_run(s: Settings) -> None:
-    """Keep what runs: the resolved settings, which --config takes, and a copy of the code."""
+def record_run(s: Settings, newest: Path | None, identity: dict[str, str]) -> None:
+    """Keep what runs: the resolved settings, which --config takes, and a copy of the code, of a run that begins.
+
+    Of each session, as also of one that goes on from the checkpoint `newest`: when and where (tracking/record.py).
+    """
     with explained_write_errors(s.out_dir):
-        with new_folder(s.out_dir / "source") as folder:
-            for path in source_files():
-                (folder / path.parent).mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / path, folder / path)
-        with whole_file(s.out_dir / "config.yaml") as file:
-            file.write_bytes(yaml.safe_dump(plain(s), sort_keys=False).encode())
+        if not newest:
+            with new_folder(s.out_dir / SOURCE) as folder:
+                for path in source_files():
+                    (folder / path.parent).mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / path, folder / path)
+            with whole_file(s.out_dir / CONFIG) as file:
+                file.write_bytes(yaml.safe_dump(plain(s), sort_keys=False).encode())
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        record_session(s.out_dir, identity, gpus, step_of(newest))
 
 
 def save_checkpoint(run: Run, done: int, schedule_state: dict | None, metrics: Metrics) -> None:
@@ -164,7 +174,7 @@ def save_final(run: Run) -> None:
     if run.fabric.is_global_zero:
         out_dir, hashes = run.settings.out_dir, {}
         keep = weights_to_keep(run.optimizer)
-        with keep, explained_write_errors(out_dir), new_folder(out_dir / "final", hashes) as folder:
+        with keep, explained_write_errors(out_dir), new_folder(out_dir / FINAL, hashes) as folder:
             known, line = save_weights(run, folder)
             hashes |= known
         if line:
@@ -218,7 +228,7 @@ def newest_checkpoint(s: Settings) -> Path | None:
     If --micro_batch_tokens is auto, `s` gets the number that the checkpoint's run used.
     """
     if not s.resume:
-        if (s.out_dir / "metrics.csv").exists():
+        if (s.out_dir / METRICS).exists():
             raise UserError(
                 f"{s.out_dir} holds a run already: add --resume to continue it, or choose another --out_dir"
             )

@@ -22,6 +22,7 @@ NEEDS = {
         ("optimizer_in_backward", False, "it has no backward pass"),
     ],
 }
+Trackers = Literal[cli.table_keys("tracking/trackers.py", "TRACKERS")]
 
 
 @dataclass
@@ -120,6 +121,10 @@ class Settings:
             each validation its validation samples tell how far the adapter has taken the model from its base
             (column "forgetting": KL(base | model) for each target, in nats).
         eval_interval: Validate every so many steps, and at the end; 0 for never.
+        logger: Where the run can be watched beside metrics.csv ("csv"), one or several: "tensorboard", "mlflow",
+            "wandb". A process of its own sends it there, so that a tracker can neither slow nor stop the run
+            (docs/tracking.md).
+        log_adapter: Send final/ to these trackers too.
         save_interval: Write a checkpoint every so many steps; 0 for only when a signal stops the run.
         keep_last: How many of the newest checkpoints to keep; 0 for all.
         keep_best: Keep the checkpoint with the lowest validation loss too.
@@ -195,6 +200,8 @@ class Settings:
     offload: Literal["optimizer"] | None = None
     forgetting_source: str | None = None
     eval_interval: int = 100
+    logger: Trackers | list[Trackers] = "csv"
+    log_adapter: bool = False
     save_interval: int = 100
     keep_last: int = 2
     keep_best: bool = False
@@ -211,6 +218,7 @@ class Settings:
     def __post_init__(self):
         self.started = time.monotonic()  # for time_budget: before the imports, which take a while
         self._check_optimizer()
+        self._check_trackers()
         self._check_ranges()
         self._check_checkpoints()
         self._check_optimizer_in_backward()
@@ -268,6 +276,14 @@ class Settings:
         cli.check_numbers(self, "teacher_weight", above=0, most=1)
         self._check_layers()
         self._check_init()
+
+    def _check_trackers(self):
+        self.logger = self.logger if isinstance(self.logger, list) else [self.logger]
+        for name in self.logger:
+            if name != "csv":
+                cli.check_installed(name, where=f"--logger {name}")
+        if self.log_adapter and not set(self.logger) - {"csv"}:
+            raise UserError("--log_adapter needs a --logger to send the adapter to, such as mlflow or wandb")
 
     def _check_init(self):
         cli.check_numbers(self, "lora_init_iterations", above=0)

@@ -67,6 +67,7 @@ import convert_hf_checkpoint
 import finetune
 import quantize
 from shell import files
+from tracking.run_files import RECORD
 from training import metrics, run_folder
 from weights import checkpoint
 
@@ -317,6 +318,11 @@ def check_intact(path: Path, in_run: bool) -> None:
         files.read_json(path)
 
 
+def record_without_times(path: Path) -> dict:
+    """A run's record without its id, and without when and where it ran."""
+    return {key: value for key, value in files.read_json(path).items() if key not in ("id", "sessions")}
+
+
 def differing_files(reference: Path, out: Path) -> list[str]:
     """What differs between the files of two folders, in lines; times and the folder's name may differ."""
     paths = [path.relative_to(reference) for path in sorted(reference.rglob("*")) if path.is_file()]
@@ -326,6 +332,8 @@ def differing_files(reference: Path, out: Path) -> list[str]:
     for path in sorted({*paths} & {*others}):
         if path.name == "metrics.csv":
             same = metrics_without_times(reference / path) == metrics_without_times(out / path)
+        elif path == Path(RECORD):
+            same = record_without_times(reference / path) == record_without_times(out / path)
         elif path.name in ("summary.json", "loss.png", "config.yaml", run_folder.SETTINGS):
             continue  # times, memory, the name of the folder
         elif path.name == files.MANIFEST and path.parent.name.startswith("step-"):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from adapters.adapter import adapters
 from model import Transformer
 from shell.cli import UserError
+from tracking.following import following
 from training import build, nonfinite, reference, run_folder, teacher
 from training.build import Data, Run
 from training.from_settings import DTYPES, adapter_config
@@ -102,7 +103,8 @@ def train_sweep(s: Settings, functions: SweepFunctions) -> None:
             if newest[name]:
                 run_folder.check_same(own, newest[name], identities[name])
         check_room(sweep, skeletons, data)
-        _train(s, sweep, data, newest, identities, functions)
+        with following([own.out_dir for own in sweep.variants.values()], s.logger, s.log_adapter):
+            _train(s, sweep, data, newest, identities, functions)
 
 
 def open_all(sweep: Sweep) -> dict[str, Data]:
@@ -171,7 +173,7 @@ def start(s: Settings, sweep: Sweep, fabric: Fabric, data: dict, newest: dict, i
             load_adapter(base, place)
         else:
             build.adapt(own, base)
-            run_folder.record_run(own)
+        run_folder.record_run(own, place, identities[name])
         optimizer = build.place_optimizer(own, fabric, base)
         if place:
             build.load_states(optimizer, place)

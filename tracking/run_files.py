@@ -1,0 +1,93 @@
+"""What lies in a run's folder, and how to read it: one place for the names of its files."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from shell.cli import UserError
+from shell.files import read_json
+
+CONFIG, METRICS, SUMMARY, RECORD, DIFF = "config.yaml", "metrics.csv", "summary.json", "record.json", "git.diff"
+FINAL, SOURCE, RESULTS, TRACKING = "final", "source", "results", "tracking"  # folders
+OF_DATA = ("report.html", "data.json")  # of the prepared data: what is worth keeping with a run
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run of finetune.py."""
+    return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
+
+
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Column names and rows (texts by name) of metrics.csv, without a last line that was not finished; or [], []."""
+    if not path.exists():
+        return [], []
+    try:
+        text = path.read_text(encoding="utf-8")
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        rows, names = list(reader), reader.fieldnames or []
+        for row in rows:
+            int(row["step"])
+            [float(value) for value in row.values() if value != ""]  # None where there are too few, a list if too many
+    except (KeyError, ValueError, TypeError, csv.Error):
+        raise UserError(f"{path} is damaged: move it away to go on without its rows") from None
+    return names, rows
+
+
+def numbers(row: dict[str, str]) -> dict[str, float]:
+    """The numbers of a row of metrics.csv by their column; the step is a whole number, empty fields are left out."""
+    return {name: int(value) if name == "step" else float(value) for name, value in row.items() if value != ""}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a run, by the names of finetune.py's flags. Raises UserError if they cannot be read."""
+    path = folder / CONFIG
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read: {reason}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold the settings of a run")
+    return values
+
+
+class Result(NamedTuple):
+    """What an evaluation found of a run's model. model: its folder's name, such as "final". metrics: by name."""
+
+    kind: str
+    model: str
+    data: str
+    metrics: dict[str, float]
+
+    def names(self) -> dict[str, float]:
+        """The metrics by names that say everything, such as exact_match/test, or step-000100/exact_match/test."""
+        of_model = "" if self.model == FINAL else f"{self.model}/"
+        of_data = f"/{self.data}" if self.data else ""
+        return {f"{of_model}{name}{of_data}": value for name, value in self.metrics.items()}
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All results of evaluations of a run's models."""
+    found = []
+    for path in sorted((folder / RESULTS).glob("*.json")):
+        values = read_json(path)
+        try:
+            found.append(Result(*(values[name] for name in ("kind", "model", "data", "metrics"))))
+        except KeyError as error:
+            raise UserError(f"{path} has no {error}: it is not a result of an evaluation") from None
+    return found
+
+
+def files_to_show(folder: Path, data_dir: Path) -> dict[str, Path]:
+    """The files of a run that a tracker gets, by the names that they get there.
+
+    They are few and small: checkpoints and final/ are not among them. data_dir: the prepared data that it trains on.
+    """
+    of_run = [folder / name for name in (CONFIG, RECORD, DIFF, SUMMARY)] + sorted(folder.glob("*.png"))
+    named = {path.name: path for path in of_run}
+    named |= {f"{RESULTS}/{path.name}": path for path in sorted((folder / RESULTS).glob("*.json"))}
+    named |= {f"data/{name}": data_dir / name for name in OF_DATA}
+    return {name: path for name, path in named.items() if path.is_file()}

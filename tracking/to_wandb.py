@@ -1,0 +1,75 @@
+"""Weights & Biases: a run in the project WANDB_PROJECT, or "onetune"; with WANDB_MODE=offline files in tracking/wandb/.
+
+A run that `wandb agent` started for a sweep is the sweep's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracking.run_files import TRACKING, Result
+
+if TYPE_CHECKING:
+    from tracking.trackers import Tracked
+
+SECONDS = 30  # that its server may take to answer at the start
+
+
+class WandB:
+    """See `Tracker` in trackers.py. Settings are the config, with hashes, commit and environment in it."""
+
+    def __init__(self, run: Tracked, state: dict[str, Any]):
+        self.run, self.state = run, state
+
+    def open(self) -> int | None:
+        """Begin the run, or go on with it, by its id. Returns the last step that the server has; offline None."""
+        import wandb
+
+        id_ = self.state.get("id") or os.environ.get("WANDB_RUN_ID") or self.run.record["id"]
+        project = os.environ.get("WANDB_PROJECT") or self.state.get("project") or "onetune"
+        record = {key: value for key, value in self.run.record.items() if key not in ("id", "sessions")}
+        self.there = wandb.init(
+            project=project, id=id_, name=os.environ.get("WANDB_NAME") or self.run.name, resume="allow",
+            dir=self.run.folder / TRACKING, config={**self.run.settings, **record}, allow_val_change=True,
+            reinit="create_new", settings=wandb.Settings(console="off", init_timeout=SECONDS, silent=True),
+        )  # fmt: skip
+        self.state |= {"id": id_, "project": project}
+        if self.there.offline:
+            self.state["where"] = f"offline, for `wandb sync {Path(self.there.dir).parent}`"
+            return None
+        self.state["where"] = self.there.url
+        return self.there.starting_step - 1 if self.there.resumed else 0
+
+    def log_rows(self, rows: list[dict[str, float]]) -> None:
+        """A step of its history for each row."""
+        for row in rows:
+            values = {name: value for name, value in row.items() if name != "step"}
+            self.there.log(values, step=int(row["step"]), commit=True)
+
+    def log_file(self, name: str, path: Path) -> None:
+        """A picture is shown in the summary, as the history has a step for each row and no other; all are files."""
+        import wandb
+
+        if path.suffix == ".png":
+            self.there.summary[path.stem] = wandb.Image(str(path))
+        elif path.suffix == ".html":
+            self.there.summary[f"data_{path.stem}"] = wandb.Html(str(path))
+        self.there.save(str(path), base_path=str(path.parents[len(Path(name).parts) - 1]), policy="now")
+
+    def log_folder(self, name: str, path: Path) -> None:
+        """An artifact of type model."""
+        import wandb
+
+        artifact = wandb.Artifact(f"{self.there.id}-{name}", type="model")
+        artifact.add_dir(str(path))
+        self.there.log_artifact(artifact)
+
+    def log_result(self, result: Result, step: int) -> None:
+        """In the summary."""
+        self.there.summary.update(result.names())
+
+    def close(self, status: str) -> None:
+        """Wait until all is sent, and say how the run ended."""
+        self.there.finish(exit_code=0 if status == "finished" else 1)
