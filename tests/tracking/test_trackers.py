@@ -1,0 +1,324 @@
+"""What trackers get to see of a run, read back with their own readers: all of it, once, whatever happens between."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+from servers import MLflowServer, silent_server, wait_until
+from test_finetune import random_samples, run, settings  # noqa: F401 (fixtures)
+from test_run_folder import before_step
+
+import finetune
+from tracking import following, sending
+from tracking.results import record_result
+from tracking.run_files import read_rows
+from tracking.sending import state_path
+from tracking.to_mlflow import _name
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    one = MLflowServer(tmp_path_factory.mktemp("mlflow"))
+    one.start()
+    yield one
+    one.stop()
+
+
+@pytest.fixture(autouse=True)
+def places(monkeypatch, server, request):
+    """Where the trackers send to in these tests."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name[:60])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    if server.process is None:
+        server.start()
+
+
+def in_csv(out_dir):
+    """(step, value) of each column of metrics.csv that has any values."""
+    rows = read_rows(out_dir / "metrics.csv")[1]
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if value != "" and name != "step")
+    return {name: [(int(row["step"]), float(row[name])) for row in rows if row[name] != ""] for name in names}
+
+
+def client(server):
+    import mlflow
+
+    return mlflow.MlflowClient(server.uri)
+
+
+def mlflow_run(server, request):
+    """The one run in the test's experiment."""
+    c = client(server)
+    experiment = c.get_experiment_by_name(request.node.name[:60])
+    (one,) = c.search_runs([experiment.experiment_id])
+    return one
+
+
+def in_mlflow(server, one, names):
+    c = client(server)
+    return {
+        name: sorted((m.step, m.value) for m in c.get_metric_history(one.info.run_id, _name(name))) for name in names
+    }
+
+
+def mlflow_files(server, one, folder=None):
+    c, found = client(server), set()
+    for each in c.list_artifacts(one.info.run_id, folder):
+        found |= mlflow_files(server, one, each.path) if each.is_dir else {each.path}
+    return found
+
+
+def wandb_records(out_dir):
+    """The records of all of a run's offline files: W&B's own messages, in LevelDB's log format (7-byte headers)."""
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    for path in sorted(out_dir.glob("tracking/wandb/offline-run-*/*.wandb")):
+        data, place, parts = path.read_bytes(), 7, b""
+        while place < len(data):
+            left = 32768 - place % 32768
+            if left < 7:
+                place += left
+                continue
+            length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+            parts += data[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # a whole record, or its last part
+                record = pb.Record()
+                record.ParseFromString(parts)
+                parts = b""
+                yield record
+
+
+def in_wandb(out_dir):
+    found = {}
+    for record in wandb_records(out_dir):
+        if record.WhichOneof("record_type") == "history":
+            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            step = items.pop("_step")
+            for name, value in items.items():
+                if not name.startswith("_"):
+                    found.setdefault(name, []).append((step, value))
+    return found
+
+
+def in_tensorboard(out_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out_dir / "tracking" / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_each_tracker_has_every_column_once(run, server, request, capsys):  # noqa: F811
+    flags = dict(
+        max_steps=7, eval_interval=3, log_adapter=True, lora_r=3, logger=["csv", "tensorboard", "mlflow", "wandb"]
+    )
+    out = run(random_samples(12, sources=3), random_samples(6, sources=3), **flags)
+    expected = in_csv(out)
+    assert {"loss", "val_loss", "seconds", "memory_gb", "epoch"} < expected.keys()
+
+    events, scalars = in_tensorboard(out)
+    assert {name: [(s, pytest.approx(v, rel=1e-6)) for s, v in values] for name, values in expected.items()} == scalars
+    assert {"settings", "run", "environment", "config.yaml", "data/data.json"} <= {*events.Tags()["tensors"]}
+
+    one = mlflow_run(server, request)
+    assert in_mlflow(server, one, expected) == expected
+    assert one.info.status == "FINISHED" and one.info.run_name == "run"
+    assert one.data.params["lora_r"] == "3" and one.data.params["learning_rate"] == "0.01"
+    record = json.loads((out / "record.json").read_text())
+    assert {f"sha256.{_name(name)}": value for name, value in record["hashes"].items()}.items() <= one.data.tags.items()
+    assert "code" in record["hashes"] and any(name.startswith("data") for name in record["hashes"])
+    assert any(name.startswith("base model") for name in record["hashes"])
+    assert record["environment"]["packages"]["torch"] == one.data.tags["environment.torch"]
+    final = {f"final/{path.name}" for path in (out / "final").iterdir()}
+    assert mlflow_files(server, one) >= {"config.yaml", "record.json", "summary.json", "data/data.json"} | final
+
+    assert in_wandb(out) == expected
+    config = {
+        item.key: json.loads(item.value_json)
+        for record in wandb_records(out)
+        if record.WhichOneof("record_type") == "run"
+        for item in record.run.config.update
+    }
+    assert config["lora_r"] == 3 and config["hashes"] == record["hashes"]
+    printed = capsys.readouterr().out
+    assert f"mlflow: {server.uri}/#/experiments/" in printed and "wandb: offline" in printed
+
+
+def test_without_a_tracker_no_process_is_started(run, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(following, "_start", None)
+    out = run(random_samples(4), max_steps=1)
+    assert not (out / "tracking").exists() and (out / "record.json").is_file()
+
+
+def test_a_server_that_is_restarted_in_the_middle(run, server, request, monkeypatch):  # noqa: F811
+    def has_rows():
+        runs = client(server).search_experiments(filter_string=f"name = '{request.node.name[:60]}'")
+        return runs and any(r.data.metrics for r in client(server).search_runs([runs[0].experiment_id]))
+
+    before_step(monkeypatch, 2, lambda: wait_until(has_rows))
+    before_step(monkeypatch, 4, server.stop)
+    before_step(monkeypatch, 6, server.start)
+    out = run(random_samples(30), random_samples(3), max_steps=9, eval_interval=4, logger="mlflow")
+    one = mlflow_run(server, request)
+    assert in_mlflow(server, one, in_csv(out)) == in_csv(out)
+    assert one.info.status == "FINISHED"
+
+
+def test_a_server_that_is_down_until_later(run, server, request, monkeypatch, capsys, run_script):  # noqa: F811
+    monkeypatch.setattr(following, "WAIT", 30.0)
+    server.stop()
+    out = run(random_samples(12), max_steps=5, logger=["mlflow", "tensorboard"])
+    err = capsys.readouterr().err
+    assert "mlflow: not all of" in err and f"upload.py --run_dirs {out}" in err and "Traceback" not in err
+    assert len(in_csv(out)["loss"]) == 5 and (out / "final").is_dir()
+    assert in_tensorboard(out)[1].keys() == in_csv(out).keys()
+    code, _, err = run_script("tracking/upload.py", "--run_dirs", out)
+    assert code == 2 and err.count("\n") == 1 and "could not be sent to mlflow" in err, err
+    server.start()
+    for _ in range(2):  # the second time there is nothing left to do
+        code, printed, err = run_script("tracking/upload.py", "--run_dirs", out)
+        assert code == 0, err
+        one = mlflow_run(server, request)
+        assert in_mlflow(server, one, in_csv(out)) == in_csv(out)
+    assert "5 steps are at mlflow" in printed and one.info.status == "FINISHED"
+
+
+def test_a_server_that_never_answers_does_not_hold_up_the_run(run, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(following, "WAIT", 3.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    with silent_server() as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        out = run(random_samples(8), max_steps=3, logger="mlflow")
+        assert len(in_csv(out)["loss"]) == 3 and "mlflow: still sending" in capsys.readouterr().err
+        wait_until(lambda: json.loads(state_path(out, "mlflow").read_text())["error"])
+
+
+def test_a_stopped_and_a_resumed_run_are_one(run, settings, server, request, monkeypatch):  # noqa: F811
+    train, val = random_samples(20), random_samples(3)
+    flags = dict(max_steps=8, eval_interval=2, save_interval=3, logger=["mlflow", "wandb", "tensorboard"])
+    s = settings(train, val, **flags)
+    with monkeypatch.context() as patch:
+        before_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            finetune.main(s)
+    wait_until(lambda: not_sending(s.out_dir))
+    assert mlflow_run(server, request).info.status == "KILLED"
+    out = run(resume=True, **flags)
+    expected, one = in_csv(out), mlflow_run(server, request)
+    assert in_mlflow(server, one, ["loss", "val_loss"]) == {name: expected[name] for name in ("loss", "val_loss")}
+    assert one.info.status == "FINISHED"
+    assert in_wandb(out) == expected
+    assert {name: len(values) for name, values in in_tensorboard(out)[1].items()} == {
+        name: len(values) for name, values in expected.items()
+    }
+    assert [each["after_step"] for each in json.loads((out / "record.json").read_text())["sessions"]] == [0, 5]
+
+
+def not_sending(out_dir):
+    """Whether no process sends the run any more: their locks are free."""
+    import fcntl
+
+    for path in out_dir.glob("tracking/*.lock"):
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True
+
+
+def test_a_killed_run_is_sent_to_its_end_and_goes_on_as_one(settings, server, request):  # noqa: F811
+    flags = dict(max_steps=40, save_interval=10, logger=["mlflow", "wandb"])
+    s = settings(random_samples(200), **flags)
+    config = s.out_dir.with_name("config.yaml")
+    config.write_text(yaml.safe_dump(finetune.run_folder.plain(s)))
+    command = [sys.executable, str(ROOT / "finetune.py"), "--config", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(read_rows(s.out_dir / "metrics.csv")[1]) >= 12, 120)
+    process.kill()
+    process.wait()
+    rows = read_rows(s.out_dir / "metrics.csv")[1]
+    wait_until(lambda: sent(s.out_dir, "mlflow") >= len(rows) and sent(s.out_dir, "wandb") >= len(rows))
+    wait_until(lambda: not_sending(s.out_dir))
+    assert mlflow_run(server, request).info.status == ("FAILED" if len(rows) < 40 else "FINISHED")
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    expected, one = in_csv(s.out_dir), mlflow_run(server, request)
+    assert len(expected["loss"]) == 40 and one.info.status == "FINISHED"
+    assert in_mlflow(server, one, ["loss"])["loss"] == expected["loss"]
+    assert in_wandb(s.out_dir)["loss"] == expected["loss"]
+
+
+def sent(out_dir, name):
+    path = state_path(out_dir, name)
+    return json.loads(path.read_text())["rows"] if path.is_file() else 0
+
+
+def test_an_answer_that_was_lost_doubles_nothing(run, server, request):  # noqa: F811
+    """The server has rows that the state in the folder does not know of: as when it is killed before it answers."""
+    out = run(random_samples(12), max_steps=6, logger=["mlflow", "tensorboard"])
+    for name in ("mlflow", "tensorboard"):
+        state = json.loads(state_path(out, name).read_text())
+        state_path(out, name).write_text(json.dumps(state | {"rows": 2}))
+        sending.Sender(out, name, False).send("finished")
+    one = mlflow_run(server, request)
+    assert in_mlflow(server, one, in_csv(out)) == in_csv(out)
+    assert [step for step, _ in in_tensorboard(out)[1]["loss"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_results_go_onto_the_same_run(run, server, request, tmp_path, capsys):  # noqa: F811
+    from eval import exact_match
+
+    out = run(random_samples(8), max_steps=4, save_interval=2, logger=["mlflow", "tensorboard", "wandb"])
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps({"question": f"Is it {i}?", "answer": f"{i}"}) + "\n" for i in range(3)))
+    exact_match.main(exact_match.Settings(data=data, adapter_dir=out / "final", max_new_tokens=3, limit=2))
+    record_result(out / "step-000002", "helm", "", {"gsm:model=neurips,local/quasi_exact_match": 0.25})
+    assert "kept in" in capsys.readouterr().out
+    one = mlflow_run(server, request)
+    assert one.info.status == "FINISHED"
+    name = "step-000002/gsm:model=neurips,local/quasi_exact_match"
+    found = in_mlflow(server, one, ["exact_match/test, first 2", name])
+    assert [*found.values()] == [[(4, 0.0)], [(2, 0.25)]]
+    assert in_tensorboard(out)[1][name] == [(2, 0.25)]
+    summaries = {
+        "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+        for record in wandb_records(out)
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+    assert summaries[name] == 0.25
+    record_result(tmp_path, "exact_match", "test", {"exact_match": 1.0})  # of no run: kept nowhere
+    assert not (tmp_path.parent / "results").exists()
+
+
+def test_each_variant_of_a_sweep_is_a_run(settings, tmp_path):  # noqa: F811
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("grid: {learning_rate: [0.001, 0.01]}\n")
+    s = settings(random_samples(8), random_samples(3), sweep=sweep, max_steps=3, eval_interval=1, logger="tensorboard")
+    finetune.main(s)
+    folders = sorted(path.parent for path in s.out_dir.glob("*/metrics.csv"))
+    assert len(folders) == 2
+    for out in folders:
+        assert in_tensorboard(out)[1].keys() == in_csv(out).keys()
+
+
+def test_names_that_mlflow_does_not_take_stay_different():
+    names = ["loss/a+b", "loss/a*b", "loss/ä", "x" * 300, "x" * 299 + "y", "plain/name"]
+    taken = [_name(name) for name in names]
+    assert len({*taken}) == len(names) and all(len(name) <= 250 for name in taken) and taken[-1] == "plain/name"
+
+
+def test_a_run_without_a_tracker_can_be_sent_later(run, run_script, monkeypatch):  # noqa: F811
+    out = run(random_samples(8), max_steps=3)
+    code, _, err = run_script("tracking/upload.py", "--run_dirs", out)
+    assert code == 2 and "--trackers [mlflow]" in err
+    code, printed, err = run_script("tracking/upload.py", "--run_dirs", f"[{out}]", "--trackers", "[tensorboard]")
+    assert code == 0 and "3 steps are at tensorboard" in printed, err
+    assert in_tensorboard(out)[1].keys() == in_csv(out).keys()
