@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shell.cli import ROOT
+from shell.cli import ROOT, UserError
 from shell.files import read_json
 from tracking.sending import state_path, status_of, trackers_of
 from tracking.trackers import followed_by
@@ -26,7 +26,10 @@ def following(folders: list[Path], trackers: Sequence[str], adapter: bool) -> It
 
     Nothing that a tracker does can make the block slower or end it. adapter: whether they get final/ too.
     """
-    processes = {name: _start(folders, name, adapter) for name in followed_by(trackers)}
+    names = followed_by(trackers)
+    if "wandb" in names and subprocess.run([sys.executable, "-m", "tracking.to_wandb"], cwd=ROOT).returncode:
+        raise UserError("--logger wandb: nobody is logged in: run wandb login, or set WANDB_MODE=offline")
+    processes = {name: _start(folders, name, adapter) for name in names}
     status = "failed"
     try:
         yield

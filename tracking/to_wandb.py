@@ -1,11 +1,13 @@
 """Weights & Biases: a run in the project WANDB_PROJECT, or "onetune"; with WANDB_MODE=offline files in tracking/wandb/.
 
-A run that `wandb agent` started for a sweep is the sweep's.
+A run that `wandb agent` started for a sweep is the sweep's. Run as a program, this file says by its exit status whether
+W&B knows who sends: 0 or 1.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,19 @@ from tracking.run_files import TRACKING, Result
 if TYPE_CHECKING:
     from tracking.trackers import Tracked
 
-SECONDS = 30  # that its server may take to answer at the start
+# Its client waits so many seconds for the server at the start. Whoever sends tries again itself.
+ENVIRONMENT = {"WANDB_INIT_TIMEOUT": "30"}
+
+
+def logged_in() -> bool:
+    """Whether there is a key for W&B's server, or none is needed, as offline."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    settings = wandb.setup().settings
+    if settings.mode != "online":
+        return True
+    return wbauth.authenticate_session(host=settings.base_url, source="onetune", prompt=False) is not None
 
 
 class WandB:
@@ -25,6 +39,8 @@ class WandB:
 
     def open(self) -> int | None:
         """Begin the run, or go on with it, by its id. Returns the last step that the server has; offline None."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         import wandb
 
         id_ = self.state.get("id") or os.environ.get("WANDB_RUN_ID") or self.run.record["id"]
@@ -33,14 +49,14 @@ class WandB:
         self.there = wandb.init(
             project=project, id=id_, name=os.environ.get("WANDB_NAME") or self.run.name, resume="allow",
             dir=self.run.folder / TRACKING, config={**self.run.settings, **record}, allow_val_change=True,
-            reinit="create_new", settings=wandb.Settings(console="off", init_timeout=SECONDS, silent=True),
+            reinit="create_new", settings=wandb.Settings(console="off", silent=True),
         )  # fmt: skip
         self.state |= {"id": id_, "project": project}
         if self.there.offline:
             self.state["where"] = f"offline, for `wandb sync {Path(self.there.dir).parent}`"
             return None
         self.state["where"] = self.there.url
-        return self.there.starting_step - 1 if self.there.resumed else 0
+        return max(0, self.there.starting_step - 1)
 
     def log_rows(self, rows: list[dict[str, float]]) -> None:
         """A step of its history for each row."""
@@ -73,3 +89,7 @@ class WandB:
     def close(self, status: str) -> None:
         """Wait until all is sent, and say how the run ended."""
         self.there.finish(exit_code=0 if status == "finished" else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(not logged_in())

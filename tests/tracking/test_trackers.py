@@ -14,6 +14,7 @@ from test_finetune import random_samples, run, settings  # noqa: F401 (fixtures)
 from test_run_folder import before_step
 
 import finetune
+from shell.cli import UserError
 from tracking import following, sending
 from tracking.results import record_result
 from tracking.run_files import read_rows
@@ -198,6 +199,25 @@ def test_a_server_that_never_answers_does_not_hold_up_the_run(run, monkeypatch, 
         out = run(random_samples(8), max_steps=3, logger="mlflow")
         assert len(in_csv(out)["loss"]) == 3 and "mlflow: still sending" in capsys.readouterr().err
         wait_until(lambda: json.loads(state_path(out, "mlflow").read_text())["error"])
+
+
+def test_wandb_without_its_server(run, settings, monkeypatch, capsys):  # noqa: F811
+    """Nobody is logged in: the run does not begin. The server is down: it is as if there was no tracker."""
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("HOME", "/nonexistent")  # where netrc is
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    s = settings(random_samples(8), max_steps=3, logger="wandb", name="nobody")
+    with pytest.raises(UserError, match="wandb login"):
+        finetune.main(s)
+    assert not s.out_dir.exists()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    out = run(random_samples(8), max_steps=3, logger="wandb")
+    assert "wandb: not all of" in capsys.readouterr().err and len(in_csv(out)["loss"]) == 3
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sending.Sender(out, "wandb", False).send("finished")
+    assert in_wandb(out) == in_csv(out)
 
 
 def test_a_stopped_and_a_resumed_run_are_one(run, settings, server, request, monkeypatch):  # noqa: F811
