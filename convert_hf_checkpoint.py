@@ -143,6 +143,7 @@ from text.vocabulary import has_tokenizer
 from weights import meta_format
 from weights.bin_format import BinWeights
 from weights.checkpoint import (
+    LEGAL_FILES,
     NOTES,
     SIDE_FILES,
     copy_side_files,
@@ -226,7 +227,7 @@ def files_to_fetch(repo_id: str, names: set[str]) -> list[str]:
     for pattern in (r"model[^/]*\.safetensors(\.index\.json)?", r"pytorch_model[^/]*\.bin(\.index\.json)?"):
         weights = sorted(name for name in names if re.fullmatch(pattern, name))
         if weights:
-            return weights + [name for name in SIDE_FILES if name in names]
+            return weights + [name for name in (*SIDE_FILES, *LEGAL_FILES) if name in names]
     if consolidated := meta_format.files_to_fetch(names):
         return consolidated
     other = next((name for name in sorted(names) if name.endswith(".gguf")), None)

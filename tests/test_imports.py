@@ -21,7 +21,7 @@ LAYERS = [
     ["batching"],
     ["objectives"],
     ["inference", "preparation", "training"],
-    ["generate", "prepare_data", "convert_hf_checkpoint", "finetune"],
+    ["generate", "prepare_data", "convert_hf_checkpoint", "finetune", "publishing"],
     ["eval"],
 ]
 RANK = {folder: rank for rank, names in enumerate(LAYERS) for folder in names}

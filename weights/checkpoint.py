@@ -45,6 +45,8 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+# What says who may use a model and how: downloaded with it, and uploaded with what was made of it.
+LEGAL_FILES = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
 # ------------------------------------------------------------------------------------------------------- reading
