@@ -80,14 +80,13 @@ class Sender:
     def _open(self):
         if self.tracker is not None:
             return
+        record, settings = read_json(self.folder / RECORD), run_files.read_settings(self.folder)
         self.path.parent.mkdir(exist_ok=True)
         self._take_lock()
         if self.path.is_file():
             self.state = read_json(self.path) | {"adapter": self.state["adapter"] or read_json(self.path)["adapter"]}
         self._keep()
-        settings = run_files.read_settings(self.folder)
-        run = Tracked(self.folder, read_json(self.folder / RECORD), settings)
-        tracker = TRACKERS[self.name](run, self.state["own"])
+        tracker = TRACKERS[self.name](Tracked(self.folder, record, settings), self.state["own"])
         last = tracker.open()
         self.data_dir = Path(settings["data_dir"])
         self.state["rows"] = self.state["rows"] if last is None else last

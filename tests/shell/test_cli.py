@@ -13,7 +13,7 @@ from typing import Literal
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 import finetune
 from shell import cli, explain
@@ -346,13 +346,6 @@ def test_table_keys_of_a_dict_with_a_type_hint(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------- scripts
-
-SCRIPTS = sorted(
-    path.relative_to(ROOT)
-    for pattern in ("*.py", "eval/*.py", "bench/**/*.py")
-    for path in ROOT.glob(pattern)
-    if "cli.parse(" in path.read_text()
-)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)

@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from test_cli import SCRIPTS
+from conftest import ROOT, SCRIPTS
 
 from shell import cli, requirements
 from shell.cli import UserError
