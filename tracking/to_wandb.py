@@ -69,9 +69,9 @@ class WandB:
         import wandb
 
         if path.suffix == ".png":
-            self.there.summary[path.stem] = wandb.Image(str(path))
+            self.there.summary[path.name] = wandb.Image(str(path))
         elif path.suffix == ".html":
-            self.there.summary[f"data_{path.stem}"] = wandb.Html(str(path))
+            self.there.summary[name] = wandb.Html(str(path))
         self.there.save(str(path), base_path=str(path.parents[len(Path(name).parts) - 1]), policy="now")
 
     def log_folder(self, name: str, path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -75,37 +76,25 @@ def mlflow_files(server, one, folder=None):
     return found
 
 
-def wandb_records(out_dir):
-    """The records of all of a run's offline files: W&B's own messages, in LevelDB's log format (7-byte headers)."""
-    from wandb.proto import wandb_internal_pb2 as pb
-
-    for path in sorted(out_dir.glob("tracking/wandb/offline-run-*/*.wandb")):
-        data, place, parts = path.read_bytes(), 7, b""
-        while place < len(data):
-            left = 32768 - place % 32768
-            if left < 7:
-                place += left
-                continue
-            length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-            parts += data[place + 7 : place + 7 + length]
-            place += 7 + length
-            if kind in (1, 4):  # a whole record, or its last part
-                record = pb.Record()
-                record.ParseFromString(parts)
-                parts = b""
-                yield record
+def wandb_records(out_dir, kind):
+    """The records of a kind in all of a run's offline files, in order, by W&B's own reader."""
+    for path in sorted(out_dir.glob("tracking/wandb/offline-run-*")):
+        command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", path]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        yield from (record[kind] for record in map(json.loads, lines) if record["type"] == kind)
 
 
 def in_wandb(out_dir):
     found = {}
-    for record in wandb_records(out_dir):
-        if record.WhichOneof("record_type") == "history":
-            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-            step = items.pop("_step")
-            for name, value in items.items():
-                if not name.startswith("_"):
-                    found.setdefault(name, []).append((step, value))
+    for record in wandb_records(out_dir, "history"):
+        for name, value in record["item"].items():
+            if not name.startswith("_"):
+                found.setdefault(name, []).append((record["item"]["_step"], value))
     return found
+
+
+def wandb_summary(out_dir):
+    return {key: value for each in wandb_records(out_dir, "summary") for key, value in each.get("update", {}).items()}
 
 
 def in_tensorboard(out_dir):
@@ -141,13 +130,9 @@ def test_each_tracker_has_every_column_once(run, server, request, capsys):  # no
     assert mlflow_files(server, one) >= {"config.yaml", "record.json", "summary.json", "data/data.json"} | final
 
     assert in_wandb(out) == expected
-    config = {
-        item.key: json.loads(item.value_json)
-        for record in wandb_records(out)
-        if record.WhichOneof("record_type") == "run"
-        for item in record.run.config.update
-    }
+    config = next(wandb_records(out, "run"))["config"]["update"]
     assert config["lora_r"] == 3 and config["hashes"] == record["hashes"]
+    assert wandb_summary(out)["loss"] == expected["loss"][-1][1]
     printed = capsys.readouterr().out
     assert f"mlflow: {server.uri}/#/experiments/" in printed and "wandb: offline" in printed
 
@@ -307,13 +292,7 @@ def test_results_go_onto_the_same_run(run, server, request, tmp_path, capsys):  
     found = in_mlflow(server, one, ["exact_match/test, first 2", name])
     assert [*found.values()] == [[(4, 0.0)], [(2, 0.25)]]
     assert in_tensorboard(out)[1][name] == [(2, 0.25)]
-    summaries = {
-        "/".join(item.nested_key) or item.key: json.loads(item.value_json)
-        for record in wandb_records(out)
-        if record.WhichOneof("record_type") == "summary"
-        for item in record.summary.update
-    }
-    assert summaries[name] == 0.25
+    assert wandb_summary(out)[name] == 0.25
     record_result(tmp_path, "exact_match", "test", {"exact_match": 1.0})  # of no run: kept nowhere
     assert not (tmp_path.parent / "results").exists()
 
