@@ -27,7 +27,9 @@ class Settings:
         data: Files (.json, .jsonl, .csv, .tsv, .parquet, the first four also with .gz), patterns such as "*.jsonl",
             names of Hugging Face datasets, or one mixture (.yaml, see docs/data.md).
         checkpoint_dir: Model folder, for its tokenizer.
-        out_dir: Folder to write; prepared/NAME for NAME.jsonl if not given.
+        out_dir: Folder to write; prepared/NAME for NAME.jsonl if not given. {version} in it stands for the first
+            characters of a hash of all that the data are made of: files, settings, tokenizer, code. A folder that holds
+            the same already is not made again.
         prompt_style: plain, alpaca, dolly, vicuna, llama2-chat, llama3, mistral-instruct, chatml or checkpoint (the
             model's own chat template); checkpoint where the model has a template, otherwise alpaca, if not given.
         template_args: Variables for the model's own chat template, such as {enable_thinking: false}.
@@ -128,7 +130,14 @@ from preparation.dropping import drop_by_embedding, drop_exact_duplicates, drop_
 from preparation.filtering import FilteredRow, filter_rows
 from preparation.markup import harmless
 from preparation.mixture import Source, find_sources
-from preparation.prepared_folder import Prepared, choose_folder, describe_counts, print_summary, write_folder
+from preparation.prepared_folder import (
+    Prepared,
+    choose_folder,
+    describe_counts,
+    next_command,
+    print_summary,
+    write_folder,
+)
 from preparation.reading import BadRow, Row, read_rows
 from preparation.record_store import Records, TokenizedSamples
 from preparation.records import describe_row
@@ -137,8 +146,9 @@ from preparation.report import report_details, write_report
 from preparation.sampling import copies_of_samples, example_pools, resampled_sources, sample_examples, sample_validation
 from preparation.shapes import with_aliases
 from preparation.show import show_folder
+from preparation.version import is_prepared, version_of, with_version
 from preparation.workers import Context, chunks, worker_count, worker_pool
-from shell.files import new_folder
+from shell.files import new_folder, read_json
 from text.prompts import STYLES
 from text.tokenizer import Tokenizer
 
@@ -154,11 +164,18 @@ def main(s: Settings) -> None:
 def prepare(s: Settings) -> None:
     """Make a prepared folder, in one pass after the other."""
     sources = find_sources(s.data, s.fields, s.ignore, s.encoding)
-    s.out_dir = choose_folder(s.out_dir, s.data, sources)
     benchmark_sources = find_sources(s.benchmarks, ignore=s.ignore, flag="benchmarks") if s.benchmarks else []
     check_sources(s, sources, benchmark_sources)
     tokenizer = Tokenizer(s.checkpoint_dir)
     style = choose_styles(s, sources, tokenizer)
+    version = version_of(s, sources, benchmark_sources, tokenizer)
+    s.out_dir = choose_folder(with_version(s.out_dir, version), s.data, sources)
+    if is_prepared(s.out_dir, version):
+        info = read_json(s.out_dir / "data.json")
+        print(
+            f"{s.out_dir} has been made of the same data in the same way: it is used as it is; {next_command(s, info)}"
+        )
+        return
     benchmarks = read_benchmarks(benchmark_sources, s.seed)
     context = Context(s, sources, tokenizer, *benchmark_ngrams(benchmarks, s.leak_words))
     workers = worker_count(s.workers, sources)
@@ -179,7 +196,7 @@ def prepare(s: Settings) -> None:
         if not len(train):
             raise UserError("no sample is left: " + describe_counts(records))
         prepared = Prepared(sources, benchmarks, tokenizer, style, records, samples, in_val, train)
-        info = write_folder(s, folder, prepared)
+        info = write_folder(s, folder, prepared, version)
         write_report(folder / "report.html", info, report_details(prepared, close_pairs, s.seed))
     print_summary(s, info, samples)
     for name in never_seen(sources, info):

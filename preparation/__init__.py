@@ -20,10 +20,11 @@ rendering.py        a record to tokens and targets, cut to length
 workers.py          the pool of processes that filter and render
 record_store.py     records and tokens in temporary files between two passes
 prepared_folder.py  the files that are written: samples and data.json
+version.py          one hash of all that they depend on: what is prepared already is not prepared again
 report.py           report.html, with histogram.py (lengths as SVG) and markup.py (text made visible)
 show.py             samples on the terminal
 
 A file may import those named before it: reading.py, columns.py, shapes.py, dialects.py, multiple_choice.py, pairs.py,
 records.py, mixture.py, cleaning.py, workers.py, rendering.py, filtering.py, record_store.py, benchmarks.py,
-dropping.py, sampling.py, markup.py, prepared_folder.py, report.py.
+dropping.py, sampling.py, markup.py, prepared_folder.py, version.py, report.py.
 """

@@ -14,6 +14,7 @@ A path in a mixture is looked for from the mixture's own folder, then from the c
 """
 
 import difflib
+import functools
 import glob
 import math
 import os
@@ -28,6 +29,7 @@ import yaml
 from preparation.columns import columns_in, is_template, parse_template
 from preparation.reading import FORMATS, check_encoding, format_of
 from shell.cli import UserError
+from shell.files import sha256
 
 
 @dataclass
@@ -79,6 +81,11 @@ class Source:
     split: str = "train"
     rows_hash: str | None = field(default=None, init=False)  # SHA-256 of a dataset's rows, once they are read
     asked_style: str | None = field(default=None, init=False)  # the prompt style that the user named for it
+
+    @functools.cached_property
+    def file_hashes(self) -> list[str]:
+        """The SHA-256 of each of its files. Not for a dataset by name."""
+        return [sha256(path) for path in self.path]
 
 
 def find_sources(

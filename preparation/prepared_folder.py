@@ -15,7 +15,7 @@ from preparation.markup import harmless
 from preparation.mixture import Source, free_name
 from preparation.record_store import Records, TokenizedSamples
 from shell.cli import UserError
-from shell.files import read_json, sha256, write_json
+from shell.files import read_json, write_json
 from text.tokenizer import Tokenizer
 
 CLEANING = (  # settings that data.json keeps, as the steps of the cleaning
@@ -74,8 +74,11 @@ class Prepared(NamedTuple):
     train: np.ndarray
 
 
-def write_folder(s: Any, folder: Path, prepared: Prepared) -> dict:
-    """Write both parts, samples.jsonl and data.json, whose content is returned. s: the Settings of prepare_data.py."""
+def write_folder(s: Any, folder: Path, prepared: Prepared, version: str | None) -> dict:
+    """Write both parts, samples.jsonl and data.json, whose content is returned.
+
+    s: the Settings of prepare_data.py. version: of the data (version.py), None if they have none.
+    """
     records, samples, tokenizer, sizes = prepared.records, prepared.samples, prepared.tokenizer, {}
     parts = {"train": prepared.train, "val": np.flatnonzero(prepared.in_val[samples.records()])}
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
@@ -86,6 +89,7 @@ def write_folder(s: Any, folder: Path, prepared: Prepared) -> dict:
             file.writelines(_origin(records, samples, part, number) for number in numbers.tolist())
     in_template = any(source.prompt_style == "checkpoint" for source in prepared.sources)
     info = {
+        "version": version,
         "kind": "pairs" if records.are_pairs else "samples",
         "tokenizer_hash": tokenizer.file_hash(),
         **({"chat_template_hash": tokenizer.template_hash()} if in_template else {}),
@@ -153,7 +157,7 @@ def _input_files(source):
     if isinstance(source.path, str):
         which = {"config": source.config, "split": source.split}
         return {"name": source.name, "paths": paths, "sha256": [source.rows_hash], **which}
-    return {"name": source.name, "paths": paths, "sha256": [sha256(path) for path in paths]}
+    return {"name": source.name, "paths": paths, "sha256": source.file_hashes}
 
 
 def _input_paths(source):
@@ -175,11 +179,13 @@ def print_summary(s: Any, info: dict, samples: TokenizedSamples) -> None:
     print(f"prompt style {info['prompt_style']}; tokens a sample: {length}")
     for part in ("train", "val"):
         print("{}: {samples:,} samples, {tokens:,} tokens, {targets:,} of them targets".format(part, **info[part]))
+    print(f"written to {s.out_dir}, with report.html; {next_command(s, info)}")
+
+
+def next_command(s: Any, info: dict) -> str:
+    """What to do with a prepared folder, in words."""
     objective = " --objective dpo" if info["kind"] == "pairs" else ""
-    print(
-        f"written to {s.out_dir}, with report.html; next: python finetune.py --checkpoint_dir {s.checkpoint_dir} "
-        f"--data_dir {s.out_dir}{objective}"
-    )
+    return f"next: python finetune.py --checkpoint_dir {s.checkpoint_dir} --data_dir {s.out_dir}{objective}"
 
 
 def _remarks(contents):

@@ -472,6 +472,7 @@ def test_what_the_folder_says_about_itself(prepare, tokenizer, tmp_path, capsys)
     folder = prepare(rows, val_fraction=0.25, max_seq_length=200, prompt_style="alpaca", seed=5)
     notes = info(folder)
     sizes = {name: notes.pop(name) for name in ("train", "val")}
+    assert len(notes.pop("version")) == 64
     (source,) = notes.pop("sources")
     assert (source.pop("tokens"), source.pop("targets")) == (sizes["train"]["tokens"], sizes["train"]["targets"])
     assert source == {
