@@ -104,7 +104,7 @@ def main(s: Settings) -> None:
         s.out_file.parent.mkdir(parents=True, exist_ok=True)
         with files.whole_file(s.out_file) as temporary:
             temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    data = s.data.stem if s.limit is None else f"{s.data.stem}, first {s.limit}"
+    data = s.data.stem if s.limit is None else f"{s.data.stem} first {s.limit}"
     record_result(s.adapter_dir or s.checkpoint_dir, "exact_match", data, {"exact_match": share})
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run's folder, in tracking/tensorboard/."""
+"""TensorBoard: event files in the run's folder, in tensorboard/: that is in the name it shows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracking.run_files import TRACKING, Result
+from tracking.run_files import Result
 
 if TYPE_CHECKING:
     from tracking.trackers import Tracked
@@ -18,7 +18,7 @@ class TensorBoard:
 
     def __init__(self, run: Tracked, state: dict[str, Any]):
         self.run, self.state = run, state
-        self.folder = run.folder / TRACKING / "tensorboard"
+        self.folder = run.folder / "tensorboard"
 
     def open(self) -> int | None:
         """Begin a new event file beside those of earlier sessions. Returns the last step in these."""

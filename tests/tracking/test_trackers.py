@@ -100,7 +100,7 @@ def wandb_summary(out_dir):
 def in_tensorboard(out_dir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(out_dir / "tracking" / "tensorboard"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(out_dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
@@ -289,7 +289,7 @@ def test_results_go_onto_the_same_run(run, server, request, tmp_path, capsys):  
     one = mlflow_run(server, request)
     assert one.info.status == "FINISHED"
     name = "step-000002/gsm:model=neurips,local/quasi_exact_match"
-    found = in_mlflow(server, one, ["exact_match/test, first 2", name])
+    found = in_mlflow(server, one, ["exact_match/test first 2", name])
     assert [*found.values()] == [[(4, 0.0)], [(2, 0.25)]]
     assert in_tensorboard(out)[1][name] == [(2, 0.25)]
     assert wandb_summary(out)[name] == 0.25
