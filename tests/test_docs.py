@@ -33,13 +33,16 @@ OTHERS = {
     "docker",
     "git",
     "helm-run",
+    "mlflow",
     "pip",
     "pre-commit",
     "ruff",
     "source",
+    "tensorboard",
+    "wandb",
 }  # programs that are not ours
 EVERYWHERE = {"help", "config", "print_config"}  # flags of every script
-FOREIGN_FLAGS = {"index-url", "build-arg"}  # of pip and docker
+FOREIGN_FLAGS = {"index-url", "build-arg", "backend-store-uri", "artifacts-destination"}  # of pip, docker, MLflow
 OURS = r"[\w./-]+\.(py|sh|cpp|h|md|toml|cff|conf)|requirements[\w-]*\.txt|(bench/results|configs)/\S+"  # files
 MADE = r"(final|source|step-NNNNNN|((checkpoints|prepared|out)(/\w+)*))/"  # folders that scripts make
 
