@@ -16,6 +16,7 @@ from preparation.mixture import Source, free_name
 from preparation.record_store import Records, TokenizedSamples
 from shell.cli import UserError
 from shell.files import read_json, sha256, write_json
+from store.cache import address_of
 from text.tokenizer import Tokenizer
 
 CLEANING = (  # settings that data.json keeps, as the steps of the cleaning
@@ -89,7 +90,7 @@ def write_folder(s: Any, folder: Path, prepared: Prepared) -> dict:
         "kind": "pairs" if records.are_pairs else "samples",
         "tokenizer_hash": tokenizer.file_hash(),
         **({"chat_template_hash": tokenizer.template_hash()} if in_template else {}),
-        "checkpoint_dir": str(s.checkpoint_dir),
+        "checkpoint_dir": address_of(s.checkpoint_dir),
         "prompt_style": prepared.style,
         "template_args": s.template_args,
         "max_seq_length": s.max_seq_length,
@@ -175,9 +176,10 @@ def print_summary(s: Any, info: dict, samples: TokenizedSamples) -> None:
     print(f"prompt style {info['prompt_style']}; tokens a sample: {length}")
     for part in ("train", "val"):
         print("{}: {samples:,} samples, {tokens:,} tokens, {targets:,} of them targets".format(part, **info[part]))
+    model = address_of(s.checkpoint_dir)
     objective = " --objective dpo" if info["kind"] == "pairs" else ""
     print(
-        f"written to {s.out_dir}, with report.html; next: python finetune.py --checkpoint_dir {s.checkpoint_dir} "
+        f"written to {s.out_dir}, with report.html; next: python finetune.py --checkpoint_dir {model} "
         f"--data_dir {s.out_dir}{objective}"
     )
 
