@@ -2,12 +2,13 @@
 
     folders/s3/bucket/models/NAME@0123456789ab/    a fetched folder: hard links to blobs, where that works
     folders/s3/…/.NAME@0123456789ab.lock           who uses it; changed whenever it is used
+    folders/s3/…/.NAME@0123456789ab.making         who makes it
     blobs/HASH                                     the content of a file, checked, read only
     partial/HASH                                   the beginning of one that is being fetched
     locks/00 … locks/ff                            for blobs, by the first two digits of their hash
 
-Locks are the system's (flock), so those of a process that was killed are gone. A process that uses a folder has its
-lock with others for as long as it lives; who makes or removes the folder has it alone.
+Locks are the system's (flock), so those of a process that was killed are gone. A process that uses a folder shares its
+first lock for as long as it lives. Who makes the folder has the second one alone, who removes it both.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from shell import cli
 from shell.cli import UserError
-from shell.files import remove_folder
+from shell.files import clear_leftovers, remove_folder
 from store.address import Address
 
 FOLDER, LIMIT = "ONETUNE_STORE_CACHE", "ONETUNE_STORE_LIMIT"  # environment variables
@@ -84,8 +85,9 @@ def use(folder: Path) -> bool:
 @contextlib.contextmanager
 def making(folder: Path) -> Iterator[None]:
     """Be the one process that makes a folder; others wait."""
-    _lock_of(folder).parent.mkdir(parents=True, exist_ok=True)
-    with _alone(_lock_of(folder)):
+    lock = _lock_of(folder).with_suffix(".making")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(lock):
         yield
 
 
@@ -100,8 +102,9 @@ def blob(sha256: str) -> Iterator[tuple[Path, Path]]:
 
 
 @contextlib.contextmanager
-def _alone(lock):
-    descriptor = _locked(lock, fcntl.LOCK_EX)
+def _alone(lock, or_not_at_all=False):
+    """Have a lock alone. or_not_at_all: raise BlockingIOError where another has it, and do not wait."""
+    descriptor = _locked(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if or_not_at_all else 0))
     try:
         yield
     finally:
@@ -109,7 +112,7 @@ def _alone(lock):
 
 
 def _locked(lock, kind):
-    """The descriptor of a lock that this process now has. Raises BlockingIOError with LOCK_NB if another has it."""
+    """The descriptor of a lock that this process now has. Raises BlockingIOError under LOCK_NB if another has it."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, kind)
@@ -180,31 +183,23 @@ def trim(most: int, keep: Collection[str] = ()) -> list[Path]:
 
 
 def _remove_idle(folder, lock):
-    """Remove a folder that no process uses. Whether it was there, and is gone."""
+    """Remove a folder that no process uses or makes, and what one that was killed left. Whether it was there."""
     try:
-        descriptor = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _alone(lock, or_not_at_all=True), _alone(lock.with_suffix(".making"), or_not_at_all=True):
+            clear_leftovers(folder.parent, [folder.name])
+            there = folder.is_dir()
+            if there:
+                remove_folder(folder)
+            return there
     except BlockingIOError:
         return False
-    try:
-        for leftover in (folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")):
-            shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
-        if not folder.is_dir():
-            return False
-        remove_folder(folder)
-        return True
-    finally:
-        os.close(descriptor)
 
 
 def _remove_unlinked(keep):
     """Remove blobs, and beginnings of blobs, that no folder has and no process is writing."""
     for path in (*(root() / "blobs").glob("*"), *(root() / "partial").glob("*")):
-        if path.name in keep:
-            continue
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            descriptor = _locked(root() / "locks" / path.name[:2], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                if path.stat().st_nlink == 1:
-                    path.unlink()
-            finally:
-                os.close(descriptor)
+            if path.name not in keep and path.stat().st_nlink == 1:
+                with _alone(root() / "locks" / path.name[:2], or_not_at_all=True):
+                    if path.stat().st_nlink == 1:  # still, now that nobody can link it
+                        path.unlink()

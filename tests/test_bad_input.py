@@ -186,6 +186,7 @@ GOOD_FLAGS = {
     CONVERT: lambda p: {"out_dir": p.out},
     SERVE: lambda p: {"checkpoint_dir": p.model, "port": 0},
     "eval/quality.py": lambda p: {"adapter_dir": p.adapter, "data": p.rows, "out_dir": p.out},
+    "store/models.py": lambda p: {"push": p.model, "to": p.root / "shop" / "model"},
     "bench/training/accuracy.py": model_and_data,
     "bench/training/speed.py": model_and_data,
     "bench/training/fits.py": lambda p: {},
@@ -220,7 +221,7 @@ def test_the_table_is_whole():
     """Each case once, none for a script that is not there, and nothing in a row that would be passed over."""
     assert len(ROWS_BY_CASE) == sum(map(len, TABLE.values())) >= 100
     assert GOOD_FLAGS.keys() == TABLE.keys()
-    scripts = [*ROOT.glob("*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("bench/**/*.py")]
+    scripts = [path for folder in ("", "eval/", "store/", "bench/**/") for path in ROOT.glob(f"{folder}*.py")]
     parsing = {str(path.relative_to(ROOT)) for path in scripts if "cli.parse(S" in path.read_text()}
     assert TABLE.keys() == parsing - {"cli.py"}
     for _, row in ROWS_BY_CASE.values():

@@ -349,7 +349,7 @@ def test_table_keys_of_a_dict_with_a_type_hint(tmp_path, monkeypatch):
 
 SCRIPTS = sorted(
     path.relative_to(ROOT)
-    for pattern in ("*.py", "eval/*.py", "bench/**/*.py")
+    for pattern in ("*.py", "eval/*.py", "store/*.py", "bench/**/*.py")
     for path in ROOT.glob(pattern)
     if "cli.parse(" in path.read_text()
 )
