@@ -61,7 +61,7 @@ class Remote:
         self.protocol = protocol
         options = OPTIONS[protocol] | fsspec.config.conf.get(protocol, {})
         try:
-            self.system = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+            self.system = fsspec.filesystem(protocol, **options)  # one for all with the same options
         except Exception as error:
             raise UserError(f"{protocol}:// cannot be used: {_reason(error)}") from None
         if protocol == "s3":

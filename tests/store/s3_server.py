@@ -158,6 +158,13 @@ def environment(tmp_path, moto):
     }
 
 
+def forget_connections():
+    """After the environment has changed: fsspec has one file system for all calls with the same options."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+
+
 @pytest.fixture
 def s3(moto, environment, monkeypatch):
     """An empty bucket at a server, for this process: put the variables into the environment, and wait for nobody."""
@@ -165,6 +172,7 @@ def s3(moto, environment, monkeypatch):
         assert reply.status == 200
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    forget_connections()
     monkeypatch.setattr(store.remote, "FIRST_WAIT", 0.01)
     for module in (store.remote, store.fetch):
         monkeypatch.setattr(module, "PART_BYTES", PART)
@@ -182,6 +190,7 @@ def through(proxy, monkeypatch, environment):
     """The proxy, with this process and its children's `environment` sent through it."""
     environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", environment["AWS_ENDPOINT_URL"])
+    forget_connections()
     return proxy
 
 

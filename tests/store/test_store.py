@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from conftest import SEED
-from s3_server import PART, Fault, cut, environment, flip, moto, proxy, s3, start, through, wait_for  # noqa: F401
+from s3_server import PART, Fault, cut, environment, flip, forget_connections, moto, proxy, s3, start, through, wait_for  # noqa: F401
 from test_bad_input import check_refusal, run_here
 
 import store.remote
@@ -189,6 +189,7 @@ def test_the_same_again_writes_nothing(s3, small):
 def test_a_version_in_the_cache_needs_no_server(s3, small, monkeypatch):
     address = push(small)
     fetch(parse(NAME))
+    monkeypatch.setitem(store.remote.OPTIONS["s3"], "config_kwargs", {"retries": {"max_attempts": 0}})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert contents(fetch(address)) == contents(small)
     with pytest.raises(UserError, match=f"127.0.0.1:1.*in the cache there is {address}"):
@@ -553,7 +554,7 @@ def test_hidden_files_are_named(small, capsys):
     assert capsys.readouterr().out == f"left out of {small}: .cache\n"
 
 
-def test_mistakes_are_one_line(s3, small, monkeypatch, tmp_path):
+def test_mistakes_are_one_line(s3, small):
     push(small)
     s3.system.pipe_file("bucket/raw/config.json", b"{}")
     refused("--pull", "s3://bucket/models/lama", says=["s3://bucket/models/lama: there is no such model", "--list"])
@@ -564,13 +565,21 @@ def test_mistakes_are_one_line(s3, small, monkeypatch, tmp_path):
     refused("--list", "s3://nobucket", says=["there is no such bucket"])
     refused("--list", "s3://bucket/nothing", says=["nothing is there"])
     refused("--pull", NAME, "--out_dir", small, says=[str(small), "exists"])
-    for endpoint in ("http://127.0.0.1:1", "nonsense"):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        refused("--pull", NAME, says=[NAME, endpoint])
-        refused("--push", small, "--to", NAME, says=[NAME, endpoint])
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "nonsense"])
+def test_an_endpoint_that_is_not_there(s3, small, monkeypatch, endpoint):
+    monkeypatch.setitem(store.remote.OPTIONS["s3"], "config_kwargs", {"retries": {"max_attempts": 0}})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    refused("--pull", NAME, says=[NAME, endpoint])
+    refused("--push", small, "--to", NAME, says=[NAME, endpoint])
+
+
+def test_no_credentials(s3, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
+    forget_connections()
     refused("--pull", NAME, says=[NAME, "no credentials were found", "AWS_PROFILE"])
 
 
@@ -579,7 +588,8 @@ def test_no_permission(s3, small, moto):
 
     def calls_without_permission(number):
         """Of moto: from the call after so many on, each one needs a permission, and this user has none."""
-        with urlopen(f"http://127.0.0.1:{moto}/moto-api/reset-auth", data=str(number).encode()) as reply:
+        url, header = f"http://127.0.0.1:{moto}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        with urlopen(Request(url, str(number).encode(), header)) as reply:
             assert reply.status == 200
 
     calls_without_permission(0)
