@@ -622,6 +622,13 @@ def test_listing(s3, small):
     assert newest.startswith(f"{second}  2") and "3 files" in newest
 
 
+def test_what_others_publish_is_seen_at_once(s3, small, start):
+    push(small)
+    assert command("--list", "s3://bucket/models")[1] == f"{NAME}\n"
+    assert finish(start("--push", small, "--to", "s3://bucket/models/new"))[0] == 0
+    assert command("--list", "s3://bucket/models")[1] == f"{NAME}\ns3://bucket/models/new\n"
+
+
 def test_a_library_that_is_not_installed(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match="s3://: s3fs is not installed: .*requirements-store.txt"):
