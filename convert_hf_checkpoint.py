@@ -136,6 +136,8 @@ from tqdm import tqdm
 from model import Config, Transformer
 from quantize import describe_quantization
 from shell.files import checked, flush, new_folder, read_json, whole_file, write_json
+from store.cache import address_of
+from store.fetch import fetch_folders
 from text.added import add_tokens, new_ids
 from text.style_templates import save_chat_template
 from text.tokenizer import Tokenizer
@@ -168,6 +170,7 @@ TEXT_LENGTH = 512  # positions of a text on which a combination is compared with
 
 def main(s: Settings) -> None:
     """Make the folder or file that the settings ask for, and print the next command."""
+    fetch_folders(s)
     if s.out_file is not None:
         write_gguf(s)
         return
@@ -183,7 +186,7 @@ def main(s: Settings) -> None:
     else:
         folder = convert(s.source, s.out_dir, s.dtype)
     then = "prepare_data.py --data my.jsonl" if s.adapter_dir is None else "generate.py"
-    print(f"next: python {then} --checkpoint_dir {folder}")
+    print(f"next: python {then} --checkpoint_dir {address_of(folder)}")
 
 
 # --------------------------------------------------------------------------------------------------- downloading
@@ -404,6 +407,8 @@ def describe(layout: dict[str, tuple[torch.dtype, tuple]]) -> str:
 def merge(s: Settings) -> Path:
     """Write base and adapter as one model. Returns its folder."""
     notes, out_dir = read_notes(s.adapter_dir), s.out_dir or Path(f"{s.adapter_dir}-merged")
+    if s.out_dir is None and address_of(s.adapter_dir) != str(s.adapter_dir):
+        raise UserError(f"--adapter_dir {address_of(s.adapter_dir)} needs --out_dir: there is no folder beside it here")
     refuse_existing(out_dir)
     base, tuned, config, shapes, write_side_files = open_tuned(s)
     dtype = torch.float32 if s.dtype == "auto" else getattr(torch, s.dtype)
@@ -524,7 +529,7 @@ def shared_notes(folders: list[Path], base: Path, quantize: str | dict | None) -
         styles = ", ".join(str(one["prompt_style"]) for one in each)
         print(f"note: the adapters were trained in different prompt styles ({styles}): say one with --prompt_style")
         style = {}
-    return style | {"checkpoint_dir": str(base), "quantize": quantize}
+    return style | {"checkpoint_dir": address_of(base), "quantize": quantize}
 
 
 def probe_tokens(text: Path | None, base: Path, config: Config) -> torch.Tensor:

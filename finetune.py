@@ -28,6 +28,8 @@ from tqdm import tqdm
 from batching import PLANNERS, Batch, Samples, in_order
 from objectives import Forward
 from ops.devices import read_numbers
+from store import publish
+from store.fetch import fetch_folders
 from tracking.following import following
 from training import build, nonfinite, reference, run_folder, teacher
 from training.build import Data, Run
@@ -57,6 +59,7 @@ SKIPPED_STEPS = 20  # in a row, after which 16-mixed no longer looks for its los
 
 def main(s: Settings) -> None:
     """Check all that can be checked without weights, then train, or do what --plan, --replay or --sweep asks for."""
+    fetch_folders(s)
     if s.replay:
         nonfinite.replay(s)
         return
@@ -68,6 +71,8 @@ def main(s: Settings) -> None:
     if s.plan:
         budget.print_plan(s, data.train)
         return
+    if s.publish:
+        publish.check_reachable(publish.check_address(s.publish, "publish"))  # rather now than after the last step
     with run_folder.only_process(s.out_dir):
         newest = run_folder.newest_checkpoint(s)
         budget.choose_micro_batch(s, data.train)
@@ -106,6 +111,8 @@ def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
         memory = {"predicted": budget.predicted_peak(s, data.train), "measured": measured}
         with explained_write_errors(s.out_dir):
             report(s.out_dir, run.model, metrics, flops_per_token, memory)
+        if s.publish:
+            run_folder.publish_final(s)
 
 
 def train_loop(run: Run, schedule: Schedule, start: int, signals: list[int]) -> tuple[Metrics, float, int]:

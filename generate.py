@@ -113,11 +113,13 @@ if __name__ == "__main__":
 from inference.writer import Writer
 from preparation.reading import BadRow, format_of, read_json_lines
 from preparation.records import parse_object
+from store.fetch import fetch_folders
 from text.messages import Dialog, check_last, read_messages, read_tools
 
 
 def main(s: Settings) -> None:
     """Answer the prompt or the file of prompts, or chat."""
+    fetch_folders(s)
     before = [{"role": "system", "content": s.system}] if s.system else []
     start = Dialog(before, read_tools_file(s.tools) if s.tools else [], s.template_args, adapter=s.adapter)
     prompts = read_prompts(s.prompts_file) if s.prompts_file else {}

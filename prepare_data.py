@@ -149,12 +149,14 @@ from preparation.show import show_folder
 from preparation.version import is_prepared, version_of, with_version
 from preparation.workers import Context, chunks, worker_count, worker_pool
 from shell.files import new_folder, read_json
+from store.fetch import fetch_folders
 from text.prompts import STYLES
 from text.tokenizer import Tokenizer
 
 
 def main(s: Settings) -> None:
     """Prepare data, show a prepared folder, or both."""
+    fetch_folders(s)
     if s.data:
         prepare(s)
     if s.show:

@@ -65,6 +65,7 @@ from preparation.mixture import Source, find_sources
 from preparation.reading import BadRow, read_rows
 from preparation.records import to_record
 from shell import files
+from store.fetch import fetch_folders
 from text.messages import Dialog
 from tracking.results import record_result
 
@@ -88,6 +89,7 @@ class Sample(NamedTuple):
 
 def main(s: Settings) -> None:
     """Answer the questions, print the share of exact matches, and write the answers to --out_file."""
+    fetch_folders(s)
     samples = first_samples(s.data, s.limit)
     writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
     started = time.perf_counter()

@@ -106,10 +106,13 @@ from eval.http_gate import Gate, Metrics, TimedProtocol, error
 from eval.openai_api import Answer, ChatRequest, CompletionRequest, Stream
 from inference.serving import Engine, QueueFull, Task, check_ids, encode_text, make_tasks
 from inference.writer import Voice, Writer
+from store.cache import address_of
+from store.fetch import fetch_folders
 
 
 def main(s: Settings) -> None:
     """Load the model and answer requests until a signal."""
+    fetch_folders(s)
     sock = bind(s.host, s.port)
     service = Service(s)
     sock.listen(1024)
@@ -162,7 +165,7 @@ class Service:
         model = s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style
         self.writer = Writer(*model, adapters=s.adapters)
         self.tokenizer = self.writer.tokenizer
-        self.names = list(self.writer.named) or [str(s.adapter_dir or s.checkpoint_dir)]
+        self.names = list(self.writer.named) or [address_of(s.adapter_dir or s.checkpoint_dir)]
         self.name, self.started = self.names[0], int(time.time())  # name: of what answers where a request names none
         self.engine = Engine(self.writer.decoder, s.max_batch_size, s.max_queue)
         self.metrics = Metrics(self.engine)

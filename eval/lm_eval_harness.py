@@ -123,6 +123,8 @@ from inference import sampling
 from inference.scoring import rolling, score
 from inference.writer import Writer
 from shell import files
+from store.cache import address_of
+from store.fetch import fetch_folders
 from text.messages import read_messages
 from text.prompts import prompt_text
 from tracking.results import record_result
@@ -130,11 +132,13 @@ from tracking.results import record_result
 
 def main(s: Settings) -> None:
     """Run the tasks, print lm-eval's tables, and write its results to --save_filepath."""
+    fetch_folders(s)
     manager, tasks = find_tasks(s)
     writer = Writer(s.checkpoint_dir, s.adapter_dir, s.quantize, s.precision, s.prompt_style)
     model = OnetuneLM(writer, s.batch_tokens, s.batch_size, s.seed, chat=s.apply_chat_template)
     results = evaluate(s, model, manager, tasks)
-    results["config"] |= {name: str(value) if isinstance(value, Path) else value for name, value in asdict(s).items()}
+    given = {name: address_of(value) if isinstance(value, Path) else value for name, value in asdict(s).items()}
+    results["config"] |= given
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))

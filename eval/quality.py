@@ -143,6 +143,8 @@ from model import Transformer
 from ops.core_sharing import share_cores
 from quantize import read_quantization, write_plan
 from shell.files import whole_file, write_json
+from store.cache import address_of
+from store.fetch import fetch_folders
 from tracking.results import record_result
 from weights.checkpoint import load_model, read_config, trained_quantization
 from weights.merge import check_mergeable
@@ -153,6 +155,7 @@ Result = TypeVar("Result")
 
 def main(s: Settings) -> None:
     """Measure the variants, or with --sensitivity the layers, and write what was found to --out_dir."""
+    fetch_folders(s)
     s.checkpoint_dir = find_model(s.checkpoint_dir, s.adapter_dir)
     s.quantize = trained_quantization(s.adapter_dir, s.quantize)
     check(s)
@@ -197,7 +200,7 @@ def check(s: Settings) -> None:
 
 def plain(s: Settings) -> dict:
     """The settings as JSON can hold them."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(s).items()}
+    return {name: address_of(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(s).items()}
 
 
 def machine() -> dict:

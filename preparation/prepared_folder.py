@@ -16,6 +16,7 @@ from preparation.mixture import Source, free_name
 from preparation.record_store import Records, TokenizedSamples
 from shell.cli import UserError
 from shell.files import read_json, write_json
+from store.cache import address_of
 from text.tokenizer import Tokenizer
 
 CLEANING = (  # settings that data.json keeps, as the steps of the cleaning
@@ -93,7 +94,7 @@ def write_folder(s: Any, folder: Path, prepared: Prepared, version: str | None) 
         "kind": "pairs" if records.are_pairs else "samples",
         "tokenizer_hash": tokenizer.file_hash(),
         **({"chat_template_hash": tokenizer.template_hash()} if in_template else {}),
-        "checkpoint_dir": str(s.checkpoint_dir),
+        "checkpoint_dir": address_of(s.checkpoint_dir),
         "prompt_style": prepared.style,
         "template_args": s.template_args,
         "max_seq_length": s.max_seq_length,
@@ -184,8 +185,8 @@ def print_summary(s: Any, info: dict, samples: TokenizedSamples) -> None:
 
 def next_command(s: Any, info: dict) -> str:
     """What to do with a prepared folder, in words."""
-    objective = " --objective dpo" if info["kind"] == "pairs" else ""
-    return f"next: python finetune.py --checkpoint_dir {s.checkpoint_dir} --data_dir {s.out_dir}{objective}"
+    model, objective = address_of(s.checkpoint_dir), " --objective dpo" if info["kind"] == "pairs" else ""
+    return f"next: python finetune.py --checkpoint_dir {model} --data_dir {s.out_dir}{objective}"
 
 
 def _remarks(contents):

@@ -9,6 +9,7 @@ from typing import Any
 
 from preparation.markup import harmless
 from shell.cli import UserError
+from store.fetch import local
 from text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -25,7 +26,8 @@ def show_folder(out_dir: Path, checkpoint_dir: Path | None, count: int, seed: in
         )
     info = read_data_info(out_dir)
     folder = checkpoint_dir or info.get("checkpoint_dir")
-    if folder is None or not Path(folder).is_dir():
+    folder = None if folder is None else local(folder)
+    if folder is None or not folder.is_dir():
         raise UserError(f"--show needs the model folder whose tokenizer {out_dir} was made with: give --checkpoint_dir")
     tokenizer = Tokenizer(folder)
     if not tokenizer.fits(info):

@@ -173,7 +173,7 @@ def named_folders(value: str | list[str] | None, flag: str) -> dict[str, Path]:
         if name == "base" or name in folders:
             reason = "is the base alone" if name == "base" else "comes twice"
             raise UserError(f"--{flag}: the name {name} {reason}: choose another")
-        if not Path(folder).is_dir():
+        if "://" not in folder and not Path(folder).is_dir():  # an address is fetched later
             raise UserError(f"--{flag} {name}={folder}: no such folder")
         folders[name] = Path(folder)
     if value is not None and not folders:

@@ -233,12 +233,12 @@ def _read_manifest(path, remedy):
     except UserError as error:
         raise UserError(f"{error}: {remedy}") from None
     own = hashes.pop(MANIFEST, None)  # older ones have none
-    if own and path.read_text() != _manifest_text(hashes) or not all(map(_is_below, hashes)):
+    if own and path.read_text() != _manifest_text(hashes) or not all(map(is_below, hashes)):
         raise UserError(f"{path} has changed since it was written: {remedy}")
     return hashes
 
 
-def _is_below(name):
+def is_below(name: str) -> bool:
     """Whether a name in a manifest is that of a file below its folder, not of one elsewhere."""
     path = PurePosixPath(name)
     return str(path) == name != "." and not path.is_absolute() and ".." not in path.parts

@@ -195,6 +195,7 @@ GOOD_FLAGS = {
         "license": "mit",
         "out_dir": p.out,
     },
+    "store/models.py": lambda p: {"push": p.model, "to": p.root / "shop" / "model"},
     "bench/training/accuracy.py": model_and_data,
     "bench/training/speed.py": model_and_data,
     "bench/training/fits.py": lambda p: {},

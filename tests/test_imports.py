@@ -11,6 +11,7 @@ from conftest import ROOT
 # docs/architecture.md draws it. Folders in one row know nothing of each other.
 LAYERS = [
     ["shell"],
+    ["store"],
     ["ops", "tracking"],
     ["experts"],
     ["model"],

@@ -35,6 +35,8 @@ from shell.files import (
     write_json,
 )
 from shell.process import is_first
+from store.cache import address_of
+from store.publish import check_address, publish
 from text.style_templates import save_chat_template
 from tracking.record import record_session
 from tracking.run_files import CONFIG, DIFF, FINAL, METRICS, SOURCE
@@ -55,7 +57,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; identity, time budget, version
 HARMLESS = (  # settings that a resumed run may change; for the folders their contents are compared instead
     "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops",
-    "memory_budget", "checkpoint_dir", "data_dir", "logger", "log_adapter", "sweep", "forgetting_source", "teacher_dir",
+    "memory_budget", "checkpoint_dir", "data_dir", "logger", "log_adapter", "publish", "sweep", "forgetting_source",
+    "teacher_dir",
 )  # fmt: skip
 PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
@@ -72,8 +75,8 @@ def source_files() -> list[Path]:
 
 
 def plain(s: Settings) -> dict:
-    """The settings as plain values for JSON and YAML."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(s).items()}
+    """The settings as plain values for JSON and YAML; folders of the cache by the addresses they came from."""
+    return {name: address_of(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(s).items()}
 
 
 @contextlib.contextmanager
@@ -181,6 +184,16 @@ def save_final(run: Run) -> None:
             print(line)
 
 
+def publish_final(s: Settings) -> None:
+    """Publish `final/` where --publish says. Raises UserError, which says how to do it later, if that fails."""
+    final = s.out_dir / "final"
+    try:
+        print(f"published {publish(final, check_address(s.publish, 'publish'))}")
+    except UserError as error:
+        again = f"python store/models.py --push {final} --to {s.publish}"
+        raise UserError(f"{final} is whole, but was not published: {error}; to publish it later: {again}") from None
+
+
 def save_weights(run: Run, folder: Path) -> tuple[dict[str, str], str]:
     """Write the adapter, or all weights, and `onetune.json`: what generate.py must know to match the training.
 
@@ -190,7 +203,7 @@ def save_weights(run: Run, folder: Path) -> tuple[dict[str, str], str]:
     s = run.settings
     style = run.info["prompt_style"]
     notes = {"prompt_style": style, "template_args": run.info.get("template_args", {})}
-    notes |= {"checkpoint_dir": str(s.checkpoint_dir), "quantize": s.quantize}
+    notes |= {"checkpoint_dir": address_of(s.checkpoint_dir), "quantize": s.quantize}
     write_json(folder / NOTES, notes)
     if run.adapter:
         peft_format.save_adapter(run.model, run.adapter, folder, s.checkpoint_dir)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from shell import cli
 from shell.cli import UserError
+from store.publish import check_address
 
 # --beta1 and --beta2 of an optimiser where they are not AdamW's 0.9 and 0.999; None: it has no such average.
 BETAS = {
@@ -132,6 +133,8 @@ class Settings:
         deterministic: On a GPU, use only algorithms that give the same bits every time; a CPU always does.
         sweep: Train the variants that this YAML file names together over one base, each in a folder of its name in
             out_dir (training/sweep/variants.py says what the file has); micro_batch_tokens is of all of them together.
+        publish: At the end publish final/ at this address of a model store, such as s3://bucket/adapters/NAME, where
+            other machines find it (docs/store.md).
         resume: Continue the run in out_dir from its newest checkpoint, or start it if there is none.
         replay: Run the step stored in a bad_batch.safetensors again, and print where its numbers go wrong.
         devices: How many GPUs (or CPU processes) share each step.
@@ -208,6 +211,7 @@ class Settings:
     seed: int = 1337
     deterministic: bool = False
     sweep: Path | None = None
+    publish: str | None = None
     resume: bool = False
     replay: Path | None = None
     devices: int = 1
@@ -232,6 +236,7 @@ class Settings:
         if self.train is not None and (self.method != "full" or not self.train):
             given = f"not {self.method}, which has parameters of its own" if self.train else "and a pattern"
             raise UserError(f"--train needs --method full, {given}")
+        self._check_publish()
         if self.time_budget is not None:
             cli.number_of_seconds(self.time_budget, "time_budget")
         if self.memory_budget is not None:
@@ -294,6 +299,14 @@ class Settings:
             raise UserError(f"--lora_eva_rho goes with --lora_init eva, not {self.lora_init}")
         if self.lora_init == "loftq" and self.quantize in (None, "none"):
             raise UserError("--lora_init loftq needs --quantize: it makes up for what that loses")
+
+    def _check_publish(self):
+        if self.publish is not None:
+            check_address(self.publish, "publish")
+            if self.sweep is not None:
+                raise UserError(
+                    "--publish is of one run: publish those of a --sweep with python store/models.py --push"
+                )
 
     def _check_layers(self):
         if self.lora_targets in ([], ""):

@@ -20,6 +20,8 @@ from model import Config, Transformer
 from quantize import BLOCKS, describe_quantization, quantizer_of, read_quantization
 from shell.cli import UserError
 from shell.files import check_listed, checked, damage_first, read_json
+from store.address import is_url
+from store.fetch import local
 from weights import peft_format
 from weights.families import config_from_json, current_values
 from weights.names import Names
@@ -345,7 +347,7 @@ def read_notes(folder: str | Path) -> dict:
 def find_base(adapter_dir: str | Path) -> Path:
     """The base model of an adapter, as its own files name it: a folder, or the id of a model in checkpoints/.
 
-    Raises UserError if the adapter or its base is not there.
+    What they name by an address is fetched. Raises UserError if the adapter or its base is not there.
     """
     if not Path(adapter_dir).is_dir():
         raise UserError(f"--adapter_dir {adapter_dir} does not exist")
@@ -354,6 +356,8 @@ def find_base(adapter_dir: str | Path) -> Path:
     noted = read_notes(adapter_dir).get("checkpoint_dir")
     names = [noted, read_json(Path(adapter_dir, "adapter_config.json")).get("base_model_name_or_path")]
     for name in filter(None, names):
+        if is_url(name):
+            return local(name)
         for path in (Path(str(name)), Path("checkpoints", str(name))):
             if path.exists():
                 return path

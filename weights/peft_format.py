@@ -45,6 +45,7 @@ from lora import (
 from model import Linear, Transformer
 from shell.cli import UserError
 from shell.files import check_listed, read_json
+from store.cache import address_of
 from weights import residual
 from weights.adapter_config import (
     EMBEDDING_MODULE,
@@ -79,9 +80,10 @@ SAMPLED = 4096  # values of each go into that hash: of a random matrix they tell
 def save_adapter(model: nn.Module, config: AdapterConfig, folder: Path, base_model: Path | str) -> None:
     """Write the model's adapters to `folder`.
 
-    base_model: the path or repo id of the base, to note there. A folder's path is made absolute, so that PEFT finds it
-    wherever it is started. After the folder has moved, edit base_model_name_or_path or name the base on the command
-    line; our scripts also try the path in onetune.json, which is as it was given.
+    base_model: the path or repo id of the base, to note there; for a folder that was fetched, its address is noted. A
+    folder's path is made absolute, so that PEFT finds it wherever it is started. After the folder has moved, edit
+    base_model_name_or_path or name the base on the command line; our scripts also try the path in onetune.json, which
+    is as it was given.
     """
     found = adapters(model)
     tensors = _copied({name: own_tensors(adapter) for name, adapter in found.items()})
@@ -139,12 +141,19 @@ def _peft_type(model, config, found):
     return OUTSIDE if outside_peft(model.config, config.kind, found) else "LORA"
 
 
+def _base_name(base_model):
+    """How a base is noted: by the address that it was fetched from, its absolute path, or its repo id."""
+    if (name := address_of(base_model)) != str(base_model):
+        return name
+    return str(Path(base_model).resolve() if Path(base_model).is_dir() else base_model)
+
+
 def _description(config, peft_type, base_model):
     """adapter_config.json of adapters under our names; of types in `KINDS` what all have."""
     description = {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(Path(base_model).resolve() if Path(base_model).is_dir() else base_model),
+        "base_model_name_or_path": _base_name(base_model),
         "inference_mode": True,
     }
     if peft_type in KINDS:
