@@ -33,9 +33,13 @@ OTHERS = {
     "docker",
     "git",
     "helm-run",
+    "kubectl",
     "pip",
     "pre-commit",
     "ruff",
+    "sbatch",
+    "scancel",
+    "sky",
     "source",
 }  # programs that are not ours
 EVERYWHERE = {"help", "config", "print_config"}  # flags of every script
