@@ -11,11 +11,10 @@ import yaml
 from clusters import DOCKERFILE, container_command, environment, start, write_project
 from conftest import ROOT
 from dockerfiles import by_name, check_complete, check_sent, copied, instructions
-from test_docs import commands, fences
+from test_docs import check_flags, commands, fences
 
 SCRIPTS = ("finetune.py", "prepare_data.py", "generate.py", "convert_hf_checkpoint.py", "quantize.py")
 EVALUATIONS = ("eval/exact_match.py", "eval/lm_eval_harness.py", "eval/quality.py")
-PAGE = ROOT / "docs" / "clusters.md"
 TEXTS = by_name(DOCKERFILE)
 
 
@@ -68,6 +67,13 @@ def test_there_is_a_compiler_and_what_it_needs():
     assert {"g++", "tini", python, f"{python}-dev", f"{python}-venv"} <= set(apt.split())
     oldest = re.search(r'requires-python = ">=3\.(\d+)"', (ROOT / "pyproject.toml").read_text())[1]
     assert int(python.removeprefix("python3.")) >= int(oldest)
+
+
+def test_every_file_of_the_folder_is_in_the_page():
+    """deploy/ has no Python, and so no __init__.py: its map is in docs/clusters.md."""
+    text = (ROOT / "docs" / "clusters.md").read_text()
+    files = [str(path.relative_to(ROOT)) for path in (ROOT / "deploy").rglob("*") if path.is_file()]
+    assert len(files) >= 10 and [file for file in files if f"`{file}`" not in text] == []
 
 
 def test_signals_reach_the_process():
@@ -126,15 +132,26 @@ def test_the_shell_of_the_start_is_gone(project):
         process.wait()
 
 
-def test_commands_in_the_page_that_run_in_the_container_can_be_given(project):
-    """The page's own test (test_docs.py) knows python, but not what stands after the image's name."""
-    from test_docs import check_flags
+def page_commands(*beginning):
+    """The commands in docs/clusters.md that begin with these words."""
+    text = (ROOT / "docs" / "clusters.md").read_text()
+    found = [command for language, block in fences(text) if language == "bash" for command in commands(block)]
+    return [command for command in found if command[: len(beginning)] == [*beginning]]
 
-    found = [
-        command for language, block in fences(PAGE.read_text()) if language == "bash" for command in commands(block)
-    ]
-    found = [command for command in found if command[0] == "docker" and command[1] == "run"]
-    scripts = [(command, i) for command in found for i, word in enumerate(command) if word.endswith(".py")]
-    assert len(scripts) == len(found) >= 2
-    for command, i in scripts:
+
+def test_commands_of_the_page_that_run_in_the_container_can_be_given():
+    """The page's own test (test_docs.py) knows python, but not what stands after the image's name."""
+    found = page_commands("docker", "run")
+    assert len(found) >= 2
+    for command in found:
+        (i,) = [i for i, word in enumerate(command) if word.endswith(".py")]
         check_flags(ROOT / command[i], command[i + 1 :])
+
+
+def test_commands_of_the_page_that_slurm_runs_can_be_given():
+    found = page_commands("sbatch")
+    assert len(found) >= 2
+    for command in found:
+        script = command.index("deploy/slurm/train.sbatch")
+        assert all(word.startswith("--") and "=" in word for word in command[1:script]), "options of sbatch"
+        check_flags(ROOT / "finetune.py", [*command[script + 1 :], "--resume"])

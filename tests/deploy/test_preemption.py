@@ -4,6 +4,7 @@ The commands are those of the files in deploy/, run as processes on a tiny model
 controller, and of Slurm its programs srun, scancel and scontrol, which a run is started and stopped with.
 """
 
+import json
 import shlex
 import signal
 import subprocess
@@ -46,12 +47,18 @@ def inputs(tmp_path_factory, tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(inputs, tmp_path_factory):
-    """final/ of a run that nothing disturbed."""
+def finished(inputs, tmp_path_factory):
+    """The project after a run that nothing disturbed."""
     folder = copy_of(inputs, tmp_path_factory.mktemp("undisturbed"))
     assert finish(folder, container_command(folder, CONTAINER["args"])) == 0, (folder / "log").read_text()
     assert steps_done(folder) == STEPS
-    return final_files(folder)
+    return folder
+
+
+@pytest.fixture
+def undisturbed(finished):
+    """The bytes of its final/."""
+    return final_files(finished)
 
 
 @pytest.fixture
@@ -115,6 +122,17 @@ def test_a_signal_while_the_model_is_loading_ends_the_process_with_the_same_stat
 def random_delay():
     """Less than a start takes."""
     return 0.05 + SEED % 100 / 100
+
+
+def test_the_evaluation_measures_what_was_trained(finished):
+    """Its first container, that of exact match; lm-eval downloads its tasks."""
+    (job,) = documents(KUBERNETES / "evaluate-job.yaml")
+    rows = [{"instruction": f"what is {i}", "output": f"it is {i}"} for i in range(3)]
+    (finished / "prepared" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = container_command(finished, containers(job)["exact-match"]["args"])
+    assert finish(finished, command) == 0, (finished / "log").read_text()
+    result = json.loads((finished / "out" / "dev" / "exact_match.json").read_text())
+    assert result["samples"] == 3 and 0 <= result["exact_match"] <= 1
 
 
 # ------------------------------------------------------------------------------------------------------------- Slurm
@@ -225,7 +243,7 @@ def test_a_spot_machine_that_is_lost(project, undisturbed):
     task = yaml.safe_load(SKYPILOT.read_text())
     script = task["run"].replace("source .venv/bin/activate\n", "")
     for mounted, here in (("/checkpoints", "checkpoints"), ("/prepared", "prepared"), ("/out", "out")):
-        assert mounted in task["file_mounts"] and f" {mounted}/" in script
+        assert mounted in {**task["file_mounts"], **task["volumes"]} and f" {mounted}/" in script
         script = script.replace(f" {mounted}/", f" {here}/")
     assert task["resources"]["use_spot"] and task["resources"]["job_recovery"]["recover_on_exit_codes"] == [143]
     (command,) = [shlex.split(line) for line in script.replace("\\\n", " ").splitlines() if line]
