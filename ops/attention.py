@@ -8,7 +8,7 @@ Shapes: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K h
 
 import ctypes
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -79,13 +79,14 @@ def choose_attention(layout: Any, head_dim: int, dtype: torch.dtype, scores: Sco
             scores that are products                            flash_varlen_attention
         other samples on CUDA: a soft cap, ALiBi, sinks,
             larger heads, fp32                                  flex_attention
+            (both from compute capability 8.0 on)
         samples in a packed row elsewhere                       each_sample_attention
         every key before the query's, scores that are products  causal_attention
         all else                                                masked_attention
 
     Only the last, and `each_sample_attention` for each sample, have a mask of all pairs of positions: on CUDA none does
-    in training. The device "meta", on which memory is planned (training/memory/plan.py), counts as CUDA; there
-    `flex_stand_in` takes the place of `flex_attention`.
+    in training, but on cards before Ampere, such as a T4. The device "meta", on which memory is planned
+    (training/memory/plan.py), counts as CUDA; there `flex_stand_in` takes the place of `flex_attention`.
     """
     cache, tree = layout.cache, layout.tree
     if cache is None and tree is None and (attend := _choose_for_samples(layout, head_dim, dtype, scores)):
@@ -105,7 +106,7 @@ def _choose_for_samples(layout, head_dim, dtype, scores):
     device, ends = layout.tokens.device, layout.ends
     if in_cpp(layout.tokens, dtype):
         return Attend(cpp_attention, scores=scores, offsets=ends)
-    if device.type not in ("cuda", "meta"):
+    if device.type not in ("cuda", "meta") or not has_flash_attention(device):
         return layout.offsets and Attend(each_sample_attention, scores=scores, offsets=ends)
     longest = max(end - start for start, end in pairwise(ends))
     half = dtype != torch.float32 or (device.type == "cuda" and torch.is_autocast_enabled("cuda"))
@@ -117,6 +118,12 @@ def _choose_for_samples(layout, head_dim, dtype, scores):
     window = None if scores.window is None or scores.window >= longest else scores.window
     mask, score = layout.block_mask(window), flex.score_function(scores, device)
     return Attend(flex_attention, scores=scores, offsets=ends, score=score, mask=mask)
+
+
+@lru_cache
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether FlashAttention has kernels for a card: from compute capability 8.0 (Ampere) on. "meta" counts as such."""
+    return device.type == "meta" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Attend:
@@ -275,7 +282,7 @@ def each_sample_attention(
 ) -> Tensor:
     """The same for a packed row, sample by sample, on a CPU where kernels_cpu.cpp is not used: (1, H, T, d).
 
-    That is without a C++ compiler, in fp16, or where torch.compile traces the choice.
+    That is without a C++ compiler, in fp16, or where torch.compile traces the choice. Also on cards before Ampere.
     """
     parts = []
     for start, end in pairwise(offsets):

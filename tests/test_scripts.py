@@ -8,6 +8,7 @@ import runpy
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from quantize import QUANTIZERS
@@ -137,6 +138,12 @@ def test_recipes_parse(path):
     settings = cli.parse(finetune["Settings"], ["--config", str(path)])
     assert settings.quantize in (None, *QUANTIZERS) and settings.planner in finetune["PLANNERS"]
     assert str(settings.out_dir).endswith(path.stem)
+
+
+def test_the_recipe_to_try_things_with_has_the_keys_of_the_one_at_full_size():
+    small, full = (yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in ("dev", "a100"))
+    assert list(small) == list(full)
+    assert small["precision"] == "16-mixed" and full["precision"] == "bf16-true", "a T4 has no bf16"
 
 
 def test_there_are_recipes():

@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_imports import file_of, imports
+from dockerfiles import by_name, check_complete, check_sent, copied, instructions
 
 import convert_hf_checkpoint
 from eval import helm_server
@@ -23,73 +22,36 @@ INSTRUCTIONS = {
 }  # fmt: skip
 
 
-def instructions():
-    """The Dockerfile as [(instruction, its text)]: comments out, continued lines joined."""
-    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
-    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
-
-
-def copied():
-    """The files that COPY puts into the image, {path in the image: path here}."""
-    files = {}
-    for name, text in instructions():
-        if name == "COPY":
-            *sources, target = text.split()
-            for source in sources:
-                found = [*ROOT.glob(source)]
-                assert found, f"COPY {source}: there is no such file"
-                files |= {os.path.normpath(os.path.join(target, path.name)): path for path in found}
-    return files
-
-
 def test_every_instruction_is_one():
-    names = [name for name, _ in instructions()]
+    names = [name for name, _ in instructions(DOCKERFILE)]
     assert names[0] == "FROM" and names.count("FROM") == names.count("CMD") == names.count("HEALTHCHECK") == 1
     assert set(names) <= INSTRUCTIONS
 
 
 def test_what_is_copied_is_there_and_not_ignored():
-    ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
-    assert ignore[0] == "**" and all(line[0] == "!" for line in ignore[1:])
-    for path in copied().values():
-        name = str(path.relative_to(ROOT))
-        assert any(fnmatch(name, line[1:]) and name.count("/") == line.count("/") for line in ignore[1:]), name
-        assert path.suffix in (".py", ".cpp", ".h", ".txt", ".sh"), f"{name}: no weights in the image's sources"
+    check_sent(copied(DOCKERFILE).values())
 
 
 def test_the_image_has_all_that_the_server_imports():
-    files, open_, seen = copied(), [ROOT / "eval" / "helm_server.py", ROOT / "convert_hf_checkpoint.py"], set()
-    while open_:
-        path = open_.pop()
-        name = str(path.relative_to(ROOT))
-        assert name in files, f"{name} is imported but not copied"
-        seen.add(name)
-        below = {file_of(module) for module, _ in imports(path)} - {None}
-        open_ += [path for path in below if str(path.relative_to(ROOT)) not in seen]
-    assert {f"ops/{name}" for name in ("decode_cpu.cpp", "kernels_cpu.cpp", "vectors.h", "matrix_tiles.h")} <= set(
-        files
-    )
-    assert "inference/serving.py" in seen and "eval/openai_api.py" in seen
+    seen = check_complete(copied(DOCKERFILE), ["eval/helm_server.py", "convert_hf_checkpoint.py"])
+    assert {"inference/serving.py", "eval/openai_api.py"} <= seen
 
 
 def test_requirements_are_pinned():
     for name in ("requirements.txt", "requirements-eval.txt", "eval/requirements-helm.txt"):
         lines = [line for line in (ROOT / name).read_text().splitlines() if line and line[0] != "#"]
         assert lines and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), name
-    installed = " ".join(text for name, text in instructions() if name == "RUN" and "pip install" in text)
+    installed = " ".join(text for name, text in instructions(DOCKERFILE) if name == "RUN" and "pip install" in text)
     assert "-r requirements.txt -r requirements-eval.txt" in installed
 
 
 def test_it_listens_on_port_80_of_all_addresses_as_an_ordinary_user():
-    by_name = {}
-    for name, text in instructions():
-        by_name.setdefault(name, []).append(text)
-    assert by_name["EXPOSE"] == ["80"] and by_name["USER"] == ["onetune"]
-    assert "HOST=0.0.0.0" in " ".join(by_name["ENV"]) and "PORT=80" in " ".join(by_name["ENV"])
-    command = json.loads(by_name["CMD"][0])  # the form that a signal reaches
-    assert command[0] == "bash" and command[1] in copied()
-    (check,) = by_name["HEALTHCHECK"]
+    texts = by_name(DOCKERFILE)
+    assert texts["EXPOSE"] == ["80"] and texts["USER"] == ["onetune"]
+    assert "HOST=0.0.0.0" in " ".join(texts["ENV"]) and "PORT=80" in " ".join(texts["ENV"])
+    command = json.loads(texts["CMD"][0])  # the form that a signal reaches
+    assert command[0] == "bash" and command[1] in copied(DOCKERFILE)
+    (check,) = texts["HEALTHCHECK"]
     code = re.search(r'CMD python -c "(.*)"$', check)[1].replace('\\"', '"')
     compile(code, "HEALTHCHECK", "exec")
     assert "/health" in code
@@ -121,7 +83,7 @@ def environment(**values):
 
 def test_the_start_serves_a_folder(tiny_model_dir):
     """As the container's command does, and answers what the organisers' health check asks; SIGTERM ends it with 0."""
-    (command,) = [json.loads(text) for name, text in instructions() if name == "CMD"]
+    (command,) = [json.loads(text) for name, text in instructions(DOCKERFILE) if name == "CMD"]
     env = environment(MODEL=tiny_model_dir, PORT=0, PRECISION="32-true")
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -18,6 +18,7 @@ from ops.attention import (
     flash_varlen_attention,
     flex_attention,
     flex_stand_in,
+    has_flash_attention,
     masked_attention,
     plain_attention,
     sdpa_attention,
@@ -145,6 +146,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 def test_which_way_is_taken_when(device, dtype, head_dim, scores, way, way_in_a_packed_row, packed, monkeypatch):
     """On CUDA too, where only what is made there has to be left out."""
     if device == "cuda":
+        monkeypatch.setattr("ops.attention.has_flash_attention", lambda device: True)
         monkeypatch.setattr(Layout, "block_mask", lambda self, window: window)
         monkeypatch.setattr(flex, "score_function", lambda *known: None)
         monkeypatch.setattr("ops.attention.numbers_on", lambda device, values, dtype: values)
@@ -158,6 +160,26 @@ def test_which_way_is_taken_when(device, dtype, head_dim, scores, way, way_in_a_
         assert attend.known["offsets"] == [0, 5, 10]
     if way is flex_attention:
         assert attend.known["mask"] == scores.window
+
+
+@pytest.mark.parametrize("capability, packed_way", [((7, 5), each_sample_attention), ((8, 0), flash_varlen_attention)])
+def test_a_card_before_ampere_is_not_given_what_it_has_no_kernels_for(capability, packed_way, monkeypatch):
+    """As a T4: FlashAttention begins with compute capability 8.0."""
+    has_flash_attention.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("ops.attention.numbers_on", lambda device, values, dtype: values)
+    monkeypatch.setattr(Layout, "mask", lambda self, window: window)
+    for shape, offsets, scores, way in (
+        ((1, 10), [0, 5, 10], PRODUCTS, packed_way),
+        ((1, 10), [0, 5, 10], WINDOW, packed_way),
+        ((2, 5), None, PRODUCTS, causal_attention),
+        ((2, 5), None, WINDOW, masked_attention),
+    ):
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        tokens = SimpleNamespace(shape=tokens.shape, size=tokens.size, device=torch.device("cuda"))
+        attend = choose_attention(Layout(tokens, offsets=offsets), 64, torch.float16, scores)
+        assert attend.function is (way if capability < (8, 0) else flash_varlen_attention)
+    has_flash_attention.cache_clear()
 
 
 def varlen_reference(q, k, v, starts, ends, longest, longest_key, scale, window_size, return_aux, enable_gqa=False):
