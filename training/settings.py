@@ -151,7 +151,7 @@ class Settings:
     quantize: Literal[cli.table_keys("quantize.py", "QUANTIZERS")] | cli.JsonFile | dict[str, str] | None = None
     precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-true"
     lora_r: int = 16
-    lora_alpha: float = 32
+    lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     lora_targets: list[str] | str | None = None
     lora_layers: list[int] | None = None
