@@ -48,7 +48,7 @@ OTHERS = {
 EVERYWHERE = {"help", "config", "print_config"}  # flags of every script
 FOREIGN_FLAGS = {"index-url", "build-arg", "backend-store-uri", "artifacts-destination"}  # of pip, docker, MLflow
 OURS = r"[\w./-]+\.(py|sh|cpp|h|md|toml|cff|conf)|requirements[\w-]*\.txt|(bench/results|configs)/\S+"  # files
-MADE = r"(final|source|step-NNNNNN|((checkpoints|prepared|out)(/\w+)*))/"  # folders that scripts make
+MADE = r"(final|source|results|tensorboard|tracking/wandb|step-NNNNNN|((checkpoints|prepared|out)(/\w+)*))/"  # folders that scripts make
 
 
 def name(path):
