@@ -14,5 +14,5 @@ helm_server.py      the server for HELM and for OpenAI's clients (challenge_api.
 Dockerfile, submission.sh    the submission to the LLM Efficiency Challenge
 run_helm.sh, helm.conf       HELM run against the server
 
-Imports from every folder and from generate.py, but search/, which imports exact_match_settings.py; no other folder does.
+Imports from every folder and from generate.py but search/, which imports exact_match_settings.py; no other folder does.
 """
