@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.exact_match_settings import Settings as ExactMatch
+from eval import exact_match_settings
 from search import children
 from shell import cli, files
 from shell.cli import UserError
@@ -76,9 +76,9 @@ def _read_exact_match(flags):
         if flag in OWN:
             raise UserError(f"metric: {flag} is what the trial gives: leave it out")
     where = "metric"
-    values = cli.checked_values(ExactMatch, flags | {"data": data, "adapter_dir": "."}, where)
+    values = cli.checked_values(exact_match_settings.Settings, flags | {"data": data, "adapter_dir": "."}, where)
     try:
-        ExactMatch(**values)
+        exact_match_settings.Settings(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return Metric(direction="maximize", exact_match=flags | {"data": data})

@@ -23,12 +23,12 @@ from search.metric import Metric, read_metric
 from search.ranges import Range, is_range, range_of, values_of
 from shell import cli, explain, files
 from shell.cli import UserError
-from training.settings import Settings as Finetune
+from training import settings as finetune
 
 KEYS = ("parameters", "trials", "sampler", "seed", "pruner", "metric")
 SAMPLERS = ("tpe", "random", "grid")
 OWN = ("out_dir", "resume", "sweep", "replay", "plan", "plan_tflops")  # flags that a trial cannot have for itself
-FLAGS = Finetune.__dataclass_fields__
+FLAGS = finetune.Settings.__dataclass_fields__
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,9 @@ def _typed(fixed, values):
     """The values of all ranges as values of their flags' types."""
     first = fixed | {flag: each[0] for flag, each in values.items()}
     return {
-        flag: [_plain(cli.checked_values(Finetune, first | {flag: value}, "parameters")[flag]) for value in each]
+        flag: [
+            _plain(cli.checked_values(finetune.Settings, first | {flag: value}, "parameters")[flag]) for value in each
+        ]
         for flag, each in values.items()
     }
 
@@ -147,11 +149,11 @@ def _plain(value):
 def _check_together(fixed, ranges):
     """Raise UserError if finetune.py refuses a value of a flag, alone or with some value of another flag."""
     ends = [[(flag, value) for value in each.ends()] for flag, each in ranges.items()]
-    first = cli.checked_values(Finetune, fixed | {each[0][0]: each[0][1] for each in ends}, "parameters")
+    first = cli.checked_values(finetune.Settings, fixed | {each[0][0]: each[0][1] for each in ends}, "parameters")
     pairs = itertools.combinations(ends, 2) if len(ends) > 1 else [(ends[0], ends[0])]
     for one, other in (pair for each in pairs for pair in itertools.product(*each)):
         try:
-            Finetune(**first | dict([one, other]))
+            finetune.Settings(**first | dict([one, other]))
         except UserError as error:
             which = " and ".join(dict.fromkeys(f"{flag} {value}" for flag, value in (one, other)))
             raise UserError(f"parameters: {which}: {error}") from None

@@ -145,9 +145,14 @@ def take_trial(study: optuna.Study, search: Search, out_dir: Path) -> tuple[Clai
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         here = [trial for trial in running if trial_folder(out_dir, trial.number).is_dir()]
         for trial in here:
-            lock = _try_lock(trial_folder(out_dir, trial.number))
-            if lock is not None:
-                return _claim(study, search, trial, trial_folder(out_dir, trial.number), lock), True
+            folder = trial_folder(out_dir, trial.number)
+            lock = _try_lock(folder)
+            if lock is None:
+                continue
+            trial = study.get_trials(deepcopy=False)[trial.number]
+            if trial.state == TrialState.RUNNING:  # and has not just ended: a lock is given back after that
+                return _claim(study, search, trial, folder, lock), True
+            os.close(lock)
         if len(trials) < search.trials:
             return _new_trial(study, search, out_dir, len(trials)), True
         return None, bool(here)
