@@ -87,7 +87,7 @@ def open_study(search: Search, out_dir: Path, storage: str, name: str, new: bool
         if before is None and not study.get_trials(deepcopy=False):
             study.set_user_attr(GIVEN, given)
         elif before != given:
-            changed = [key for key in {**(before or {}), **given} if (before or {}).get(key) != given.get(key)]
+            changed = [key for key in sorted({**(before or {}), **given}) if (before or {}).get(key) != given.get(key)]
             raise UserError(
                 f"the search there has other {', '.join(changed)}: only trials may change; choose another --out_dir, "
                 "or another --study_name"
@@ -182,6 +182,7 @@ def _claim(study, search, frozen: FrozenTrial, folder, lock):
     study.sampler = _sampler(search, frozen.number)
     trial = Trial(study, frozen._trial_id)
     values = {flag: each.suggest(trial) for flag, each in search.ranges.items()}
+    study.sampler = optuna.samplers.RandomSampler()  # the grid's would end a loop of Optuna's, of which there is none
     return Claim(trial, folder, lock, values, {*frozen.intermediate_values})
 
 

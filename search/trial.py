@@ -90,7 +90,7 @@ def _train(search, claim, signals):
         return None
     if (status < 0 or status > 128) and _count(claim, KILLS) < MOST_KILLS:
         return None
-    reason = last_error(claim.folder / "output.txt", status)
+    reason = last_error(claim.folder / "output.txt", status) if status else "it ended without its final/"
     if status < 0:
         reason += f", {MOST_KILLS} times: perhaps the system is out of memory"
     return Outcome(TrialState.FAIL, reason=reason)
