@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -111,16 +112,14 @@ def test_what_is_killed_goes_on_and_ends_with_the_same_bytes(write_search, tmp_p
     process, child = started()
     process.kill()
     process.wait()
-    ended(start(path, out_dir))  # waits for the run that trains on
+    printed = ended(start(path, out_dir))  # waits for the run that trains on
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
     (trial,) = study_of(out_dir).trials
     assert trial.state == optuna.trial.TrialState.COMPLETE and trial.user_attrs["starts"] == 3
     assert sorted(trial.intermediate_values) == [*range(25, 401, 25)]
-    flags = yaml.safe_load((folder / "config.yaml").read_text())
-    flags |= {"out_dir": str(tmp_path / "never_killed"), "resume": False}
-    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(flags))
-    code, out, err = run_script("finetune.py", "--config", tmp_path / "flags.yaml")
+    (command,) = [line for line in printed.splitlines() if line.startswith("python finetune.py ")]
+    code, out, err = run_script(*shlex.split(command)[1:], "--out_dir", tmp_path / "never_killed")
     assert code == 0, out + err
     assert hashes(folder / "final") == hashes(tmp_path / "never_killed" / "final")
     assert trial.value == read_column(tmp_path / "never_killed", "val_loss")[-1][1]
