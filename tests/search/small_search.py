@@ -33,7 +33,7 @@ def write_search(tiny_model_dir, prepared, tmp_path):
             "eval_interval": 2, "save_interval": 2, "global_batch_size": 4, "warmup_steps": 1,
         }  # fmt: skip
         path = tmp_path / "search.yaml"
-        path.write_text(yaml.safe_dump({"parameters": usual | parameters, **keys}))
+        path.write_text(yaml.safe_dump({"parameters": usual | parameters, **keys}, sort_keys=False))
         return path
 
     return write
