@@ -1,6 +1,7 @@
 """Measurements of a model, and servers for programs that measure it. Each script runs by itself.
 
 exact_match.py      exact match on a file of questions. Start here
+                    exact_match_settings.py  its flags
 lm_eval_harness.py  lm-eval's tasks
 quality.py          what quantising and merging cost an adapter: every variant of it, side by side
                     quality_variants.py  how a variant is loaded and measured
@@ -14,5 +15,5 @@ Dockerfile, submission.sh    the submission to the LLM Efficiency Challenge
 run_helm.sh, helm.conf       HELM run against the server
                     helm_results.py      the scores of a suite
 
-Imports from every folder and from generate.py; no other folder imports from eval/.
+Imports from every folder and from generate.py but search/, which imports exact_match_settings.py; no other folder does.
 """

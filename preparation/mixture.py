@@ -24,12 +24,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from preparation.columns import columns_in, is_template, parse_template
 from preparation.reading import FORMATS, check_encoding, format_of
 from shell.cli import UserError
-from shell.files import sha256
+from shell.files import read_yaml, sha256
 
 
 @dataclass
@@ -273,30 +271,9 @@ def _check_given_once(sources):
 # ------------------------------------------------------------------------------------------------ checks of a mixture
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML takes the last of several equal keys; this refuses them."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if key.value in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} comes twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _read_entries(path):
     """The list of dicts under `sources` in a YAML file."""
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    value = read_yaml(path)
     if not isinstance(value, dict) or "sources" not in value:
         raise UserError(f"{path}: expected the key sources with a list under it")
     try:

@@ -15,14 +15,18 @@ heavy imports, so that a mistyped flag is answered at once and not after seconds
 import argparse
 import ast
 import dataclasses
+import functools
 import importlib.util
 import itertools
+import json
 import operator
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn
 
 from shell import requirements
@@ -53,6 +57,7 @@ def parse(settings_class: type, args: list[str] | None = None) -> Any:
     process.set_defaults()
     flags = {field.name: field.type for field in dataclasses.fields(settings_class)}
     args = _complete_switches(sys.argv[1:] if args is None else args, flags)
+    args = _without_python(args, flags)
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=HelpFormatter)
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with any of the settings below.")
     parser.add_class_arguments(settings_class, fail_untyped=True)
@@ -70,19 +75,35 @@ def parse(settings_class: type, args: list[str] | None = None) -> Any:
         fail(error)
 
 
+def checked_values(settings_class: type, values: dict, where: str) -> dict:
+    """Values for flags as if they had been given in YAML: of the types of the flags, the others at their defaults.
+
+    Raises UserError, which names `where` the values stand, if a flag is unknown, missing or cannot have its value. What
+    `__post_init__` checks is not checked.
+    """
+    flags = {field.name: field.type for field in dataclasses.fields(settings_class)}
+    try:
+        return _parser_of(settings_class).parse_object(values).as_dict()
+    except argparse.ArgumentError as error:
+        raise UserError(f"{where}: {explain(str(error), flags, [])}") from None
+
+
+@functools.cache
+def _parser_of(settings_class):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(settings_class, fail_untyped=True)
+    return parser
+
+
 def changed(settings: Any, values: dict, where: str) -> Any:
     """The settings with other values for some flags, checked as if they had been given in YAML.
 
     Raises UserError, which names `where` the values stand, if they are not good.
     """
-    flags = {field.name: field.type for field in dataclasses.fields(settings)}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(type(settings), fail_untyped=True)
     now = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(settings).items()}
+    checked = checked_values(type(settings), now | values, where)
     try:
-        return type(settings)(**parser.parse_object(now | values).as_dict())
-    except argparse.ArgumentError as error:
-        raise UserError(f"{where}: {explain(str(error), flags, [])}") from None
+        return type(settings)(**checked)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -240,6 +261,33 @@ def _complete_switches(args, flags):
         f"{arg}=true" if arg in switches and value.startswith("--") else arg
         for arg, value in zip(args, values, strict=False)
     ]
+
+
+def _without_python(args, flags):
+    """The same arguments, with values that are written as Python prints them in JSON.
+
+    W&B's sweep agent writes None, ['q_proj', 'v_proj'] and {'down_proj': 8}. YAML would take the first for a text, and
+    the backslashes of a text in the others as they stand. Only flags that take null, a list or names with values are
+    looked at, and only what Python would print exactly so: all else is read as YAML, as ever.
+    """
+    result = []
+    for before, arg in itertools.pairwise(["", *args]):
+        name, equals, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        kind = flags.get(name.removeprefix("--")) if name.startswith("--") else None
+        result.append(name + equals + _as_json(value, kind) if equals else _as_json(arg, kind))
+    return result
+
+
+def _as_json(text, kind):
+    """A value printed by Python as JSON, if a flag of this type takes such a value; any other text as it is."""
+    kinds = {typing.get_origin(each) or each for each in (kind, *typing.get_args(kind))} & {list, dict, NoneType}
+    if not kinds:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+    return json.dumps(value) if type(value) in kinds and str(value) == text else text
 
 
 def _check_nesting(args):

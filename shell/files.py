@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+import yaml
+
 from shell.cli import ROOT, UserError
 
 MANIFEST = "manifest.json"
@@ -38,6 +40,32 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object")
     return value
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """PyYAML takes the last of several equal keys; this refuses them."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} comes twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> object:
+    """What a YAML file has. Raises UserError if the file is missing or broken, or has a key twice in one place."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), _YamlLoader)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def write_json(path: str | Path, value: object) -> None:

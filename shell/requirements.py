@@ -14,7 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = tuple(
     f"requirements{part}.txt" for part in ("", "-eval", "-data", "-tracking", "-sweep", "-store", "-flows", "-dev")
 )
-MODULES = {"PyYAML": "yaml", "pytest-xdist": "xdist"}  # of the other packages, a-b is imported as a_b
+MODULES = {
+    "PyYAML": "yaml",
+    "pytest-xdist": "xdist",
+    "scikit-learn": "sklearn",
+}  # of the other packages, a-b is imported as a_b
 
 
 def how_to_install(module: str) -> str | None:

@@ -25,6 +25,7 @@ if not Path("/dev/nvidiactl").exists():
 
 import torch
 from families.tiny import pytest_generate_tests, tiny, tiny_models  # noqa: F401 (for tests/families)
+from small_search import prepared, search_of, write_search  # noqa: F401 (for tests/search)
 
 from ops import cpp, gpu
 

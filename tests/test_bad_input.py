@@ -37,6 +37,8 @@ def good(tmp_path_factory, tiny_model_dir):
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     prepare_data.main(prepare_data.Settings(data=data, checkpoint_dir=tiny_model_dir, out_dir=folder / "data"))
     shutil.copytree(tiny_model_dir, folder / "model")
+    parameters = {"checkpoint_dir": "model", "data_dir": "data", "learning_rate": {"low": 1e-4, "high": 1e-2}}
+    (folder / "search.yaml").write_text(yaml.safe_dump({"parameters": parameters, "trials": 1}))
     other = folder / "other"
     tiny_reference("mistral").save_pretrained(other)
     write_tiny_tokenizer(other)
@@ -185,6 +187,7 @@ GOOD_FLAGS = {
     "eval/lm_eval_harness.py": lambda p: {"checkpoint_dir": p.model, "eval_tasks": "[hellaswag]"},
     CONVERT: lambda p: {"out_dir": p.out},
     SERVE: lambda p: {"checkpoint_dir": p.model, "port": 0},
+    "sweep.py": lambda p: {"sweep": p.root / "search.yaml", "out_dir": p.out},
     "eval/quality.py": lambda p: {"adapter_dir": p.adapter, "data": p.rows, "out_dir": p.out},
     "eval/helm_results.py": lambda p: {"suite_dir": p.root / "suite"},
     "tracking/upload.py": lambda p: {"run_dirs": p.root / "a_run"},
@@ -267,7 +270,7 @@ def test_a_mistake_in_a_process(place, run_script, case):
 
 def test_a_mistyped_flag_is_answered_before_torch_is_imported(run_script, monkeypatch):
     """In a second, not in ten."""
-    for script in (PREPARE, TRAIN, GENERATE, MATCH, CONVERT, SERVE):
+    for script in (PREPARE, TRAIN, GENERATE, MATCH, CONVERT, SERVE, "sweep.py"):
         monkeypatch.setattr(sys, "argv", [script, "--flag", "1"])
         loaded = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("torch", "lightning")}
         assert loaded

@@ -48,7 +48,9 @@ OTHERS = {
 EVERYWHERE = {"help", "config", "print_config"}  # flags of every script
 FOREIGN_FLAGS = {"index-url", "build-arg", "backend-store-uri", "artifacts-destination"}  # of pip, docker, MLflow
 OURS = r"[\w./-]+\.(py|sh|cpp|h|md|toml|cff|conf)|requirements[\w-]*\.txt|(bench/results|configs)/\S+"  # files
-MADE = r"(final|source|results|tensorboard|tracking/wandb|step-NNNNNN|((checkpoints|prepared|out)(/\w+)*))/"  # folders that scripts make
+MADE = (  # folders that scripts make
+    r"(final|source|results|tracking|tensorboard|tracking/wandb|step-NNNNNN|((checkpoints|prepared|out)(/\w+)*))/"
+)
 
 
 def name(path):

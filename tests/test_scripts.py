@@ -113,6 +113,7 @@ FLAGS = {
     "eval/lm_eval_harness.py": "checkpoint_dir adapter_dir quantize precision eval_tasks save_filepath num_fewshot "
     "limit bootstrap_iters include_path",
     "eval/helm_server.py": "checkpoint_dir adapter_dir quantize precision host port",
+    "sweep.py": "sweep out_dir storage study_name report",
     "eval/quality.py": "data data_dir general_text adapter_dir variants sensitivity budget_bytes out_dir",
 }
 

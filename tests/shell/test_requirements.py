@@ -59,6 +59,10 @@ def test_every_script_without_what_reads_the_command_line(run_without, script, m
         ("matplotlib", "requirements.txt", "eval/quality.py", "--checkpoint_dir x --data {folder}/rows.jsonl"),
         ("torch", "requirements.txt", "bench/machine/limits.py", "--checkpoint_dir x"),
         *(
+            (module, "requirements-sweep.txt", "sweep.py", "--sweep {folder}/rows.jsonl")
+            for module in ("optuna", "sklearn")
+        ),
+        *(
             (module, "requirements-eval.txt", "eval/helm_server.py", "--checkpoint_dir x")
             for module in ("prometheus_client", "uvicorn", "fastapi", "pydantic")
         ),
