@@ -9,8 +9,6 @@ The value of a trial is that of its last row, so of the weights in its final/.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from eval import exact_match_settings
 from search import children
 from shell import cli, files
 from shell.cli import UserError
+from tracking.run_files import METRICS, read_rows
 
 RESULT = "exact_match.json"
 OWN = ("data", "checkpoint_dir", "adapter_dir", "out_file")  # flags of exact match that a trial gives it
@@ -89,12 +88,9 @@ def read_column(folder: Path, column: str, validations: bool = False) -> list[tu
 
     validations: only of the rows of a validation.
     """
-    path = folder / "metrics.csv"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     return [
         (int(row["step"]), float(row[column]))
-        for row in rows
+        for row in read_rows(folder / METRICS)[1]
         if row.get(column) and (row.get(VALIDATION) or not validations)
     ]
 

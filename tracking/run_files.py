@@ -5,10 +5,8 @@ import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from shell.cli import UserError
-from shell.files import read_json
+from shell.files import read_json, read_yaml
 
 CONFIG, METRICS, SUMMARY, RECORD, DIFF = "config.yaml", "metrics.csv", "summary.json", "record.json", "git.diff"
 FINAL, SOURCE, RESULTS, TRACKING = "final", "source", "results", "tracking"  # folders
@@ -43,14 +41,9 @@ def numbers(row: dict[str, str]) -> dict[str, float]:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings of a run, by the names of finetune.py's flags. Raises UserError if they cannot be read."""
-    path = folder / CONFIG
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read: {reason}") from None
+    values = read_yaml(folder / CONFIG)
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold the settings of a run")
+        raise UserError(f"{folder / CONFIG} must hold the settings of a run")
     return values
 
 

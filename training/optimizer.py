@@ -97,14 +97,14 @@ def go_on(optimizer: torch.optim.Optimizer | InBackward) -> None:
 def fused_adamw(groups: list[dict], s: Settings) -> torch.optim.Optimizer:
     """torch's AdamW, whose states are of the parameters' dtype."""
     # Fabric cannot clip gradients under a loss scaler for the fused one, which would unscale them itself.
-    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=s.precision != "16-mixed")
+    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas, fused=s.precision != "16-mixed")
 
 
 def bitsandbytes_optimizer(name: str) -> Callable[[list[dict], Settings], torch.optim.Optimizer]:
     """Of bitsandbytes' optimisers the one of this name."""
 
     def build(groups, s):
-        return getattr(bitsandbytes().optim, name)(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2))
+        return getattr(bitsandbytes().optim, name)(groups, lr=s.learning_rate, betas=s.betas)
 
     return build
 
@@ -114,7 +114,7 @@ def sgd(groups: list[dict], s: Settings) -> torch.optim.Optimizer:
 
     Not fused: on a CPU torch 2.13's fused step with momentum leaves bf16 weights as they are.
     """
-    return torch.optim.SGD(groups, lr=s.learning_rate, momentum=s.beta1)
+    return torch.optim.SGD(groups, lr=s.learning_rate, momentum=s.betas[0])
 
 
 def adafactor(groups: list[dict], s: Settings) -> torch.optim.Optimizer:
@@ -222,7 +222,7 @@ def schedule_free_moments(parameter: Tensor, device: str, name: str, s: Settings
 
 def momentum_if_any(parameter: Tensor, device: str, name: str, s: Settings | Job) -> int:
     """SGD's momentum, which is not kept with --beta1 0."""
-    return parameter.nbytes if s.beta1 else 0
+    return parameter.nbytes if s.betas[0] else 0
 
 
 class Optimizer(NamedTuple):

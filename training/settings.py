@@ -251,6 +251,17 @@ class Settings:
                 "amount of memory free, and all must cut a step in the same way"
             )
 
+    @property
+    def usual_betas(self) -> tuple[float | None, float | None]:
+        """What --beta1 and --beta2 are where they are not given; None where the optimiser has no such average."""
+        return BETAS.get(self.optimizer, (0.9, 0.999))
+
+    @property
+    def betas(self) -> tuple[float | None, float | None]:
+        """--beta1 and --beta2, or what is usual for the optimiser."""
+        given = (self.beta1, self.beta2)
+        return tuple(usual if own is None else own for own, usual in zip(given, self.usual_betas, strict=True))
+
     def changed(self, prefix: str) -> list[str]:
         """The flags that begin so and have another value than their default, such as --lora_r."""
         flags = [flag for flag in dataclasses.fields(self) if flag.name.startswith(prefix)]
@@ -321,12 +332,10 @@ class Settings:
                     raise UserError(f"--{flag}: {key} has {value}: must be above 0")
 
     def _check_optimizer(self):
-        """Give beta1 and beta2 the optimiser's own values, and refuse what it has no use for."""
-        for name, usual in zip(("beta1", "beta2"), BETAS.get(self.optimizer, (0.9, 0.999)), strict=True):
+        """Refuse what the optimiser has no use for."""
+        for name, usual in zip(("beta1", "beta2"), self.usual_betas, strict=True):
             if usual is None and getattr(self, name) is not None:
                 raise UserError(f"--{name} {getattr(self, name):g}: --optimizer {self.optimizer} has no {name}")
-            if getattr(self, name) is None:
-                setattr(self, name, usual)
         for optimizer in ("apollo", "mezo"):
             if self.optimizer != optimizer and (unused := self.changed(f"{optimizer}_")):
                 raise UserError(f"{unused[0]} needs --optimizer {optimizer}, not {self.optimizer}")

@@ -65,7 +65,7 @@ class ScheduleFreeAdamW(Averaging):
     """
 
     def __init__(self, groups: list[dict], s: Settings):
-        super().__init__(groups, {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "eps": 1e-8, "weight_decay": 0.0})
+        super().__init__(groups, {"lr": s.learning_rate, "betas": s.betas, "eps": 1e-8, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
@@ -110,7 +110,7 @@ class Apollo(torch.optim.Optimizer):
     GROWTH = 1.01  # by which an update's norm may be larger than the one before (Fira, arXiv 2410.01623)
 
     def __init__(self, groups: list[dict], s: Settings):
-        betas = {"betas": (s.beta1, s.beta2), "eps": 1e-8}
+        betas = {"betas": s.betas, "eps": 1e-8}
         super().__init__(groups, {"lr": s.learning_rate, **betas, "weight_decay": 0.0})
         self.rank, self.scale, self.seed = s.apollo_rank, s.apollo_scale, s.seed
 

@@ -115,8 +115,9 @@ def train_peft(job, training, data, plan, adapter_dir):
     """The same in a plain loop over transformers' model with PEFT's adapter, loaded from `adapter_dir`."""
     model, device, train, val = peft_model(job, adapter_dir).train(), device_name(), data.train, data.val
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    betas = (training.beta1, training.beta2)
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=betas, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=training.learning_rate, betas=training.betas, weight_decay=0.0, fused=True
+    )
 
     def summed_loss(samples, indices):
         tokens, targets, _ = samples.padded(indices)

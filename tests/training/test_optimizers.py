@@ -19,6 +19,7 @@ from test_finetune import (  # noqa: F401 (fixtures)
 )
 
 import finetune
+from shell import cli
 from shell.cli import UserError
 from training import build
 from training.build import Run
@@ -89,8 +90,8 @@ def flags_of(tmp_path):
 def adamw(w, grads, rates, s, decay, **_):
     m, v = torch.zeros_like(w), torch.zeros_like(w)
     for t, (g, rate) in enumerate(zip(grads, rates, strict=True), start=1):
-        m, v = s.beta1 * m + (1 - s.beta1) * g, s.beta2 * v + (1 - s.beta2) * g * g
-        m_hat, v_hat = m / (1 - s.beta1**t), v / (1 - s.beta2**t)
+        m, v = s.betas[0] * m + (1 - s.betas[0]) * g, s.betas[1] * v + (1 - s.betas[1]) * g * g
+        m_hat, v_hat = m / (1 - s.betas[0] ** t), v / (1 - s.betas[1] ** t)
         w = w - rate * decay * w - rate * m_hat / (v_hat.sqrt() + 1e-8)
     return w
 
@@ -99,15 +100,15 @@ def lion(w, grads, rates, s, decay, **_):
     """Chen et al. 2023, arXiv 2302.06675, algorithm 2."""
     m = torch.zeros_like(w)
     for g, rate in zip(grads, rates, strict=True):
-        w = w - rate * ((s.beta1 * m + (1 - s.beta1) * g).sign() + decay * w)
-        m = s.beta2 * m + (1 - s.beta2) * g
+        w = w - rate * ((s.betas[0] * m + (1 - s.betas[0]) * g).sign() + decay * w)
+        m = s.betas[1] * m + (1 - s.betas[1]) * g
     return w
 
 
 def sgd(w, grads, rates, s, decay, **_):
     v = torch.zeros_like(w)
     for g, rate in zip(grads, rates, strict=True):
-        v = s.beta1 * v + g + decay * w
+        v = s.betas[0] * v + g + decay * w
         w = w - rate * v
     return w
 
@@ -158,9 +159,9 @@ def apollo(w, grads, rates, s, decay, name, place):
         generator = generator_of(w.device, s.seed, place, (t - 1) // Apollo.INTERVAL)
         P = torch.randn(G.size(1), s.apollo_rank, generator=generator) / math.sqrt(s.apollo_rank)
         R = G @ P.double()
-        m = (1 - s.beta1) * R if m is None else s.beta1 * m + (1 - s.beta1) * R
-        v = (1 - s.beta2) * R**2 if v is None else s.beta2 * v + (1 - s.beta2) * R**2
-        adapted = m / (1 - s.beta1**t) / ((v / (1 - s.beta2**t)).sqrt() + 1e-8)
+        m = (1 - s.betas[0]) * R if m is None else s.betas[0] * m + (1 - s.betas[0]) * R
+        v = (1 - s.betas[1]) * R**2 if v is None else s.betas[1] * v + (1 - s.betas[1]) * R**2
+        adapted = m / (1 - s.betas[0] ** t) / ((v / (1 - s.betas[1] ** t)).sqrt() + 1e-8)
         update = s.apollo_scale * adapted.norm(dim=1, keepdim=True) / R.norm(dim=1, keepdim=True) * G
         if before is not None and update.norm() > 1.01 * before:
             update = update * 1.01 * before / update.norm()
@@ -173,14 +174,14 @@ def schedule_free(w, grads, rates, s, decay, averages, **_):
     """Defazio et al. 2024, arXiv 2405.15682, algorithm 1: x is kept, y is computed. The average goes to `averages`."""
     x, z, v, weights = w, w, torch.zeros_like(w), 0.0
     for t, (g, rate) in enumerate(zip(grads, rates, strict=True), start=1):
-        y = (1 - s.beta1) * z + s.beta1 * x
-        v = s.beta2 * v + (1 - s.beta2) * g * g
-        z = z - rate * (g / ((v / (1 - s.beta2**t)).sqrt() + 1e-8) + decay * y)
+        y = (1 - s.betas[0]) * z + s.betas[0] * x
+        v = s.betas[1] * v + (1 - s.betas[1]) * g * g
+        z = z - rate * (g / ((v / (1 - s.betas[1] ** t)).sqrt() + 1e-8) + decay * y)
         weights += max(rates[:t]) ** 2
         c = max(rates[:t]) ** 2 / weights
         x = (1 - c) * x + c * z
     averages.append(x)
-    return (1 - s.beta1) * z + s.beta1 * x
+    return (1 - s.betas[0]) * z + s.betas[0] * x
 
 
 FORMULAS = {
@@ -238,7 +239,7 @@ def test_schedule_free_is_the_authors(flags_of):
     groups = [
         {"params": [p for p in theirs if p.dim() == d], "weight_decay": decay} for d, decay in ((2, 0.1), (1, 0.0))
     ]
-    reference = schedulefree.AdamWScheduleFree(groups, lr=1.0, betas=(s.beta1, s.beta2))
+    reference = schedulefree.AdamWScheduleFree(groups, lr=1.0, betas=s.betas)
     reference.train()
     for step, rate in enumerate(rates):
         for p, own in zip(theirs, grads.values(), strict=True):
@@ -454,8 +455,11 @@ def test_what_trains_nothing_such_is_refused_before_weights_are_read(run):  # no
 def test_betas_are_the_optimisers_own(settings):  # noqa: F811
     for name, betas in {"adamw": (0.9, 0.999), "lion": (0.9, 0.99), "sgd": (0.9, None), "mezo": (None, None)}.items():
         s = settings(optimizer=name)
-        assert (s.beta1, s.beta2) == betas
-    assert settings(optimizer="lion", beta2=0.95).beta2 == 0.95
+        assert s.betas == betas
+    assert settings(optimizer="lion", beta2=0.95).betas == (0.9, 0.95)
+    variant = cli.changed(settings(), {"optimizer": "lion"}, "variant")  # of a sweep whose other variants have AdamW
+    assert variant.betas == (0.9, 0.99)
+    assert cli.changed(settings(), {"optimizer": "adafactor"}, "variant").betas == (None, None)
 
 
 def test_the_plan_counts_the_states(settings):  # noqa: F811

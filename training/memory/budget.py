@@ -60,7 +60,7 @@ def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
         recompute=s.recompute,
         gradients=gradients,
         offload=s.offload,
-        beta1=s.beta1,
+        betas=s.betas,
         apollo_rank=s.apollo_rank,
         loss=OBJECTIVES[s.objective](s).traced_loss,
     )

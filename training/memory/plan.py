@@ -68,7 +68,7 @@ class Job:
     dtype: of the weights. autocast: dtype of the products under torch.autocast, or None.
     quantize: as `quantize.read_quantization` returns it. adapter: a `lora.AdapterConfig`, None to train the weights;
         then train: only those with such names, as --train has them; None for all.
-    optimizer, recompute, beta1, apollo_rank: as in finetune.py.
+    optimizer, recompute, betas, apollo_rank: as in finetune.py.
     loss: a scalar of the model, of what its head gets (B, T, E) and of the targets (B, T), as
         `objectives.Objective.traced_loss`.
     gradients: "kept" from earlier micro-batches of a step, "new" if it has only one, "freed" one by one if the
@@ -89,7 +89,7 @@ class Job:
     recompute: float | Literal["offload"] = 0.0
     gradients: str = "kept"
     offload: str | None = None
-    beta1: float | None = 0.9
+    betas: tuple[float | None, float | None] = (0.9, 0.999)
     apollo_rank: int = 256
     loss: Callable[[model_file.Transformer, Tensor, Tensor], Tensor] = sum_of_losses
 
