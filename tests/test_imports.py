@@ -23,6 +23,7 @@ LAYERS = [
     ["inference", "preparation", "training"],
     ["generate", "prepare_data", "convert_hf_checkpoint", "finetune"],
     ["eval"],
+    ["runs"],
 ]
 RANK = {folder: rank for rank, names in enumerate(LAYERS) for folder in names}
 FOREIGN = {"transformers", "peft", "litgpt", "lit_gpt", "torchtune", "trl", "accelerate", "unsloth", "schedulefree"}

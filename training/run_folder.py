@@ -67,7 +67,7 @@ def source_files() -> list[Path]:
     """The code that a run keeps a copy of: paths relative to the project's folder."""
     files = [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]
     for folder in [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in NO_SOURCE]:
-        files += [path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".cu", ".html")]
+        files += [path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".cu", ".html", ".js")]
     return sorted(path.relative_to(ROOT) for path in files if path.is_file())
 
 
