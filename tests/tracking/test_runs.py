@@ -5,7 +5,6 @@ import fcntl
 import io
 import math
 import os
-import pty
 import random
 import re
 import subprocess
@@ -195,38 +194,16 @@ def test_the_quick_reader_reads_what_the_other_one_reads(tmp_path):
         assert list(zip(*columns.get(name, ([], [])), strict=True)) == pairs
 
 
-def test_the_table_is_as_wide_as_the_terminal(tmp_path):
-    """As a user sees it: in a terminal of so many columns, and without colours."""
+def test_the_table_is_as_wide_as_the_terminal(tmp_path, run_in_terminal):
+    """And without colours."""
     for number in range(3):
         flags = {f"lora_{name}": f"{name}-{number}" * 9 for name in ("targets", "init", "layers")}
         write_run(tmp_path / "out" / f"a-run-with-a-long-name-{number}", lora_r=number, **flags)
     for width in (70, 100, 300):
-        main, end = pty.openpty()
-        environment = {**os.environ, "COLUMNS": str(width)}
-        command = [sys.executable, ROOT / "runs.py", "--out_dir", tmp_path / "out"]
-        process = subprocess.Popen(command, stdout=end, stderr=end, env=environment)
-        os.close(end)
-        text = read_terminal(main)
-        assert process.wait(60) == 0 and "\x1b" not in text
-        lines = text.split("\r\n")[:-1]
-        table = [line for line in lines if not line.startswith("left out")]
-        assert max(map(len, table)) <= width and len(table_in(text.replace("\r", ""))) == 3
+        code, text = run_in_terminal("runs.py", "--out_dir", tmp_path / "out", columns=width)
+        assert code == 0 and "\x1b" not in text and "…" in text and len(table_in(text)) == 3
+        assert max(len(line) for line in text.splitlines() if not line.startswith("left out")) <= width
         assert ("left out, to fit in 70 columns: " in text) == (width == 70)
-        assert "…" in text
-
-
-def read_terminal(descriptor):
-    """All that a process writes to a pseudo-terminal until it ends."""
-    parts = []
-    while True:
-        try:
-            part = os.read(descriptor, 10_000)
-        except OSError:  # the other end is closed
-            part = b""
-        if not part:
-            os.close(descriptor)
-            return b"".join(parts).decode()
-        parts.append(part)
 
 
 def test_the_table_is_quick(tmp_path):
