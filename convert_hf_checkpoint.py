@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -131,11 +132,11 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)
 
 import torch
-from tqdm import tqdm
 
 from model import Config, Transformer
 from quantize import describe_quantization
 from shell.files import checked, flush, new_folder, read_json, whole_file, write_json
+from shell.progress import bar
 from store.cache import address_of
 from store.fetch import fetch_folders
 from text.added import add_tokens, new_ids
@@ -208,6 +209,8 @@ def download(s: Settings) -> Path:
     size = sum(file.size or 0 for file in info.siblings if file.rfilename in names)
     as_it_stands = s.dtype == "auto" and names[0].startswith("model")
     folder = out_dir.with_name(f".{out_dir.name}.download")
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
     print(f"downloading {s.repo_id} to {out_dir}: {len(names)} files, {size / 1e9:.2f} GB")
     with explained_hub_errors(s.repo_id):
         huggingface_hub.snapshot_download(s.repo_id, revision=info.sha, local_dir=folder, allow_patterns=names)
@@ -270,7 +273,7 @@ def convert(source: Path, out_dir: Path | None, dtype: str) -> Path:
     shapes = shapes_of(model)
     if in_place:
         with checked(source):
-            for name in tqdm(shapes, "checking", disable=None):
+            for name in bar(shapes, "checking"):
                 weights.read(name)
         print(f"{source} is a model folder as it stands: nothing to convert")
         return source
@@ -390,8 +393,8 @@ def target_dtype(weights: Weights, name: str, dtype: str) -> torch.dtype:
 
 def write(folder: Path, config: Config, layout: dict, read: Callable[[str], torch.Tensor]) -> dict[str, str]:
     """`write_model_weights` with a progress bar."""
-    with tqdm(total=len(layout), desc="writing", disable=None) as bar:
-        return write_model_weights(folder, config, layout, lambda name: bar.update() or read(name))
+    with bar(total=len(layout), what="writing") as progress:
+        return write_model_weights(folder, config, layout, lambda name: progress.update() or read(name))
 
 
 def describe(layout: dict[str, tuple[torch.dtype, tuple]]) -> str:
@@ -569,8 +572,8 @@ def write_gguf(s: Settings) -> None:
         if tuned:
             print(write_chat_template(Path(folder), s.adapter_dir, read_notes(s.adapter_dir).get("prompt_style")))
         tokenizer = open_tokenizer(Path(folder), base)
-        with tqdm(total=len(layout), desc="writing", disable=None) as bar:
-            gguf_writing.write_gguf(file, config, layout, lambda name: bar.update() or read(name), tokenizer)
+        with bar(total=len(layout), what="writing") as progress:
+            gguf_writing.write_gguf(file, config, layout, lambda name: progress.update() or read(name), tokenizer)
         if tuned:
             written = gguf_format.GGUFWeights(file)
             compare(tuned, Tuned(gguf_format.config_json(written), written))

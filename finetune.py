@@ -28,6 +28,7 @@ from tqdm import tqdm
 from batching import PLANNERS, Batch, Samples, in_order
 from objectives import Forward
 from ops.devices import read_numbers
+from shell.progress import bar_of_run
 from store import publish
 from store.fetch import fetch_folders
 from tracking.following import following
@@ -316,9 +317,9 @@ def validate(run: Run) -> dict:
 
 
 def progress_bar(start: int, total: int, shown: bool) -> tqdm:
-    """A bar that leaves 80 columns to the numbers that matter most, the losses first."""
+    """A bar that leaves 80 columns to the numbers that matter most, the losses first; in a log a line now and then."""
     layout = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    return tqdm(total=total, initial=start, bar_format=layout, disable=not shown)
+    return bar_of_run(start, total, layout=layout, shown=shown)
 
 
 def show_progress(bar: tqdm, row: dict) -> None:

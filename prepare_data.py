@@ -149,6 +149,7 @@ from preparation.show import show_folder
 from preparation.version import is_prepared, version_of, with_version
 from preparation.workers import Context, chunks, worker_count, worker_pool
 from shell.files import new_folder, read_json
+from shell.progress import bar
 from store.fetch import fetch_folders
 from text.prompts import STYLES
 from text.tokenizer import Tokenizer
@@ -239,14 +240,14 @@ def choose_styles(s: Settings, sources: list[Source], tokenizer: Tokenizer) -> s
 def read_all(s: Settings, sources: list[Source], records: Records, parallel_map: Callable) -> None:
     """Read all rows, parse and filter them on all cores, and add them to `records`."""
     for number, source in enumerate(sources):
-        with tqdm(desc=f"reading {source.name}", unit=" samples") as bar:
-            rows = read_rows(source, lambda share, bar=bar: set_total(bar, share), s.skip_bad)
+        with bar(what=f"reading {harmless(source.name)}", unit=" samples") as progress:
+            rows = read_rows(source, lambda share, progress=progress: set_total(progress, share), s.skip_bad)
             rows = describe_first(source, rows)
             tasks = ((number, chunk) for chunk in chunks(rows, size_of_row))
             for filtered in parallel_map(filter_rows, tasks):
                 for row in filtered:
                     add_row(s, records, number, row)
-                bar.update(len(filtered))
+                progress.update(len(filtered))
 
 
 def settle_styles(sources: list[Source], records: Records, style: str) -> str:
@@ -279,9 +280,9 @@ def size_of_row(row: Row) -> int:
     return len(row.data) if isinstance(row.data, bytes) else 0
 
 
-def set_total(bar: tqdm, share: float) -> None:
+def set_total(progress: tqdm, share: float) -> None:
     """Estimate a progress bar's total, from the share of the source that its rows so far were read from."""
-    bar.total = round(bar.n / share) if share and bar.n else None
+    progress.total = round(progress.n / share) if share and progress.n else None
 
 
 def add_row(s: Settings, records: Records, source: int, row: FilteredRow) -> None:
@@ -341,11 +342,11 @@ def tokenize_all(tokenizing: Tokenizing, numbers: np.ndarray, copy: int = 0) -> 
                 for source, number, before in zip(of, chunk, examples, strict=True)
             ]
 
-    with tqdm(desc="tokenising", unit=" samples", total=len(numbers)) as bar:
+    with bar(what="tokenising", unit=" samples", total=len(numbers)) as progress:
         for rendered in parallel_map(render_records, tasks()):
             for number, examples, result in zip(*waiting.popleft(), rendered, strict=True):
                 add_sample(records, samples, number, examples, result, copy)
-            bar.update(len(rendered))
+            progress.update(len(rendered))
 
 
 def add_sample(

@@ -9,11 +9,13 @@ quality.py          what quantising and merging cost an adapter: every variant o
                     quality_report.py    tables and charts of the results
                     divergence.py        KL, agreement and perplexity of one model against another
                     sensitivity.py       which layers suffer most from quantisation, and a plan that fits a budget
+between_runs.py     how far the models of two runs are from each other and from their bases, for runs.py
 helm_server.py      the server for HELM and for OpenAI's clients (challenge_api.py, openai_api.py; http_gate.py: token,
                     limits and metrics)
 Dockerfile, submission.sh    the submission to the LLM Efficiency Challenge
 run_helm.sh, helm.conf       HELM run against the server
                     helm_results.py      the scores of a suite
 
-Imports from every folder and from generate.py but search/, which imports exact_match_settings.py; no other folder does.
+Imports from every folder and from generate.py but search/. search/ imports exact_match_settings.py, runs.py imports
+between_runs.py; nothing else imports from eval/.
 """

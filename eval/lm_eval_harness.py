@@ -108,6 +108,8 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)
     if only_local(settings):  # set before the libraries are imported that read these variables
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    if not sys.stderr.isatty():  # lm-eval's own bars
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 import jinja2
 from lm_eval.api.instance import Instance
@@ -116,13 +118,13 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
-from tqdm import tqdm
 
 import generate
 from inference import sampling
 from inference.scoring import rolling, score
 from inference.writer import Writer
 from shell import files
+from shell.progress import bar
 from store.cache import address_of
 from store.fetch import fetch_folders
 from text.messages import read_messages
@@ -335,7 +337,7 @@ class OnetuneLM(TemplateLM):
 
 def _bar(name, total, disable):
     """A progress bar, if standard error is a terminal."""
-    return tqdm(total=total, desc=name, disable=True if disable else None)
+    return bar(total=total, what=name, shown=not disable)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,6 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
 
 from eval import quality_report, quality_texts, sensitivity
 from eval.divergence import Text
@@ -143,6 +142,7 @@ from model import Transformer
 from ops.core_sharing import share_cores
 from quantize import read_quantization, write_plan
 from shell.files import whole_file, write_json
+from shell.progress import bar
 from store.cache import address_of
 from store.fetch import fetch_folders
 from tracking.results import record_result
@@ -172,7 +172,7 @@ def measure_variants(s: Settings, samples: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report["reference"] = in_process(make_references, s, folder)
         report["variants"] = []
-        for variant in tqdm(s.variants, "variants", disable=None):
+        for variant in bar(s.variants, "variants"):
             report["variants"].append(in_process(measure_variant, s, variant, folder))
     s.out_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(s.out_dir / "report.json") as file:
@@ -240,7 +240,7 @@ def measure_sensitivity(s: Settings, text: Text) -> None:
     if budget is not None:
         sensitivity.check_budget(model, s.quantizers, budget)
     rows = sensitivity.measure_layers(
-        model, text, s.micro_batch_tokens, s.quantizers, lambda paths: tqdm(paths, "layers", disable=None)
+        model, text, s.micro_batch_tokens, s.quantizers, lambda paths: bar(paths, "layers")
     )
     plans = {name: dict.fromkeys(paths, name) for name in s.quantizers}
     if budget is not None:

@@ -13,6 +13,7 @@ from inference.several import BASE, put_adapters
 from model import Transformer
 from ops.core_sharing import share_cores
 from shell.cli import UserError
+from shell.progress import bar
 from text.messages import Dialog
 from text.prompts import STYLES, encode_prompt, stop_ids
 from text.tokenizer import Tokenizer
@@ -196,7 +197,8 @@ class Writer:
                 rows.append(self.row(dialog, s, (s.seed + len(rows)) % 2**63))
             except UserError as error:
                 raise UserError(f"{place}: {error}" if place else str(error)) from None
-        run_all(self.decoder, rows, s.batch_size)
+        with bar(total=len(rows), what="answering", unit=" answers") as progress:
+            run_all(self.decoder, rows, s.batch_size, progress.update)
         self._note_full_context(rows)
         return [row.reply.text for row in rows]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from tqdm import tqdm
 
 from preparation import cleaning
 from preparation.benchmarks import BenchmarkSample
 from preparation.record_store import Records
 from preparation.workers import chunks
+from shell.progress import bar
 
 EMBEDDED = 32  # texts that the embedding model gets at a time
 
@@ -58,11 +58,11 @@ def drop_by_embedding(
 def _embed_prompts(records: Records, file: IO[bytes]) -> np.ndarray:
     """(N, 384) float16 in `file`: the embedding of each prompt that is not dropped, zeros for the others."""
     embeddings = np.memmap(file, np.float16, "w+", shape=(max(1, len(records)), 384))
-    with tqdm(desc="embedding", unit=" samples", total=int(records.kept().sum())) as bar:
+    with bar(what="embedding", unit=" samples", total=int(records.kept().sum())) as progress:
         for numbers in chunks(np.flatnonzero(records.kept()).tolist()):
             texts = [records[number]["key"] for number in numbers]
             embeddings[numbers] = cleaning.embed(texts, EMBEDDED)
-            bar.update(len(numbers))
+            progress.update(len(numbers))
     return embeddings[: len(records)]
 
 

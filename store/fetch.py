@@ -5,17 +5,16 @@ right. What a killed process left there is the beginning of the next download. A
 appears at once, with a manifest (shell/files.py), so that loading it checks it again.
 """
 
-import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from shell.cli import UserError
 from shell.files import THREADS, check_manifest, new_folder, sha256
+from shell.progress import bar
 from store import address, cache, version
 from store.address import Address
 from store.remote import PART_BYTES, Remote
@@ -123,13 +122,13 @@ def verify(wanted: Address) -> tuple[Address, dict[str, Entry]]:
     remote = Remote(wanted.protocol)
     wanted = latest(remote, wanted)
     files, broken = files_of(remote, wanted), []
-    with progress("reading", wanted, sum(entry.size for entry in files.values())) as bar:
+    with bar(what=f"reading {wanted}", total=sum(entry.size for entry in files.values()), unit="B") as read:
         for name, entry in files.items():
             digest, place = hashlib.sha256(), wanted.blob(entry.sha256)
             if remote.size(place) == entry.size:
                 for part in _parts(remote, place, 0, entry.size):
                     digest.update(part)
-                    bar.update(len(part))
+                    read.update(len(part))
             if digest.hexdigest() != entry.sha256:
                 broken.append(f"{name} ({wanted.protocol}://{place})")
     if broken:
@@ -138,15 +137,6 @@ def verify(wanted: Address) -> tuple[Address, dict[str, Entry]]:
 
 
 # ------------------------------------------------------------------------------------------------------- downloading
-
-
-@contextlib.contextmanager
-def progress(what: str, place: Address, total: int) -> Iterator[Any]:
-    """A bar of bytes on a terminal's standard error."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=f"{what} {place}", unit="B", unit_scale=True, disable=None) as bar:
-        yield bar
 
 
 def _download(remote, wanted, folder):
@@ -158,22 +148,23 @@ def _download(remote, wanted, folder):
     needed = sum(missing.values()) - sum(path.stat().st_size for path in begun if path.is_file())
     cache.make_room(max(0, needed), contents.keys(), str(wanted))
     hashes = {name: entry.sha256 for name, entry in files.items()}
-    with progress("fetching", wanted, sum(contents.values())) as bar, new_folder(folder, hashes) as temporary:
+    done = bar(what=f"fetching {wanted}", total=sum(contents.values()), unit="B")
+    with done, new_folder(folder, hashes) as temporary:
         for name, entry in files.items():
             target = temporary / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with cache.blob(entry.sha256) as (whole, partial):
                 if not whole.is_file() or sha256(whole) != entry.sha256:
-                    _fetch_blob(remote, wanted, name, entry, whole, partial, bar)
+                    _fetch_blob(remote, wanted, name, entry, whole, partial, done)
                 _link(whole, target)
 
 
-def _fetch_blob(remote, wanted, name, entry, whole, partial, bar):
+def _fetch_blob(remote, wanted, name, entry, whole, partial, done):
     """Write a blob of the cache, if what comes has the right hash. Raises UserError if it has not a second time."""
     place = wanted.blob(entry.sha256)
     for _ in range(DOWNLOADS):
         size = remote.size(place)
-        if size == entry.size and _continue(remote, place, partial, entry.size, bar) == entry.sha256:
+        if size == entry.size and _continue(remote, place, partial, entry.size, done) == entry.sha256:
             partial.chmod(0o444)
             os.replace(partial, whole)
             return
@@ -187,7 +178,7 @@ def _fetch_blob(remote, wanted, name, entry, whole, partial, bar):
     )
 
 
-def _continue(remote, place, partial, size, bar):
+def _continue(remote, place, partial, size, done):
     """Write what is missing of a file, flush it, and return the SHA-256 of all of it."""
     digest = hashlib.sha256()
     if partial.exists() and partial.stat().st_size > size:
@@ -197,11 +188,11 @@ def _continue(remote, place, partial, size, bar):
             file.seek(0)
             while piece := file.read(2**20):
                 digest.update(piece)
-            bar.update(file.tell())
+            done.update(file.tell())
             for part in _parts(remote, place, file.tell(), size):
                 file.write(part)
                 digest.update(part)
-                bar.update(len(part))
+                done.update(len(part))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from shell.cli import UserError
 from shell.files import MANIFEST, THREADS, check_manifest, sha256
+from shell.progress import bar
 from store import version
 from store.address import Address, parse
-from store.fetch import progress
 from store.remote import Remote
 from store.version import Entry
 
@@ -97,14 +97,14 @@ def hashed(folder: Path, paths: dict[str, Path]) -> dict[str, Entry]:
 def _send_contents(remote, address, paths, files):
     """Send the contents that are not at the store, each once."""
     contents = {entry.sha256: (paths[name], entry.size) for name, entry in files.items()}
-    with progress("publishing", address, sum(size for _, size in contents.values())) as bar:
+    with bar(what=f"publishing {address}", total=sum(size for _, size in contents.values()), unit="B") as sent:
         for digest, (path, size) in contents.items():
             place = address.blob(digest)
             if remote.size(place) != size:
                 remote.upload(path, place)
                 if (arrived := remote.size(place)) != size:
                     raise UserError(f"{remote.protocol}://{place} has {arrived} bytes of {size}: push again")
-            bar.update(size)
+            sent.update(size)
 
 
 def _stamp(path):

@@ -5,12 +5,14 @@ import fcntl
 import hashlib
 import json
 import os
+import pty
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import zipfile
 from pathlib import Path
 
@@ -77,6 +79,38 @@ def run_script():
         return done.returncode, done.stdout, done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_in_terminal():
+    """The same in a pseudo-terminal: (exit status, all that is printed there), with plain line ends."""
+
+    def run(name, *args, columns=100):
+        main, end = open_terminal(columns)
+        process = subprocess.Popen([sys.executable, ROOT / name, *map(str, args)], cwd=ROOT, stdout=end, stderr=end)
+        os.close(end)
+        text = "".join(pieces_from_terminal(main))
+        return process.wait(60), text.replace("\r\n", "\n")
+
+    return run
+
+
+def open_terminal(columns=100):
+    """A pseudo-terminal: the descriptor to read from what is printed, and the one to print to."""
+    main, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, columns))
+    return main, end
+
+
+def pieces_from_terminal(descriptor):
+    """Yield what is printed to a pseudo-terminal, until all processes that can have ended."""
+    try:
+        while piece := os.read(descriptor, 10_000):
+            yield piece.decode(errors="replace")
+    except OSError:  # as Linux says that the other end is closed
+        pass
+    finally:
+        os.close(descriptor)
 
 
 @pytest.fixture(params=["C++", "torch", "Triton"])

@@ -44,7 +44,7 @@ def check_sent(files):
     for path in files:
         name = str(path.relative_to(ROOT))
         assert any(fnmatch(name, line[1:]) and name.count("/") == line.count("/") for line in ignore[1:]), name
-        sources = (".py", ".cpp", ".h", ".html", ".txt", ".sh", ".toml", ".yaml", ".jinja")
+        sources = (".py", ".cpp", ".h", ".html", ".txt", ".sh", ".toml", ".yaml", ".jinja", ".js")
         assert path.suffix in sources or path.name == "LICENSE", f"{name}: no weights in the image's sources"
 
 

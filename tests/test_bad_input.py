@@ -186,6 +186,7 @@ GOOD_FLAGS = {
     MATCH: lambda p: {"checkpoint_dir": p.model, "data": p.rows},
     "eval/lm_eval_harness.py": lambda p: {"checkpoint_dir": p.model, "eval_tasks": "[hellaswag]"},
     CONVERT: lambda p: {"out_dir": p.out},
+    "runs.py": lambda p: {"out_dir": p.root},
     SERVE: lambda p: {"checkpoint_dir": p.model, "port": 0},
     "sweep.py": lambda p: {"sweep": p.root / "search.yaml", "out_dir": p.out},
     "eval/quality.py": lambda p: {"adapter_dir": p.adapter, "data": p.rows, "out_dir": p.out},

@@ -151,6 +151,7 @@ def check_flags(path, args):
         wrong = [arg for arg in args if arg.startswith("--") and arg[2:].partition("=")[0] not in known]
         assert not wrong and (known or not args or "sys.argv[1" in path.read_text()), f"{where}: no such flag"
         return
+    args = getattr(settings, "joined", list)(args)  # runs.py takes two words after --compare
     flags = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--")]
     unknown = set(flags) - settings.__dataclass_fields__.keys() - EVERYWHERE
     assert not unknown, f"{where}: no flag {unknown}"

@@ -24,7 +24,7 @@ LAYERS = [
     ["inference", "preparation", "training"],
     ["generate", "prepare_data", "convert_hf_checkpoint", "finetune", "publishing"],
     ["eval"],
-    ["search"],
+    ["search", "runs"],
     ["sweep"],
 ]
 RANK = {folder: rank for rank, names in enumerate(LAYERS) for folder in names}

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import random
 import re
 import shutil
@@ -13,7 +14,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, open_terminal, pieces_from_terminal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -841,13 +842,16 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, tiny_mo
     path = write_rows(tmp_path / "rows.jsonl", [{"question": f"{i} is it?", "answer": str(i)} for i in range(60000)])
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "prepare_data.py", "--data", path, "--checkpoint_dir", tiny_model_dir]
-    process = subprocess.Popen([*command, "--out_dir", out / "x", "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    main, end = open_terminal()  # in which there is a progress bar
+    process = subprocess.Popen([*command, "--out_dir", out / "x", "--workers", "2"], stderr=end)
+    os.close(end)
     # Not before: what comes while a worker is forked is lost, as Python's own code for forks lets no exception out.
-    while not re.search("reading rows: +[1-9]", process.stderr.readline(200)) and process.poll() is None:
+    pieces = pieces_from_terminal(main)
+    while not re.search("reading rows: +[1-9]", next(pieces, "reading rows: 1")):
         pass
     process.send_signal(kind)
-    rest = process.communicate(timeout=60)[1]  # the workers hold the pipe: they must end too
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[kind]
+    rest = "".join(pieces).replace("\r\n", "\n")  # the workers hold the terminal: they must end too
+    assert process.wait(60) == {signal.SIGINT: 130, signal.SIGKILL: -9}[kind]
     assert not (out / "x").exists() and "Traceback" not in rest
     if kind == signal.SIGINT:
         assert rest.endswith("interrupted\n") and list(out.iterdir()) == []

@@ -8,6 +8,11 @@ to_tensorboard.py, to_mlflow.py, to_wandb.py    one tracker each, by its own lib
 sending.py          what a tracker has not got yet goes there; how far it got is kept in the run's folder
 following.py        the processes beside a training run that do so, one for each tracker
 upload.py           the script that they run, and that sends later what could not be sent
+overview.py         the runs below a folder: state, settings, numbers and curves of each, for runs.py
+run_table.py        runs as a table, sorted, as text and CSV
+comparison.py       two runs side by side, and both losses in one picture
+page.py             all runs on one page: runs.html is its template, runs.js its script
+curves.py           running means, fewer points, an axis for losses
 
 The run's folder is the truth: training writes there and nowhere else, and no tracker's library is in its process. So a
 tracker that is down or slow cannot stop or slow a run.

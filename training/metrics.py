@@ -8,7 +8,6 @@ import io
 import json
 import os
 import resource
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from ops.devices import to_device
 from quantize import quantized_layers
 from shell.cli import UserError
 from shell.files import project_version, whole_file
+from tracking.curves import log_axis, running_mean, span_of
 from tracking.run_files import read_rows
 
 if TYPE_CHECKING:
@@ -377,11 +377,6 @@ def print_sources(sources: dict[str, dict]) -> None:
         print(f"and those of {len(judged) - SHOWN} more sources in summary.json")
 
 
-def running_mean(values: list[float], span: int) -> list[float]:
-    """The mean of each value and those before it, `span` of them at most."""
-    return [statistics.fmean(values[max(0, i - span + 1) : i + 1]) for i in range(len(values))]
-
-
 def plot_losses(metrics: Metrics, path: Path) -> None:
     """Losses against the step as a PNG, below them learning rate and gradient norm, and the losses of each source."""
     import matplotlib
@@ -396,7 +391,7 @@ def plot_losses(metrics: Metrics, path: Path) -> None:
     figure, axes = plt.subplot_mosaic(
         rows, figsize=(11, 4 + 3 * (len(rows) - 1)), height_ratios=[4, 2, *([4] if shown else [])], layout="constrained"
     )
-    span = max(2, len(metrics.rows) // 20)
+    span = span_of(metrics.rows)
     _plot_all_losses(axes["losses"], metrics, span)
     axes["losses"].set(title=path.parent.name)
     axes["rate"].plot(*metrics.column("learning_rate"), color="tab:green")
@@ -422,7 +417,7 @@ def _plot_all_losses(panel, metrics, span):
     panel.plot(steps, losses, color="tab:blue", alpha=0.25, label="training, each step")
     panel.plot(steps, running_mean(losses, span), color="tab:blue", label=f"training, mean of {span} steps")
     panel.plot(*metrics.column("val_loss"), "o-", color="tab:orange", label="validation")
-    _log_axis(panel, metrics.unit)
+    log_axis(panel, _label(metrics))
     panel.legend()
 
 
@@ -438,14 +433,8 @@ def _plot_sources(axes, metrics, shown, colors, span):
         axes["val_loss"].sharex(axes["loss"])
         for name, color in zip(shown, colors, strict=False):
             axes["val_loss"].plot(*metrics.column(f"val_loss/{name}"), "o-", markersize=4, color=color)
-    _log_axis(axes["loss"], metrics.unit)
+    log_axis(axes["loss"], _label(metrics))
 
 
-def _log_axis(panel, unit):
-    """For losses: on a linear axis the first steps squash all others into the lowest tenth."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    panel.set(yscale="log", ylabel=f"loss per {unit} (nats)")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
+def _label(metrics):
+    return f"loss per {metrics.unit} (nats)"

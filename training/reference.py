@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from adapters.adapter import switched_off
 from batching import PLANNERS, Batch, Samples, in_order
@@ -25,6 +24,7 @@ from objectives import answer_logps
 from ops.devices import to_device
 from shell.cli import UserError
 from shell.files import whole_file
+from shell.progress import bar
 from weights.safetensors_format import read_tensors
 
 if TYPE_CHECKING:
@@ -89,10 +89,9 @@ def logps_by_base(run: Run, samples: Samples) -> Tensor:
     result = torch.zeros(len(samples), 2, device=fabric.device)
     micro_batches = in_order(planner, planner.lengths(samples), samples.target_counts, s.micro_batch_tokens)
     mine = micro_batches[fabric.global_rank :: fabric.world_size]
-    shown = {"desc": "log-probabilities by the base", "leave": False, "disable": not fabric.is_global_zero}
     run.model.eval()
     with switched_off(run.model), fabric.autocast():
-        for indices in tqdm(mine, **shown):
+        for indices in bar(mine, "log-probabilities by the base", shown=fabric.is_global_zero, stays=False):
             batch = Batch(*planner.layout(samples, indices))
             x = run.model.hidden_states(to_device(batch.tokens, fabric.device), offsets=batch.offsets)
             result[indices] = answer_logps(run.model, x, batch.targets, batch.target_counts())

@@ -63,14 +63,14 @@ HARMLESS = (  # settings that a resumed run may change; for the folders their co
 PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
 WRITTEN = ("step-*", FINAL, SOURCE, "*.csv", CONFIG, "*.json", DIFF, "loss.png")
-NO_SOURCE = ("tests", "bench", "eval")  # folders of code that a run does not use
+NO_SOURCE = ("tests", "bench", "eval", "search", "publishing")  # folders of code that a run does not use
 
 
 def source_files() -> list[Path]:
     """The code that a run keeps a copy of: paths relative to the project's folder."""
     files = [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]
     for folder in [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in NO_SOURCE]:
-        files += [path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".cu", ".html")]
+        files += [path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".cu", ".html", ".js")]
     return sorted(path.relative_to(ROOT) for path in files if path.is_file())
 
 

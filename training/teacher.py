@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from batching import PLANNERS, Batch, Samples, in_order
 from objectives import logps_of
@@ -28,6 +27,7 @@ from ops.devices import to_device
 from ops.loss import LOSS_CHUNK
 from shell.cli import UserError
 from shell.files import whole_file
+from shell.progress import bar
 from text.tokenizer import Tokenizer
 from training.from_settings import autocast_dtype
 from weights.checkpoint import load_model, read_config
@@ -194,8 +194,7 @@ def fill(s: Settings, fabric: Fabric, parts: dict[str, Samples], path: Path, sha
         starts = samples.target_counts.long().cumsum(0) - samples.target_counts
         micro_batches = in_order(planner, planner.lengths(samples), samples.target_counts, s.micro_batch_tokens)
         mine = micro_batches[fabric.global_rank :: fabric.world_size]
-        shown = {"desc": f"the teacher reads {part}", "leave": False, "disable": not fabric.is_global_zero}
-        for indices in tqdm(mine, **shown):
+        for indices in bar(mine, f"the teacher reads {part}", shown=fabric.is_global_zero, stays=False):
             batch = Batch(*planner.layout(samples, indices))
             with fabric.autocast():
                 x = teacher.hidden_states(to_device(batch.tokens, fabric.device), offsets=batch.offsets)

@@ -20,6 +20,8 @@ from model import Config, Transformer
 from quantize import BLOCKS, describe_quantization, quantizer_of, read_quantization
 from shell.cli import UserError
 from shell.files import check_listed, checked, damage_first, read_json
+from shell.process import is_first
+from shell.progress import bar
 from store.address import is_url
 from store.fetch import local
 from weights import peft_format
@@ -151,7 +153,9 @@ def fill_model(
     quantization: as `quantize.read_quantization` returns it. change: what becomes of each parameter, by its name and as
     it is stored, before it is cast or quantised. Raises UserError for a value too large for `dtype`.
     """
-    for name in [name for name, _ in model.named_parameters()]:
+    doing = "loading" if quantization is None else "quantising"
+    names = [name for name, _ in model.named_parameters()]
+    for name in bar(names, doing, unit=" tensors", shown=is_first(), stays=False):
         tensor = read(name).to(device)
         _put(model, name, tensor if change is None else change(name, tensor), dtype, quantization)
         lora.give_back_memory()

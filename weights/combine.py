@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lora import AdapterConfig, adapters, linear_layers, match_pattern, wrap
 from model import Transformer
 from shell.cli import UserError
+from shell.progress import bar
 from weights import peft_format
 from weights.peft_layout import ends, patterns
 from weights.replaced import EMBEDDING
@@ -196,7 +196,7 @@ def combine(
     if kind.endswith("svd") and o.rank is None:
         o.rank = max(ranks)
     found = {}
-    for name in tqdm(names, "combining", disable=None):
+    for name in bar(names, "combining"):
         own = [(parts[name], weight) for parts, weight in zip(each, weights, strict=True) if name in parts]
         if own:
             parts, used = zip(*own, strict=True)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import lora
 from model import Linear, Transformer
 from quantize import quantizer_of, read_quantization
 from shell.cli import UserError
+from shell.progress import bar
 from weights import peft_format
 from weights.checkpoint import model_of
 from weights.replaced import EMBEDDING, HEAD, Replaced
@@ -138,17 +138,17 @@ class Tuned:
         with torch.device("meta"):
             model = Transformer(self.model.config).eval()
         number_of_blocks = len(model.model["layers"])
-        bar = tqdm(total=number_of_blocks, desc="comparing", disable=None)
+        progress = bar(total=number_of_blocks, what="comparing")
 
         def block(number):
-            bar.update()
+            progress.update()
             return self.module(f"model.layers.{number}")
 
         for name in [name for name in model.model if name != "layers"]:
             model.model[name] = self.module(f"model.{name}")
         model.model["layers"] = nn.ModuleList(ReadWhenRun(partial(block, n)) for n in range(number_of_blocks))
         model.lm_head = ReadWhenRun(partial(self.linear, "lm_head"))
-        with bar:
+        with progress:
             return model(tokens.to(self.device))
 
 

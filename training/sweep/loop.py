@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from adapters.adapter import adapters
 from model import Transformer
 from shell.cli import UserError
+from shell.progress import bar_of_run
 from tracking.following import following
 from training import build, nonfinite, reference, run_folder, teacher
 from training.build import Data, Run
@@ -202,7 +202,7 @@ def train_loop(
     for variant in variants:
         if not variant.trains and not variant.ended:
             save_final(model, variant)
-    with tqdm(total=total, unit="step") as bar:
+    with bar_of_run(0, total) as bar:
         while active := [variant for variant in variants if variant.trains]:
             stepping = [v for v in active if v.rungs == rung(sweep.halving, v.done)]
             if not stepping:

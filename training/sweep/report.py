@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shell.files import whole_file
-from training.metrics import running_mean
+from tracking.curves import running_mean, span_of
 from training.run_folder import plain
 from training.sweep.variants import Sweep
 
@@ -92,7 +92,7 @@ def plot(path: Path, variants: list[Variant]) -> None:
     for variant in variants:
         color = colors[variant.number % len(colors)]
         steps, losses = variant.metrics.column("loss")
-        training.plot(steps, running_mean(losses, max(2, len(losses) // 20)), color=color, label=variant.name)
+        training.plot(steps, running_mean(losses, span_of(losses)), color=color, label=variant.name)
         line = "o--" if variant.ended else "o-"
         validation.plot(*variant.metrics.column("val_loss"), line, markersize=4, color=color)
     training.set(title="training (running mean)", ylabel=f"loss per {unit} (nats)", yscale="log")
