@@ -87,7 +87,9 @@ def run_in_terminal():
 
     def run(name, *args, columns=100):
         main, end = open_terminal(columns)
-        process = subprocess.Popen([sys.executable, ROOT / name, *map(str, args)], cwd=ROOT, stdout=end, stderr=end)
+        command = [sys.executable, ROOT / name, *map(str, args)]
+        environment = {**os.environ, "COLUMNS": str(columns)}  # some libraries set another one
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=end, stderr=end)
         os.close(end)
         text = "".join(pieces_from_terminal(main))
         return process.wait(60), text.replace("\r\n", "\n")

@@ -50,9 +50,12 @@ def inputs(tmp_path, tiny_model_dir):
 
 
 SHOWN = {  # what is there in a terminal
-    "prepare_data.py": [r"reading rows: 5 samples \[", "tokenising: .*" + TIME_LEFT],  # how many there are is not known
-    "convert_hf_checkpoint.py": ["writing: .*" + TIME_LEFT],
-    "eval/exact_match.py": ["answering: .*" + TIME_LEFT],
+    "prepare_data.py": [
+        r"reading rows: 5 samples \[",
+        "tokenising: .* 5/5 " + TIME_LEFT,
+    ],  # how many there are is not known
+    "convert_hf_checkpoint.py": [r"writing: .* (\d+)/\1 " + TIME_LEFT],
+    "eval/exact_match.py": ["answering: .* 5/5 " + TIME_LEFT],
     "finetune.py": ["2/2 " + TIME_LEFT],
 }
 

@@ -231,6 +231,7 @@ def test_two_runs_side_by_side(tmp_path, capsys, monkeypatch):
     write_json(b / "record.json", record)
     monkeypatch.chdir(tmp_path)
     text, _ = show(capsys, compare=[a, b], kl=True)
+    assert "data (" not in text.partition("the same:")[0]
     rows = {line.split("  ")[1].strip(): line.split()[-2:] for line in text.splitlines() if line.startswith("  ")}
     assert rows["lora_r"] == ["16", "4"] and rows["package torch"] == ["2.13.0", "9.9"]
     assert rows["code"] == ["1" * 12, "2" * 12] and re.search(rf"commit +{'d' * 12} +{'e' * 12} and changes", text)
@@ -341,6 +342,7 @@ def test_the_page_in_a_browser(tmp_path, capsys):
         check_links(browser, data)
         assert browser.value("document.title") == "4 runs" and browser.value("document.images.length") == 0
         assert browser.requests == [html.as_uri()] and browser.messages == []
+        check_policy(browser)
 
 
 PLOT = "document.querySelectorAll('.plot')[1]"  # the validation loss
@@ -389,6 +391,17 @@ def check_legend(browser):
     assert browser.value("document.querySelectorAll('.curve').length") == 0
     browser.click(every)
     assert browser.value(count) == len(page.CHARTS)
+
+
+def check_policy(browser):
+    """What gets into the page all the same can neither run nor fetch."""
+    for name, content in (("script", "textContent = 'document.title = 1'"), ("img", "src = 'http://127.0.0.1:9/x'")):
+        done = "addEventListener('securitypolicyviolation', event => done(event.violatedDirective), {once: true})"
+        script = (
+            f"let x = document.createElement('{name}'); x.{content}; document.body.append(x); setTimeout(done, 5000)"
+        )
+        assert browser.value(f"new Promise(done => {{ {done}; {script} }})") in ("script-src-elem", "img-src")
+    assert browser.value("document.title") == "4 runs"
 
 
 def check_links(browser, data):
