@@ -711,9 +711,11 @@ def test_what_a_run_leaves(settings, tiny_model_dir, capsys):
     s = settings(random_samples(10), random_samples(3), max_steps=4, save_interval=2, eval_interval=3, lora_r=3)
     finetune.main(s)
     out = s.out_dir
-    assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "final", "loss.png", "metrics.csv", "source", "step-000002", "step-000004", "summary.json",
-    ]  # fmt: skip
+    uncommitted = json.loads((out / "record.json").read_text())["git"] or {"changed": False}
+    assert {path.name for path in out.iterdir()} == {
+        "config.yaml", "final", "loss.png", "metrics.csv", "record.json", "source", "step-000002", "step-000004",
+        "summary.json", *["git.diff"] * uncommitted["changed"],
+    }  # fmt: skip
     with open(out / "metrics.csv", newline="") as file:
         header, *lines = csv.reader(file)
     assert tuple(header) == metrics.COLUMNS and [line[0] for line in lines] == ["1", "2", "3", "4"]
