@@ -46,10 +46,11 @@ OTHERS = {
     "wandb",
 }  # programs that are not ours
 EVERYWHERE = {"help", "config", "print_config"}  # flags of every script
-FOREIGN_FLAGS = {"index-url", "build-arg", "backend-store-uri", "artifacts-destination"}  # of pip, docker, MLflow
+# Of pip, docker, MLflow and Metaflow.
+FOREIGN_FLAGS = {"index-url", "build-arg", "backend-store-uri", "artifacts-destination", "production"}
 OURS = r"[\w./-]+\.(py|sh|cpp|h|md|toml|cff|conf)|requirements[\w-]*\.txt|(bench/results|configs)/\S+"  # files
 MADE = (  # folders that scripts make
-    r"(final|source|results|tracking|tensorboard|tracking/wandb|step-NNNNNN|((checkpoints|prepared|out)(/\w+)*))/"
+    r"(final|source|results|tracking|tensorboard|\.metaflow|tracking/wandb|step-NNNNNN|((checkpoints|prepared|out)(/\w+)*))/"
 )
 
 
@@ -137,17 +138,24 @@ def settings_of(path):
     return namespace["Settings"]
 
 
+def parameters_of(path):
+    """The flags of a flow for Metaflow (flows/): its parameters, and --config, which is Metaflow's own."""
+    found = re.findall(r'= (Parameter|Config)\(\s*"(\w+)"', path.read_text())
+    return {name for kind, name in found if kind == "Parameter"} | ({"config"} if found else set())
+
+
 @functools.cache
 def all_flags():
     classes = [found for found in map(settings_of, CODE) if found]
-    return {flag for found in classes for flag in found.__dataclass_fields__} | EVERYWHERE
+    flows = {flag for path in CODE for flag in parameters_of(path)}
+    return {flag for found in classes for flag in found.__dataclass_fields__} | EVERYWHERE | flows
 
 
 def check_flags(path, args):
     """Raise AssertionError unless the script at `path` takes the arguments."""
     settings, where = settings_of(path), f"{name(path)} {shlex.join(args)}"
     if settings is None:
-        known = re.findall(r'add_argument\("--(\w+)"', path.read_text())
+        known = {*re.findall(r'add_argument\("--(\w+)"', path.read_text())} | parameters_of(path)
         wrong = [arg for arg in args if arg.startswith("--") and arg[2:].partition("=")[0] not in known]
         assert not wrong and (known or not args or "sys.argv[1" in path.read_text()), f"{where}: no such flag"
         return

@@ -22,7 +22,7 @@ LAYERS = [
     ["batching"],
     ["objectives"],
     ["inference", "preparation", "training"],
-    ["generate", "prepare_data", "convert_hf_checkpoint", "finetune", "publishing"],
+    ["generate", "prepare_data", "convert_hf_checkpoint", "finetune", "publishing", "flows"],
     ["eval"],
     ["search", "runs"],
     ["sweep"],

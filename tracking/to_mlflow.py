@@ -45,7 +45,7 @@ class MLflow:
         experiment = self._experiment()
         self.id = self._known(experiment) or self._begin(experiment)
         self.client.update_run(self.id, status="RUNNING")
-        self.state["uri"] = _without_password(uri)
+        self.state |= {"uri": _without_password(uri), "run": self.id}
         self.state["where"] = f"{self.state['uri']}, experiment {experiment}, run {self.id}"
         if uri.startswith("http"):
             self.state["where"] = f"{self.state['uri'].rstrip('/')}/#/experiments/{experiment}/runs/{self.id}"

@@ -63,7 +63,7 @@ HARMLESS = (  # settings that a resumed run may change; for the folders their co
 PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
 WRITTEN = ("step-*", FINAL, SOURCE, "*.csv", CONFIG, "*.json", DIFF, "loss.png")
-NO_SOURCE = ("tests", "bench", "eval", "search", "publishing")  # folders of code that a run does not use
+NO_SOURCE = ("tests", "bench", "eval", "search", "publishing", "flows")  # folders of code that a run does not use
 
 
 def source_files() -> list[Path]:
