@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shell.cli import ROOT, UserError
 from shell.files import read_json
+from shell.process import is_first
 from tracking.sending import state_path, status_of, trackers_of
 from tracking.trackers import followed_by
 
@@ -24,9 +25,10 @@ WAIT, WAIT_IF_STOPPED = 60.0, 5.0  # seconds at the end of a run, for its tracke
 def following(folders: list[Path], trackers: Sequence[str], adapter: bool) -> Iterator[None]:
     """While the block trains the runs in `folders`, their trackers get to see them; at its end, how it ended.
 
-    Nothing that a tracker does can make the block slower or end it. adapter: whether they get final/ too.
+    Nothing that a tracker does can make the block slower or end it. Of the processes of several devices the first one
+    has them started. adapter: whether they get final/ too.
     """
-    names = followed_by(trackers)
+    names = followed_by(trackers) if is_first() else []
     if "wandb" in names and subprocess.run([sys.executable, "-m", "tracking.to_wandb"], cwd=ROOT).returncode:
         raise UserError("--logger wandb: nobody is logged in: run wandb login, or set WANDB_MODE=offline")
     processes = {name: _start(folders, name, adapter) for name in names}

@@ -84,7 +84,8 @@ class Sender:
         self.path.parent.mkdir(exist_ok=True)
         self._take_lock()
         if self.path.is_file():
-            self.state = read_json(self.path) | {"adapter": self.state["adapter"] or read_json(self.path)["adapter"]}
+            kept = read_json(self.path)
+            self.state = kept | {"adapter": kept["adapter"] or self.state["adapter"]}
         self._keep()
         tracker = TRACKERS[self.name](Tracked(self.folder, record, settings), self.state["own"])
         last = tracker.open()

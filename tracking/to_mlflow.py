@@ -44,6 +44,7 @@ class MLflow:
         self.client = mlflow.MlflowClient(uri)
         experiment = self._experiment()
         self.id = self._known(experiment) or self._begin(experiment)
+        self.ended = self.client.get_run(self.id).info.end_time  # None if it has not ended
         self.client.update_run(self.id, status="RUNNING")
         self.state |= {"uri": _without_password(uri), "run": self.id}
         self.state["where"] = f"{self.state['uri']}, experiment {experiment}, run {self.id}"
@@ -92,7 +93,7 @@ class MLflow:
         """Whole rows in each request, which the server takes whole or not at all."""
         from mlflow.entities import Metric
 
-        request = []
+        self.ended, request = None, []
         for row in rows:
             now = round(1000 * time.time())
             metrics = [Metric(_name(key), value, now, int(row["step"])) for key, value in row.items() if key != "step"]
@@ -119,8 +120,8 @@ class MLflow:
         self.client.log_batch(self.id, [Metric(_name(key), value, now, step) for key, value in result.names().items()])
 
     def close(self, status: str) -> None:
-        """Say how the run ended."""
-        self.client.set_terminated(self.id, STATUS[status])
+        """Say how the run ended; when, is as before if only files or results came later."""
+        self.client.set_terminated(self.id, STATUS[status], self.ended)
 
 
 def _name(text: str) -> str:

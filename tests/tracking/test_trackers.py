@@ -143,6 +143,19 @@ def test_without_a_tracker_no_process_is_started(run, monkeypatch):  # noqa: F81
     assert not (out / "tracking").exists() and (out / "record.json").is_file()
 
 
+def test_of_several_devices_the_first_is_followed(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(following, "_start", lambda *args: started.append(args) or 1 / 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with following.following([tmp_path], ["tensorboard"], False):
+        pass
+    assert not started
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ZeroDivisionError), following.following([tmp_path], ["tensorboard"], False):
+        pass
+    assert len(started) == 1
+
+
 def test_a_server_that_is_restarted_in_the_middle(run, server, request, monkeypatch):  # noqa: F811
     def has_rows():
         runs = client(server).search_experiments(filter_string=f"name = '{request.node.name[:60]}'")
@@ -281,13 +294,14 @@ def test_results_go_onto_the_same_run(run, server, request, tmp_path, capsys):  
     from eval import exact_match
 
     out = run(random_samples(8), max_steps=4, save_interval=2, logger=["mlflow", "tensorboard", "wandb"])
+    ended = mlflow_run(server, request).info.end_time
     data = tmp_path / "test.jsonl"
     data.write_text("".join(json.dumps({"question": f"Is it {i}?", "answer": f"{i}"}) + "\n" for i in range(3)))
     exact_match.main(exact_match.Settings(data=data, adapter_dir=out / "final", max_new_tokens=3, limit=2))
     record_result(out / "step-000002", "helm", "", {"gsm:model=neurips,local/quasi_exact_match": 0.25})
     assert "kept in" in capsys.readouterr().out
     one = mlflow_run(server, request)
-    assert one.info.status == "FINISHED"
+    assert (one.info.status, one.info.end_time) == ("FINISHED", ended)
     name = "step-000002/gsm:model=neurips,local/quasi_exact_match"
     found = in_mlflow(server, one, ["exact_match/test first 2", name])
     assert [*found.values()] == [[(4, 0.0)], [(2, 0.25)]]
