@@ -10,9 +10,11 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
+import time
 import zipfile
 from pathlib import Path
 
@@ -61,6 +63,25 @@ def _torchs_own_allocator(monkeypatch):
     """A run in this process leaves the allocator alone: tests after it would have ours (ops/allocator.py)."""
     if "training.build" in sys.modules:
         monkeypatch.setattr(sys.modules["training.build"], "keep_freed_memory", lambda: None)
+
+
+# ------------------------------------------------------------------------------------- other processes, and servers
+
+
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for(condition, seconds=60):
+    """The first true value of `condition()`; fails if there is none in so many seconds."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        time.sleep(0.02)
+    return value
 
 
 # --------------------------------------------------------------------------------------------------- scripts

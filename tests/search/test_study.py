@@ -11,7 +11,7 @@ import time
 
 import optuna
 import pytest
-from conftest import ROOT, SEED
+from conftest import ROOT, SEED, wait_for
 from optuna.trial import TrialState
 
 from search import study as studies
@@ -281,10 +281,3 @@ def test_processes_share_a_study_and_are_killed(write_search, tmp_path):
 
 def rows(folder):
     return [list(csv.reader(path.open())) for path in folder.glob("[0-3].csv")]
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)

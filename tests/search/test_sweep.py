@@ -7,13 +7,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import optuna
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, wait_for
 from matplotlib.image import imread
 
 from search.metric import read_column
@@ -93,7 +92,7 @@ def test_what_is_killed_goes_on_and_ends_with_the_same_bytes(write_search, tmp_p
     def started():
         """sweep.py and its child, 40 steps later."""
         process, before = start(path, out_dir), steps()
-        wait_for(lambda: steps() > before + 40 or process.poll() is not None)
+        wait_for(lambda: steps() > before + 40 or process.poll() is not None, 240)
         assert process.poll() is None, process.communicate()
         return process, psutil.Process(process.pid).children()[0]
 
@@ -107,7 +106,7 @@ def test_what_is_killed_goes_on_and_ends_with_the_same_bytes(write_search, tmp_p
     process.kill()
     child.kill()
     assert process.wait() == -9
-    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 240)
 
     process, child = started()
     process.kill()
@@ -124,13 +123,6 @@ def test_what_is_killed_goes_on_and_ends_with_the_same_bytes(write_search, tmp_p
     assert hashes(folder / "final") == hashes(tmp_path / "never_killed" / "final")
     assert trial.value == read_column(tmp_path / "never_killed", "val_loss")[-1][1]
     assert dict(read_column(tmp_path / "never_killed", "val_loss")) == trial.intermediate_values
-
-
-def wait_for(condition, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def hashes(folder):

@@ -6,33 +6,17 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 from urllib.request import urlopen
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port, wait_for
 
 import store.fetch
 import store.remote
 
 BUCKET = "bucket"
 PART = 5 * 2**20  # S3's smallest
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def wait_for(ready, seconds=30):
-    """Wait until `ready()` is true, and return what it is."""
-    end = time.monotonic() + seconds
-    while not (value := ready()):
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-    return value
 
 
 def answers(port):

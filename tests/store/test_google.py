@@ -4,7 +4,8 @@ import shutil
 import subprocess
 
 import pytest
-from s3_server import answers, free_port, wait_for
+from conftest import free_port, wait_for
+from s3_server import answers
 from test_bad_input import check_refusal
 from test_store import contents, write_folder
 

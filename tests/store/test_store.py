@@ -17,8 +17,8 @@ from types import SimpleNamespace
 from urllib.request import Request, urlopen
 
 import pytest
-from conftest import SEED
-from s3_server import PART, Fault, cut, environment, flip, forget_connections, moto, proxy, s3, start, through, wait_for  # noqa: F401
+from conftest import SEED, wait_for
+from s3_server import PART, Fault, cut, environment, flip, forget_connections, moto, proxy, s3, start, through  # noqa: F401
 from test_bad_input import check_refusal, run_here
 
 import store.remote

@@ -6,24 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def wait_until(condition, seconds=60):
-    """The first true value of `condition()`; fails if there is none in so many seconds."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"not so after {seconds} s")
+from conftest import free_port, wait_for
 
 
 class MLflowServer:
@@ -40,7 +25,7 @@ class MLflowServer:
         ]  # fmt: skip
         with open(self.folder / "server.txt", "a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
-        wait_until(self.answers, 120)
+        wait_for(self.answers, 120)
 
     def answers(self):
         with contextlib.suppress(OSError):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
-from servers import MLflowServer, silent_server, wait_until
+from conftest import ROOT, wait_for
+from servers import MLflowServer, silent_server
 from test_finetune import random_samples, run, settings  # noqa: F401 (fixtures)
 from test_run_folder import before_step
 
@@ -161,7 +161,7 @@ def test_a_server_that_is_restarted_in_the_middle(run, server, request, monkeypa
         runs = client(server).search_experiments(filter_string=f"name = '{request.node.name[:60]}'")
         return runs and any(r.data.metrics for r in client(server).search_runs([runs[0].experiment_id]))
 
-    before_step(monkeypatch, 2, lambda: wait_until(has_rows))
+    before_step(monkeypatch, 2, lambda: wait_for(has_rows))
     before_step(monkeypatch, 4, server.stop)
     before_step(monkeypatch, 6, server.start)
     out = run(random_samples(30), random_samples(3), max_steps=9, eval_interval=4, logger="mlflow")
@@ -196,7 +196,7 @@ def test_a_server_that_never_answers_does_not_hold_up_the_run(run, monkeypatch, 
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         out = run(random_samples(8), max_steps=3, logger="mlflow")
         assert len(in_csv(out)["loss"]) == 3 and "mlflow: still sending" in capsys.readouterr().err
-        wait_until(lambda: json.loads(state_path(out, "mlflow").read_text())["error"])
+        wait_for(lambda: json.loads(state_path(out, "mlflow").read_text())["error"])
 
 
 def test_wandb_without_its_server(run, settings, monkeypatch, capsys):  # noqa: F811
@@ -226,7 +226,7 @@ def test_a_stopped_and_a_resumed_run_are_one(run, settings, server, request, mon
         before_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
             finetune.main(s)
-    wait_until(lambda: not_sending(s.out_dir))
+    wait_for(lambda: not_sending(s.out_dir))
     assert mlflow_run(server, request).info.status == "KILLED"
     out = run(resume=True, **flags)
     expected, one = in_csv(out), mlflow_run(server, request)
@@ -259,12 +259,12 @@ def test_a_killed_run_is_sent_to_its_end_and_goes_on_as_one(settings, server, re
     config.write_text(yaml.safe_dump(finetune.run_folder.plain(s)))
     command = [sys.executable, str(ROOT / "finetune.py"), "--config", str(config)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(read_rows(s.out_dir / "metrics.csv")[1]) >= 12, 120)
+    wait_for(lambda: len(read_rows(s.out_dir / "metrics.csv")[1]) >= 12, 120)
     process.kill()
     process.wait()
     rows = read_rows(s.out_dir / "metrics.csv")[1]
-    wait_until(lambda: sent(s.out_dir, "mlflow") >= len(rows) and sent(s.out_dir, "wandb") >= len(rows))
-    wait_until(lambda: not_sending(s.out_dir))
+    wait_for(lambda: sent(s.out_dir, "mlflow") >= len(rows) and sent(s.out_dir, "wandb") >= len(rows))
+    wait_for(lambda: not_sending(s.out_dir))
     assert mlflow_run(server, request).info.status == ("FAILED" if len(rows) < 40 else "FINISHED")
     subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     expected, one = in_csv(s.out_dir), mlflow_run(server, request)

@@ -15,13 +15,11 @@ import dataclasses
 import itertools
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from shell import cli
 from shell.cli import UserError
+from shell.files import read_yaml
 from training.initialization import INITIALISATIONS
 
 if TYPE_CHECKING:
@@ -69,10 +67,9 @@ def read_sweep(s: Settings) -> Sweep:
 
 def _read(path):
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"--sweep {path} cannot be read as YAML: {reason}") from None
+        values = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"--sweep {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--sweep {path} is not a YAML file of variants: see training/sweep/variants.py")
     return values
