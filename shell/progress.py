@@ -1,10 +1,13 @@
 """Progress bars with the time left, on standard error, in one way for all scripts."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterable
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 MOMENT = 1.0  # seconds after which a bar that does not stay is shown at all
 LINE_SECONDS = 60.0  # between the lines of a long run in a log
@@ -20,6 +23,8 @@ def bar(
     False in all but the first of several processes. stays: whether it is left on the screen at its end. unit: "B" for
     bytes, which are shown as MB and GB.
     """
+    from tqdm import tqdm  # here, so that a script without a bar does without it
+
     delay = 0.0 if stays else MOMENT
     hidden = None if shown else True  # None: where it is no terminal
     return tqdm(items, what, total, unit=unit, unit_scale=unit == "B", delay=delay, leave=stays, disable=hidden)
@@ -30,6 +35,8 @@ def bar_of_run(start: int, total: int, unit: str = "step", layout: str | None = 
 
     Where standard error is no terminal it is a line every `LINE_SECONDS`, and one at the end if there was any.
     """
+    from tqdm import tqdm
+
     log = {} if sys.stderr.isatty() else {"file": _Lines(sys.stderr), "delay": MOMENT, "mininterval": LINE_SECONDS,
                                           "maxinterval": LINE_SECONDS}  # fmt: skip
     return tqdm(total=total, initial=start, unit=unit, bar_format=layout, disable=not shown, **log)

@@ -35,11 +35,12 @@ from ops import cpp, gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "tests" / ".cache"
-# Every script with a command line, below the project's folder; those of tests/stress are not a user's.
+# Every script with a command line: at the top, and in the folders that begin with a map.
+FOLDERS = [init.parent for init in ROOT.glob("*/__init__.py")]
 SCRIPTS = sorted(
     path.relative_to(ROOT)
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py"))
-    if path.relative_to(ROOT).parts[0] != "tests" and "cli.parse(Settings" in path.read_text() and path.name != "cli.py"
+    for path in (*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.rglob("*.py")))
+    if "cli.parse(Settings" in path.read_text() and path.name != "cli.py"
 )
 SEED = int(os.environ.get("ONETUNE_TEST_SEED") or random.SystemRandom().randrange(10**6))
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

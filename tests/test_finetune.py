@@ -413,7 +413,7 @@ def peft_losses(s, steps):
         {"params": [p for p in parameters if p.dim() == 2], "weight_decay": s.weight_decay},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(s.beta1, s.beta2), eps=1e-8, foreach=False)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=s.betas, eps=1e-8, foreach=False)
     samples, losses = Samples(s.data_dir / "train.safetensors"), []
     for step, micro_batches in planned_steps(s, samples, 0, steps):
         summed, count = 0.0, 0

@@ -93,8 +93,9 @@ def _processor():
 
 
 def _packages():
-    """The installed versions of what requirements.txt names."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    """The installed versions of what requirements.txt names; nothing in a copy of the code without it."""
+    path = ROOT / "requirements.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     versions = {}
     for name in [line.partition("==")[0] for line in lines if line and line[0] != "#"]:
         try:

@@ -177,7 +177,7 @@ def test_the_fused_optimiser_steps_as_the_plain_one_on_a_cpu():
     plain = torch.nn.Parameter(start.clone())
     fused = torch.nn.Parameter(start.to("cuda"))
     settings = finetune.Settings(checkpoint_dir=Path("none"), data_dir=Path("none"), weight_decay=0.1)
-    options = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "weight_decay": 0.1}
+    options = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": 0.1}
     reference = torch.optim.AdamW([plain], **options, foreach=False)
     optimizer = build.build_optimizer(settings, torch.nn.ParameterList([fused]))
     for gradient in gradients:
