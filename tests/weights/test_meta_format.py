@@ -326,7 +326,8 @@ def test_hugging_faces_files_beside_mistrals_own_win(tmp_path, tiny_model_dir, c
 def test_what_a_download_takes():
     own = {"params.json", "tokenizer.model", "consolidated.00.pth", "consolidated.01.pth"}
     names = {f"original/{name}" for name in own} | {"README.md", "config.json", "original/orig_params.json"}
-    assert script.files_to_fetch("a/b", names | {"model.safetensors"}) == ["model.safetensors", "config.json"]
+    fetched = script.files_to_fetch("a/b", names | {"model.safetensors"})
+    assert fetched == ["model.safetensors", "config.json", "README.md"]  # the last for its licence
     assert set(script.files_to_fetch("a/b", names)) == {f"original/{name}" for name in own}
     assert script.files_to_fetch("a/b", names)[0] == "original/consolidated.00.pth"
     names = {"consolidated.safetensors", "params.json", "tekken.json", "tokenizer.model.v3", "a/consolidated.00.pth"}
