@@ -50,11 +50,12 @@ if __name__ == "__main__":
 import optuna
 from optuna.trial import TrialState
 
-from search.children import Signals, signals_passed_on
+from search.children import Signals
 from search.report import describe, write_report
 from search.search_file import Search, read_search
 from search.study import explained, open_study, release, take_trial
 from search.trial import Outcome, run_trial
+from shell.process import signals_handled
 
 MOST_FAILURES = 3  # in a row, of one kind
 WAIT = 1.0  # seconds between two looks at the trials of others
@@ -68,7 +69,7 @@ def main(s: Settings) -> None:
         study = open_study(search, s.out_dir, s.storage, s.study_name, new=not s.report)
         signals, problem = Signals(), None
         if not s.report:
-            with signals_passed_on(signals):
+            with signals_handled(signals.note):
                 problem = work(study, search, s.out_dir, signals)
         write_report(study, search, s.out_dir)
     if problem:

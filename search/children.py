@@ -5,15 +5,12 @@ alone, which passes it on once. A second one would end finetune.py without a che
 """
 
 import contextlib
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from shell.cli import ROOT
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
@@ -31,21 +28,6 @@ class Signals:
         """Send a signal to the child, if it is there."""
         if self.child and self.child.poll() is None:
             self.child.send_signal(number)
-
-
-@contextlib.contextmanager
-def signals_passed_on(signals: Signals) -> Iterator[None]:
-    """SIGTERM and SIGINT are kept in `signals`, and passed on to the child, in place of ending this process."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    # Under nohup, and in the background of a script, the second one is to be ignored.
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, signals.note)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,14 @@
-"""Environment variables of the whole process, which libraries read as they load: set before torch is imported."""
+"""What belongs to a whole process: environment variables that libraries read as they load, and signals.
 
+The variables are set before torch is imported, so nothing heavy is imported here.
+"""
+
+import contextlib
 import os
+import signal
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # those that ask a process to end
 
 DEFAULTS = {
     # On a CPU, products in bf16 are compiled for their very shape, and rows of samples have ever new lengths. oneDNN
@@ -30,3 +38,20 @@ def is_first() -> bool:
 def environment_without_defaults() -> dict[str, str]:
     """The environment as it was before `set_defaults`, for programs that are not ours."""
     return {name: value for name, value in os.environ.items() if name not in _set_here}
+
+
+@contextlib.contextmanager
+def signals_handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT go to a handler as long as the block lasts.
+
+    A signal that is to be ignored stays so, as the second one is under nohup and in the background of a script.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

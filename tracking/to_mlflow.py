@@ -12,7 +12,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from tracking.run_files import Result
 
@@ -133,5 +133,5 @@ def _name(text: str) -> str:
 
 
 def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    who, at, _ = urlsplit(uri).netloc.rpartition("@")
+    return uri.replace(who + at, "", 1) if at else uri  # urlunsplit would drop slashes of sqlite:////path

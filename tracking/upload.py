@@ -32,7 +32,7 @@ class Settings:
     """
 
     run_dirs: list[Path] | Path
-    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] | None = None
+    trackers: list[Literal[cli.table_keys("tracking/trackers.py", "TRACKERS")]] | None = None
     adapter: bool = False
     follow: bool = False
 
@@ -47,22 +47,24 @@ if __name__ == "__main__":
 
 from tracking.run_files import RECORD
 from tracking.sending import Sender, follow, one_line, status_of, trackers_of
+from tracking.trackers import followed_by
 
 STATUSES = ("finished", "stopped", "failed")
 
 
 def main(s: Settings) -> None:
     """Send the runs, or follow them to their end."""
+    named = followed_by(s.trackers or ())
     if s.follow:
         os.nice(10)
-        senders = [Sender(folder, name, s.adapter) for folder in s.run_dirs for name in s.trackers or ()]
+        senders = [Sender(folder, name, s.adapter) for folder in s.run_dirs for name in named]
         sys.exit(0 if follow(senders, word_from_stdin) else 3)
     for folder in s.run_dirs:
         if not (folder / RECORD).is_file():
             raise UserError(f"--run_dirs {folder}: no run of finetune.py, it has no {RECORD}")
-        if not (s.trackers or trackers_of(folder)):
+        if not (named or trackers_of(folder)):
             raise UserError(f"--run_dirs {folder}: it had no tracker: name one, such as --trackers [mlflow]")
-    failed = [send(folder, name, s.adapter) for folder in s.run_dirs for name in s.trackers or trackers_of(folder)]
+    failed = [send(folder, name, s.adapter) for folder in s.run_dirs for name in named or trackers_of(folder)]
     if any(failed):
         raise UserError(next(filter(None, failed)))
 

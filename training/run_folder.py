@@ -34,7 +34,7 @@ from shell.files import (
     whole_file,
     write_json,
 )
-from shell.process import is_first
+from shell.process import SIGNALS, is_first, signals_handled
 from store.cache import address_of
 from store.publish import check_address, publish
 from text.style_templates import save_chat_template
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from training.metrics import Metrics
     from training.settings import Settings
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; identity, time budget, version
 HARMLESS = (  # settings that a resumed run may change; for the folders their contents are compared instead
     "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops",
@@ -121,19 +120,12 @@ def signals_noted() -> Iterator[list[int]]:
 
     def note(number, frame):
         noted.append(number)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        for each in SIGNALS:
+            if signal.getsignal(each) is note:
+                signal.signal(each, signal.SIG_DFL)
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    # Under nohup, and in the background of a script, the second one is to be ignored.
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, note)
-    try:
+    with signals_handled(note):
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------ what a run writes

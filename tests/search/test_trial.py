@@ -12,10 +12,11 @@ from optuna.trial import TrialState
 
 import sweep
 from search import children, trial
-from search.children import Signals, signals_passed_on
+from search.children import Signals
 from search.metric import as_arguments, last_error, read_column
 from search.study import open_study, release, take_trial
 from shell.cli import UserError
+from shell.process import signals_handled
 
 SCRIPT = """
 import json, os, signal, sys, time
@@ -181,7 +182,7 @@ time.sleep(60)
 
     sender = threading.Thread(target=send_when_ready)
     sender.start()
-    with signals_passed_on(signals):
+    with signals_handled(signals.note):
         assert sweep.work(study, search, out_dir, signals) is None
     sender.join()
     assert signals.received == [number]

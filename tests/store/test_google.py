@@ -14,8 +14,8 @@ NAME = "gs://bucket/models/llama"
 
 
 @pytest.fixture
-def command(tmp_path, run_script):
-    """`command("--list", NAME)`: store/models.py as a user of a server with an empty bucket."""
+def google(tmp_path):
+    """The variables of a user of a server with an empty bucket, and a cache of the test's own."""
     if not shutil.which(EMULATOR):
         pytest.skip(f"{EMULATOR} is not installed")
     port = free_port()
@@ -29,10 +29,16 @@ def command(tmp_path, run_script):
     process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: answers(port))
-        yield lambda *args: run_script("store/models.py", *args, env=environment, timeout=120)
+        yield environment
     finally:
         process.terminate()
         process.wait(10)
+
+
+@pytest.fixture
+def command(google, run_script):
+    """`command("--list", NAME)`: store/models.py as that user."""
+    return lambda *args: run_script("store/models.py", *args, env=google, timeout=120)
 
 
 def test_there_and_back(command, tmp_path):

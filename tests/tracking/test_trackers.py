@@ -20,7 +20,7 @@ from tracking import following, sending
 from tracking.results import record_result
 from tracking.run_files import read_rows
 from tracking.sending import state_path
-from tracking.to_mlflow import _name
+from tracking.to_mlflow import _name, _without_password
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,41 @@ def test_each_tracker_has_every_column_once(run, server, request, capsys):  # no
     assert wandb_summary(out)["loss"] == expected["loss"][-1][1]
     printed = capsys.readouterr().out
     assert f"mlflow: {server.uri}/#/experiments/" in printed and "wandb: offline" in printed
+
+
+@pytest.mark.parametrize(
+    ("uri", "kept"),
+    [
+        ("https://me:secret@host:5000/a@b", "https://host:5000/a@b"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("postgresql://me:se@cret@host/db", "postgresql://host/db"),
+        ("sqlite:////folder/mlflow.db", "sqlite:////folder/mlflow.db"),
+        ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
+        ("/folder/mlruns", "/folder/mlruns"),
+    ],
+)
+def test_a_password_is_not_kept(uri, kept):
+    assert _without_password(uri) == kept
+
+
+def test_a_run_in_a_database_of_its_own_is_found_again(run, settings, monkeypatch, tmp_path, capsys):  # noqa: F811
+    """Without a server MLflow keeps a database in the current folder; from another folder the run is still that one."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    s = settings(random_samples(12), max_steps=4, logger="mlflow")
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        finetune.main(s)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    record_result(s.out_dir / "final", "exact_match", "test", {"exact_match": 0.5})
+    assert "not all" not in capsys.readouterr().err
+    state = json.loads(state_path(s.out_dir, "mlflow").read_text())
+    assert state["error"] is None and state["own"]["uri"] == f"sqlite:///{tmp_path}/mlflow.db"
+
+    import mlflow
+
+    one = mlflow.MlflowClient(state["own"]["uri"]).get_run(state["own"]["run"])
+    assert one.info.status == "FINISHED" and one.data.metrics["exact_match/test"] == 0.5 and "loss" in one.data.metrics
 
 
 def test_without_a_tracker_no_process_is_started(run, monkeypatch):  # noqa: F811

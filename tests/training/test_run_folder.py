@@ -30,6 +30,7 @@ import finetune
 from shell import files
 from shell.cli import UserError
 from shell.files import MANIFEST, check_manifest, clear_leftovers, new_folder
+from shell.process import SIGNALS
 from training import build, metrics, run_folder, schedule
 from training.schedule import TimeBudget
 from weights.checkpoint import load_model
@@ -66,7 +67,7 @@ def flip_a_bit(path):
 def test_a_signal_finishes_the_step_and_saves(run, settings, monkeypatch, number, status):  # noqa: F811
     train, flags = random_samples(10), dict(max_steps=5, eval_interval=2, lora_dropout=0.2)
     whole = run(train, random_samples(3), name="whole", **flags)
-    s, handlers = settings(name="stopped", **flags), [signal.getsignal(each) for each in run_folder.SIGNALS]
+    s, handlers = settings(name="stopped", **flags), [signal.getsignal(each) for each in SIGNALS]
     with monkeypatch.context() as patch:
         before_step(patch, 2, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as caught:
@@ -74,7 +75,7 @@ def test_a_signal_finishes_the_step_and_saves(run, settings, monkeypatch, number
     assert caught.value.code == status
     assert column(s.out_dir, "step") == [1, 2, 3] and "step-000003" in names(s.out_dir)
     assert not (s.out_dir / "final").exists()
-    assert [signal.getsignal(each) for each in run_folder.SIGNALS] == handlers
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
     resumed = run(name="stopped", resume=True, **flags)
     assert final_weights(resumed).read_bytes() == final_weights(whole).read_bytes()
     assert rows(resumed) == rows(whole)
