@@ -8,7 +8,6 @@ prepare.yaml is what prepare_data.py takes with --config: data, checkpoint_dir, 
 """
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from metaflow import Config, FlowSpec, Parameter, card, current, project, retry,
 from metaflow.integrations import ArgoEvent
 from metaflow.metaflow_config import ARGO_EVENTS_WEBHOOK_URL
 
-from flows.scripts import EVENT, PROJECT, NotGoodEnough, run_script, settings_file
-from shell.files import read_json, whole_file
+from flows.scripts import EVENT, PROJECT, NotGoodEnough, fetch_source, run_script, settings_file
+from shell.files import read_json
 
 
 @project(name=PROJECT)
@@ -33,24 +32,14 @@ class DataPrepFlow(FlowSpec):
     min_samples = Parameter("min_samples", default=1, help="Samples to train on that there must be.")
     max_dropped = Parameter("max_dropped", default=0.5, help="Share of the rows read that may be dropped.")
 
+    @retry(times=2)
     @step
     def start(self) -> None:
         """Fetch: copy sources at addresses such as s3://… or https://… to this machine."""
         data = self.prepare_config["data"]
-        self.sources = [self.fetched(each) for each in ([data] if isinstance(data, str) else data)]
+        folder = Path(self.out_dir).with_name("fetched")
+        self.sources = [fetch_source(each, folder) for each in ([data] if isinstance(data, str) else data)]
         self.next(self.prepare)
-
-    def fetched(self, source: str) -> str:
-        """The path of a source on this machine."""
-        if "://" not in source:
-            return source
-        import fsspec
-
-        path = Path(self.out_dir).with_name("fetched") / source.rpartition("/")[2]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with fsspec.open(source, "rb") as remote, whole_file(path) as temporary, open(temporary, "wb") as file:
-            shutil.copyfileobj(remote, file)
-        return str(path)
 
     @retry(times=2)
     @step

@@ -1,6 +1,8 @@
-"""Run the project's scripts from a flow."""
+"""Run the project's scripts from a flow, with what they need on this machine."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import yaml
 from metaflow.exception import METAFLOW_EXIT_DISALLOW_RETRY, MetaflowException
 
 from shell.cli import ROOT
+from shell.files import whole_file
 
 PROJECT = "onetune"
 MISTAKE = 2  # the exit status of a script whose user has made one
@@ -50,6 +53,28 @@ def run_script(script: str, *switches: str, may_refuse: bool = False, **flags: o
         last = lines[-1].strip() if lines else "it printed nothing"
         raise ScriptError(f"{script} ended with status {process.returncode}: {last}")
     return "".join(lines)
+
+
+def fetch_source(source: str, folder: Path) -> str:
+    """Copy rows at an address, such as s3://… or https://…, to `folder`/HASH/NAME. Returns the path there.
+
+    HASH is that of the address, since two addresses may end in one name. What has no address stays where it is. An
+    address that is wrong ends the step without another attempt.
+    """
+    if "://" not in source:
+        return source
+    import fsspec
+
+    name = source.partition("?")[0].rstrip("/").rpartition("/")[2]
+    path = folder / hashlib.sha256(source.encode()).hexdigest()[:8] / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with fsspec.open(source, "rb") as remote, whole_file(path) as temporary, open(temporary, "wb") as file:
+            shutil.copyfileobj(remote, file)
+    except (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, ImportError) as error:
+        print(f"error: data: {source} cannot be fetched: {error}", flush=True)
+        sys.exit(METAFLOW_EXIT_DISALLOW_RETRY)
+    return str(path)
 
 
 def settings_file(values: dict, path: Path) -> Path:

@@ -171,11 +171,24 @@ def test_a_mistake_is_not_tried_again(place, flow, tiny_model_dir):
     assert code and "general.jsonl:1" in out and "(retry)" not in out, out
 
 
-def test_a_source_at_an_address_is_fetched(place, flow, tiny_model_dir):
-    config = prepare_config(place, tiny_model_dir, data=[f"file://{place}/orders.jsonl"])
-    code, out = flow("data_prep_flow.py", *config, "run")
+def test_sources_at_addresses_are_fetched(place, flow, tiny_model_dir):
+    """Two of one name, and one that is here."""
+    for folder, name in (("a", "general"), ("b", "orders")):
+        (place / folder).mkdir()
+        (place / f"{name}.jsonl").rename(place / folder / "rows.jsonl")
+    (place / "here.jsonl").write_text((place / "test.jsonl").read_text())
+    data = [f"file://{place}/a/rows.jsonl", f"file://{place}/b/rows.jsonl", "here.jsonl"]
+    code, out = flow("data_prep_flow.py", *prepare_config(place, tiny_model_dir, data=data), "run")
     assert code == 0, out
-    assert (place / "prepared/fetched/orders.jsonl").read_bytes() == (place / "orders.jsonl").read_bytes()
+    sources = json.loads((place / "prepared/flow/data.json").read_text())["sources"]
+    assert [each["counts"]["read"] for each in sources] == [60, 120, 4]
+
+
+@pytest.mark.parametrize("source", ["file:///nowhere/rows.jsonl", "ftpx://host/rows.jsonl"])
+def test_an_address_that_is_wrong_is_not_tried_again(place, flow, tiny_model_dir, source):
+    code, out = flow("data_prep_flow.py", *prepare_config(place, tiny_model_dir, data=source), "run")
+    assert code and f"error: data: {source} cannot be fetched: " in out and "(retry)" not in out, out
+    assert not list(place.glob("prepared/fetched/*/*"))
 
 
 # ------------------------------------------------------------------------------------------------------ the base

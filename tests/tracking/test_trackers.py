@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, wait_for
 from servers import MLflowServer, silent_server
-from test_finetune import random_samples, run, settings  # noqa: F401 (fixtures)
+from test_finetune import random_samples, run, run_on_cpus, settings  # noqa: F401 (fixtures)
 from test_run_folder import before_step
 
 import finetune
@@ -189,6 +189,22 @@ def test_of_several_devices_the_first_is_followed(monkeypatch, tmp_path):
     with pytest.raises(ZeroDivisionError), following.following([tmp_path], ["tensorboard"], False):
         pass
     assert len(started) == 1
+
+
+def test_two_devices_are_one_tracked_run(settings, run_script, server, request, tmp_path):  # noqa: F811
+    """And its adapter is published once."""
+    place = tmp_path / "shop" / "adapter"
+    s = settings(
+        random_samples(8), random_samples(3), devices=2, max_steps=3, eval_interval=3, logger=["mlflow", "tensorboard"],
+        publish=str(place),
+    )  # fmt: skip
+    out = run_on_cpus(run_script, s)
+    expected, one = in_csv(s.out_dir), mlflow_run(server, request)
+    assert in_mlflow(server, one, expected) == expected and one.info.status == "FINISHED"
+    assert {name: len(values) for name, values in in_tensorboard(s.out_dir)[1].items()} == {
+        name: len(values) for name, values in expected.items()
+    }
+    assert len([*place.glob("versions/*")]) == out.count("published ") == out.count("mlflow: http") == 1
 
 
 def test_a_server_that_is_restarted_in_the_middle(run, server, request, monkeypatch):  # noqa: F811
