@@ -149,6 +149,7 @@ from weights.checkpoint import (
     LEGAL_FILES,
     NOTES,
     SIDE_FILES,
+    copy_legal_files,
     copy_side_files,
     find_base,
     model_of,
@@ -235,7 +236,7 @@ def files_to_fetch(repo_id: str, names: set[str]) -> list[str]:
         if weights:
             return weights + [name for name in (*SIDE_FILES, *LEGAL_FILES) if name in names]
     if consolidated := meta_format.files_to_fetch(names):
-        return consolidated
+        return consolidated + [name for name in LEGAL_FILES if name in names]
     other = next((name for name in sorted(names) if name.endswith(".gguf")), None)
     hint = f"download one of its files, such as {other}, and give it to --source" if other else "choose another"
     raise UserError(f"{repo_id} has no model*.safetensors, pytorch_model*.bin or consolidated*: {hint}")
@@ -284,6 +285,7 @@ def convert(source: Path, out_dir: Path | None, dtype: str) -> Path:
     with new_folder(out_dir, hashes) as folder:
         hashes |= write(folder, model.config, layout, lambda name: weights.read(name).to(layout[name][0]))
         write_side_files(folder)
+        copy_legal_files(source, folder)
         write_json(folder / "config.json", config)
     print(f"wrote {out_dir}: {describe(layout)}")
     return out_dir
@@ -312,6 +314,7 @@ def grow(s: Settings) -> Path:
     with new_folder(s.out_dir, hashes) as folder, checked(s.source):
         hashes |= write(folder, larger, layout, lambda name: read(name).to(layout[name][0]))
         write_side_files(folder)
+        copy_legal_files(s.source, folder)
         write_json(folder / "config.json", config)
         add_tokens(folder, ids, s.add_special)
         Tokenizer(folder)  # it is read as it will be

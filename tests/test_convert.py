@@ -797,3 +797,14 @@ def test_real_gguf_tokenizer(smollm2_dir, smollm2_gguf):
     }
     assert {text: found(text).input_ids for text in known} == known
     assert (ours.bos_id, ours.eos_ids, ours.begin_ids) == (1, {2}, ())
+
+
+@pytest.mark.parametrize("change", [dict(dtype="bfloat16"), dict(add_tokens=["<more>"])])
+def test_card_and_licence_go_with_a_model(tmp_path, tiny_model_dir, change):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model_dir, source)
+    texts = {"README.md": "---\nlicense: llama2\n---\n", "LICENSE.txt": "You may.", "USE_POLICY.md": "But not that."}
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    out = convert(source=source, out_dir=tmp_path / "out", **change)
+    assert {name: (out / name).read_text() for name in texts} == texts

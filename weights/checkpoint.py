@@ -416,6 +416,15 @@ def with_dtype(config: dict, dtype: torch.dtype) -> dict:
 
 def copy_side_files(source: str | Path, folder: str | Path) -> None:
     """Copy the files that belong to a model besides its weights: configuration and tokenizer."""
-    for name in SIDE_FILES:
+    _copy(SIDE_FILES, source, folder)
+
+
+def copy_legal_files(source: str | Path, folder: str | Path) -> None:
+    """Copy a model's card and licence, for the same weights in another form: those of a tuned model are others."""
+    _copy(LEGAL_FILES, source, folder)
+
+
+def _copy(names, source, folder):
+    for name in names:
         if Path(source, name).is_file():
             shutil.copyfile(Path(source, name), Path(folder, name))

@@ -328,7 +328,7 @@ def test_what_a_download_takes():
     names = {f"original/{name}" for name in own} | {"README.md", "config.json", "original/orig_params.json"}
     fetched = script.files_to_fetch("a/b", names | {"model.safetensors"})
     assert fetched == ["model.safetensors", "config.json", "README.md"]  # the last for its licence
-    assert set(script.files_to_fetch("a/b", names)) == {f"original/{name}" for name in own}
+    assert set(script.files_to_fetch("a/b", names)) == {f"original/{name}" for name in own} | {"README.md"}
     assert script.files_to_fetch("a/b", names)[0] == "original/consolidated.00.pth"
     names = {"consolidated.safetensors", "params.json", "tekken.json", "tokenizer.model.v3", "a/consolidated.00.pth"}
     assert set(script.files_to_fetch("a/b", names)) == names - {"a/consolidated.00.pth"}
@@ -343,6 +343,7 @@ def test_a_download_is_converted(tmp_path, monkeypatch):
 
     model, params = mistral()
     repo = write_mistral(tmp_path / "repo", own_tensors(model), params)
+    (repo / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     siblings = [SimpleNamespace(rfilename=path.name, size=1) for path in repo.iterdir()]
     info = SimpleNamespace(sha="0", siblings=siblings)
     monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: info)
@@ -353,6 +354,7 @@ def test_a_download_is_converted(tmp_path, monkeypatch):
     script.main(script.Settings(repo_id="a/b", out_dir=out))
     check_logits(out, model)
     assert [path.name for path in out.parent.iterdir()] == ["model"]
+    assert (out / "README.md").read_bytes() == (repo / "README.md").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizers
