@@ -34,6 +34,8 @@ def logged_in() -> bool:
 class WandB:
     """See `Tracker` in trackers.py. Settings are the config, with hashes, commit and environment in it."""
 
+    late = True
+
     def __init__(self, run: Tracked, state: dict[str, Any]):
         self.run, self.state = run, state
 
