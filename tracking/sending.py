@@ -1,7 +1,8 @@
 """What a tracker has not got of a run yet is sent there; how far that is, is kept in the run's folder.
 
 tracking/NAME.json has for a tracker the last step of metrics.csv that it has, and the hashes of the files and results
-that it has. Whatever fails is done again: from what the tracker itself says that it has, where that can be asked.
+that it has. Whatever fails is done again: from what the tracker itself says that it has, where that can be asked. If a
+tracker that is `late` was not closed, nobody knows which files it has, and it gets them all again.
 """
 
 import contextlib
@@ -52,7 +53,9 @@ class Sender:
     def __init__(self, folder: Path, name: str, adapter: bool):
         self.folder, self.name = folder, name
         self.path = state_path(folder, name)
-        self.state: dict[str, Any] = {"rows": 0, "files": {}, "own": {}, "adapter": adapter, "error": None}
+        self.state: dict[str, Any] = {
+            "rows": 0, "files": {}, "own": {}, "adapter": adapter, "open": False, "error": None
+        }  # fmt: skip
         self.tracker, self.lock, self.rows_seen = None, None, None
 
     def send(self, status: str) -> None:
@@ -67,6 +70,7 @@ class Sender:
             if status != "running":
                 self._send_final()
                 self.tracker.close(status)
+                self.state["open"] = False
             self.state["error"] = None
         except Exception as error:
             self.state["error"] = one_line(error)
@@ -85,12 +89,15 @@ class Sender:
         self._take_lock()
         if self.path.is_file():
             kept = read_json(self.path)
-            self.state = kept | {"adapter": kept["adapter"] or self.state["adapter"]}
+            self.state |= kept | {"adapter": kept["adapter"] or self.state["adapter"]}
         self._keep()
         tracker = TRACKERS[self.name](Tracked(self.folder, record, settings), self.state["own"])
         last = tracker.open()
         self.data_dir = Path(settings["data_dir"])
         self.state["rows"] = self.state["rows"] if last is None else last
+        if tracker.late and self.state["open"]:  # what it was given last may not have arrived
+            self.state["files"] = {}
+        self.state["open"] = True
         self.tracker, self.rows_seen = tracker, None
 
     def _take_lock(self):

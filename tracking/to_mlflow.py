@@ -30,6 +30,8 @@ ENVIRONMENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIME
 class MLflow:
     """See `Tracker` in trackers.py. Settings are parameters; hashes and the commit are tags; files are artifacts."""
 
+    late = False
+
     def __init__(self, run: Tracked, state: dict[str, Any]):
         self.run, self.state = run, state
         self.began = datetime.fromisoformat(run.record["sessions"][0]["began"]).timestamp()

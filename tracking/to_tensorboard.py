@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class TensorBoard:
     """See `Tracker` in trackers.py. It has no place for folders and reports: of those it shows the path as text."""
 
+    late = False
+
     def __init__(self, run: Tracked, state: dict[str, Any]):
         self.run, self.state = run, state
         self.folder = run.folder / "tensorboard"

@@ -6,7 +6,9 @@ W&B knows who sends: 0 or 1.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,11 @@ from tracking.run_files import TRACKING, Result
 
 if TYPE_CHECKING:
     from tracking.trackers import Tracked
+
+FILES = "onetune"  # the folder at W&B for a run's files: W&B has a config.yaml of its own beside it
+
+# How messages begin that its library writes into its log, and nowhere else, when it stops trying to send something.
+GAVE_UP = ("filestream: fatal", "file transfer: upload: failed", "runfiles: ", "sender: failed to log artifact")
 
 # Its client waits so many seconds for the server at the start. Whoever sends tries again itself.
 ENVIRONMENT = {"WANDB_INIT_TIMEOUT": "30"}
@@ -33,6 +40,8 @@ def logged_in() -> bool:
 
 class WandB:
     """See `Tracker` in trackers.py. Settings are the config, with hashes, commit and environment in it."""
+
+    late = True
 
     def __init__(self, run: Tracked, state: dict[str, Any]):
         self.run, self.state = run, state
@@ -65,21 +74,27 @@ class WandB:
             self.there.log(values, step=int(row["step"]), commit=True)
 
     def log_file(self, name: str, path: Path) -> None:
-        """A picture is shown in the summary, as the history has a step for each row and no other; all are files."""
+        """A picture is shown in the summary, as the history has a step for each row and no other; all are files.
+
+        It gets a copy. Its library would link to the file, and it has written its own config.yaml through such a link.
+        """
         import wandb
 
         if path.suffix == ".png":
             self.there.summary[path.name] = wandb.Image(str(path))
         elif path.suffix == ".html":
             self.there.summary[name] = wandb.Html(str(path))
-        self.there.save(str(path), base_path=str(path.parents[len(Path(name).parts) - 1]), policy="now")
+        copy = Path(self.there.dir) / FILES / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        self.there.save(str(copy), base_path=self.there.dir, policy="now", glob=False)
 
     def log_folder(self, name: str, path: Path) -> None:
-        """An artifact of type model."""
+        """An artifact of type model. Its files are read where they are: no copy is left in the home folder's cache."""
         import wandb
 
         artifact = wandb.Artifact(f"{self.there.id}-{name}", type="model")
-        artifact.add_dir(str(path))
+        artifact.add_dir(str(path), skip_cache=True, policy="immutable")
         self.there.log_artifact(artifact)
 
     def log_result(self, result: Result, step: int) -> None:
@@ -87,8 +102,13 @@ class WandB:
         self.there.summary.update(result.names())
 
     def close(self, status: str) -> None:
-        """Wait until all is sent, and say how the run ended."""
+        """Wait until all is sent, and say how the run ended. Raises RuntimeError if its library gave something up."""
         self.there.finish(exit_code=0 if status == "finished" else 1)
+        with open(self.there.settings.log_internal, encoding="utf-8", errors="replace") as log:
+            messages = (json.loads(line)["msg"] for line in log if '"level":"ERROR' in line)
+            lost = next((message for message in messages if message.startswith(GAVE_UP)), None)
+        if lost is not None:
+            raise RuntimeError(lost)
 
 
 if __name__ == "__main__":

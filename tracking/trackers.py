@@ -27,7 +27,10 @@ class Tracker(Protocol):
     """A place that shows runs. A method that fails raises anything: it is called again later, after `open`.
 
     TrackerType(run, state): state is what `open` left in it the last time, or {}; it may hold what JSON can.
+    late: whether what it is given arrives later, and all of it only when `close` has returned.
     """
+
+    late: bool
 
     def open(self) -> int | None:
         """Begin the run there, or find it again. Returns the last step that it has, or None if that cannot be asked."""

@@ -1,5 +1,7 @@
 """What trackers get to see of a run, read back with their own readers: all of it, once, whatever happens between."""
 
+import base64
+import hashlib
 import json
 import os
 import signal
@@ -97,6 +99,10 @@ def wandb_summary(out_dir):
     return {key: value for each in wandb_records(out_dir, "summary") for key, value in each.get("update", {}).items()}
 
 
+def md5(path):
+    return base64.b64encode(hashlib.md5(path.read_bytes()).digest()).decode()
+
+
 def in_tensorboard(out_dir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -133,6 +139,9 @@ def test_each_tracker_has_every_column_once(run, server, request, capsys):  # no
     config = next(wandb_records(out, "run"))["config"]["update"]
     assert config["lora_r"] == 3 and config["hashes"] == record["hashes"]
     assert wandb_summary(out)["loss"] == expected["loss"][-1][1]
+    (artifact,) = wandb_records(out, "artifact")
+    digests = {each["path"]: each["digest"] for each in artifact["manifest"]["contents"]}
+    assert digests == {path.name: md5(path) for path in (out / "final").iterdir()} and artifact["type"] == "model"
     printed = capsys.readouterr().out
     assert f"mlflow: {server.uri}/#/experiments/" in printed and "wandb: offline" in printed
 
