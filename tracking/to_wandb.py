@@ -52,6 +52,8 @@ class WandB:
             os.environ.setdefault(name, value)
         import wandb
 
+        if wandb.setup().settings.mode == "disabled":
+            raise RuntimeError("W&B is switched off: WANDB_MODE=disabled")
         id_ = self.state.get("id") or os.environ.get("WANDB_RUN_ID") or self.run.record["id"]
         project = os.environ.get("WANDB_PROJECT") or self.state.get("project") or "onetune"
         record = {key: value for key, value in self.run.record.items() if key not in ("id", "sessions")}

@@ -278,6 +278,16 @@ def test_wandb_without_its_server(run, settings, monkeypatch, capsys):  # noqa: 
     assert in_wandb(out) == in_csv(out)
 
 
+def test_wandb_that_is_switched_off(run, monkeypatch, capsys):  # noqa: F811
+    """Nothing is sent, and nothing counts as sent."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    out = run(random_samples(8), max_steps=2, logger="wandb")
+    assert "W&B is switched off: WANDB_MODE=disabled" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sending.Sender(out, "wandb", False).send("finished")
+    assert in_wandb(out) == in_csv(out)
+
+
 def test_a_stopped_and_a_resumed_run_are_one(run, settings, server, request, monkeypatch):  # noqa: F811
     train, val = random_samples(20), random_samples(3)
     flags = dict(max_steps=8, eval_interval=2, save_interval=3, logger=["mlflow", "wandb", "tensorboard"])
