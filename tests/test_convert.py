@@ -1,10 +1,8 @@
 """convert_hf_checkpoint.py: whatever goes in, transformers must compute the same with what comes out."""
 
-import http.server
 import json
 import os
 import shutil
-import threading
 from pathlib import Path
 
 import gguf
@@ -13,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, SMALL, tiny_reference, write_tiny_tokenizer
+from http_stub import JsonHandler, serving
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -643,48 +642,34 @@ def hub(tmp_path, monkeypatch):
     """A small Hugging Face hub on this machine: fill `hub.repos[repo_id]` with a folder, or with an error code."""
     repos, sha, asked = {}, "0" * 40, []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self):
             asked.append(self.path)
             api = self.path.startswith("/api/models/")
             repo = "/".join(self.path.removeprefix("/api/models").split("?")[0].split("/")[1:3])
             folder = repos.get(repo, "RepoNotFound")
             if isinstance(folder, str):
-                return self.answer(403 if folder == "GatedRepo" else 404, b"", {"X-Error-Code": folder})
-            files = sorted(path for path in folder.iterdir() if path.is_file())
+                return self.answer(b"", 403 if folder == "GatedRepo" else 404, {"X-Error-Code": folder})
+            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
             if not api:
                 path = folder / self.path.rpartition("/")[2]
-                return self.answer(200, path.read_bytes(), {"ETag": f'"{path.name}"', "X-Repo-Commit": sha})
+                return self.answer(path.read_bytes(), headers={"ETag": f'"{path.name}"', "X-Repo-Commit": sha})
             if "/tree/" in self.path:
-                listing = [
-                    {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": path.name} for path in files
-                ]
-                return self.answer(200, json.dumps(listing).encode())
-            siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in files]
-            return self.answer(200, json.dumps({"id": repo, "sha": sha, "siblings": siblings}).encode())
+                return self.answer(
+                    [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
+                )
+            siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+            return self.answer({"id": repo, "sha": sha, "siblings": siblings})
 
         do_HEAD = do_GET
 
-        def answer(self, code, body, headers=None):
-            self.send_response(code)
-            for key, value in {"Content-Length": len(body), **(headers or {})}.items():
-                self.send_header(key, str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.repos, server.asked = repos, asked
-    server.environment = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "",
-        "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
-    yield server
-    server.shutdown()
+    with serving(Handler) as server:
+        server.repos, server.asked = repos, asked
+        server.environment = {
+            "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "", "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+        yield server
 
 
 def test_download_of_safetensors(hub, tiny_model_dir, tmp_path, run_script):

@@ -1,7 +1,6 @@
 """Both flows with Metaflow itself, on this machine: from rows to a registered model, with an attempt that is killed."""
 
 import base64
-import http.server
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
+from http_stub import JsonHandler, serving
 from servers import MLflowServer
 from test_convert import hub  # noqa: F401 (a fixture)
 
@@ -68,22 +68,15 @@ def prepare_config(place, model, **flags):
 @pytest.fixture
 def listener():
     """A place that events are sent to, as that of Argo Events: `listener.events`."""
-    events = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_POST(self):
-            events.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
+            self.server.events.append(json.loads(self.body()))
+            self.answer({})
 
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.events = events
-    yield server
-    server.shutdown()
+    with serving(Handler) as server:
+        server.events = []
+        yield server
 
 
 def kill_training_once(folder, after):
@@ -112,7 +105,7 @@ def test_from_rows_to_a_registered_model(place, flow, listener, tiny_model_dir, 
 
     shop = place / "shop"
     assert run_script("store/models.py", "--push", tiny_model_dir, "--to", shop / "models" / "tiny")[0] == 0
-    monkeypatch.setenv("METAFLOW_ARGO_EVENTS_WEBHOOK_URL", f"http://127.0.0.1:{listener.server_port}")
+    monkeypatch.setenv("METAFLOW_ARGO_EVENTS_WEBHOOK_URL", listener.url)
     code, out = flow(
         "data_prep_flow.py", *prepare_config(place, tiny_model_dir), "run", "--store", f"file://{shop}/data"
     )

@@ -2,14 +2,13 @@
 
 import base64
 import hashlib
-import http.server
 import json
 import re
-import threading
 from pathlib import Path
 
 import pytest
 import yaml
+from http_stub import JsonHandler, serving
 from test_finetune import random_samples, run, settings  # noqa: F401 (fixtures)
 
 import convert_hf_checkpoint
@@ -88,34 +87,33 @@ def test_an_adapter_that_no_run_of_ours_made(trained, tmp_path):
     assert "model-index" not in head and "The run that made it is not known." in text and "No evaluation" in text
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(JsonHandler):
     """The parts of the hub's HTTP API that an upload asks for. server.files: what was committed; .refuses: a status."""
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        server = self.server
+        body, server = self.body(), self.server
         server.asked.append(self.path)
         if self.headers.get("Authorization") != "Bearer hf_right":
-            return self.answer(401, {"error": "Invalid username or password."})
+            return self.answer({"error": "Invalid username or password."}, 401)
         if self.path == "/api/repos/create":
             server.created = json.loads(body)
-            return self.answer(200, {"url": f"{server.url}/me/tiny-orders", "name": "me/tiny-orders"})
+            return self.answer({"url": f"{server.url}/me/tiny-orders", "name": "me/tiny-orders"})
         if "/branch/" in self.path:
-            return self.answer(200, {})
+            return self.answer({})
         if "/preupload/" in self.path:
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
                       "shouldIgnore": False} for f in files]  # fmt: skip
-            return self.answer(200, {"files": modes})
+            return self.answer({"files": modes})
         if self.path.endswith("/info/lfs/objects/batch"):
             objects = [
                 {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{server.url}/put/{o['oid']}"}}}
                 for o in json.loads(body)["objects"]
             ]
-            return self.answer(200, {"transfer": "basic", "objects": objects})
+            return self.answer({"transfer": "basic", "objects": objects})
         if self.path == "/api/validate-yaml":
             server.head = yaml.safe_load(json.loads(body)["content"].split("---")[1])
-            return self.answer(200, {"errors": [], "warnings": []})
+            return self.answer({"errors": [], "warnings": []})
         assert "/commit/" in self.path, self.path
         for line in map(json.loads, body.decode().splitlines()):
             value = line["value"]
@@ -126,43 +124,29 @@ class Hub(http.server.BaseHTTPRequestHandler):
             else:
                 server.summary = value["summary"]
         return self.answer(
-            200, {"commitUrl": f"{server.url}/me/tiny-orders/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+            {"commitUrl": f"{server.url}/me/tiny-orders/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
         )
 
     def do_PUT(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.body()
         assert hashlib.sha256(body).hexdigest() == self.path.rpartition("/")[2]
         self.server.blobs[self.path.rpartition("/")[2]] = body
-        self.answer(200, {})
+        self.answer({})
 
     def do_GET(self):
         self.server.asked.append(self.path)
-        self.answer(200, {"id": "me/tiny-orders", "sha": "0" * 40, "siblings": []})
-
-    def answer(self, code, value):
-        body = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+        self.answer({"id": "me/tiny-orders", "sha": "0" * 40, "siblings": []})
 
 
 @pytest.fixture
 def hub(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    server.files, server.blobs, server.asked = {}, {}, []
-    server.environment = {
-        "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1", "HF_TOKEN": "hf_right",
-    }  # fmt: skip
-    yield server
-    server.shutdown()
+    with serving(Hub) as server:
+        server.files, server.blobs, server.asked = {}, {}, []
+        server.environment = {
+            "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "", "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "HF_TOKEN": "hf_right",
+        }  # fmt: skip
+        yield server
 
 
 def flags(out):

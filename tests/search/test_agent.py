@@ -5,12 +5,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
 from conftest import ROOT
+from http_stub import JsonHandler, serving
 
 from shell import cli
 from training.settings import Settings
@@ -103,15 +102,14 @@ def test_a_text_that_looks_like_python_stays_a_text():
 # ------------------------------------------------------------------------------------------------------- the real agent
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(JsonHandler):
     """As much of W&B's GraphQL as an agent needs: it hands out `runs`, one at a time, and then ends the agent."""
 
     runs, sweep = [], {}
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
         try:
-            query = json.loads(body)
+            query = json.loads(self.body())
         except ValueError:  # what it counts for its makers
             return self.answer({})
         return self.answer({"data": self.data(query["query"], query.get("variables") or {})})
@@ -128,23 +126,10 @@ class Server(BaseHTTPRequestHandler):
             return {"project": {"sweep": sweep | {"config": yaml.safe_dump(self.sweep)}}}
         return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
 
-    def answer(self, value):
-        text = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def agent(tmp_path):
     """`agent(sweep, runs)`: let wandb's agent do these runs (id, values) of a sweep; what it printed."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def run(sweep, runs):
         Server.sweep = sweep
@@ -154,7 +139,7 @@ def agent(tmp_path):
             for name, values in runs
         ]  # fmt: skip
         environment = {
-            **os.environ, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "a" * 40,
+            **os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40,
             "WANDB_ERROR_REPORTING": "false", "HOME": str(tmp_path), "WANDB_DIR": str(tmp_path),
             "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
         }  # fmt: skip
@@ -162,9 +147,8 @@ def agent(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         return done.stdout + done.stderr
 
-    yield run
-    server.shutdown()
-    server.server_close()
+    with serving(Server) as server:
+        yield run
 
 
 def test_the_agent_trains_each_run_in_a_folder_of_its_own(agent, tiny_model_dir, prepared, tmp_path):

@@ -10,10 +10,10 @@ import hashlib
 import json
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote, unquote
 
 from conftest import free_port
+from http_stub import JsonHandler, serving
 
 KEY = "0123456789" * 4
 AUTHORIZATION = "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
@@ -58,19 +58,18 @@ class WandBServer:
     """
 
     def __init__(self):
-        self.port, self.http = free_port(), None
+        self.port, self.running = free_port(), None
         self.uri = f"http://127.0.0.1:{self.port}"
         self.runs, self.artifacts, self.failing, self.faults, self.lock = {}, {}, {}, [], threading.Lock()
 
     def start(self):
-        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), type("Here", (Handler,), {"server_of": self}))
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+        self.running = serving(type("Here", (Handler,), {"server_of": self}), self.port)
+        self.running.__enter__()
 
     def stop(self):
-        if self.http is not None:
-            self.http.shutdown()
-            self.http.server_close()
-            self.http = None
+        if self.running is not None:
+            self.running.__exit__(None, None, None)
+            self.running = None
 
 
 class Fault(Exception):
@@ -166,7 +165,7 @@ class Answers:
         return "/".join((self.server.uri, "storage", *(quote(part, safe="") for part in parts)))
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     """Takes the three kinds of requests apart."""
 
     def do_POST(self):
@@ -176,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(self.stored)
 
     def reply(self, act):
-        body, status = self.rfile.read(int(self.headers["Content-Length"])), 200
+        body, status = self.body(), 200
         try:
             with self.server_of.lock:
                 answer = act(body)
@@ -185,11 +184,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as fault:  # also what an unknown run or a missing variable raises
             status, answer = 400, {"errors": [{"message": repr(fault)}]}
             self.server_of.faults.append(f"{self.command} {self.path}: {fault!r}: {body[:300]}")
-        text = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
+        self.answer(answer, status)
 
     def refuse(self, kind):
         if kind in self.server_of.failing:
@@ -229,6 +224,3 @@ class Handler(BaseHTTPRequestHandler):
             check(artifact.digests[name] == digest, f"{name} has another digest")
             artifact.files[name] = body
         return {}
-
-    def log_message(self, *_):
-        pass
