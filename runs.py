@@ -85,7 +85,7 @@ from shell.files import whole_file
 from tracking import comparison, run_table
 from tracking.overview import read_run, read_runs
 from tracking.page import COLUMNS, write_page
-from tracking.run_files import FINAL, is_run
+from tracking.run_files import FINAL, data_of_run, is_run
 from training.settings import Settings as Training
 
 
@@ -140,7 +140,10 @@ def print_distances(s: Settings, runs: list) -> None:
     from eval.between_runs import distances, trained  # imports torch, which the table does without
 
     models = [trained(run.name, run.folder / FINAL, run.settings) for run in runs]
-    data_dir = Path(runs[0].settings["data_dir"])
+    data_dir = data_of_run(runs[0].folder)
+    if data_dir is None:
+        where = runs[0].settings["data_dir"]
+        raise UserError(f"{where} are not, or no longer, the data that {runs[0].name} was trained on")
     targets, found = distances(*models, data_dir, s.max_tokens, s.micro_batch_tokens)
     print(f"on {targets:,} targets of {data_dir}'s validation samples, nats a target")
     rows = [(f"KL({one} || {other})", f"{kl:.4f}", f"{same:.1%}") for one, other, kl, same in found]

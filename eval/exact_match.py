@@ -69,7 +69,7 @@ def main(s: Settings) -> None:
         with files.whole_file(s.out_file) as temporary:
             temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     data = s.data.stem if s.limit is None else f"{s.data.stem} first {s.limit}"
-    record_result(s.adapter_dir or s.checkpoint_dir, "exact_match", data, {"exact_match": share})
+    record_result(s.adapter_dir or s.checkpoint_dir, "exact_match", data, {"exact_match": share}, vars(s))
 
 
 def match_answers(writer: Writer, samples: list[Sample], s: Settings) -> tuple[list[str], list[bool]]:

@@ -57,7 +57,7 @@ def main(s: Settings) -> None:
         instances, seconds = (means.get(name, 0.0) for name in COSTS)
         print(f"{path.parent.name}: {shown}, {instances:.0f} instances, {seconds:.1f} s a request")
         scores |= {f"{path.parent.name}/{name}": value for name, value in found.items()}
-    record_result(s.model_dir, "helm", "", scores)
+    record_result(s.model_dir, "helm", "", scores, vars(s))
 
 
 def read_means(path: Path) -> dict[str, float]:

@@ -149,7 +149,7 @@ def main(s: Settings) -> None:
         with files.whole_file(s.save_filepath) as temporary:
             text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
             temporary.write_text(text + "\n", encoding="utf-8")
-    record_result(s.adapter_dir or s.checkpoint_dir, "lm_eval", "", metrics_of(results))
+    record_result(s.adapter_dir or s.checkpoint_dir, "lm_eval", "", metrics_of(results), vars(s))
 
 
 def metrics_of(results: dict) -> dict[str, float]:

@@ -180,7 +180,7 @@ def measure_variants(s: Settings, samples: int) -> None:
     quality_report.draw_report(report, s.out_dir / "report.png")
     quality_report.show_report(report)
     print(f"written to {s.out_dir}: report.json, report.png")
-    record_result(s.adapter_dir or s.checkpoint_dir, "quality", "", quality_report.metrics_of(report))
+    record_result(s.adapter_dir or s.checkpoint_dir, "quality", "", quality_report.metrics_of(report), vars(s))
 
 
 def check(s: Settings) -> None:

@@ -1,13 +1,17 @@
 """Curves of metrics.csv for a reader: smoothed, with fewer points, on an axis for losses."""
 
+import math
 from itertools import accumulate
 from typing import Any
 
 
 def running_mean(values: list[float], span: int) -> list[float]:
-    """The mean of each value and those before it, `span` of them at most."""
-    sums = [0.0, *accumulate(values)]
-    return [(sums[i] - sums[max(0, i - span)]) / min(i, span) for i in range(1, len(sums))]
+    """The mean of each value and those before it, `span` of them at most; of those that are finite, NaN if none is."""
+    sums = [0.0, *accumulate(value if math.isfinite(value) else 0.0 for value in values)]
+    counts = [0, *accumulate(map(math.isfinite, values))]
+    first = [max(0, i - span) for i in range(len(sums))]
+    pairs = [(sums[i] - sums[first[i]], counts[i] - counts[first[i]]) for i in range(1, len(sums))]
+    return [total / count if count else math.nan for total, count in pairs]
 
 
 def span_of(values: list) -> int:

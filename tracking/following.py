@@ -5,6 +5,7 @@ help to notice, sends what is left, and ends by itself.
 """
 
 import contextlib
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 from shell.cli import ROOT, UserError
 from shell.files import read_json
 from shell.process import is_first
+from tracking.record import separate_copy
+from tracking.run_files import is_locked
 from tracking.sending import state_path, status_of, trackers_of
 from tracking.trackers import followed_by
 
@@ -29,6 +32,9 @@ def following(folders: list[Path], trackers: Sequence[str], adapter: bool) -> It
     has them started. adapter: whether they get final/ too.
     """
     names = followed_by(trackers) if is_first() else []
+    if is_first():
+        for folder in folders:
+            separate_copy(folder)
     if "wandb" in names and subprocess.run([sys.executable, "-m", "tracking.to_wandb"], cwd=ROOT).returncode:
         raise UserError("--logger wandb: nobody is logged in: run wandb login, or set WANDB_MODE=offline")
     processes = {name: _start(folders, name, adapter) for name in names}
@@ -47,7 +53,9 @@ def following(folders: list[Path], trackers: Sequence[str], adapter: bool) -> It
 
 
 def send_now(folder: Path) -> None:
-    """Send what is new of a run to the trackers that it has, if no other process is at it, and print where."""
+    """Send what is new of a run to the trackers that it has, and print where; if it is being trained, that does it."""
+    if is_locked(folder):
+        return
     processes = {name: _start([folder], name, False) for name in trackers_of(folder)}
     _end(processes, status_of(folder), [folder], WAIT)
 
@@ -85,7 +93,7 @@ def _print_outcome(folder, name, code):
     state = read_json(path) if path.is_file() else {}
     if not state:
         return
-    later = f"python tracking/upload.py --run_dirs {folder} sends the rest"
+    later = f"python tracking/upload.py --run_dirs {shlex.quote(str(folder))} sends the rest"
     if code is None:
         print(f"{name}: still sending beside this; if it does not end well, {later}", file=sys.stderr)
     elif code:

@@ -1,8 +1,8 @@
 """The runs below a folder, and what a reader wants to know of each: state, settings, final numbers, curves."""
 
-import fcntl
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from tracking.run_files import (
     SOURCE,
     SUMMARY,
     TRACKING,
+    is_locked,
     is_run,
     read_columns,
     read_results,
@@ -47,11 +48,17 @@ class Run(NamedTuple):
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """The folders of runs in `folder` and below it, in the order of their names."""
-    for place, below, _ in os.walk(folder):
+    """The folders of runs in `folder` and below it, in the order of their names; links to folders are followed."""
+    seen = set()
+    for place, below, _ in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # by another link, perhaps to a folder above it
+            below.clear()
+            continue
+        seen.add(real)
         if is_run(Path(place)):
             yield Path(place)
-            below[:] = [name for name in below if name not in WITHIN and not name.startswith("step-")]
+            below[:] = [name for name in below if name not in WITHIN and not re.fullmatch(r"step-\d+", name)]
         below[:] = sorted(name for name in below if name[0] != ".")
 
 
@@ -72,20 +79,6 @@ def read_run(folder: Path, name: str, curves: Iterable[str] = ()) -> Run:
     shown = {name: columns[name] for name in curves if name in columns}
     state = "running" if is_locked(folder) else status_of(folder)
     return Run(folder, name, state, read_settings(folder), numbers_of(folder, columns), shown)
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a living process trains in a folder: it holds a lock on it (training/run_folder.py)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # some network file systems have no locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def numbers_of(folder: Path, columns: dict[str, tuple[list[int], list[float]]]) -> dict[str, float]:

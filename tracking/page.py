@@ -18,7 +18,7 @@ from markupsafe import Markup
 from shell.files import read_json, whole_file
 from tracking.curves import running_mean, span_of, thinned
 from tracking.overview import SAME_RESULT, Run
-from tracking.run_files import RECORD, read_results
+from tracking.run_files import RECORD, data_of_run, read_results
 from tracking.run_table import Column, as_text, is_number
 
 
@@ -125,8 +125,8 @@ def details(run: Run, page_dir: Path, defaults: dict[str, Any]) -> dict[str, Any
 
 def links(run: Run, page_dir: Path) -> dict[str, str]:
     """Relative addresses, by what they lead to, of the files of a run that are there."""
-    data_dir = run.settings.get("data_dir")
+    data_dir = data_of_run(run.folder)
     files = {"losses by matplotlib": run.folder / "loss.png"}
-    files |= {"report of its data": Path(data_dir, "report.html")} if isinstance(data_dir, str) else {}
+    files |= {"report of its data": data_dir / "report.html"} if data_dir else {}
     found = {what: path for what, path in files.items() if path.is_file()}
     return {what: quote(os.path.relpath(path.absolute(), page_dir)) for what, path in found.items()}

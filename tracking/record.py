@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shell.cli import ROOT
 from shell.files import MANIFEST, project_version, read_json, sha256, whole_file, write_json
-from tracking.run_files import DIFF, RECORD, SOURCE
+from tracking.run_files import DIFF, RECORD, SOURCE, TRACKING
 
 
 def record_session(folder: Path, hashes: dict[str, str], devices: Iterable[str], after_step: int) -> None:
@@ -45,11 +45,31 @@ def record_session(folder: Path, hashes: dict[str, str], devices: Iterable[str],
     session = {
         "began": datetime.now(UTC).isoformat(timespec="milliseconds"), "after_step": after_step,
         "command": shlex.join(sys.argv), "host": socket.gethostname(), "process": os.getpid(),
-        "version": project_version(),
+        "version": project_version(), "folder": str(folder.absolute()),
     }  # fmt: skip
     record["sessions"] = [*record["sessions"], session]
     with whole_file(path) as file:
         write_json(file, record)
+
+
+def separate_copy(folder: Path) -> None:
+    """Give the copy of a run's folder an id of its own, if there is such a run and the original is still there.
+
+    Otherwise trackers would have the steps of both in one run. A folder that was only moved keeps its id.
+    """
+    if not (folder / RECORD).is_file():
+        return
+    record = read_json(folder / RECORD)
+    original = Path(record["sessions"][-1]["folder"])
+    if not (original / RECORD).is_file() or original.samefile(folder):
+        return
+    if read_json(original / RECORD)["id"] != record["id"]:
+        return
+    for state in (folder / TRACKING).glob("*.json"):  # what trackers have of the original
+        state.unlink()
+    with whole_file(folder / RECORD) as file:
+        write_json(file, record | {"id": secrets.token_hex(4)})
+    print(f"{folder} is a copy of {original}: trackers see a run of its own from here on")
 
 
 def git_state(folder: Path) -> tuple[dict | None, bytes]:

@@ -1,7 +1,9 @@
 """What lies in a run's folder, and how to read it: one place for the names of its files."""
 
 import csv
+import fcntl
 import io
+import os
 from collections.abc import Iterable
 from itertools import compress
 from pathlib import Path
@@ -22,6 +24,20 @@ SHORT = 10_000  # characters of YAML, in which nothing can be nested too deeply 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run of finetune.py."""
     return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a living process trains in a folder: it holds a lock on it (training/run_folder.py)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # some network file systems have no locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -82,11 +98,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 class Result(NamedTuple):
-    """What an evaluation found of a run's model. model: its folder's name, such as "final". metrics: by name."""
+    """What an evaluation found of a run's model. model: its folder's name, such as "final". metrics: by name.
+
+    how: the settings of the evaluation that its numbers depend on. If an earlier one had the same names but was made
+    in another way, `data` ends with four digits, so that both are there.
+    """
 
     kind: str
     model: str
     data: str
+    how: dict[str, Any]
     metrics: dict[str, float]
 
     def names(self) -> dict[str, float]:
@@ -102,7 +123,7 @@ def read_results(folder: Path) -> list[Result]:
     for path in sorted((folder / RESULTS).glob("*.json")):
         values = read_json(path)
         try:
-            result = Result(*(values[name] for name in ("kind", "model", "data", "metrics")))
+            result = Result(*(values[name] for name in Result._fields))
             found.append(result._replace(metrics={name: float(value) for name, value in result.metrics.items()}))
         except KeyError as error:
             raise UserError(f"{path} has no {error}: it is not a result of an evaluation") from None
@@ -132,13 +153,13 @@ def data_of_run(folder: Path) -> Path | None:
     return Path(data_dir) if same else None
 
 
-def files_to_show(folder: Path, data_dir: Path) -> dict[str, Path]:
+def files_to_show(folder: Path, data_dir: Path | None) -> dict[str, Path]:
     """The files of a run that a tracker gets, by the names that they get there.
 
-    They are few and small: checkpoints and final/ are not among them. data_dir: the prepared data that it trains on.
+    They are few and small: checkpoints and final/ are not among them. data_dir: the prepared data, if they are there.
     """
     of_run = [folder / name for name in (CONFIG, RECORD, DIFF, SUMMARY)] + sorted(folder.glob("*.png"))
     named = {path.name: path for path in of_run}
     named |= {f"{RESULTS}/{path.name}": path for path in sorted((folder / RESULTS).glob("*.json"))}
-    named |= {f"data/{name}": data_dir / name for name in OF_DATA}
+    named |= {f"data/{name}": data_dir / name for name in OF_DATA} if data_dir else {}
     return {name: path for name, path in named.items() if path.is_file()}

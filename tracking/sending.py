@@ -93,9 +93,9 @@ class Sender:
         self._keep()
         tracker = TRACKERS[self.name](Tracked(self.folder, record, settings), self.state["own"])
         last = tracker.open()
-        self.data_dir = Path(settings["data_dir"])
+        self.data_dir = run_files.data_of_run(self.folder)
         self.state["rows"] = self.state["rows"] if last is None else last
-        if tracker.late and self.state["open"]:  # what it was given last may not have arrived
+        if last == 0 or tracker.late and self.state["open"]:  # it has nothing, or what it was given last may be lost
             self.state["files"] = {}
         self.state["open"] = True
         self.tracker, self.rows_seen = tracker, None

@@ -43,12 +43,13 @@ class MLflow:
         import mlflow
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or self.state.get("uri") or mlflow.get_tracking_uri()
+        self.state["uri"] = _without_password(_absolute(uri))  # also if it is down: for those who try it later
         self.client = mlflow.MlflowClient(uri)
         experiment = self._experiment()
         self.id = self._known(experiment) or self._begin(experiment)
         self.ended = self.client.get_run(self.id).info.end_time  # None if it has not ended
         self.client.update_run(self.id, status="RUNNING")
-        self.state |= {"uri": _without_password(uri), "run": self.id}
+        self.state["run"] = self.id
         self.state["where"] = f"{self.state['uri']}, experiment {experiment}, run {self.id}"
         if uri.startswith("http"):
             self.state["where"] = f"{self.state['uri'].rstrip('/')}/#/experiments/{experiment}/runs/{self.id}"
@@ -132,6 +133,12 @@ def _name(text: str) -> str:
     if allowed == text:
         return text
     return f"{allowed[: LONGEST_NAME - 5]}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+
+
+def _absolute(uri: str) -> str:
+    """The address of a database in a file, for a process in another folder."""
+    path = re.fullmatch(r"sqlite:///([^/].*)", uri)
+    return f"sqlite:///{Path(path[1]).absolute()}" if path else uri
 
 
 def _without_password(uri: str) -> str:

@@ -57,6 +57,7 @@ class WandB:
         id_ = self.state.get("id") or os.environ.get("WANDB_RUN_ID") or self.run.record["id"]
         project = os.environ.get("WANDB_PROJECT") or self.state.get("project") or "onetune"
         record = {key: value for key, value in self.run.record.items() if key not in ("id", "sessions")}
+        begun = any((self.run.folder / TRACKING / "wandb").glob("offline-run-*"))
         self.there = wandb.init(
             project=project, id=id_, name=os.environ.get("WANDB_NAME") or self.run.name, resume="allow",
             dir=self.run.folder / TRACKING, config={**self.run.settings, **record}, allow_val_change=True,
@@ -65,7 +66,7 @@ class WandB:
         self.state |= {"id": id_, "project": project}
         if self.there.offline:
             self.state["where"] = f"offline, for `wandb sync {Path(self.there.dir).parent}`"
-            return None
+            return None if begun else 0
         self.state["where"] = self.there.url
         return max(0, self.there.starting_step - 1)
 

@@ -33,7 +33,10 @@ class Tracker(Protocol):
     late: bool
 
     def open(self) -> int | None:
-        """Begin the run there, or find it again. Returns the last step that it has, or None if that cannot be asked."""
+        """Begin the run there, or find it again. Returns the last step that it has, or None if that cannot be asked.
+
+        After 0, which is also what one returns that has lost the run, it gets all files and results anew.
+        """
 
     def log_rows(self, rows: list[dict[str, float]]) -> None:
         """Show rows of metrics.csv, each with its "step", in order."""

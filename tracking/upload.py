@@ -45,7 +45,7 @@ class Settings:
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
-from tracking.run_files import RECORD
+from tracking.run_files import RECORD, is_locked
 from tracking.sending import Sender, follow, one_line, status_of, trackers_of
 from tracking.trackers import followed_by
 
@@ -62,6 +62,8 @@ def main(s: Settings) -> None:
     for folder in s.run_dirs:
         if not (folder / RECORD).is_file():
             raise UserError(f"--run_dirs {folder}: no run of finetune.py, it has no {RECORD}")
+        if is_locked(folder):
+            raise UserError(f"--run_dirs {folder}: it is being trained: its own --logger sends it, or this at its end")
         if not (named or trackers_of(folder)):
             raise UserError(f"--run_dirs {folder}: it had no tracker: name one, such as --trackers [mlflow]")
     failed = [send(folder, name, s.adapter) for folder in s.run_dirs for name in named or trackers_of(folder)]

@@ -240,6 +240,8 @@ def newest_checkpoint(s: Settings) -> Path | None:
         return None
     *earlier, newest = checkpoints(s.out_dir) or [None]
     if newest is None:
+        if is_first():
+            print(f"--resume: {s.out_dir} has no checkpoint: the run begins at step 1")
         return None
     go_on = f"from {earlier[-1].name}" if earlier else "from the start"
     check_manifest(newest, f"delete {newest} to go on {go_on}")

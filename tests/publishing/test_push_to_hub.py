@@ -25,8 +25,8 @@ def trained(run, tiny_model_dir):  # noqa: F811
 
     def make(**flags):
         out = run(random_samples(8, sources=2), random_samples(3), max_steps=2, eval_interval=2, **flags)
-        record_result(out / "final", "exact_match", "te|st", {"exact_match": 0.75})
-        record_result(out / "step-000002", "exact_match", "test", {"exact_match": 0.5})
+        record_result(out / "final", "exact_match", "te|st", {"exact_match": 0.75}, {})
+        record_result(out / "step-000002", "exact_match", "test", {"exact_match": 0.5}, {})
         return out
 
     return make

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from test_finetune import random_samples, run, settings  # noqa: F401 (fixtures)
 
+from tracking.results import record_result
 from tracking.run_files import read_results
 
 
@@ -19,6 +20,31 @@ def found(out, kind):
     (result,) = [each for each in read_results(out) if each.kind == kind]
     assert result.model == "final"
     return result.names()
+
+
+def test_the_same_evaluation_replaces_its_result_and_another_one_does_not(trained, tmp_path):
+    """Another file of the same name, another limit, another style: none is lost, and each has a name of its own."""
+    names, model = [], trained / "final"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(folder)
+    for value, data, more in ((1, "a", {}), (2, "b", {}), (3, "a", {"prompt_style": "alpaca"}), (4, "a", {})):
+        how = {"data": tmp_path / data / "test.jsonl", "adapter_dir": model, "batch_size": value, "limit": None, **more}
+        record_result(model, "exact_match", "test", {"exact_match": value}, how)
+        names.append({name: v for each in read_results(trained) for name, v in each.names().items()})
+    assert [len(each) for each in names] == [1, 2, 3, 3]
+    assert (
+        names[0] == {"exact_match/test": 1}
+        and names[1].items() > names[0].items()
+        and names[2].items() > names[1].items()
+    )
+    assert sorted(names[3].values()) == [2, 3, 4] and names[3]["exact_match/test"] == 4
+    record_result(model, "lm_eval", "", {"arc/acc": 0.5}, {"eval_tasks": ["arc"]})
+    record_result(model, "lm_eval", "", {"gsm8k/acc": 0.25}, {"eval_tasks": ["gsm8k"]})
+    record_result(model, "exact_match", "te st", {"exact_match": 0}, {})
+    record_result(model, "exact_match", "te_st", {"exact_match": 0}, {})
+    found = {name for each in read_results(trained) for name in each.names()}
+    assert found == names[3].keys() | {"arc/acc", "gsm8k/acc", "exact_match/te st", "exact_match/te_st"}
 
 
 def test_lm_eval(trained, run_script, tmp_path):

@@ -439,7 +439,7 @@ def test_a_running_mean_is_a_mean():
 
 def test_a_real_run_and_its_result(run, capsys, tmp_path):  # noqa: F811
     out = run(random_samples(8), random_samples(4), "a", max_steps=3, eval_interval=1)
-    record_result(out / "final", "exact_match", "test", {"exact_match": 0.25})
+    record_result(out / "final", "exact_match", "test", {"exact_match": 0.25}, {})
     text, _ = show(capsys, out_dir=tmp_path, html=tmp_path / "runs.html")
     assert table_in(text) == ["a"] and re.search(r" 3 .* 0\.25$", text, re.MULTILINE)
     html = (tmp_path / "runs.html").read_text()

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, wait_for
 from servers import MLflowServer, silent_server
-from test_finetune import random_samples, run, run_on_cpus, settings  # noqa: F401 (fixtures)
+from test_finetune import random_samples, run, run_on_cpus, settings, write_data  # noqa: F401 (fixtures)
 from test_run_folder import before_step
 
 import finetune
@@ -56,11 +57,14 @@ def client(server):
     return mlflow.MlflowClient(server.uri)
 
 
+def mlflow_experiment(server, request):
+    """The id of the test's experiment."""
+    return client(server).get_experiment_by_name(request.node.name[:60]).experiment_id
+
+
 def mlflow_run(server, request):
     """The one run in the test's experiment."""
-    c = client(server)
-    experiment = c.get_experiment_by_name(request.node.name[:60])
-    (one,) = c.search_runs([experiment.experiment_id])
+    (one,) = client(server).search_runs([mlflow_experiment(server, request)])
     return one
 
 
@@ -170,7 +174,7 @@ def test_a_run_in_a_database_of_its_own_is_found_again(run, settings, monkeypatc
         finetune.main(s)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    record_result(s.out_dir / "final", "exact_match", "test", {"exact_match": 0.5})
+    record_result(s.out_dir / "final", "exact_match", "test", {"exact_match": 0.5}, {})
     assert "not all" not in capsys.readouterr().err
     state = json.loads(state_path(s.out_dir, "mlflow").read_text())
     assert state["error"] is None and state["own"]["uri"] == f"sqlite:///{tmp_path}/mlflow.db"
@@ -348,6 +352,76 @@ def sent(out_dir, name):
     return json.loads(path.read_text())["rows"] if path.is_file() else 0
 
 
+def test_a_tracker_that_has_lost_the_run_gets_all_of_it(run, server, request, monkeypatch):  # noqa: F811
+    """And so does another one, and an experiment of another name."""
+    out = run(random_samples(12), max_steps=3, logger=["mlflow", "tensorboard", "wandb"], log_adapter=True)
+    record_result(out / "final", "exact_match", "test", {"exact_match": 0.5}, {})
+    first = mlflow_files(server, mlflow_run(server, request))
+    client(server).delete_run(mlflow_run(server, request).info.run_id)
+    for folder in (out / "tensorboard", out / "tracking" / "wandb"):
+        shutil.rmtree(folder)
+    for name in ("mlflow", "tensorboard", "wandb"):
+        sending.Sender(out, name, False).send("finished")
+    one = mlflow_run(server, request)
+    assert in_mlflow(server, one, in_csv(out)) == in_csv(out) == in_wandb(out)
+    assert mlflow_files(server, one) == first and one.data.metrics["exact_match/test"] == 0.5
+    events, scalars = in_tensorboard(out)
+    assert scalars["exact_match/test"] == [(3, 0.5)] and "config.yaml" in events.Tags()["tensors"]
+    assert wandb_summary(out)["exact_match/test"] == 0.5
+
+
+def test_data_that_were_made_again_are_not_shown(run, settings, server, request):  # noqa: F811
+    s = settings(random_samples(12), max_steps=1, logger="mlflow")
+    finetune.main(s)
+    shutil.rmtree(s.data_dir)
+    write_data(s.data_dir, s.checkpoint_dir, random_samples(5))
+    state_path(s.out_dir, "mlflow").unlink()
+    client(server).delete_run(mlflow_run(server, request).info.run_id)
+    sending.Sender(s.out_dir, "mlflow", False).send("finished")
+    names = mlflow_files(server, mlflow_run(server, request))
+    assert "config.yaml" in names and not [name for name in names if name.startswith("data/")]
+
+
+def test_the_copy_of_a_run_is_another_one(run, settings, server, request, monkeypatch, tmp_path, capsys):  # noqa: F811
+    """If it is resumed while the original is there. A run that was moved stays the same."""
+    flags = dict(max_steps=6, save_interval=2, logger="mlflow")
+    s = settings(random_samples(20), **flags)
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            finetune.main(s)
+    wait_for(lambda: not_sending(s.out_dir))
+    shutil.copytree(s.out_dir, tmp_path / "copy")
+    run(name="copy", resume=True, **flags)
+    assert f"{tmp_path / 'copy'} is a copy of {s.out_dir}" in capsys.readouterr().out
+    s.out_dir.rename(tmp_path / "moved")
+    run(name="moved", resume=True, **flags)
+    assert "is a copy" not in capsys.readouterr().out
+    runs = client(server).search_runs([mlflow_experiment(server, request)])
+    assert {one.info.run_name: one.info.status for one in runs} == {"run": "FINISHED", "copy": "FINISHED"}
+    for one, folder in ((runs[0], "copy"), (runs[1], "moved")):  # the newest comes first
+        assert in_mlflow(server, one, ["loss"])["loss"] == in_csv(tmp_path / folder)["loss"]
+
+
+def test_a_run_that_is_being_trained_sends_itself(run, run_script, monkeypatch, tmp_path, capsys):  # noqa: F811
+    """Not upload.py, which would end it there; what is found of its checkpoints is sent by the run."""
+    found, out = [], tmp_path / "run"
+
+    def look():
+        record_result(out / "step-000001", "exact_match", "test", {"exact_match": 0.5}, {})
+        found.append(run_script("tracking/upload.py", "--run_dirs", out))
+
+    before_step(monkeypatch, 2, look)
+    run(random_samples(8), max_steps=3, save_interval=1, logger="tensorboard")
+    ((code, _, err),) = found
+    assert (
+        code == 2
+        and err == f"error: --run_dirs {out}: it is being trained: its own --logger sends it, or this at its end\n"
+    )
+    assert in_tensorboard(out)[1]["step-000001/exact_match/test"] == [(1, 0.5)]
+    assert "not all" not in capsys.readouterr().err
+
+
 def test_an_answer_that_was_lost_doubles_nothing(run, server, request):  # noqa: F811
     """The server has rows that the state in the folder does not know of: as when it is killed before it answers."""
     out = run(random_samples(12), max_steps=6, logger=["mlflow", "tensorboard"])
@@ -368,7 +442,7 @@ def test_results_go_onto_the_same_run(run, server, request, tmp_path, capsys):  
     data = tmp_path / "test.jsonl"
     data.write_text("".join(json.dumps({"question": f"Is it {i}?", "answer": f"{i}"}) + "\n" for i in range(3)))
     exact_match.main(exact_match.Settings(data=data, adapter_dir=out / "final", max_new_tokens=3, limit=2))
-    record_result(out / "step-000002", "helm", "", {"gsm:model=neurips,local/quasi_exact_match": 0.25})
+    record_result(out / "step-000002", "helm", "", {"gsm:model=neurips,local/quasi_exact_match": 0.25}, {})
     assert "kept in" in capsys.readouterr().out
     one = mlflow_run(server, request)
     assert (one.info.status, one.info.end_time) == ("FINISHED", ended)
@@ -377,7 +451,7 @@ def test_results_go_onto_the_same_run(run, server, request, tmp_path, capsys):  
     assert [*found.values()] == [[(4, 0.0)], [(2, 0.25)]]
     assert in_tensorboard(out)[1][name] == [(2, 0.25)]
     assert wandb_summary(out)[name] == 0.25
-    record_result(tmp_path, "exact_match", "test", {"exact_match": 1.0})  # of no run: kept nowhere
+    record_result(tmp_path, "exact_match", "test", {"exact_match": 1.0}, {})  # of no run: kept nowhere
     assert not (tmp_path.parent / "results").exists()
 
 

@@ -232,9 +232,9 @@ def test_a_result_comes_onto_the_same_run(run, server, capsys):  # noqa: F811
     out = run(random_samples(8), max_steps=4, logger="wandb")
     one = the_run(server, out)
     lines, ended = list(one.history), one.summary
-    record_result(out / "final", "exact_match", "test", {"exact_match": 0.25})
+    record_result(out / "final", "exact_match", "test", {"exact_match": 0.25}, {})
     assert the_run(server, out).history == lines and one.ends == [0, 0]
     assert one.summary["exact_match/test"] == 0.25 and one.summary.items() >= {"loss": ended["loss"]}.items()
-    name = "results/exact_match-final-test.json"
-    assert one.files[f"onetune/{name}"] == (out / name).read_bytes()
+    (path,) = (out / "results").iterdir()
+    assert one.files[f"onetune/results/{path.name}"] == path.read_bytes()
     assert capsys.readouterr().out.endswith(f"wandb: {server.uri}/me/onetune/runs/{state_of(out)['own']['id']}\n")
