@@ -28,14 +28,14 @@ from tracking import page, run_table
 from tracking.curves import running_mean, thinned
 from tracking.overview import read_run, read_runs
 from tracking.results import record_result
-from tracking.run_files import read_columns, read_rows
+from tracking.run_files import PARTS, read_columns, read_rows
 from weights.checkpoint import load_model
 
 COLUMNS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "targets", "padding", "seconds",
     "tokens_per_second", "memory_gb", "val_loss", "val_perplexity",
 )  # fmt: skip
-HASHES = {"data (train.safetensors)": "a" * 64, "base model (model.safetensors)": "b" * 64, "code": "c" * 64}
+HASHES = {f"data ({part})": "a" * 64 for part in PARTS} | {"base model (model.safetensors)": "b" * 64, "code": "c" * 64}
 
 
 def write_run(folder, steps=20, every=5, level=1.0, finished=True, hashes=(), **flags):
@@ -87,7 +87,7 @@ def three(tmp_path):
 
 
 def test_the_table_has_what_differs_and_the_numbers(three, capsys):
-    result = {"kind": "exact_match", "model": "final", "data": "test", "metrics": {"exact_match": 0.75}}
+    result = {"kind": "exact_match", "model": "final", "data": "test", "how": {}, "metrics": {"exact_match": 0.75}}
     (three / "a" / "results").mkdir()
     write_json(three / "a" / "results" / "x.json", result)
     text, err = show(capsys, out_dir=three)
@@ -98,6 +98,16 @@ def test_the_table_has_what_differs_and_the_numbers(three, capsys):
     assert a.split() == ["a", "finished", "16", "20", "1.1500", "1.1500", "2000", "0:00:40", "0.75"]
     assert next(line for line in text.splitlines() if line.startswith("c ")).split()[1] == "stopped"
     assert "\x1b" not in text
+
+
+def test_runs_behind_links_and_beside_checkpoints_are_found(three, tmp_path, capsys):
+    """Each once, however many links lead there."""
+    write_run(three / "a" / "step-two", level=3.0)
+    (three / "a" / "step-000020").mkdir()
+    write_run(tmp_path / "elsewhere" / "d", level=4.0)
+    (three / "link").symlink_to(tmp_path / "elsewhere")
+    (three / "sweep" / "up").symlink_to(three)
+    assert sorted(table_in(show(capsys, out_dir=three)[0])) == ["a", "a/step-two", "c", "link/d", "sweep/deep"]
 
 
 def test_best_and_last_are_of_the_validations(tmp_path):
@@ -326,6 +336,7 @@ def test_the_page_in_a_browser(tmp_path, capsys):
     data = tmp_path / "data & more"
     data.mkdir()
     (data / "report.html").write_text("x")
+    write_json(data / "manifest.json", dict.fromkeys(PARTS, "a" * 64))
     config = yaml.safe_load((folders[0] / "config.yaml").read_text()) | {"data_dir": str(data)}
     (folders[0] / "config.yaml").write_text(yaml.safe_dump(config))
     show(capsys, out_dir=out, html=html)
@@ -435,6 +446,8 @@ def test_a_running_mean_is_a_mean():
     means = running_mean(values, 7)
     assert means == pytest.approx([sum(values[max(0, i - 6) : i + 1]) / min(7, i + 1) for i in range(30)])
     assert running_mean([], 5) == []
+    holes = [math.nan, 1.0, math.inf, 3.0, math.nan, math.nan, 5.0]
+    assert running_mean(holes, 2) == pytest.approx([math.nan, 1, 1, 3, 3, math.nan, 5], nan_ok=True)
 
 
 def test_a_real_run_and_its_result(run, capsys, tmp_path):  # noqa: F811
