@@ -142,9 +142,8 @@ def of_run(folder: Path | None) -> dict[str, Any]:
 
 def is_place(name: str, value: Any) -> bool:
     """Whether a setting of a run is, or may be, a path or an address; or says nothing of the model."""
-    paths = {
-        flag.name for flag in dataclasses.fields(run_settings.Settings) if Path in (flag.type, *get_args(flag.type))
-    }
+    flags = dataclasses.fields(run_settings.Settings)
+    paths = {flag.name for flag in flags if Path in (flag.type, *get_args(flag.type))}
     return name in paths or name in NOT_SHOWN or PATH.search(str(value)) is not None
 
 
