@@ -132,6 +132,7 @@ from preparation.markup import harmless
 from preparation.mixture import Source, find_sources
 from preparation.prepared_folder import (
     Prepared,
+    check_replaceable,
     choose_folder,
     describe_counts,
     next_command,
@@ -179,6 +180,7 @@ def prepare(s: Settings) -> None:
             f"{s.out_dir} has been made of the same data in the same way: it is used as it is; {next_command(s, info)}"
         )
         return
+    check_replaceable(s.out_dir)
     benchmarks = read_benchmarks(benchmark_sources, s.seed)
     context = Context(s, sources, tokenizer, *benchmark_ngrams(benchmarks, s.leak_words))
     workers = worker_count(s.workers, sources)
@@ -218,7 +220,7 @@ def check_sources(s: Settings, sources: list[Source], benchmarks: list[Source]) 
         for path in source.path if isinstance(source.path, list) else []:
             if path.resolve() in files:
                 raise UserError(f"--benchmarks {path} is in --data too: nothing of it would be left")
-    if s.similar or (benchmarks and s.leak_cosine):
+    if cleaning.needs_embedding(s, benchmarks):
         cleaning.check_embedding()
 
 
@@ -305,7 +307,7 @@ def clean(s: Settings, records: Records, benchmarks: list[BenchmarkSample]) -> l
         drop_exact_duplicates(records)
     if s.near_duplicates:
         pairs += drop_near_duplicates(records, s.near_duplicates)
-    if s.similar or (benchmarks and s.leak_cosine):
+    if cleaning.needs_embedding(s, benchmarks):
         pairs += drop_by_embedding(records, benchmarks, s.leak_cosine, s.similar, s.out_dir.parent)
     return pairs
 

@@ -14,7 +14,8 @@ import re
 import tempfile
 import unicodedata
 import zlib
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -252,6 +253,11 @@ def embed(texts: list[str], batch: int) -> np.ndarray:
     return _minilm().encode(
         texts, batch_size=batch, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
     )
+
+
+def needs_embedding(s: Any, benchmarks: Sequence) -> bool:
+    """Whether the settings of prepare_data.py ask for embeddings, with these benchmarks or their sources."""
+    return bool(s.similar or (benchmarks and s.leak_cosine))
 
 
 def check_embedding() -> None:

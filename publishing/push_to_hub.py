@@ -3,7 +3,8 @@
     python publishing/push_to_hub.py --model_dir out/RUN/final --repo_id me/my-adapter
     python publishing/push_to_hub.py --model_dir out/RUN/final --repo_id me/my-adapter --out_dir upload   # only look
 
-What is uploaded names the base by its name on the hub, and no path of this machine. A token that may write is in the
+Only the files of the model are uploaded, not what else is in its folder; they name the base by its name on the hub, and
+no path of this machine. A token that may write is in the
 environment variable HF_TOKEN, or was stored by `hf auth login`.
 """
 
@@ -56,15 +57,15 @@ class Settings:
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
+import re
 import shutil
 import tempfile
 
 from publishing.model_card import Card, base_name, licence_of, write_card
-from shell.files import MANIFEST, check_manifest, new_folder, read_json, write_json
+from publishing.model_files import ADAPTER, BASE, LICENCES, copy_model, is_adapter, left_out
+from shell.files import MANIFEST, check_manifest, new_folder, read_json
 from tracking.run_files import is_run, read_settings
-from weights.checkpoint import LEGAL_FILES, NOTES, find_base, read_notes
-
-ADAPTER = "adapter_config.json"
+from weights.checkpoint import find_base, read_notes
 
 
 def main(s: Settings) -> None:
@@ -87,9 +88,12 @@ def check_repo_id(s: Settings) -> None:
 
     try:
         validate_repo_id(s.repo_id)
+        whole = "/" in s.repo_id  # the hub would put the user's name before it, which the card does not know
     except HFValidationError:
-        raise UserError(f"--repo_id {s.repo_id}: expected a name such as me/my-adapter") from None
-    if not (s.model_dir / ADAPTER).is_file() and not (s.model_dir / "config.json").is_file():
+        whole = False
+    if not whole:
+        raise UserError(f"--repo_id {s.repo_id}: expected a name such as me/my-adapter")
+    if not is_adapter(s.model_dir) and not (s.model_dir / "config.json").is_file():
         raise UserError(f"--model_dir {s.model_dir}: neither an adapter ({ADAPTER}) nor a model (config.json)")
     if (s.model_dir / MANIFEST).is_file():
         check_manifest(s.model_dir)
@@ -97,46 +101,51 @@ def check_repo_id(s: Settings) -> None:
 
 def describe(s: Settings) -> Card:
     """What the model card says. Raises UserError if the base's name or licence cannot be found."""
-    adapter = (s.model_dir / ADAPTER).is_file()
     run_dir = s.run_dir or s.model_dir.resolve().parent
     if s.run_dir is not None and not is_run(s.run_dir):
         raise UserError(f"--run_dir {s.run_dir}: no run of finetune.py")
     run_dir = run_dir if is_run(run_dir) else None
     notes = read_notes(s.model_dir)
     noted = notes.get("checkpoint_dir") or (read_settings(run_dir)["checkpoint_dir"] if run_dir else None)
-    base = s.base_model or base_name(noted)
+    base = s.base_model or base_name(noted) or uploaded_base(s.model_dir, noted)
     if base is None:
         raise UserError(f"--base_model: {noted or 'the base'} is not the base's name on the hub: give it, as ORG/NAME")
     folder = base_folder(s.model_dir, noted)
     licence = s.license or licence_of(folder)
     if licence is None:
         raise UserError(f"--license: the folder of {base} has no model card with a licence: give it, as apache-2.0")
-    return Card(s.repo_id, base, licence, adapter, notes, run_dir, s.model_dir.resolve(), folder)
+    return Card(s.repo_id, base, licence, is_adapter(s.model_dir), notes, run_dir, s.model_dir.resolve(), folder)
+
+
+def uploaded_base(model_dir: Path, noted: str | None) -> str | None:
+    """The base's name on the hub, if both files of an adapter name it, as only `make_folder` writes it; else None.
+
+    Training notes the absolute path of a folder in the one.
+    """
+    if not is_adapter(model_dir) or noted is None or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", noted):
+        return None
+    return noted if read_json(model_dir / ADAPTER).get(BASE) == noted else None
 
 
 def base_folder(model_dir: Path, noted: str | None) -> Path | None:
     """The folder of the base, if it is here."""
     try:
-        return find_base(model_dir) if (model_dir / ADAPTER).is_file() else Path(noted) if noted else None
+        return find_base(model_dir) if is_adapter(model_dir) else Path(noted) if noted else None
     except UserError:
         return None
 
 
 def make_folder(s: Settings, card: Card, out_dir: Path) -> None:
     """Write what is uploaded: the model's files with no path of this machine in them, the card, the base's licence."""
+    others = left_out(s.model_dir)
     with new_folder(out_dir) as folder:
-        for path in sorted(s.model_dir.iterdir()):
-            if path.is_file() and path.name not in (MANIFEST, "README.md"):
-                shutil.copy(path, folder / path.name)
-        if card.adapter:
-            config = read_json(folder / ADAPTER)
-            write_json(folder / ADAPTER, config | {"base_model_name_or_path": card.base})
-        if (folder / NOTES).is_file():
-            write_json(folder / NOTES, card.notes | {"checkpoint_dir": card.base})
-        for name in LEGAL_FILES:
-            if card.base_dir is not None and (card.base_dir / name).is_file() and name != "README.md":
+        copy_model(s.model_dir, folder, card.base)
+        for name in LICENCES:
+            if card.base_dir is not None and (card.base_dir / name).is_file():
                 shutil.copy(card.base_dir / name, folder / name)
         write_card(card, folder)
+    if others:
+        print(f"left out of {s.model_dir}: {', '.join(others)}")
 
 
 def upload(s: Settings, folder: Path) -> str:

@@ -35,6 +35,7 @@ requirements.explain_missing()  # before the first import that may be missing
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse.typing import register_type
 
 from shell import process
 from shell.explain import HelpFormatter, JsonFile, explain, show_values
@@ -45,6 +46,24 @@ _NAME = r"[A-Za-z0-9][\w.-]*"  # of an adapter, among several
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: what, where (file, line, key, tensor), what to do."""
+
+
+def local_url(text: str) -> str:
+    """A text as it is, but file://localhost/… as file:///…. Raises UserError for a file://HOST/… of another machine."""
+    text = re.sub("^file://localhost/", "file:///", text)
+    if re.match("file://[^/]", text):
+        raise UserError(f"{text}: expected file:///FOLDER with three slashes, or the folder's path alone")
+    return text
+
+
+def _path(text):
+    """What a flag of the type Path has: ~ is the home folder also where no shell has seen it."""
+    if not isinstance(text, str):
+        raise UserError(f"{text}: expected a path (a number in quotes)")  # YAML's 0010 is the number 8
+    return Path(os.path.expanduser(local_url(text)))
+
+
+register_type(Path, deserializer=_path, deserializer_exceptions=UserError, type_check=isinstance)
 
 
 def parse(settings_class: type, args: list[str] | None = None) -> Any:
@@ -66,7 +85,8 @@ def parse(settings_class: type, args: list[str] | None = None) -> Any:
         _check_nesting(args)
         values = parser.parse_args(args).as_dict()
         values.pop("config")
-        return settings_class(**{name: str(v) if isinstance(v, JsonFile) else v for name, v in values.items()})
+        files = {name: str(os.path.expanduser(v)) for name, v in values.items() if isinstance(v, JsonFile)}
+        return settings_class(**(values | files))
     except UnicodeDecodeError as error:
         fail(explain(f"Unexpected config: {error}", flags, args))
     except argparse.ArgumentError as error:
@@ -194,9 +214,9 @@ def named_folders(value: str | list[str] | None, flag: str) -> dict[str, Path]:
         if name == "base" or name in folders:
             reason = "is the base alone" if name == "base" else "comes twice"
             raise UserError(f"--{flag}: the name {name} {reason}: choose another")
-        if "://" not in folder and not Path(folder).is_dir():  # an address is fetched later
+        folders[name] = _path(folder)
+        if "://" not in folder and not folders[name].is_dir():  # an address is fetched later
             raise UserError(f"--{flag} {name}={folder}: no such folder")
-        folders[name] = Path(folder)
     if value is not None and not folders:
         raise UserError(f"--{flag}: expected NAME=FOLDER, one or several with commas between them")
     return folders
@@ -296,7 +316,8 @@ def _check_nesting(args):
              if a == "--config" or a.startswith("--config=")]  # fmt: skip
     for path in given:
         try:
-            yaml.compose(Path(path).read_bytes(), yaml.SafeLoader)  # in Python, where recursion has an end
+            content = Path(os.path.expanduser(path)).read_bytes()
+            yaml.compose(content, yaml.SafeLoader)  # in Python, where recursion has an end
         except RecursionError:
             raise UserError(f"--config {path} is nested too deeply: it is not a YAML file of settings") from None
         except (OSError, ValueError, yaml.YAMLError):

@@ -51,7 +51,8 @@ def explain(message: str, flags: dict[str, type], args: list[str]) -> str:
     key = re.search(r'Parser key "(\w+)"', message)
     value = re.search(r"(?:Got value|Given value|value): (.*)", message)
     if key and value and key[1] in flags:
-        return f"--{key[1]} {value[1]}: expected {_describe(flags[key[1]])}"
+        of_host = re.match(r"\[?file://[^/]", value[1])  # cli.py refuses it
+        return f"--{key[1]} {value[1]}: expected {'file:///FOLDER' if of_host else _describe(flags[key[1]])}"
     required = re.search(r'Key "(\w+)" is required|arguments are required: (.+)', message)
     if required:
         names = ["--" + name for name in (required[1] or required[2]).split(", ")]
@@ -61,7 +62,7 @@ def explain(message: str, flags: dict[str, type], args: list[str]) -> str:
         files = " or ".join(re.findall(r"--config[= ](.+?)(?= --|$)", " ".join(args)))
         why = broken[1].replace('in "<unicode string>", ', "at ")
         return f"--config {files} is not a YAML file of settings: {why or 'it is empty'}"
-    return re.sub(r'Parser key "(\w+)"', r"--\1", message)
+    return re.sub(r'Parser key "(\w+)"(?::\s+Not of type Path:)?', r"--\1", message)
 
 
 # ----------------------------------------------------------------------------------------------- flags that are unknown

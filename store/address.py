@@ -7,19 +7,22 @@ Beside NAME, in the same place, are the blobs that all names there share:
     bucket/models/NAME/latest.json                   which version the name alone stands for
 
 A version's 12 digits are the first of the SHA-256 of its list of files: the same files have the same version.
+
+In file:///… percent signs are those of a URL: %20 is a space, and a folder's own % is written %25.
 """
 
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
-from shell.cli import UserError
+from shell.cli import UserError, local_url
 
 PROTOCOLS = ("s3", "gs", "file")
 DIGITS = 12
 BLOBS, VERSIONS, LATEST = "blobs", "versions", "latest.json"
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")  # pathlib makes one slash of two: Path("s3://b/x") is s3:/b/x
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):(/+)(.*)")  # pathlib makes one slash of two: Path("s3://b/x") is s3:/b/x
 
 
 class Address(NamedTuple):
@@ -31,7 +34,7 @@ class Address(NamedTuple):
     version: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.protocol}://{self.path}" + (f"@{self.version}" if self.version else "")
+        return written(self.protocol, self.path) + (f"@{self.version}" if self.version else "")
 
     @property
     def path(self) -> str:
@@ -67,17 +70,25 @@ def parse_place(text: str | Path) -> tuple[str, str]:
     A path without a protocol is that of a store on this machine. Raises UserError for another protocol, or for none of
     a path.
     """
-    match = _URL.fullmatch(str(text))
+    match = _URL.fullmatch(local_url(str(text)))
     if match is None:
-        return "file", os.path.abspath(text)
-    protocol, path = match[1], match[2].rstrip("/")
+        return "file", os.path.abspath(os.path.expanduser(text))
+    protocol, slashes, path = match.groups()
+    of_files = protocol == "file"
+    shown = f"{protocol}:{slashes if len(slashes) > 1 else '///' if of_files else '//'}{path}"
     if protocol not in PROTOCOLS:
-        raise UserError(
-            f"{protocol}://{path}: expected a folder, or an address that begins with s3://, gs:// or file://"
-        )
-    if not path or any(part in ("", ".", "..") for part in path.split("/")):
-        raise UserError(f"{protocol}://{path}: expected {protocol}://BUCKET/NAME, with folders between them or without")
-    return protocol, f"/{path}" if protocol == "file" else path
+        raise UserError(f"{shown}: expected a folder, or an address that begins with s3://, gs:// or file://")
+    path = os.fsdecode(unquote_to_bytes(path)) if of_files else path.rstrip("/")
+    parts = [part for part in path.split("/") if part or not of_files]  # in a bucket, an empty name is one
+    if not parts or any(part in ("", ".", "..") for part in parts):
+        form = "file:///FOLDER/NAME" if of_files else f"{protocol}://BUCKET/NAME"
+        raise UserError(f"{shown}: expected {form}, with folders between them or without")
+    return protocol, "/" * of_files + "/".join(parts)
+
+
+def written(protocol: str, path: str) -> str:
+    """A place as an address."""
+    return f"{protocol}://{path.replace('%', '%25') if protocol == 'file' else path}"
 
 
 def parse(text: str | Path) -> Address:
@@ -86,9 +97,9 @@ def parse(text: str | Path) -> Address:
     root, slash, last = path.rpartition("/")
     name, version = _split(last)
     if not slash or not name or (protocol != "file" and not root):
-        raise UserError(f"{protocol}://{path} names no model: expected {protocol}://BUCKET/NAME")
+        raise UserError(f"{written(protocol, path)} names no model: expected {protocol}://BUCKET/NAME")
     if name == BLOBS:
-        raise UserError(f"{protocol}://{path}: the name {BLOBS} is the store's own: choose another")
+        raise UserError(f"{written(protocol, path)}: the name {BLOBS} is the store's own: choose another")
     return Address(protocol, root, name, version)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from shell import cli
 from shell.cli import UserError
 from shell.files import clear_leftovers, remove_folder
-from store.address import Address
+from store.address import Address, written
 
 FOLDER, LIMIT = "ONETUNE_STORE_CACHE", "ONETUNE_STORE_LIMIT"  # environment variables
 DEFAULT_LIMIT = "200GB"
@@ -56,7 +56,7 @@ def address_of(folder: str | Path) -> str:
     if not Path(folder).absolute().is_relative_to(folders):
         return str(folder)
     protocol, *path = Path(folder).absolute().relative_to(folders).parts
-    return f"{protocol}://{'/' if protocol == 'file' else ''}{'/'.join(path)}"
+    return written(protocol, f"{'/' if protocol == 'file' else ''}{'/'.join(path)}")
 
 
 def versions_here(address: Address) -> list[str]:

@@ -60,7 +60,7 @@ if __name__ == "__main__":
 import datetime
 
 from store import cache
-from store.address import BLOBS, LATEST, VERSIONS, Address, parse, parse_place
+from store.address import BLOBS, LATEST, VERSIONS, Address, parse, parse_place, written
 from store.fetch import fetch, files_of, latest, pull, verify
 from store.publish import check_address, publish
 from store.remote import Remote
@@ -93,14 +93,14 @@ def show(protocol: str, path: str) -> None:
     found = remote.listing(path)
     names = {entry.name for entry in found}
     if {LATEST, VERSIONS} <= names:
-        show_versions(remote, parse(f"{protocol}://{path}"))
+        show_versions(remote, parse(written(protocol, path)))
         return
     if not found:
-        raise UserError(f"{protocol}://{path}: nothing is there")
+        raise UserError(f"{written(protocol, path)}: nothing is there")
     for entry in found:
         if entry.is_folder and entry.name != BLOBS:
             published = remote.size(f"{path}/{entry.name}/{LATEST}") is not None
-            print(f"{protocol}://{path}/{entry.name}{'' if published else '/'}")
+            print(written(protocol, f"{path}/{entry.name}{'' if published else '/'}"))
     files = [entry.name for entry in found if not entry.is_folder]
     if files:
         print(f"and {len(files)} files that are in no store, such as {files[0]}")

@@ -6,13 +6,14 @@ publish under one name at once both write whole versions; the name is that of th
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 
 from shell.cli import UserError
 from shell.files import MANIFEST, THREADS, check_manifest, sha256
 from shell.progress import bar
 from store import version
-from store.address import Address, parse
+from store.address import LATEST, VERSIONS, Address, parse
 from store.remote import Remote
 from store.version import Entry
 
@@ -28,6 +29,25 @@ def check_address(text: str, flag: str) -> Address:
     return address
 
 
+def check_place(address: Address, folder: Path) -> None:
+    """Raise UserError if publishing `folder` there would put a name among other files, which nobody would then read."""
+    if address.protocol != "file":
+        return
+    again = "publish under a name that is not there yet"
+    place, folder = Path(address.path).resolve(), folder.resolve()
+    if place.is_relative_to(folder) or folder.is_relative_to(place):
+        raise UserError(f"{address} is, holds or lies in {folder}, which is to be published: {again}")
+    try:
+        found = sorted(path.name for path in place.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{address}: {error.strerror}: {again}") from None
+    others = [name for name in found if name not in (VERSIONS, LATEST) and not fnmatch(name, f"{LATEST}.*.tmp")]
+    if others:
+        raise UserError(f"{address} is a folder with files of its own, such as {others[0]}: {again}")
+
+
 def check_reachable(address: Address) -> None:
     """Raise UserError if nothing can be read where something is to be published later."""
     Remote(address.protocol).read(address.latest)
@@ -36,10 +56,11 @@ def check_reachable(address: Address) -> None:
 def publish(folder: Path, address: Address) -> Address:
     """Publish a folder under a name. Returns the address with the version.
 
-    Raises UserError if the folder is damaged or changes meanwhile, or if the store cannot take it; then the name stands
-    for what it stood for before.
+    Raises UserError if the folder is damaged or changes meanwhile, if other files are in the place of the name, or if
+    the store cannot take it; then the name stands for what it stood for before.
     """
     paths = files_in(folder)
+    check_place(address, folder)
     stamps = {name: _stamp(path) for name, path in paths.items()}
     remote = Remote(address.protocol)
     before = remote.read(address.latest)
@@ -64,7 +85,7 @@ def files_in(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist, or is no folder")
-    if (folder / "latest.json").is_file() and (folder / "versions").is_dir():
+    if (folder / LATEST).is_file() and (folder / VERSIONS).is_dir():
         raise UserError(f"{folder} is a name in a store: push a folder of files, such as one that --pull made")
     paths, hidden = {}, set()
     for path in sorted(folder.rglob("*")):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from shell import cli
 from shell.cli import UserError
-from store.publish import check_address
+from store.publish import check_address, check_place
 
 # --beta1 and --beta2 of an optimiser where they are not AdamW's 0.9 and 0.999; None: it has no such average.
 BETAS = {
@@ -313,7 +313,7 @@ class Settings:
 
     def _check_publish(self):
         if self.publish is not None:
-            check_address(self.publish, "publish")
+            check_place(check_address(self.publish, "publish"), self.out_dir / "final")
             if self.sweep is not None:
                 raise UserError(
                     "--publish is of one run: publish those of a --sweep with python store/models.py --push"

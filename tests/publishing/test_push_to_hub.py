@@ -4,19 +4,25 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from http_stub import JsonHandler, serving
-from test_finetune import random_samples, run, settings  # noqa: F401 (fixtures)
+from safetensors import safe_open
+from test_finetune import random_samples, run, settings, write_data  # noqa: F401 (fixtures)
 
 import convert_hf_checkpoint
 from publishing import push_to_hub
-from publishing.model_card import base_name, licence_of
+from publishing.model_card import base_name, is_place, licence_of
+from publishing.model_files import copy_model
 from shell.cli import UserError
 from shell.files import check_manifest
 from tracking.results import record_result
+from weights.peft_format import METADATA
+from weights.safetensors_format import write_tensors
 
 
 @pytest.fixture
@@ -76,7 +82,77 @@ def test_what_is_uploaded_of_a_merged_model(trained, tmp_path, tiny_model_dir):
     head, text = head_and_text(up)
     assert head["base_model_relation"] == "finetune" and head["library_name"] == "transformers"
     assert "AutoModelForCausalLM.from_pretrained" in text and "PEFT" not in text
+    assert "model-index" not in head, "the hub would take the adapter's results for the model's"
+    assert "No evaluation was made." not in text
+    assert re.search(r"Of the adapter, before it was merged:\n\n.*\n.*\n\| exact_match \| te\\\|st \| 0.75 \|", text)
     assert (up / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+
+
+def test_only_what_belongs_to_the_model(trained, tmp_path, capsys):
+    out, secret = trained(save_interval=2), tmp_path / "secret"
+    step = out / "step-000002"
+    secret.write_text("a secret")
+    for name in (".env", "private_notes.txt", "README.md"):
+        (step / name).write_text("a secret")
+    (step / "link.json").symlink_to(secret)
+    (step / "sub").mkdir()
+    (step / "sub" / "x.txt").write_text("a secret")
+    (step / "tokenizer_config.json").write_text('{"name_or_path": "/home/me/base", "eos_token": "x"}')
+    (step / "manifest.json").unlink()
+    push(out, model_dir=step, out_dir=tmp_path / "up")
+    ours = {"adapter_config.json", "adapter_model.safetensors", "onetune.json", "tokenizer_config.json"}
+    assert {path.name for path in (tmp_path / "up").iterdir()} == ours | {"README.md", "manifest.json"}
+    assert "a secret" not in (tmp_path / "up" / "README.md").read_text()
+    assert json.loads((tmp_path / "up" / "tokenizer_config.json").read_text()) == {"eos_token": "x"}
+    assert (
+        f"left out of {step}: .env, README.md, link.json, optimizer.json, optimizer.safetensors, private_notes.txt, "
+        "run.json, scaler.json, settings.json, sub/\n" in capsys.readouterr().out
+    )
+
+
+def test_the_tensors_of_a_stacked_adapter_name_no_path(tmp_path):
+    source, up = tmp_path / "stacked", tmp_path / "up"
+    for folder in (source, up):
+        folder.mkdir()
+    (source / "adapter_config.json").write_text("{}")
+    tensors, own = {"a": torch.rand(3), "b": torch.rand(2)}, {"base_model_name_or_path": "/home/me/base", "r": 2}
+    write_tensors(source / "adapter_model.safetensors", tensors, {"format": "pt", METADATA: json.dumps(own)})
+    copy_model(source, up, "org/base")
+    with safe_open(up / "adapter_model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()[METADATA]) == {"base_model_name_or_path": "org/base", "r": 2}
+        assert file.metadata()["format"] == "pt" and all(file.get_tensor(k).equal(v) for k, v in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("lora_targets", ["q_proj"], True),
+        ("lora_tokens", ["<tool>", "</tool>"], True),
+        ("forgetting_source", "general", True),
+        ("publish", "shop", False),
+        ("replay", "here", False),
+        ("of a later version", "~/a", False),
+        ("of a later version", ["a", "b/c"], False),
+        ("of a later version", {"a": "s3://bucket/a"}, False),
+    ],
+)
+def test_no_setting_that_is_a_path_is_shown(name, value, shown):
+    assert is_place(name, value) is not shown
+
+
+def test_the_data_are_those_of_the_run(trained, tmp_path, tiny_model_dir, capsys):
+    out, data = trained(publish=str(tmp_path / "shop" / "x")), tmp_path / "data"
+    push(out, out_dir=tmp_path / "one")
+    text = head_and_text(tmp_path / "one")[1]
+    assert "| gsm8k |" in text and str(tmp_path) not in text
+    assert "other data now" not in capsys.readouterr().out
+    shutil.rmtree(data)
+    write_data(data, tiny_model_dir, random_samples(9, sources=2))
+    push(out, out_dir=tmp_path / "two")
+    text = head_and_text(tmp_path / "two")[1]
+    assert "| gsm8k |" not in text and "not at hand" in text
+    assert json.loads((out / "record.json").read_text())["hashes"]["data (train.safetensors)"] in text
+    assert f"{data} is not there, or has other data now" in capsys.readouterr().out
 
 
 def test_an_adapter_that_no_run_of_ours_made(trained, tmp_path):
@@ -176,9 +252,22 @@ def test_a_token_that_may_not(trained, hub, run_script):
 
 
 def test_what_a_base_is_called():
-    assert base_name("checkpoints/org/base") == base_name("/a/checkpoints/org/base") == base_name("org/base")
-    assert base_name("org/base") == "org/base"
-    assert [*map(base_name, ("/somewhere/base", "checkpoints/base", "./base", None))] == [None] * 4
+    assert base_name("checkpoints/org/base") == base_name("/a/checkpoints/org/base") == "org/base"
+    paths = (
+        "/somewhere/base",
+        "checkpoints/base",
+        "./base",
+        "models/llama",
+        "s3://b/checkpoints/o/b@0123456789ab",
+        None,
+    )
+    assert [*map(base_name, paths)] == [None] * len(paths)
+
+
+def test_an_adapter_that_was_uploaded_names_its_base(trained, tmp_path):
+    push(trained(), out_dir=tmp_path / "up")
+    push(tmp_path, model_dir=tmp_path / "up", base_model=None, out_dir=tmp_path / "again")
+    assert head_and_text(tmp_path / "again")[0]["base_model"] == "org/base"
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def test_defaults_and_types():
         (["--plan", "some/plan.json"], "plan", "some/plan.json"),
         (["--plan", "{a: b}"], "plan", {"a": "b"}),
         (["--plan", "null"], "plan", None),
+        (["--plan=~/plan.json"], "plan", str(Path.home() / "plan.json")),
         (["--resume", "true"], "resume", True),
         (["--resume"], "resume", True),
         (["--resume", "--steps", "3"], "resume", True),
@@ -106,6 +107,8 @@ def test_defaults_and_types():
         (["--resume=false"], "resume", False),
         (["--seed", "5"], "seed", 5),
         (["--out_dir", "a b/c"], "out_dir", Path("a b/c")),
+        (["--out_dir=~/a"], "out_dir", Path.home() / "a"),
+        (["--out_dir=file://localhost/a"], "out_dir", Path("file:///a")),
     ],
 )
 def test_flags(args, name, value):
@@ -120,6 +123,15 @@ def test_config_file_and_flags_over_it(tmp_path):
     assert settings == Settings(Path("there"), 1e-3, 7, quantize="bnb.int8", targets=["k_proj"])
     settings = parse("--config", str(path), "--steps", "9", "--quantize=null", "--data_dir", "here")
     assert settings == Settings(Path("here"), 1e-3, 9, targets=["k_proj"])
+
+
+def test_the_home_folder_where_no_shell_has_seen_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("data_dir: ~/there\n")
+    assert parse("--config=~/recipe.yaml").data_dir == tmp_path / "there"
+    assert cli.checked_values(Settings, {"data_dir": "~/there"}, "x")["data_dir"] == tmp_path / "there"
+    (tmp_path / "a").mkdir()
+    assert cli.named_folders("a=~/a", "adapters") == {"a": tmp_path / "a"}
 
 
 def test_print_config_can_be_given_back(capsys, tmp_path):
@@ -186,6 +198,7 @@ def test_help_shows_what_each_flag_takes(capsys):
         (["--resume", "perhaps"], ["--resume perhaps", "true or false"]),
         (["--seed", "x"], ["--seed x", "a whole number", "null"]),
         (["--targets", "q_proj"], ["--targets q_proj", "a list such as [a,b]"]),
+        (["--out_dir", "file://shared/a"], ["--out_dir file://shared/a: expected file:///FOLDER"]),
         (["--steps", "0"], ["--steps 0: must be above 0"]),
         (["stray"], ["stray"]),
     ],
@@ -277,6 +290,7 @@ def test_help_is_quick_and_imports_little(script):
         ("steps: many\n", ["--steps many", "a whole number"]),
         ("precision: fp8\n", ["--precision fp8", "32-true"]),
         ("steps: 0\n", ["--steps 0"]),
+        ("out_dir: 0010\n", ["--out_dir 8: expected a path"]),
         ("steps: [1\n", ["recipe.yaml"]),
         ("steps: 1\n\tprecision: 32-true\n", ["recipe.yaml"]),
         ("just a text", ["recipe.yaml"]),

@@ -142,6 +142,9 @@ def test_publishing_that_fails_at_the_end(train, run_script, tmp_path):
 
 def test_publishing_that_cannot_work_is_refused_before_the_first_step(train, tmp_path):
     check_refusal(*train("--publish", "s3://nobucket/orders"), "s3://nobucket/orders", "no such bucket")
+    check_refusal(*train("--publish", tmp_path / "data"), f"file://{tmp_path}/data is a folder with files", "data.json")
+    check_refusal(*train("--publish", tmp_path / "out"), "is, holds or lies in", f"{tmp_path}/out/final")
+    check_refusal(*train("--publish", "file://shop/orders"), "--publish file://shop/orders: expected file:///FOLDER")
     assert not (tmp_path / "out").exists()
 
 

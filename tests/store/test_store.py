@@ -92,6 +92,11 @@ def refused(*args, says):
         (Path("s3://bucket/x/a"), Address("s3", "bucket/x", "a")),
         (Path("gs://bucket/a@b"), Address("gs", "bucket", "a@b")),
         ("file:///x/a/", Address("file", "/x", "a")),
+        ("file:///x//a", Address("file", "/x", "a")),
+        ("file://localhost/x/a", Address("file", "/x", "a")),
+        ("file:///x%20y/a%25b", Address("file", "/x y", "a%b")),
+        ("s3://bucket/x%20y/a%b", Address("s3", "bucket/x%20y", "a%b")),
+        ("~/x/a", Address("file", str(Path.home() / "x"), "a")),
         ("/x/a@0123456789ab", Address("file", "/x", "a", "0123456789ab")),
     ],
 )
@@ -110,6 +115,9 @@ def test_an_address(text, address):
         ("s3://bucket//a", "BUCKET/NAME"),
         ("s3://bucket/blobs", "the store's own"),
         ("https://host/a", "s3://, gs:// or file://"),
+        ("file://x/a", "file://x/a: expected file:///FOLDER"),
+        ("file:///x/../a", "file:///x/../a: expected file:///FOLDER/NAME"),
+        ("file:///x/%2e%2e/a", "file:///FOLDER/NAME"),
     ],
 )
 def test_what_is_no_address(text, word):
@@ -119,7 +127,7 @@ def test_what_is_no_address(text, word):
 
 def test_a_folder_is_named_by_where_it_came_from(monkeypatch, tmp_path):
     monkeypatch.setenv("ONETUNE_STORE_CACHE", str(tmp_path))
-    for text in ("s3://b/x/a@0123456789ab", "gs://b/a@0123456789ab", "file:///x/a@0123456789ab"):
+    for text in ("s3://b/x/a@0123456789ab", "gs://b/a@0123456789ab", "file:///x%25/a@0123456789ab"):
         assert cache.address_of(cache.folder_of(parse(text))) == text
     for folder in ("models/a", tmp_path / "a", "/x"):
         assert cache.address_of(folder) == str(folder)
@@ -145,6 +153,43 @@ def test_there_and_back(s3, small, tmp_path, kind):
     check_manifest(folder)
     assert push(folder, to) == address, "a folder that was pulled is the same version"
     assert verify(parse(to))[0] == address
+
+
+@pytest.mark.parametrize(
+    ("to", "says"),
+    [
+        ("small", "is, holds or lies in"),
+        ("small/inner", "is, holds or lies in"),
+        (".", "is, holds or lies in"),
+        ("link", "is, holds or lies in"),
+        ("other", "files of its own, such as config.json"),
+        ("other/config.json", "Not a directory"),
+    ],
+)
+def test_a_name_does_not_come_among_other_files(small, tmp_path, to, says):
+    write_folder(tmp_path / "other", {"config.json": 10, "latest.json": 10})
+    (tmp_path / "link").symlink_to(small)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"{says}.*: publish under a name that is not there yet"):
+        push(small, tmp_path / to)
+    assert contents(tmp_path) == before and published(tmp_path / to) is None
+
+
+def test_what_a_killed_push_left_is_no_file_of_its_own(small, tmp_path):
+    write_folder(tmp_path / "shop" / "llama", {"versions/0123456789ab.json": 3, "latest.json.7-7.tmp": 3})
+    push(small, tmp_path / "shop" / "llama")
+    assert contents(local(tmp_path / "shop" / "llama")) == contents(small)
+
+
+def test_a_folder_with_a_space_and_a_percent_sign(small, tmp_path):
+    place = tmp_path / "fl ow" / "100%25"
+    code, out, err = command("--push", small, "--to", place.as_uri())
+    assert code == 0 and contents(local(out.split("published ")[1].strip())) == contents(small), err
+    assert published(place), "as_uri writes %20 and %25"
+    code, out, err = command("--list", place)
+    assert code == 0 and local(out.split("  ")[0]) == local(place), err
+    code, out, err = command("--list", place.parent)
+    assert code == 0 and local(out.strip()) == local(place), err
 
 
 def test_files_of_the_cache_are_links_and_read_only(s3, small):
