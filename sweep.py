@@ -23,7 +23,7 @@ class Settings:
 
     Args:
         sweep: YAML file: the flags of finetune.py with their values and ranges, the sampler, the pruner, the metric.
-        out_dir: Folder for the trials and the report.
+        out_dir: Folder for the trials and the report, of this search alone.
         storage: Optuna's URL of the database that the processes of a search share, such as
             postgresql://user@host/name; by default a SQLite file, study.db in out_dir.
         study_name: Name of the search in that database.
@@ -40,8 +40,6 @@ class Settings:
         cli.check_files(self, "sweep")
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise UserError(f"--out_dir {self.out_dir} is a file: choose another")
-        if self.storage is None:
-            self.storage = f"sqlite:///{self.out_dir / 'study.db'}"
 
 
 if __name__ == "__main__":
@@ -53,7 +51,7 @@ from optuna.trial import TrialState
 from search.children import Signals
 from search.report import describe, write_report
 from search.search_file import Search, read_search
-from search.study import explained, open_study, release, take_trial
+from search.study import explained, open_study, own_database, release, take_trial
 from search.trial import Outcome, run_trial
 from shell.process import signals_handled
 
@@ -65,8 +63,9 @@ def main(s: Settings) -> None:
     """Work on trials until all are done, or a signal comes; then write the report."""
     cli.check_installed("sklearn", "matplotlib")
     search = read_search(s.sweep)
-    with explained(s.storage):
-        study = open_study(search, s.out_dir, s.storage, s.study_name, new=not s.report)
+    storage = own_database(s.out_dir) if s.storage is None else s.storage
+    with explained(storage):
+        study = open_study(search, s.out_dir, storage, s.study_name, new=not s.report)
         signals, problem = Signals(), None
         if not s.report:
             with signals_handled(signals.note):

@@ -9,6 +9,7 @@ prepare.yaml is what prepare_data.py takes with --config: data, checkpoint_dir, 
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 # In a container Metaflow puts this file elsewhere; the project is where the image has it.
@@ -18,7 +19,7 @@ from metaflow import Config, FlowSpec, Parameter, card, current, project, retry,
 from metaflow.integrations import ArgoEvent
 from metaflow.metaflow_config import ARGO_EVENTS_WEBHOOK_URL
 
-from flows.scripts import EVENT, PROJECT, NotGoodEnough, fetch_source, run_script, settings_file
+from flows.scripts import EVENT, PROJECT, NotGoodEnough, fetch_source, run_script, say_replaced, settings_file
 from shell.files import read_json
 
 
@@ -36,6 +37,7 @@ class DataPrepFlow(FlowSpec):
     @step
     def start(self) -> None:
         """Fetch: copy sources at addresses such as s3://… or https://… to this machine."""
+        say_replaced(self.prepare_config, {"out_dir": self.out_dir})
         data = self.prepare_config["data"]
         folder = Path(self.out_dir).with_name("fetched")
         self.sources = [fetch_source(each, folder) for each in ([data] if isinstance(data, str) else data)]
@@ -46,8 +48,9 @@ class DataPrepFlow(FlowSpec):
     def prepare(self) -> None:
         """Validate, clean, render and tokenise. What is prepared already in the same way is used as it is."""
         out_dir = Path(self.out_dir)
-        config = settings_file(dict(self.prepare_config.to_dict()), out_dir.with_name(f"{out_dir.name}.yaml"))
-        run_script("prepare_data.py", config=config, data=self.sources, out_dir=out_dir)
+        with tempfile.TemporaryDirectory() as folder:  # beside out_dir there may be a file of the user's
+            config = settings_file(self.prepare_config.to_dict(), Path(folder, "prepare.yaml"))
+            run_script("prepare_data.py", config=config, data=self.sources, out_dir=out_dir)
         self.info = read_json(out_dir / "data.json")
         self.next(self.check)
 

@@ -15,10 +15,18 @@ sys.path.insert(0, os.environ.get("ONETUNE_ROOT", str(Path(__file__).resolve().p
 
 from metaflow import Config, FlowSpec, Parameter, card, current, project, resources, retry, step, trigger
 
-from flows.scripts import EVENT, PROJECT, ScriptError, run_script, settings_file
+from flows.scripts import EVENT, PROJECT, ScriptError, refuse, run_script, say_replaced, settings_file
 from shell.cli import ROOT
 from shell.files import read_json
 from tracking.run_files import read_columns, read_results
+
+NOT_HERE = {  # flags of finetune.py that a config cannot have here, and why
+    "publish": "what passes the gate is registered as --registered_model",
+    "resume": "a run of the flow has a folder of its own, and each attempt goes on from the last",
+    "sweep": "it leaves several models",
+    "replay": "it leaves no model",
+    "plan": "it leaves no model",
+}
 
 
 @trigger(event={"name": EVENT, "parameters": {"data": "data"}})
@@ -43,8 +51,14 @@ class FinetuneFlow(FlowSpec):
     @step
     def start(self) -> None:
         """Get the data and the base: from this machine, from the model store, or from the hub."""
+        for flag, why in NOT_HERE.items():
+            if self.config.get(flag):
+                refuse(f"config: {flag} is not for the flow: {why}; leave it out")
         self.run_dir = str(Path(self.out_dir).absolute() / f"run-{current.run_id}")
-        self.data_dir = self.data or self.config["data_dir"]
+        self.data_dir = self.data or self.config.get("data_dir")
+        if not self.data_dir:
+            refuse("no data: give --data, or the config a data_dir")
+        say_replaced(self.config, {"out_dir": self.run_dir, "data_dir": self.data_dir})
         if "://" in self.data_dir:
             folder = Path(self.run_dir).with_name(f"data-{current.run_id}")
             if not folder.is_dir():
@@ -58,7 +72,7 @@ class FinetuneFlow(FlowSpec):
         folder = self.config["checkpoint_dir"]
         if "://" in folder or Path(folder).is_dir():
             return folder
-        address = f"{self.store}/{Path(folder).name}" if self.store else None
+        address = f"{self.store}/{name_of(folder)}" if self.store else None
         if address:
             try:
                 run_script("store/models.py", may_refuse=True, pull=address)
@@ -66,7 +80,7 @@ class FinetuneFlow(FlowSpec):
             except ScriptError as error:
                 print(f"not in the store: {error}")
         if not self.repo_id:
-            raise FileNotFoundError(f"{folder} is not here, nor in --store: give --repo_id to fetch it from the hub")
+            refuse(f"{folder} is not here, nor in --store: give --repo_id to fetch it from the hub")
         run_script("convert_hf_checkpoint.py", repo_id=self.repo_id, out_dir=folder)
         if address:
             run_script("store/models.py", push=folder, to=address)
@@ -81,13 +95,10 @@ class FinetuneFlow(FlowSpec):
         from flows.cards import show_picture, show_table
 
         run_dir = Path(self.run_dir)
-        values = self.config.to_dict() | {
-            "checkpoint_dir": self.base,
-            "data_dir": self.data_dir,
-            "out_dir": str(run_dir),
-        }
+        values = {"checkpoint_dir": self.base, "data_dir": self.data_dir, "out_dir": self.run_dir}
+        values = self.config.to_dict() | values | {"logger": with_mlflow(self.config.get("logger", []))}
         config = settings_file(values, run_dir.with_name(f"{run_dir.name}.yaml"))
-        run_script("finetune.py", "--resume", config=config, logger=["mlflow"])
+        run_script("finetune.py", "--resume", config=config)
         self.attempts = current.retry_count + 1
         self.summary = read_json(run_dir / "summary.json")
         show_picture("Losses", run_dir / "loss.png")
@@ -143,11 +154,11 @@ class FinetuneFlow(FlowSpec):
         reasons = []
         if self.exact_match is None:
             reasons.append("exact match was not measured: give --test_data")
-        elif self.exact_match < self.min_exact_match:
+        elif not self.exact_match >= self.min_exact_match:  # nor is what is no number
             reasons.append(f"exact match {self.exact_match:.1%} is below --min_exact_match {self.min_exact_match:.1%}")
         if self.forgetting is None:
             reasons.append("forgetting was not measured: the config needs forgetting_source and eval_interval")
-        elif self.forgetting > self.max_forgetting:
+        elif not self.forgetting <= self.max_forgetting:
             reasons.append(f"forgetting {self.forgetting:.3f} is above --max_forgetting {self.max_forgetting:g}")
         return reasons
 
@@ -155,6 +166,20 @@ class FinetuneFlow(FlowSpec):
     def end(self) -> None:
         """Say where everything is."""
         print(f"{current.flow_name}: the run is {self.run_dir}, the model {self.model_dir}, version {self.version}")
+
+
+def name_of(folder: str) -> str:
+    """The name of a base in the store: ORG/NAME of checkpoints/ORG/NAME. Two bases may have one last name."""
+    _, below, name = f"/{Path(folder).as_posix()}".rpartition("/checkpoints/")
+    if not below:
+        refuse(f"checkpoint_dir {folder}: name it checkpoints/ORG/NAME to find ORG/NAME in --store, or by its address")
+    return name
+
+
+def with_mlflow(trackers: str | list[str]) -> list[str]:
+    """The config's trackers, and MLflow, which the registry needs."""
+    trackers = [trackers] if isinstance(trackers, str) else [*trackers]
+    return trackers + ["mlflow"] * ("mlflow" not in trackers)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from metaflow.exception import METAFLOW_EXIT_DISALLOW_RETRY, MetaflowException
@@ -55,6 +56,19 @@ def run_script(script: str, *switches: str, may_refuse: bool = False, **flags: o
     return "".join(lines)
 
 
+def refuse(mistake: str) -> NoReturn:
+    """End the step, without another attempt, with the line that says what the user can mend."""
+    print(f"error: {mistake}", flush=True)
+    sys.exit(METAFLOW_EXIT_DISALLOW_RETRY)
+
+
+def say_replaced(config: dict, values: dict[str, str]) -> None:
+    """Print a line if the flow has other values, by flag, than its config. A script takes the config as it is."""
+    replaced = [(flag, value) for flag, value in values.items() if config.get(flag) not in (None, value)]
+    if replaced:
+        print("; ".join(f"{flag} is {v}, not the config's {config[flag]}" for flag, v in replaced), flush=True)
+
+
 def fetch_source(source: str, folder: Path) -> str:
     """Copy rows at an address, such as s3://… or https://…, to `folder`/HASH/NAME. Returns the path there.
 
@@ -72,8 +86,7 @@ def fetch_source(source: str, folder: Path) -> str:
         with fsspec.open(source, "rb") as remote, whole_file(path) as temporary, open(temporary, "wb") as file:
             shutil.copyfileobj(remote, file)
     except (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, ImportError) as error:
-        print(f"error: data: {source} cannot be fetched: {error}", flush=True)
-        sys.exit(METAFLOW_EXIT_DISALLOW_RETRY)
+        refuse(f"data: {source} cannot be fetched: {error}")
     return str(path)
 
 

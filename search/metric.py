@@ -1,7 +1,8 @@
 """What the trials of a search are compared by: a column of metrics.csv, or the exact match of the answers to a file.
 
     metric: val_loss                                              # the default
-    metric: {column: accuracy, direction: maximize}               # another column of metrics.csv
+    metric: forgetting                                            # another loss in metrics.csv: the lower the better
+    metric: {column: teacher_agreement, direction: maximize}      # any column
     metric: {exact_match: test.jsonl, limit: 200, max_new_tokens: 128}   # and other flags of eval/exact_match.py
 
 The value of a trial is that of its last row, so of the weights in its final/.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from tracking.run_files import METRICS, read_rows
 RESULT = "exact_match.json"
 OWN = ("data", "checkpoint_dir", "adapter_dir", "out_file")  # flags of exact match that a trial gives it
 DIRECTIONS = ("minimize", "maximize")
+LOSSES = re.compile(r"(val_)?(loss(/.+)?|cross_entropy|teacher_kl)|val_perplexity|forgetting")  # the lower the better
 VALIDATION = "val_loss"  # the rows of metrics.csv that have a value here are the validations
 
 
@@ -52,8 +55,7 @@ def read_metric(value: Any) -> Metric:
     """The metric that the file of a search asks for. Raises UserError if there is no such metric."""
     if value is None:
         return Metric()
-    if isinstance(value, str):
-        return Metric(value)
+    value = {"column": value} if isinstance(value, str) else value
     if not isinstance(value, dict) or ("column" in value) == ("exact_match" in value):
         raise UserError("metric: expected a column of metrics.csv, {column: …, direction: …} or {exact_match: FILE, …}")
     if "exact_match" in value:
@@ -61,12 +63,14 @@ def read_metric(value: Any) -> Metric:
     for key in value:
         if key not in ("column", "direction"):
             raise UserError(f"metric: unknown key {key!r}, there are column and direction")
-    direction = value.get("direction", "minimize")
-    if direction not in DIRECTIONS:
+    column, direction = value["column"], value.get("direction")
+    if not isinstance(column, str):
+        raise UserError(f"metric: column {column}: expected the name of a column of metrics.csv")
+    if direction is None and not LOSSES.fullmatch(column):
+        raise UserError(f"metric: which {column} is better? Give {{column: {column}, direction: minimize or maximize}}")
+    if direction not in (None, *DIRECTIONS):
         raise UserError(f"metric: direction {direction}: expected {' or '.join(DIRECTIONS)}")
-    if not isinstance(value["column"], str):
-        raise UserError(f"metric: column {value['column']}: expected the name of a column of metrics.csv")
-    return Metric(value["column"], direction)
+    return Metric(column, direction or "minimize")
 
 
 def _read_exact_match(flags):
@@ -86,11 +90,20 @@ def _read_exact_match(flags):
 def read_column(folder: Path, column: str, validations: bool = False) -> list[tuple[int, float]]:
     """(step, value) of each row of a run's metrics.csv that has a value for `column`. A last half line is not read.
 
-    validations: only of the rows of a validation.
+    validations: only of the rows of a validation. Raises UserError as soon as it is clear that there will be none.
     """
+    names, rows = read_rows(folder / METRICS)
+    validated = [row for row in rows if row.get(VALIDATION)]
+    never = column.startswith("val_") and validated and not any(row.get(column) for row in validated)
+    if names and column not in names or never:
+        there = ", ".join(name for name in names if name != column)
+        raise UserError(
+            f"metric {column}: {folder / METRICS} has no {column}: name another column, and another --out_dir; "
+            f"there are {there}"
+        )
     return [
         (int(row["step"]), float(row[column]))
-        for row in read_rows(folder / METRICS)[1]
+        for row in rows
         if row.get(column) and (row.get(VALIDATION) or not validations)
     ]
 

@@ -54,6 +54,11 @@ class Search:
     metric: Metric
     given: dict
 
+    def paths(self, flag: str) -> list[Path]:
+        """The folders or files that a flag may name: of all trials."""
+        values = self.ranges[flag].ends() if flag in self.ranges else [self.fixed.get(flag)]
+        return [Path(value) for value in values if isinstance(value, str)]
+
     @property
     def eval_interval(self) -> int:
         """Steps between validations; with a pruner it is the same for all trials."""
@@ -91,9 +96,10 @@ def _search(given):
         trials = _trials_of_grid(ranges, trials)
     if type(trials) is not int or trials < 1:
         raise UserError(f"trials {trials}: expected how many, a whole number above 0")
-    return Search(
-        ranges, fixed, trials, sampler, seed, pruner, metric, {k: v for k, v in given.items() if k != "trials"}
-    )
+    kept = {key: value for key, value in given.items() if key != "trials"}
+    search = Search(ranges, fixed, trials, sampler, seed, pruner, metric, kept)
+    _check_folders(search)
+    return search
 
 
 def _pruner(value: Any) -> Asha | None:
@@ -118,6 +124,11 @@ def _parameters(entries):
             likely = explain.suggestions(str(flag), FLAGS)
             meant = f", did you mean {' or '.join(likely)}?" if likely else ""
             raise UserError(f"parameters: finetune.py has no flag {flag}{meant}")
+        if flag == "publish":
+            raise UserError(
+                "parameters: publish would give all trials one name: leave it out, and publish the best one with "
+                "python store/models.py --push OUT_DIR/trial-NNNN/final --to ADDRESS"
+            )
         if flag in OWN:
             raise UserError(f"parameters: {flag} is not for a trial: leave it out")
     fixed = {flag: value for flag, value in entries.items() if not is_range(value)}
@@ -127,7 +138,6 @@ def _parameters(entries):
     typed = _typed(fixed, values)
     ranges = {flag: range_of(flag, entries[flag], typed[flag], FLAGS[flag].type) for flag in values}
     _check_together(fixed, ranges)
-    _check_folders(fixed, ranges)
     return ranges, fixed
 
 
@@ -159,10 +169,10 @@ def _check_together(fixed, ranges):
             raise UserError(f"parameters: {which}: {error}") from None
 
 
-def _check_folders(fixed, ranges):
-    for flag in ("checkpoint_dir", "data_dir"):
-        for folder in ranges[flag].ends() if flag in ranges else [fixed[flag]]:
-            if not Path(folder).is_dir():
+def _check_folders(search):
+    for flag in ("checkpoint_dir", "data_dir", "teacher_dir"):
+        for folder in search.paths(flag):
+            if not folder.is_dir():
                 raise UserError(f"parameters: {flag} {folder}: no such folder")
 
 

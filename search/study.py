@@ -12,7 +12,8 @@ the moment it ends, however it ends. So:
   of the whole study. There it sees all trials and all locks, and makes the folder of a new trial before the trial.
 
 The locks are those of one file system. Processes with other folders (machines without a common disk) share the database
-alone: a trial belongs to the folder it is in, and is continued only there.
+alone: a trial belongs to the folder it is in, and is continued only there. A folder belongs to one study, which knows
+it by its mark: the trials of another have the same numbers, and would be taken for its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import fcntl
 import json
 import os
 import random
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +32,15 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from search.contents import contents
 from search.search_file import Search
 from shell.cli import UserError
+from shell.files import whole_file
 
 TIMEOUT = 60  # seconds for which SQLite waits for another process
-GIVEN = "onetune search"  # the study's attribute with the file of the search
+GIVEN = "onetune search"  # the study's attribute with the file of the search, and what is in the files that it names
+MARK = "study.id"  # file in a search's folder; the study has an attribute with its content
+ELSEWHERE = "choose another --out_dir, and with --storage another --study_name too"
 
 
 @dataclass(frozen=True)
@@ -63,37 +69,89 @@ def explained(storage: str) -> Iterator[None]:
         raise UserError(f"--storage {shown}: {' '.join(str(reason).split())[:200]}") from None
 
 
+def own_database(out_dir: Path) -> str:
+    """The URL of the SQLite file in a search's folder. In a URL the path's ?, # and % have other meanings."""
+    url = sqlalchemy.engine.URL.create("sqlite", database=str(out_dir / "study.db"))
+    return url.render_as_string(hide_password=False)
+
+
 def open_study(search: Search, out_dir: Path, storage: str, name: str, new: bool) -> optuna.Study:
     """The study of a search, by its name, in the database at a URL. new: make it if it is not there.
 
-    Raises UserError if it is not there, or is that of another search.
+    Raises UserError if it is not there, or is that of another search, or the folder is that of another.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     url = sqlalchemy.engine.make_url(storage)
-    absent = url.drivername == "sqlite" and not Path(url.database or "").is_file()
-    if absent and not new:
+    if not new and _absent(url):
         raise UserError(f"{url.database}: there is no search yet: start it without --report")
-    waiting = {"connect_args": {"timeout": TIMEOUT}} if url.drivername == "sqlite" else {}
+    named = contents(search)
     with _made(out_dir), study_locked(out_dir):
-        database = optuna.storages.RDBStorage(storage, engine_kwargs=waiting)
-        names = [each.study_name for each in optuna.get_all_study_summaries(database)]
-        if name not in names and not new:
-            raise UserError(f"--study_name {name}: there is no such search yet: start it without --report")
+        if _absent(url):
+            _check_folder(out_dir, {})  # before a database is made
+        database = _database(url)
+        if name not in optuna.get_all_study_names(database):
+            if not new:
+                raise UserError(f"--study_name {name}: there is no such search yet: start it without --report")
+            _check_folder(out_dir, {})
         study = optuna.create_study(
             storage=database, study_name=name, direction=search.metric.direction, load_if_exists=True
         )
-        given = json.loads(json.dumps(search.given, default=str))
-        before = study.user_attrs.get(GIVEN)
-        if before is None and not study.get_trials(deepcopy=False):
-            study.set_user_attr(GIVEN, given)
-        elif before != given:
-            changed = [key for key in sorted({**(before or {}), **given}) if (before or {}).get(key) != given.get(key)]
-            raise UserError(
-                f"the search there has other {', '.join(changed)}: only trials may change; choose another --out_dir, "
-                "or another --study_name"
-            )
+        _check_search(study, json.loads(json.dumps(search.given, default=str)), named)
+        _check_folder(out_dir, study.user_attrs)
+        _mark_folder(study, out_dir)
     study.pruner = _pruner(search)
     return study
+
+
+def _absent(url):
+    return url.drivername == "sqlite" and not Path(url.database or "").is_file()
+
+
+def _database(url):
+    waiting = {"connect_args": {"timeout": TIMEOUT}} if url.drivername == "sqlite" else {}
+    return optuna.storages.RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=waiting)
+
+
+def _check_search(study, given, named):
+    """Raise UserError if the study is of another search, or files that it names have changed. A new one is this one's.
+
+    given: the file of the search. named: what `contents` returns.
+    """
+    before = study.user_attrs.get(GIVEN)
+    if before is None and not study.get_trials(deepcopy=False):
+        study.set_user_attr(GIVEN, {"file": given, "contents": named})
+        return
+    before = before or {}
+    if changed := _differing(before.get("file", {}), given):
+        raise UserError(f"the search there has other {', '.join(changed)}: only trials may change; {ELSEWHERE}")
+    if changed := _differing(before["contents"], named):
+        raise UserError(f"{', '.join(changed)}: changed since the search there began; {ELSEWHERE}")
+
+
+def _differing(one, other):
+    return [key for key in sorted({**one, **other}) if one.get(key) != other.get(key)]
+
+
+def _check_folder(out_dir, attributes):
+    """Raise UserError if a folder has trials of another study than the one with these attributes."""
+    mark = _mark(out_dir)
+    belongs = not any(out_dir.glob("trial-*")) if mark is None else mark in attributes
+    if not belongs:
+        raise UserError(f"--out_dir {out_dir} has the trials of another search: choose another --out_dir")
+
+
+def _mark_folder(study, out_dir):
+    """Keep in a folder, and in its study, that they belong together. A study may have a folder on each machine."""
+    if _mark(out_dir) is None:
+        mark = f"folder {uuid.uuid4().hex}"
+        study.set_user_attr(mark, True)
+        with whole_file(out_dir / MARK) as path:
+            path.write_text(mark)
+
+
+def _mark(out_dir):
+    path = out_dir / MARK
+    return path.read_text(errors="replace") if path.is_file() else None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import yaml
 from shell.cli import ROOT, UserError
 
 MANIFEST = "manifest.json"
+PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 THREADS = 4  # that hash and flush files side by side
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: renameat2(2)
 
@@ -276,6 +277,20 @@ def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of_pieces(path: Path) -> str:
+    """SHA-256 (hex) of a file's size and of PIECES pieces, evenly spread from its first to its last byte."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{size}".encode())
+    if size <= PIECES * PIECE_BYTES:
+        digest.update(path.read_bytes())
+        return digest.hexdigest()
+    with open(path, "rb") as file:
+        for number in range(PIECES):
+            file.seek((size - PIECE_BYTES) * number // (PIECES - 1))
+            digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def flush(path: str | Path) -> None:

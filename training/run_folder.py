@@ -26,6 +26,7 @@ from shell.files import (
     MANIFEST,
     check_manifest,
     clear_leftovers,
+    hash_of_pieces,
     new_folder,
     project_version,
     read_json,
@@ -59,7 +60,6 @@ HARMLESS = (  # settings that a resumed run may change; for the folders their co
     "memory_budget", "checkpoint_dir", "data_dir", "logger", "log_adapter", "publish", "sweep", "forgetting_source",
     "teacher_dir",
 )  # fmt: skip
-PIECES, PIECE_BYTES = 256, 2**16  # of a weights file: what is hashed of it
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
 WRITTEN = ("step-*", FINAL, SOURCE, "*.csv", CONFIG, "*.json", DIFF, "loss.png")
 NO_SOURCE = ("tests", "bench", "eval", "search", "publishing", "flows")  # folders of code that a run does not use
@@ -316,20 +316,6 @@ def hashes_of_model(folder: Path, called: str) -> dict[str, str]:
     for path in shard_paths(folder, INDEX, "*.safetensors"):
         result[f"{called} ({path.name})"] = hash_of_pieces(path)
     return result
-
-
-def hash_of_pieces(path: Path) -> str:
-    """SHA-256 (hex) of a file's size and of PIECES pieces, evenly spread from its first to its last byte."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{size}".encode())
-    if size <= PIECES * PIECE_BYTES:
-        digest.update(path.read_bytes())
-        return digest.hexdigest()
-    with open(path, "rb") as file:
-        for number in range(PIECES):
-            file.seek((size - PIECE_BYTES) * number // (PIECES - 1))
-            digest.update(file.read(PIECE_BYTES))
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------- disk space

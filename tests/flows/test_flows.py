@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from math import nan
 from types import SimpleNamespace
 
 import psutil
@@ -18,12 +19,13 @@ from http_stub import JsonHandler, serving
 from servers import MLflowServer
 from test_convert import hub  # noqa: F401 (a fixture)
 
-from flows.finetune_flow import FinetuneFlow
+from flows.finetune_flow import FinetuneFlow, with_mlflow
 from tracking.run_files import read_rows
 
 CONFIG = dict(
     checkpoint_dir="checkpoints/org/tiny", precision="32-true", global_batch_size=4, learning_rate=0.01, max_steps=200,
-    eval_interval=50, save_interval=5, forgetting_source="general",
+    eval_interval=50, save_interval=5, forgetting_source="general", logger="tensorboard", out_dir="out/mine",
+    data_dir="prepared/mine",
 )  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def test_from_rows_to_a_registered_model(place, flow, listener, tiny_model_dir, 
     import mlflow
 
     shop = place / "shop"
-    assert run_script("store/models.py", "--push", tiny_model_dir, "--to", shop / "models" / "tiny")[0] == 0
+    assert run_script("store/models.py", "--push", tiny_model_dir, "--to", shop / "models/org/tiny")[0] == 0
     monkeypatch.setenv("METAFLOW_ARGO_EVENTS_WEBHOOK_URL", listener.url)
     code, out = flow(
         "data_prep_flow.py", *prepare_config(place, tiny_model_dir), "run", "--store", f"file://{shop}/data"
@@ -127,8 +129,11 @@ def test_from_rows_to_a_registered_model(place, flow, listener, tiny_model_dir, 
         assert code == 0, out
         killer.join(1)
         assert "finetune.py ended with status -9" in out and "Task is starting (retry)" in out, out
-        (run,) = place.glob("out/flows/run-*/metrics.csv")
-        assert [int(row["step"]) for row in read_rows(run)[1]] == [*range(1, 201)]
+        assert (
+            f"out_dir is {run_folder(place)}, not the config's out/mine; data_dir is {data}, not the config's " in out
+        )
+        assert (run_folder(place) / "tensorboard").is_dir(), "the config's tracker"
+        assert [int(row["step"]) for row in read_rows(run_folder(place) / "metrics.csv")[1]] == [*range(1, 201)]
         client = mlflow.MlflowClient(server.uri)
         (version,) = client.search_model_versions("name = 'onetune'")
         assert version.tags["exact_match"] == "0.0000" and float(version.tags["forgetting"]) > 0
@@ -141,6 +146,11 @@ def test_from_rows_to_a_registered_model(place, flow, listener, tiny_model_dir, 
     assert cards(place, "FinetuneFlow", "tune") and "data:image/png" in cards(place, "FinetuneFlow", "register")
     assert "registered as version 1 of onetune" in cards(place, "FinetuneFlow", "register")
     assert "samples to train on" in cards(place, "DataPrepFlow", "check")
+
+
+def run_folder(place):
+    (run,) = place.glob("out/flows/run-*/metrics.csv")
+    return run.parent
 
 
 def cards(place, flow, step):
@@ -165,15 +175,18 @@ def test_a_mistake_is_not_tried_again(place, flow, tiny_model_dir):
 
 
 def test_sources_at_addresses_are_fetched(place, flow, tiny_model_dir):
-    """Two of one name, and one that is here."""
+    """Two of one name, and one that is here. The config is where the prepared data's own might have been, and stays."""
     for folder, name in (("a", "general"), ("b", "orders")):
         (place / folder).mkdir()
         (place / f"{name}.jsonl").rename(place / folder / "rows.jsonl")
     (place / "here.jsonl").write_text((place / "test.jsonl").read_text())
     data = [f"file://{place}/a/rows.jsonl", f"file://{place}/b/rows.jsonl", "here.jsonl"]
-    code, out = flow("data_prep_flow.py", *prepare_config(place, tiny_model_dir, data=data), "run")
-    assert code == 0, out
-    sources = json.loads((place / "prepared/flow/data.json").read_text())["sources"]
+    config = prepare_config(place, tiny_model_dir, data=data, out_dir="prepared/mine")
+    before = (place / "prepare.yaml").read_text()
+    code, out = flow("data_prep_flow.py", *config, "run", "--out_dir", "prepare")
+    assert code == 0 and "out_dir is prepare, not the config's prepared/mine" in out, out
+    assert (place / "prepare.yaml").read_text() == before and not (place / "prepared").exists()
+    sources = json.loads((place / "prepare/data.json").read_text())["sources"]
     assert [each["counts"]["read"] for each in sources] == [60, 120, 4]
 
 
@@ -202,14 +215,50 @@ def test_the_base_comes_from_the_store_before_the_hub(place, monkeypatch, hub, t
     assert find() == "checkpoints/org/tiny" and hub.asked  # from the hub, and the store is filled
     shutil.rmtree(place / "checkpoints")
     hub.asked.clear()
-    assert find() == f"{place}/shop/tiny" and not hub.asked
+    assert find() == f"{place}/shop/org/tiny" and not hub.asked
+    with pytest.raises(SystemExit):  # one of the same last name is another
+        finder(place, monkeypatch, store=str(place / "shop"), config={"checkpoint_dir": "checkpoints/other/tiny"})()
     shutil.copytree(tiny_model_dir, place / "checkpoints/org/tiny")
     assert find() == "checkpoints/org/tiny"
 
 
-def test_a_base_that_is_nowhere(place, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="--repo_id"):
-        finder(place, monkeypatch, store=str(place / "shop"))()
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [("checkpoints/org/tiny", "give --repo_id"), ("tiny", "checkpoint_dir tiny: name it checkpoints/ORG/NAME")],
+)
+def test_a_base_that_is_nowhere(place, monkeypatch, capfd, folder, says):
+    with pytest.raises(SystemExit):
+        finder(place, monkeypatch, store=str(place / "shop"), config={"checkpoint_dir": folder})()
+    assert says in capfd.readouterr().out.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------------ the config
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("publish", "s3://bucket/a", "--registered_model"),
+        ("resume", True, "has a folder of its own"),
+        ("plan", True, "leaves no model"),
+        ("data_dir", None, "give --data"),
+    ],
+)
+def test_what_the_flow_does_itself_is_refused(flag, value, says, capsys):
+    """`publish` would be before the gate."""
+    config = {"checkpoint_dir": "checkpoints/org/tiny", "data_dir": "prepared/my", flag: value}
+    with pytest.raises(SystemExit):
+        FinetuneFlow.start(SimpleNamespace(config=config, out_dir="out/flows", data=""))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("error: ") and flag in line and says in line
+
+
+@pytest.mark.parametrize(
+    ("trackers", "all_of_them"),
+    [([], ["mlflow"]), ("csv", ["csv", "mlflow"]), (["mlflow", "wandb"], ["mlflow", "wandb"])],
+)
+def test_mlflow_comes_beside_the_trackers_of_the_config(trackers, all_of_them):
+    assert with_mlflow(trackers) == all_of_them
 
 
 # ------------------------------------------------------------------------------------------------------ the gate
@@ -221,6 +270,8 @@ def test_a_base_that_is_nowhere(place, monkeypatch):
         (dict(exact_match=0.8, forgetting=0.5), []),
         (dict(exact_match=0.79, forgetting=0.5), ["exact match 79.0% is below --min_exact_match 80.0%"]),
         (dict(exact_match=0.9, forgetting=0.6), ["forgetting 0.600 is above --max_forgetting 0.5"]),
+        (dict(exact_match=nan, forgetting=nan), ["exact match nan% is below --min_exact_match 80.0%",
+                                                 "forgetting nan is above --max_forgetting 0.5"]),
         (dict(exact_match=None, forgetting=0.5), ["exact match was not measured: give --test_data"]),
         (dict(exact_match=0.9, forgetting=None), [("forgetting was not measured: the config needs forgetting_source "
                                                   "and eval_interval")]),

@@ -17,6 +17,7 @@ from conftest import ROOT, wait_for
 from matplotlib.image import imread
 
 from search.metric import read_column
+from search.study import own_database
 
 RATES = {"learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
 
@@ -41,7 +42,7 @@ def table(out_dir):
 
 
 def study_of(out_dir):
-    return optuna.load_study(study_name="search", storage=f"sqlite:///{out_dir}/study.db")
+    return optuna.load_study(study_name="search", storage=own_database(out_dir))
 
 
 def test_two_processes_share_a_search(write_search, tmp_path):
@@ -158,13 +159,14 @@ def seed_with_order(rates):
 
 
 def test_exact_match(write_search, prepared, tmp_path):
+    out_dir = tmp_path / "which?%20"  # in a URL it would be another
     metric = {"exact_match": str(prepared.parent / "rows.jsonl"), "limit": 4, "max_new_tokens": 8}
     path = write_search(RATES | {"method": "full"}, trials=1, metric=metric)
-    out = ended(start(path, tmp_path / "out"))
-    (row,) = table(tmp_path / "out")
+    out = ended(start(path, out_dir))
+    (row,) = table(out_dir)
     assert row["state"] == "complete" and 0 <= float(row["exact match"]) <= 1 and "trial 0: exact match " in out
-    assert (tmp_path / "out" / "trial-0000" / "exact_match.json").is_file()
-    study = study_of(tmp_path / "out")
+    assert (out_dir / "trial-0000" / "exact_match.json").is_file()
+    study = study_of(out_dir)
     assert study.direction == optuna.study.StudyDirection.MAXIMIZE
     assert all(value < 0 for value in study.trials[0].intermediate_values.values())
 

@@ -59,7 +59,7 @@ def test_a_grid_has_all_combinations(search_of):
 @pytest.mark.parametrize(
     ("metric", "expected"),
     [
-        ("loss", Metric("loss")),
+        *((column, Metric(column)) for column in ("loss", "val_loss/orders", "val_teacher_kl", "forgetting")),
         ({"column": "accuracy", "direction": "maximize"}, Metric("accuracy", "maximize")),
         (
             {"exact_match": "rows.jsonl", "limit": 5},

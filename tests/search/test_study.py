@@ -4,10 +4,12 @@ import csv
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import optuna
 import pytest
@@ -16,7 +18,7 @@ from optuna.trial import TrialState
 
 from search import study as studies
 from search.children import Signals, child
-from search.study import explained, open_study, release, take_trial, trial_folder
+from search.study import explained, open_study, own_database, release, take_trial, trial_folder
 from shell.cli import UserError
 
 PARAMETERS = {
@@ -27,7 +29,7 @@ PARAMETERS = {
 
 
 def opened(search, out_dir):
-    return open_study(search, out_dir, f"sqlite:///{out_dir / 'study.db'}", "search", new=True)
+    return open_study(search, out_dir, own_database(out_dir), "search", new=True)
 
 
 def all_trials(search, out_dir, processes=1):
@@ -184,6 +186,72 @@ def test_another_search_is_refused(search_of, tmp_path):
     opened(search_of(PARAMETERS, trials=5), out_dir)
     with pytest.raises(UserError, match="has other metric, seed: only trials may change"):
         opened(search_of(PARAMETERS, trials=1, seed=3, metric="loss"), out_dir)
+
+
+OTHERS = {  # a database and a study's name, for a folder that has trials
+    "name": lambda out: (own_database(out), "other"),
+    "storage": lambda out: (f"sqlite:///{out.parent}/other.db", "search"),
+    "database that was deleted": lambda out: ((out / "study.db").unlink(), (own_database(out), "search"))[1],
+    "mark that was deleted": lambda out: ((out / "study.id").unlink(), (own_database(out), "search"))[1],
+    "mark of another": lambda out: ((out / "study.id").write_text("folder 1"), (own_database(out), "search"))[1],
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("new", [True, False])
+def test_a_folder_belongs_to_one_search(search_of, tmp_path, what, new):
+    """The trials of two studies have the same numbers, and those in the folder would count for other values."""
+    search, out_dir = search_of(PARAMETERS, trials=1), tmp_path / "out"
+    all_trials(search, out_dir)
+    other = search if "mark" in what else search_of(PARAMETERS, trials=1, seed=SEED + 1)
+    url, name = OTHERS[what](out_dir)
+    before = sorted(out_dir.iterdir()), studies_in(out_dir)
+    says = "has the trials of another search" if new or "mark" in what else "has the trials|is no such|is no search"
+    with pytest.raises(UserError, match=says):
+        open_study(other, out_dir, url, name, new=new)
+    assert (sorted(out_dir.iterdir()), studies_in(out_dir)) == before and not (tmp_path / "other.db").is_file()
+    open_study(other, tmp_path / "else", own_database(tmp_path / "else"), "search", new=True)  # as the line says
+
+
+def studies_in(out_dir):
+    return (out_dir / "study.db").is_file() and optuna.get_all_study_names(own_database(out_dir))
+
+
+def test_a_folder_that_was_moved_goes_on(search_of, tmp_path):
+    search, moved = search_of(PARAMETERS, trials=2), tmp_path / "moved"
+    release(take_trial(opened(search, tmp_path / "out"), search, tmp_path / "out")[0])
+    (tmp_path / "out").rename(moved)
+    again, _ = take_trial(opened(search, moved), search, moved)
+    assert again.trial.number == 0 and again.folder == trial_folder(moved, 0)
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b", "a#b", "a{b}", "a b", "x@y:z"])
+def test_the_database_is_in_the_folder_whatever_it_is_called(search_of, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    opened(search_of(PARAMETERS, trials=1), Path(name))
+    assert [*tmp_path.glob("**/*.db")] == [tmp_path / name / "study.db"]
+
+
+@pytest.mark.parametrize("changed", ["data/train.safetensors", "model/config.json", "teacher/model.safetensors",
+                                     "layers.json", "rows.jsonl"])  # fmt: skip
+def test_a_search_over_files_that_have_changed_is_refused(search_of, tiny_model_dir, prepared, tmp_path, changed):
+    model, teacher, data = (
+        shutil.copytree(folder, tmp_path / name)
+        for name, folder in {"model": tiny_model_dir, "teacher": tiny_model_dir, "data": prepared}.items()
+    )
+    for name in ("layers.json", "rows.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    folders = {"checkpoint_dir": str(model), "teacher_dir": str(teacher), "objective": "distill"}
+    folders["data_dir"] = {"choices": [str(data), str(prepared)]}
+    folders["quantize"] = {"choices": [None, str(tmp_path / "layers.json")]}
+    search = search_of(PARAMETERS | folders, trials=1, metric={"exact_match": str(tmp_path / "rows.jsonl")})
+    opened(search, tmp_path / "out")
+    opened(search, tmp_path / "out")
+    with open(tmp_path / changed, "a") as file:
+        file.write(" \n")
+    path = tmp_path / changed if "." in changed.split("/")[0] else (tmp_path / changed).parent
+    with pytest.raises(UserError, match=f"^{path}: changed since the search there began; choose another --out_dir"):
+        opened(search, tmp_path / "out")
 
 
 def test_a_study_of_another_program_is_refused(search_of, tmp_path):

@@ -197,6 +197,27 @@ time.sleep(60)
     ]
 
 
+@pytest.mark.parametrize(
+    ("column", "code"),
+    [("val_los", ""), ("forgetting", ""), ("val_perplexity", "row(2, 3.0, '2.5,')"), ("rate", "done(); sys.exit()")],
+)
+def test_a_column_that_will_never_come_ends_the_search_at_once(search_with, column, code):
+    """Its name is in no first line, or a validation has no value for it."""
+    metric = {"column": column, "direction": "maximize"}
+    code = f"""
+(out / "metrics.csv").write_text("step,loss,val_loss,val_perplexity\\n")
+(out / "pid").write_text(str(os.getpid()))
+row(1, 3.0, ',')
+{code}
+time.sleep(60)
+"""
+    study, search, out_dir = search_with(code, trials=2, metric=metric)
+    with pytest.raises(UserError, match=f"metric {column}: .*/metrics.csv has no {column}: .*there are step, "):
+        sweep.work(study, search, out_dir, Signals())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((out_dir / "trial-0000" / "pid").read_text()), 0)
+
+
 def test_an_error_of_the_study_ends_the_child(search_with, monkeypatch):
     study, search, out_dir = search_with("(out / 'pid').write_text(str(os.getpid())); row(2, 1.0, 1.0); time.sleep(60)")
 
@@ -242,7 +263,7 @@ def test_rows_are_read_as_they_are_written(tmp_path):
     assert read_column(tmp_path, "loss") == []
     (tmp_path / "metrics.csv").write_text("step,loss,val_loss\n1,3.5,\n2,3.0,2.75\n3,2.")
     assert read_column(tmp_path, "loss") == [(1, 3.5), (2, 3.0)]
-    assert read_column(tmp_path, "loss", validations=True) == [(2, 3.0)] and read_column(tmp_path, "other") == []
+    assert read_column(tmp_path, "loss", validations=True) == [(2, 3.0)]
 
 
 def test_arguments_are_read_by_finetune_as_they_were(tiny_model_dir, prepared):

@@ -492,18 +492,18 @@ def test_another_base_or_other_data_are_refused_by_name(run, settings, tiny_mode
 
 
 def test_pieces_tell_one_file_from_another(tmp_path):
-    content = bytearray(os.urandom(run_folder.PIECES * run_folder.PIECE_BYTES + 10**6))
+    content = bytearray(os.urandom(files.PIECES * files.PIECE_BYTES + 10**6))
     path = tmp_path / "a"
     path.write_bytes(content)
-    before = run_folder.hash_of_pieces(path)
-    assert run_folder.hash_of_pieces(path) == before
+    before = files.hash_of_pieces(path)
+    assert files.hash_of_pieces(path) == before
     for place in (0, len(content) - 1):
         content[place] ^= 1
         path.write_bytes(content)
-        assert run_folder.hash_of_pieces(path) != before
+        assert files.hash_of_pieces(path) != before
         content[place] ^= 1
     path.write_bytes(content[:-1])
-    assert run_folder.hash_of_pieces(path) != before
+    assert files.hash_of_pieces(path) != before
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
