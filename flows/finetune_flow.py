@@ -18,7 +18,7 @@ from metaflow import Config, FlowSpec, Parameter, card, current, project, resour
 from flows.scripts import EVENT, PROJECT, ScriptError, refuse, run_script, say_replaced, settings_file
 from shell.cli import ROOT
 from shell.files import read_json
-from tracking.run_files import read_columns, read_results
+from tracking.run_files import read_columns
 
 NOT_HERE = {  # flags of finetune.py that a config cannot have here, and why
     "publish": "what passes the gate is registered as --registered_model",
@@ -113,10 +113,11 @@ class FinetuneFlow(FlowSpec):
         run_dir = Path(self.run_dir)
         adapter = (run_dir / "final" / "adapter_config.json").is_file()
         model = {"adapter_dir" if adapter else "checkpoint_dir": run_dir / "final"}
+        self.exact_match = None
         if self.test_data:
-            run_script("eval/exact_match.py", data=self.test_data, **model)
-        results = {name: value for each in read_results(run_dir) for name, value in each.names().items()}
-        self.exact_match = next((v for name, v in results.items() if name.startswith("exact_match/")), None)
+            answers = run_dir / "exact_match.json"
+            run_script("eval/exact_match.py", data=self.test_data, out_file=answers, **model)
+            self.exact_match = read_json(answers)["exact_match"]
         _, forgotten = read_columns(run_dir / "metrics.csv", ["forgetting"]).get("forgetting", ([], []))
         self.forgetting = forgotten[-1] if forgotten else None
         self.next(self.merge)
