@@ -4,8 +4,8 @@
     python publishing/push_to_hub.py --model_dir out/RUN/final --repo_id me/my-adapter --out_dir upload   # only look
 
 Only the files of the model are uploaded, not what else is in its folder; they name the base by its name on the hub, and
-no path of this machine. A token that may write is in the
-environment variable HF_TOKEN, or was stored by `hf auth login`.
+no path of this machine. A token that may write is in the environment variable HF_TOKEN, or was stored by
+`hf auth login`.
 """
 
 import sys
