@@ -113,7 +113,7 @@ class Reader:
 
 
 @pytest.fixture
-def reader(tmp_path, tiny_model_dir, prepared, monkeypatch):
+def reader(tmp_path, tiny_model_dir, prepared):
     """A reader with a base whose licence is known, prepared data, their rows, and questions."""
     one = Reader(tmp_path / "reader")
     one.folder.mkdir()
