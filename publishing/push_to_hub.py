@@ -58,14 +58,13 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)
 
 import re
-import shutil
 import tempfile
 
 from publishing.model_card import Card, base_name, licence_of, write_card
-from publishing.model_files import ADAPTER, BASE, LICENCES, copy_model, is_adapter, left_out
+from publishing.model_files import ADAPTER, BASE, copy_model, is_adapter, left_out
 from shell.files import MANIFEST, check_manifest, new_folder, read_json
 from tracking.run_files import is_run, read_settings
-from weights.checkpoint import find_base, read_notes
+from weights.checkpoint import copy_legal_files, find_base, read_notes
 
 
 def main(s: Settings) -> None:
@@ -140,10 +139,9 @@ def make_folder(s: Settings, card: Card, out_dir: Path) -> None:
     others = left_out(s.model_dir)
     with new_folder(out_dir) as folder:
         copy_model(s.model_dir, folder, card.base)
-        for name in LICENCES:
-            if card.base_dir is not None and (card.base_dir / name).is_file():
-                shutil.copy(card.base_dir / name, folder / name)
-        write_card(card, folder)
+        if card.base_dir is not None:
+            copy_legal_files(card.base_dir, folder)
+        write_card(card, folder)  # in the place of the base's
     if others:
         print(f"left out of {s.model_dir}: {', '.join(others)}")
 

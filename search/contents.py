@@ -8,12 +8,11 @@ from pathlib import Path
 
 from search.search_file import Search
 from shell.files import hash_of_pieces, sha256
+from tracking.run_files import PARTS
 
-PREPARED = ("train.safetensors", "val.safetensors")
 
-
-def contents(search: Search) -> dict[str, str]:
-    """A hash of what is in each folder and file that the flags and the metric name, by its path."""
+def contents(search: Search) -> dict[str, str | list[str]]:
+    """Hashes of what is in each folder and file that the flags and the metric name, by its path."""
     found = {str(folder): _data(folder) for folder in search.paths("data_dir")}
     found |= {str(folder): _model(folder) for folder in search.paths("checkpoint_dir") + search.paths("teacher_dir")}
     files = [path for path in search.paths("quantize") if path.is_file()]  # and no name of a quantiser
@@ -23,7 +22,7 @@ def contents(search: Search) -> dict[str, str]:
 
 
 def _data(folder):
-    return [sha256(folder / name) for name in PREPARED if (folder / name).is_file()]
+    return [sha256(folder / name) for name in PARTS if (folder / name).is_file()]
 
 
 def _model(folder):
