@@ -86,6 +86,14 @@ def plain_experts(x: Tensor, route: Route, experts: nn.ModuleList) -> Tensor:
     return sum(weights[:, number, None] * expert(x) for number, expert in enumerate(experts))
 
 
+class Elsewhere(nn.Module):
+    """In the place of an expert that another device has: what it adds is added there (training/parallel/tensor.py)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros like x (..., D)."""
+        return torch.zeros_like(x)
+
+
 class Experts(nn.Module):
     """A router and its experts, and with `shared_size` an expert that all tokens go through, scaled for each."""
 
@@ -129,8 +137,9 @@ class Experts(nn.Module):
                     layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
 
     def projections(self) -> list[list[nn.Module]]:
-        """The layers of all experts, by projection."""
-        each = [[module for module in expert.children() if hasattr(module, "in_features")] for expert in self.experts]
+        """The layers of all experts that are here, by projection."""
+        here = [expert for expert in self.experts if not isinstance(expert, Elsewhere)]
+        each = [[module for module in expert.children() if hasattr(module, "in_features")] for expert in here]
         return [list(layers) for layers in zip(*each, strict=True)]
 
     def are_together(self, dtype: torch.dtype) -> bool:
@@ -138,7 +147,8 @@ class Experts(nn.Module):
 
         It does what `Linear.forward` does, and the MLP's own forward pass: who edits the former edits it too.
         """
-        return dtype == torch.bfloat16 and all(
+        here = not any(isinstance(expert, Elsewhere) for expert in self.experts)
+        return here and dtype == torch.bfloat16 and all(
             type(layer) is self.linear and layer.weight.dtype == dtype and not layer.weight.requires_grad
             and layer.in_features % 8 == layer.out_features % 8 == 0  # the product wants rows of 16 bytes
             and layer.weight.data_ptr() == layers[0].weight.data_ptr() + number * layer.weight.nbytes

@@ -170,8 +170,7 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
     NotFinite, before a weight is updated with it, if the loss or the gradient's norm is not finite.
     """
     started = time.perf_counter()
-    fabric, samples = run.fabric, run.train
-    mine = micro_batches[fabric.global_rank :: fabric.world_size]
+    samples, mine = run.train, run.share(micro_batches, run.train)
     all_indices = [i for indices in micro_batches for i in indices]
     begin_step(run.optimizer, rate, len(mine))
     find_gradient = GRADIENTS[OPTIMIZERS[run.settings.optimizer].gradient]
@@ -201,7 +200,7 @@ def step_row(run: Run, indices: list[int], found: Found, loss: float, norm: floa
 def backward_passes(run: Run, mine: list[list[int]], step: int, units: int) -> Found:
     """Leave the gradient of a step in the weights: a forward and a backward pass of each micro-batch of this device."""
     s, fabric, samples = run.settings, run.fabric, run.train
-    torch.manual_seed(dropout_seed(s, step, fabric.global_rank, fabric.world_size))
+    torch.manual_seed(dropout_seed(s, step, run.ranks))
     loss, sums, positions, tokens = torch.zeros((), device=fabric.device), Sums(run), 0, 0
     for indices in mine:
         result = forward(run, samples, indices)
@@ -211,7 +210,8 @@ def backward_passes(run: Run, mine: list[list[int]], step: int, units: int) -> F
         fabric.backward(result.trained / units)
         positions, tokens = positions + result.positions, tokens + samples.lengths[indices].sum().item()
         sums.add(result, samples, indices)
-    return Found(sum_over_devices(run, loss) if fabric.world_size > 1 else loss, sums, positions, tokens)
+    run.ranks.sum_gradients(run.model)
+    return Found(run.ranks.sum(loss), sums, positions, tokens)
 
 
 @torch.no_grad()
@@ -224,7 +224,7 @@ def forward_passes(run: Run, mine: list[list[int]], step: int, units: int) -> Fo
     trained, loss = torch.zeros(2, 2, dtype=torch.float64, device=fabric.device)
     sums = Sums(run, weight=1 / 2)
     for side in run.optimizer.sides(step):
-        torch.manual_seed(dropout_seed(run.settings, step, fabric.global_rank, fabric.world_size))
+        torch.manual_seed(dropout_seed(run.settings, step, run.ranks))
         positions = tokens = 0
         for indices in mine:
             result = forward(run, samples, indices)
@@ -232,10 +232,8 @@ def forward_passes(run: Run, mine: list[list[int]], step: int, units: int) -> Fo
             loss[side] += result.summed / units
             positions, tokens = positions + result.positions, tokens + samples.lengths[indices].sum().item()
             sums.add(result, samples, indices)
-    if fabric.world_size > 1:
-        trained, loss = (fabric.all_reduce(total, reduce_op="sum") for total in (trained, loss))
-    run.optimizer.found(trained)
-    return Found(loss.mean(), sums, positions, tokens)
+    run.optimizer.found(run.ranks.sum(trained))
+    return Found(run.ranks.sum(loss).mean(), sums, positions, tokens)
 
 
 GRADIENTS = {"backward": backward_passes, "forward": forward_passes}  # by the `gradient` of a row of OPTIMIZERS
@@ -254,6 +252,8 @@ def finish_step(run: Run, found: Found) -> tuple[float, float]:
 
 def forward(run: Run, samples: Samples, indices: list[int]) -> Forward:
     """What the run's objective makes of a micro-batch: of the samples with these numbers."""
+    if not indices:  # others have one more micro-batch, in which this device takes part
+        return forward(run, samples, [0]).uncounted()
     batch = PLANNERS[run.settings.planner].layout(samples, indices)
     with run.fabric.autocast():
         return run.objective(run.model, Batch(*batch, run.objective.known(samples, indices)))
@@ -264,6 +264,8 @@ def gradient_norm(run: Run) -> Tensor:
     if hasattr(run.optimizer, "take_norm"):  # which clips by itself
         return run.optimizer.take_norm()
     most = run.settings.max_grad_norm or math.inf
+    if run.divided:
+        return run.ranks.clip_gradients(run.model, most)
     return run.fabric.clip_gradients(run.model, run.optimizer, max_norm=most, error_if_nonfinite=False)
 
 
@@ -285,15 +287,6 @@ def update(run: Run, norm: float) -> None:
         optimizer.zero_grad()
 
 
-def sum_over_devices(run: Run, loss: Tensor) -> Tensor:
-    """Add up the gradients (in place) and the loss over all devices. A device without a micro-batch adds zeros."""
-    for parameter in run.model.parameters():
-        if parameter.requires_grad:
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = run.fabric.all_reduce(grad, reduce_op="sum")
-    return run.fabric.all_reduce(loss, reduce_op="sum")
-
-
 @torch.no_grad()
 def validate(run: Run) -> dict:
     """The mean loss of the whole validation part and of that of each source, and what else the objective measures."""
@@ -303,14 +296,12 @@ def validate(run: Run) -> dict:
     sums = Sums(run)
     planner = PLANNERS[s.planner]
     micro_batches = in_order(planner, planner.lengths(val), val.target_counts, s.micro_batch_tokens)
-    for indices in micro_batches[fabric.global_rank :: fabric.world_size]:
+    for indices in run.share(micro_batches, val):
         result = forward(run, val, indices)
         loss += result.summed
         sums.add(result, val, indices)
     run.model.train()
-    if fabric.world_size > 1:
-        loss = fabric.all_reduce(loss, reduce_op="sum")
-    (loss,), *sums.numbers = read_numbers(loss, *sums.over_devices())
+    (loss,), *sums.numbers = read_numbers(run.ranks.sum(loss), *sums.over_devices())
     loss = loss / val.unit_counts.sum().item()
     perplexity = {"val_perplexity": math.exp(min(loss, 700))} if run.objective.is_likelihood else {}
     return {"val_loss": loss, **perplexity, **sums.means(val, slice(None), "val_"), **forgetting(run)}

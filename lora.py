@@ -64,7 +64,11 @@ class LoRALinear(Adapter):
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=self.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=self.device))
         if not self.lora_A.is_meta:  # there it would do nothing, and take a second to import what it needs for that
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A as it starts."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def low_rank(self, x: Tensor) -> Tensor:
         """scale * B A dropout(x), multiplied in x's dtype."""
@@ -140,7 +144,10 @@ class DoRALinear(LoRALinear):
     """Weight-decomposed LoRA (Liu et al. 2024, arXiv 2402.09353): W' = m V / |V| by row, V = W + scale * B A.
 
     m (out,) starts as |W|. As in section 4.3 of the paper |V| counts as a constant in the gradient.
+    over_columns: what makes of row norms (out,) of the columns that are here those of whole rows.
     """
+
+    over_columns = staticmethod(lambda norms: norms)
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(base, r, alpha, dropout, rslora)
@@ -149,7 +156,8 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """|V|: (out,) fp32."""
-        return lora_weight(self).norm(dim=1).clamp(min=1e-38)  # a row may be zero: 0 / 0 is NaN
+        norms = self.over_columns(lora_weight(self).norm(dim=1))
+        return norms.clamp(min=1e-38)  # a row may be zero: 0 / 0 is NaN
 
     def ratio(self) -> Tensor:
         """m / |V|, the factor of each row: (out,) fp32."""

@@ -45,6 +45,10 @@ class Forward(NamedTuple):
         """The sum of the losses, without gradient."""
         return self.losses.sum()
 
+    def uncounted(self) -> Forward:
+        """The same with a gradient of zeros, and nothing else to count."""
+        return Forward(self.trained * 0, self.losses[:0], 0)
+
 
 class Objective:
     """What a step minimises. The page's beginning says what to add.

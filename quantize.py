@@ -76,6 +76,13 @@ class QuantizedLinear(nn.Module):
         """Bytes that the quantised weight takes, its scales included."""
         raise NotImplementedError
 
+    def by_rows(self) -> dict[str, Tensor]:
+        """What the weight is stored in, by the attribute's name, with a row for each row of the weight.
+
+        So several devices can divide the layer by its rows. Raises UserError if it cannot be divided so.
+        """
+        raise UserError(f"--shard and --parallel: a weight stored as {type(self).__name__} has it cannot be divided")
+
 
 class Linear4bit(QuantizedLinear):
     """4 bits a weight and one fp32 scale for each 64: 4.5 bits. `double_quant` stores the scales in 8 bits: 4.13."""
@@ -83,21 +90,23 @@ class Linear4bit(QuantizedLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None, data_type: str, double_quant: bool):
         super().__init__(weight, bias)
         # From fp32 always: the codes must not depend on the precision that the rest of the model is loaded in.
-        codes, self.state = bitsandbytes().functional.quantize_4bit(
+        codes, state = bitsandbytes().functional.quantize_4bit(
             weight.float().contiguous(), blocksize=BLOCK, compress_statistics=double_quant, quant_type=data_type
         )
         self.codes = F.pad(codes, (0, 0, 0, -len(codes) % (BLOCK // 2)))  # whole blocks of two codes a byte
+        self.absmax, self.quant_type, self.values = state.absmax, state.quant_type, state.code
+        self.nested, self.offset = (state.state2, state.offset) if double_quant else (None, None)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """As in `QuantizedLinear`."""
         if in_triton(self.codes, dtype):
             shape = (self.out_features, self.in_features)
-            return dequantize_4bit(self.codes, self.stored_scales(), self.state.code, shape, dtype)
+            return dequantize_4bit(self.codes, self.stored_scales(), self.values, shape, dtype)
         # The operation itself, which torch.compile can trace; bitsandbytes' function around it would break the graph.
         # Whole blocks are given as rows, as its AVX-512 kernel takes each row for the start of a block.
         scales = self.block_scales()
-        shape, kind = (len(scales), BLOCK), self.state.quant_type
-        blocks = torch.ops.bitsandbytes.dequantize_4bit(self.codes, scales, BLOCK, kind, shape, dtype)
+        shape, kind = (len(scales), BLOCK), self.quant_type
+        blocks = torch.ops.bitsandbytes.dequantize_4bit(self.codes.view(-1, 1), scales, BLOCK, kind, shape, dtype)
         return blocks.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +119,7 @@ class Linear4bit(QuantizedLinear):
 
     def _from_codes(self, x, multiply):
         """x (..., in_features) to (..., out_features) by `multiply_4bit` or the plain form of it."""
-        y = multiply(x, self.codes, self.stored_scales(), self.state.code, self.out_features)
+        y = multiply(x, self.codes, self.stored_scales(), self.values, self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @classmethod
@@ -142,22 +151,28 @@ class Linear4bit(QuantizedLinear):
 
     def stored_scales(self) -> BlockScales:
         """The scale of each block as it is stored."""
-        if not self.state.nested:
-            return BlockScales(self.state.absmax)
-        return BlockScales(self.state.absmax, self.state.state2.code, self.state.state2.absmax, self.state.offset)
+        if self.nested is None:
+            return BlockScales(self.absmax.flatten())
+        return BlockScales(self.absmax, self.nested.code, self.nested.absmax, self.offset)
 
     def block_scales(self) -> Tensor:
         """The scale of each block of 64 weights, in row order: fp32, also where they are stored in 8 bits."""
-        if not self.state.nested:
-            return self.state.absmax.float()
-        scales = bitsandbytes().functional.dequantize_blockwise(self.state.absmax, self.state.state2)
-        return (scales + self.state.offset).float()
+        if self.nested is None:
+            return self.absmax.flatten().float()
+        scales = bitsandbytes().functional.dequantize_blockwise(self.absmax, self.nested)
+        return (scales + self.offset).float()
+
+    def by_rows(self) -> dict[str, Tensor]:
+        """As in `QuantizedLinear`: rows of whole blocks, whose scales are not quantised themselves."""
+        if self.in_features % BLOCK or self.nested is not None:
+            return super().by_rows()
+        return {name: getattr(self, name).view(self.out_features, -1) for name in ("codes", "absmax")}
 
     def nbytes(self) -> int:
         """As in `QuantizedLinear`."""
-        tensors = [self.codes, self.state.absmax]
-        if self.state.nested:
-            tensors.append(self.state.state2.absmax)
+        tensors = [self.codes, self.absmax]
+        if self.nested is not None:
+            tensors.append(self.nested.absmax)
         return sum(tensor.nbytes for tensor in tensors)
 
 

@@ -555,7 +555,7 @@ class Weights:
             code, data, row_scales = INT8, layer.codes, layer.scales.float() / 127
             gain = row_scales if gain is None else row_scales * gain
         else:
-            code, data, scales, values = FOURBIT, layer.codes, layer.block_scales(), layer.state.code.float()
+            code, data, scales, values = FOURBIT, layer.codes, layer.block_scales(), layer.values.float()
         bias = None if layer.bias is None else layer.bias.float()
         tensors = [None if t is None else t.contiguous() for t in (data, scales, values, gain, bias)]
         self.tensors += tensors

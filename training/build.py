@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 import lora
-from batching import Samples, kind_of_samples, open_samples, read_data_info, source_names
+from batching import Samples, Step, kind_of_samples, open_samples, read_data_info, source_names
 from experts import Experts
 from model import Config, Transformer
 from objectives import OBJECTIVES, Objective
@@ -37,6 +37,11 @@ from training.from_settings import (
 )
 from training.offload import OffloadedAdamW
 from training.optimizer import OPTIMIZERS, InBackward, StepInBackward, build_optimizer, go_on, is_projected
+from training.parallel import saving
+from training.parallel.layout import check_launch, layout_of
+from training.parallel.loading import load_part
+from training.parallel.ranks import Ranks, make_ranks
+from training.parallel.saving import Divided
 from training.teacher import check_teacher
 from weights import peft_format
 from weights.beside import train_beside
@@ -63,7 +68,8 @@ class Run:
     """What the functions of the training loop work on together.
 
     adapter: what the adapters are like, None with --method full. identity: run_folder.identity's hashes of everything
-    the result depends on beside the settings.
+    the result depends on beside the settings. ranks: this process among those of other devices. divided: of a model
+    that no device has whole, what is known of the whole; None otherwise.
     """
 
     settings: Settings
@@ -76,27 +82,44 @@ class Run:
     info: dict | None = None
     adapter: lora.AdapterConfig | None = None
     identity: dict | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    divided: Divided | None = None
     objective: Objective = field(init=False)
 
     def __post_init__(self):
         self.objective = OBJECTIVES[self.settings.objective](self.settings)
 
+    def share(self, micro_batches: Step, samples: Samples) -> Step:
+        """Of the micro-batches of a step or a validation those of this device."""
+        return self.ranks.share(self.settings, micro_batches, samples)
+
 
 def build_run(s: Settings, fabric: Fabric, data: Data, newest: Path | None, identity: dict) -> Run:
     """The run at its start, or as it was at the checkpoint folder `newest`."""
-    model, adapter = build_model(s, fabric.device, newest)
+    layout, divided = layout_of(s), None
+    ranks = make_ranks(layout, read_config(s.checkpoint_dir), fabric.device)
+    if layout.splits:
+        model, adapter, divided = load_part(s, ranks, fabric.device, newest)
+    else:
+        model, adapter = build_model(s, fabric.device, newest)
     optimizer = place_optimizer(s, fabric, model)
     if s.compile:
         compile_blocks(model, fabric.device)
     if newest:
-        load_states(optimizer, newest)
+        load_states(s, optimizer, newest, divided)
         fabric.strategy.precision.load_state_dict(read_json(newest / "scaler.json"))
-    return Run(s, fabric, model.train(), optimizer, data.train, data.val, data.sources, data.info, adapter, identity)
+    parts = data.train, data.val, data.sources, data.info
+    return Run(s, fabric, model.train(), optimizer, *parts, adapter, identity, ranks, divided)
 
 
-def load_states(optimizer: torch.optim.Optimizer | InBackward, newest: Path) -> None:
+def load_states(
+    s: Settings, optimizer: torch.optim.Optimizer | InBackward, newest: Path, divided: Divided | None = None
+) -> None:
     """Let an optimiser, and the weights that it trains, go on as they were at the checkpoint folder `newest`."""
-    load_optimizer(optimizer, newest)
+    if divided:
+        saving.load_states(divided, s, optimizer, newest)
+    else:
+        load_optimizer(optimizer, newest)
     go_on(optimizer)
 
 
@@ -245,10 +268,12 @@ def start_fabric(s: Settings) -> Fabric:
     """Lightning's Fabric on the devices of the run, with torch's seed set. Raises UserError if they are not there."""
     from lightning.fabric import Fabric
 
+    check_launch(s)
     # The model is loaded in its dtype. Fabric's own "bf16-true" would cast the fp32 adapter too.
     precision = s.precision if autocast_dtype(s) else "32-true"
     try:
-        fabric = Fabric(devices=s.devices, precision=precision, strategy="ddp" if s.devices > 1 else "auto")
+        several = "ddp" if layout_of(s).world_size > 1 else "auto"
+        fabric = Fabric(devices=s.devices, num_nodes=s.nodes, precision=precision, strategy=several)
     except Exception as error:
         raise UserError(f"--devices {s.devices}: {error}") from None
     fabric.launch()

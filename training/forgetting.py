@@ -60,14 +60,13 @@ def forgetting(run: Run) -> dict[str, float]:
     places = in_order(planner, planner.lengths(val)[chosen], val.target_counts[chosen], s.micro_batch_tokens)
     total = torch.zeros((), dtype=torch.float64, device=fabric.device)
     run.model.eval()
-    for members in places[fabric.global_rank :: fabric.world_size]:
-        batch = Batch(*planner.layout(val, chosen[members].tolist()))
+    for indices in run.share([chosen[members].tolist() for members in places], val):
+        batch = Batch(*planner.layout(val, indices or [0]))
         with fabric.autocast():
-            total += divergence_from_base(run.model, batch)
+            found = divergence_from_base(run.model, batch)
+        total += found if indices else 0  # without any, this device only takes part in what the others do
     run.model.train()
-    if fabric.world_size > 1:
-        total = fabric.all_reduce(total, reduce_op="sum")
-    ((total,),) = read_numbers(total)
+    ((total,),) = read_numbers(run.ranks.sum(total))
     return {COLUMN: total / val.target_counts[chosen].sum().item()}
 
 

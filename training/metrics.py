@@ -142,8 +142,7 @@ class Sums:
 
     def over_devices(self) -> list[Tensor]:
         """The sums over all devices: (sources,) and (columns,) fp64."""
-        sums, fabric = [self.by_source, self.measured], self.run.fabric
-        return [fabric.all_reduce(each, reduce_op="sum") for each in sums] if fabric.world_size > 1 else sums
+        return [self.run.ranks.sum(each) for each in (self.by_source, self.measured)]
 
     def means(self, samples: Samples, indices: list[int] | slice, prefix: str = "") -> dict[str, float]:
         """The means of `numbers` over the units of the samples `indices`, by the name of their column.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 from collections import Counter
@@ -29,7 +30,7 @@ from shell.cli import UserError
 from shell.files import whole_file
 from training import build
 from training.optimizer import InBackward
-from training.steps import dropout_seed
+from training.steps import seeds_of_step
 
 if TYPE_CHECKING:
     from batching import Samples
@@ -58,8 +59,9 @@ def check_finite(what: str, value: float) -> None:
 class KeptStep:
     """What is needed to run the step `number` (from 0) forward and backward as it was.
 
-    batches: its micro-batches, of all devices. names: for each the names of its samples. units: how many they have.
-    seeds: the random seed of each device, which has every len(seeds)-th micro-batch. scale: of the loss (16-mixed).
+    batches: its micro-batches, one device's after the other's. names: for each the names of its samples. units: how
+    many they have. seeds: the random seed of each device; counts: how many micro-batches it has. scale: of the loss
+    (16-mixed).
     message: what was not finite. moved: some weights had been updated before that was noticed.
     """
 
@@ -68,6 +70,7 @@ class KeptStep:
     names: list
     units: int
     seeds: list
+    counts: list
     scale: float
     message: str
     moved: bool
@@ -88,14 +91,22 @@ def explained(run: Run, micro_batches: list[list[int]], step: int) -> Iterator[N
     try:
         yield
     except NotFinite as error:
+        if run.divided:
+            raise UserError(
+                f"step {step + 1}: {error}; with a model that is divided the cause is not looked for: see whether it "
+                "comes on one device, or at another --learning_rate"
+            ) from None
         in_backward = isinstance(run.optimizer, InBackward)
         scaler = getattr(fabric.strategy.precision, "scaler", None)
+        shares = run.ranks.shares(s, micro_batches, run.train)
+        micro_batches = [indices for share in shares for indices in share]
         bad = KeptStep(
             number=step,
             batches=[Batch(*layout(run.train, i), run.objective.known(run.train, i)) for i in micro_batches],
             names=sample_names(s.data_dir, run.train, micro_batches, run.sources),
             units=sum(run.train.unit_counts[indices].sum().item() for indices in micro_batches),
-            seeds=[dropout_seed(s, step, rank, fabric.world_size) for rank in range(fabric.world_size)],
+            seeds=[*seeds_of_step(s, step, len(shares))],
+            counts=[*map(len, shares)],
             scale=scaler.get_scale() if scaler else 1.0,
             message=str(error),
             moved=in_backward and run.optimizer.early and error.what != "the loss",
@@ -230,7 +241,7 @@ def replay(s: Settings) -> None:
     losses, norms of gradients, the first number that is not finite.
     """
     step = read_step(s.replay)
-    s.devices = 1
+    s.devices, s.nodes, s.parallel, s.shard = 1, 1, None, False
     fabric = build.start_fabric(s)
     model, _ = build.build_model(s, fabric.device, None)
     read_weights(s.replay, model)
@@ -240,10 +251,11 @@ def replay(s: Settings) -> None:
         print("note: some weights had been updated in the backward pass before: the numbers differ from that step's")
     loss, first = torch.zeros((), device=fabric.device), None
     model.zero_grad()
-    for rank, seed in enumerate(step.seeds):
+    batches = iter(step.batches)
+    for seed, count in zip(step.seeds, step.counts, strict=True):
         torch.manual_seed(seed)
-        for number in range(rank, len(step.batches), len(step.seeds)):
-            outcome = run_batch(run, step, step.batches[number])
+        for batch in itertools.islice(batches, count):
+            outcome = run_batch(run, step, batch)
             loss, first = loss + outcome.loss, first or outcome.first
     squares = Counter()
     for name, parameter in model.named_parameters():

@@ -88,12 +88,13 @@ def logps_by_base(run: Run, samples: Samples) -> Tensor:
     planner = PLANNERS[s.planner]
     result = torch.zeros(len(samples), 2, device=fabric.device)
     micro_batches = in_order(planner, planner.lengths(samples), samples.target_counts, s.micro_batch_tokens)
-    mine = micro_batches[fabric.global_rank :: fabric.world_size]
+    mine = run.share(micro_batches, samples)
     run.model.eval()
     with switched_off(run.model), fabric.autocast():
         for indices in bar(mine, "log-probabilities by the base", shown=fabric.is_global_zero, stays=False):
-            batch = Batch(*planner.layout(samples, indices))
+            batch = Batch(*planner.layout(samples, indices or [0]))
             x = run.model.hidden_states(to_device(batch.tokens, fabric.device), offsets=batch.offsets)
-            result[indices] = answer_logps(run.model, x, batch.targets, batch.target_counts())
+            if indices:  # else this device only takes part in what the others do
+                result[indices] = answer_logps(run.model, x, batch.targets, batch.target_counts())
     run.model.train()
-    return (fabric.all_reduce(result, reduce_op="sum") if fabric.world_size > 1 else result).cpu()
+    return run.ranks.sum(result).cpu()

@@ -44,6 +44,9 @@ from tracking.run_files import CONFIG, DIFF, FINAL, METRICS, SOURCE
 from training.from_settings import DTYPES
 from training.offload import STATE_BYTES
 from training.optimizer import moment_bytes, weights_to_keep
+from training.parallel import saving
+from training.parallel.saving import shared_folder
+from training.parallel.shard import give_back
 from weights import peft_format
 from weights.checkpoint import NOTES, read_config, save_model, save_optimizer
 from weights.stored import INDEX, shard_paths
@@ -151,29 +154,44 @@ def record_run(s: Settings, newest: Path | None, identity: dict[str, str]) -> No
 def save_checkpoint(run: Run, done: int, schedule_state: dict | None, metrics: Metrics) -> None:
     """Write `step-NNNNNN/` after so many steps, to resume from, and remove those that are no longer kept."""
     s = run.settings
-    if not run.fabric.is_global_zero:
-        return
-    hashes = {}
-    keep = weights_to_keep(run.optimizer)
-    with keep, explained_write_errors(s.out_dir), new_folder(checkpoint_path(s, done), hashes) as folder:
+    with written_folder(run, checkpoint_path(s, done)) as (folder, hashes):
+        if folder is None:
+            return
         hashes |= save_weights(run, folder)[0]
-        hashes |= save_optimizer(run.optimizer, folder)
-        write_json(folder / "scaler.json", run.fabric.strategy.precision.state_dict())  # {} but for 16-mixed
-        write_json(folder / SETTINGS, plain(s))
-        write_json(folder / RUN, {"identity": run.identity, "clock": schedule_state, "version": project_version()})
-    rotate(s, *metrics.column("val_loss"))
+        hashes |= save_states(run, folder)
+        if run.fabric.is_global_zero:
+            write_json(folder / "scaler.json", run.fabric.strategy.precision.state_dict())  # {} but for 16-mixed
+            write_json(folder / SETTINGS, plain(s))
+            write_json(folder / RUN, {"identity": run.identity, "clock": schedule_state, "version": project_version()})
+    if run.fabric.is_global_zero:
+        rotate(s, *metrics.column("val_loss"))
 
 
 def save_final(run: Run) -> None:
     """Write `final/`: the adapter, or the model."""
-    if run.fabric.is_global_zero:
-        out_dir, hashes = run.settings.out_dir, {}
-        keep = weights_to_keep(run.optimizer)
-        with keep, explained_write_errors(out_dir), new_folder(out_dir / FINAL, hashes) as folder:
-            known, line = save_weights(run, folder)
-            hashes |= known
-        if line:
-            print(line)
+    with written_folder(run, run.settings.out_dir / FINAL) as (folder, hashes):
+        if folder is None:
+            return
+        known, line = save_weights(run, folder)
+        hashes |= known
+    if line and run.fabric.is_global_zero:
+        print(line)
+
+
+@contextlib.contextmanager
+def written_folder(run: Run, path: Path) -> Iterator[tuple[Path | None, dict[str, str]]]:
+    """A new folder of the run, for the weights that it keeps, and the hashes of files that are known already.
+
+    None for a device that has nothing to write: it has the same as the first.
+    """
+    hashes = {}
+    if run.divided:
+        give_back(run.model)
+        folder = shared_folder(run.ranks, path, hashes)
+    else:
+        folder = new_folder(path, hashes) if run.fabric.is_global_zero else contextlib.nullcontext()
+    with weights_to_keep(run.optimizer), explained_write_errors(run.settings.out_dir), folder as temporary:
+        yield temporary, hashes
 
 
 def publish_final(s: Settings) -> None:
@@ -196,12 +214,27 @@ def save_weights(run: Run, folder: Path) -> tuple[dict[str, str], str]:
     style = run.info["prompt_style"]
     notes = {"prompt_style": style, "template_args": run.info.get("template_args", {})}
     notes |= {"checkpoint_dir": address_of(s.checkpoint_dir), "quantize": s.quantize}
-    write_json(folder / NOTES, notes)
-    if run.adapter:
+    first = run.fabric.is_global_zero
+    if first:
+        write_json(folder / NOTES, notes)
+    if run.adapter and run.divided:
+        saving.save_adapter(run.divided, run.adapter, folder, s.checkpoint_dir)
+    elif run.adapter:
         peft_format.save_adapter(run.model, run.adapter, folder, s.checkpoint_dir)
+    if run.adapter:
         return {}, ""
-    hashes = save_model(run.model, folder, source=s.checkpoint_dir)
-    return hashes, save_chat_template(folder, style)
+    if run.divided:
+        hashes = saving.save_model(run.divided, folder, source=s.checkpoint_dir)
+    else:
+        hashes = save_model(run.model, folder, source=s.checkpoint_dir)
+    return hashes, save_chat_template(folder, style) if first else ""
+
+
+def save_states(run: Run, folder: Path) -> dict[str, str]:
+    """Write the optimiser's states. Returns the SHA-256 hashes that are known already, by file name."""
+    if run.divided:
+        return saving.save_optimizer(run.divided, run.settings, run.optimizer, folder)
+    return save_optimizer(run.optimizer, folder)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

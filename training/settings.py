@@ -10,6 +10,7 @@ from typing import Literal
 from shell import cli
 from shell.cli import UserError
 from store.publish import check_address, check_place
+from training.parallel.layout import check_layout
 
 # --beta1 and --beta2 of an optimiser where they are not AdamW's 0.9 and 0.999; None: it has no such average.
 BETAS = {
@@ -137,7 +138,11 @@ class Settings:
             other machines find it (docs/store.md).
         resume: Continue the run in out_dir from its newest checkpoint, or start it if there is none.
         replay: Run the step stored in a bad_batch.safetensors again, and print where its numbers go wrong.
-        devices: How many GPUs (or CPU processes) share each step.
+        devices: How many GPUs (or CPU processes) of each node share each step.
+        nodes: How many machines, each with so many devices; started by torchrun or srun (docs/devices.md).
+        parallel: How the devices are divided, such as "data=2,tensor=2": along data they have different samples, along
+            tensor each has a part of every layer. By default all along data.
+        shard: Divide weights, gradients and the optimiser's states among the devices along data (FSDP2).
         plan: Predict memory, FLOPs and time from config.json and the data alone, print them, and stop.
         plan_tflops: The speed of a device that the plan's time assumes, in TFLOP/s; measured if not given.
         memory_budget: Memory that a device may use, such as 24GB, for plan and for micro_batch_tokens auto; by default
@@ -215,6 +220,9 @@ class Settings:
     resume: bool = False
     replay: Path | None = None
     devices: int = 1
+    nodes: int = 1
+    parallel: str | None = None
+    shard: bool = False
     plan: bool = False
     plan_tflops: float | None = None
     memory_budget: str | None = None
@@ -227,6 +235,7 @@ class Settings:
         self._check_checkpoints()
         self._check_optimizer_in_backward()
         self._check_offload()
+        check_layout(self)
         if self.method == "full" and self.quantize:
             raise UserError(
                 "--quantize needs --method lora or another adapter, not full: quantised weights cannot train"
@@ -278,6 +287,7 @@ class Settings:
             "apollo_scale",
             "mezo_epsilon",
             "devices",
+            "nodes",
             "plan_tflops",
             "dpo_beta",
         )

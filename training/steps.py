@@ -11,6 +11,7 @@ from batching import PLANNERS, Samples, Step
 from shell.cli import UserError
 
 if TYPE_CHECKING:
+    from training.parallel.ranks import Ranks
     from training.settings import Settings
 
 
@@ -43,9 +44,15 @@ def planned_steps(s: Settings, samples: Samples, start: int, total: int) -> Iter
         yield step, planned[place]
 
 
-def dropout_seed(s: Settings, step: int, rank: int, world_size: int) -> int:
-    """torch's random seed on a device for a step (from 0)."""
-    return s.seed + 1_000_003 * (1 + step * world_size + rank)
+def dropout_seed(s: Settings, step: int, ranks: Ranks) -> int:
+    """torch's random seed on a device for a step (from 0): another one for each along data."""
+    return seeds_of_step(s, step, ranks.layout.data)[ranks.data_rank]
+
+
+def seeds_of_step(s: Settings, step: int, count: int) -> range:
+    """The random seeds of so many devices along data for a step."""
+    first = s.seed + 1_000_003 * (1 + step * count)
+    return range(first, first + 1_000_003 * count, 1_000_003)
 
 
 def _check_samples(s, planned, N):

@@ -19,7 +19,7 @@ import lora
 from model import Config, Transformer
 from quantize import BLOCKS, describe_quantization, quantizer_of, read_quantization
 from shell.cli import UserError
-from shell.files import check_listed, checked, damage_first, read_json
+from shell.files import check_listed, checked, damage_first, read_json, write_json
 from shell.process import is_first
 from shell.progress import bar
 from store.address import is_url
@@ -63,7 +63,7 @@ def read_config(checkpoint_dir: str | Path) -> Config:
     it is not tied (`Weights.ties_head`).
     """
     folder = Path(checkpoint_dir)
-    _, config = _read_config_json(folder)
+    _, config = read_config_json(folder)
     if not config.tie_word_embeddings or not holds_safetensors(folder):
         return config
     with damage_first(folder):
@@ -71,8 +71,9 @@ def read_config(checkpoint_dir: str | Path) -> Config:
         return dataclasses.replace(config, tie_word_embeddings=weights.ties_head(True))
 
 
-def _read_config_json(folder):
-    """The values of a folder's config.json, and the `Config` that they say alone."""
+def read_config_json(folder: str | Path) -> tuple[dict, Config]:
+    """The values of a folder's config.json, and the `Config` that they say alone. Raises UserError."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: --checkpoint_dir must be a model folder (convert_hf_checkpoint.py)")
     check_listed(folder, ["config.json"], CHECKPOINT_AGAIN)
@@ -123,7 +124,7 @@ def load_model(
     the next is read, so peak memory is the finished model and one tensor. Raises UserError for tensors that are
     missing, surplus, of another shape or not finite, and for a file that is not as its folder's manifest says.
     """
-    values, _ = _read_config_json(Path(checkpoint_dir))
+    values, _ = read_config_json(checkpoint_dir)
     with damage_first(checkpoint_dir):
         try:
             _, model, weights = model_of(values, Weights(checkpoint_dir))
@@ -207,7 +208,7 @@ def write_weights(
     weight_map, hashes = {}, {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        hashes[file_name] = _write_shard(Path(folder, file_name), shard, read)
+        hashes[file_name] = write_shard(Path(folder, file_name), shard, read)
         weight_map.update(dict.fromkeys(shard, file_name))
     if len(shards) > 1:
         total = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
@@ -232,8 +233,8 @@ def write_model_weights(
     return write_weights(folder, theirs, lambda name: names.join(name, held[name], [read(own) for own in held[name]]))
 
 
-def _write_shard(path, layout, read):
-    """One safetensors file. Returns its hash.
+def write_shard(path: Path, layout: dict[str, tuple[torch.dtype, tuple]], read: Callable[[str], Tensor]) -> str:
+    """Write one safetensors file, with the arguments of `write_weights`. Returns its hash.
 
     The library's own writer wants all tensors of a file in memory at once. While this thread writes, one hashes and one
     flushes to the disk what has been written: so a save takes about as long as a plain write.
@@ -270,11 +271,16 @@ def save_model(model: Transformer, folder: str | Path, source: str | Path) -> di
     parameters = dict(model.named_parameters())
     layout = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in parameters.items()}
     hashes = write_model_weights(folder, model.config, layout, parameters.__getitem__)
+    write_beside_weights(model, folder, source)
+    return hashes
+
+
+def write_beside_weights(model: Transformer, folder: str | Path, source: str | Path) -> None:
+    """Write what belongs to a dense model beside its weights: the folder `source`'s side files, and its config.json."""
     copy_side_files(source, folder)
     config = with_dtype(current_values(read_json(Path(source, "config.json"))), next(model.parameters()).dtype)
     config["tie_word_embeddings"] = model.config.tie_word_embeddings  # which may be otherwise in the source's file
-    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return hashes
+    write_json(Path(folder, "config.json"), config)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: str | Path) -> dict[str, str]:
@@ -284,47 +290,81 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: str | Path) -> dict
     the optimiser's order. Returns the SHA-256 (hex) of the first by its name, for `files.new_folder`.
     """
     tensors, numbers = {}, {}
-    for index, parameter in enumerate(_parameters(optimizer)):
+    for index, parameter in enumerate(parameters_of(optimizer)):
         for key, value in optimizer.state[parameter].items():
             if torch.is_tensor(value):
                 tensors[f"{index}.{key}"] = value
             else:
                 numbers[f"{index}.{key}"] = value
+    write_state_numbers(folder, numbers)
+    layout = state_layout({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    return {OPTIMIZER: write_shard(Path(folder, OPTIMIZER), layout, tensors.__getitem__)}
+
+
+def write_state_numbers(folder: str | Path, numbers: dict[str, float]) -> None:
+    """Write what of an optimiser's state are plain numbers, by name."""
     Path(folder, "optimizer.json").write_text(json.dumps(numbers, sort_keys=True) + "\n")
-    # The largest items first, so that each tensor is aligned; by name, as a resumed run has them in another order.
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    layout = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
-    return {OPTIMIZER: _write_shard(Path(folder, OPTIMIZER), layout, tensors.__getitem__)}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
+def state_layout(layout: dict[str, tuple[torch.dtype, tuple]]) -> dict[str, tuple[torch.dtype, tuple]]:
+    """The order of an optimiser's tensors in their file: the largest items first, so that each tensor is aligned.
+
+    Else by name, as a resumed run has them in another order.
+    """
+    return dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    folder: str | Path,
+    order: list[nn.Parameter | None] | None = None,
+    own: Callable[[nn.Parameter, Tensor], Tensor] = lambda parameter, value: value,
+) -> None:
     """Put what `save_optimizer` wrote to `folder` into an optimiser over the same parameters.
 
+    order: the parameters by their numbers there, None for one that this process has no part of; by default those of the
+    optimiser. own: what becomes of a whole state of a parameter, where the process has a piece of both.
     Raises UserError unless all parameters have a state (or none, as before the first step), and it is finite.
     """
-    parameters, path = _parameters(optimizer), Path(folder, OPTIMIZER)
-    entries = read_tensors(path, f"delete {folder} to go on from an earlier one")
-    entries |= read_json(Path(folder, "optimizer.json"))
-    state = [{} for _ in parameters]
-    for name, value in entries.items():
-        index, _, key = name.partition(".")
-        if not index.isdecimal() or int(index) >= len(state) or not key:
-            raise UserError(f"{path}: {name} is of no parameter of this model: it belongs to another run")
-        state[int(index)][key] = value
+    parameters = order or parameters_of(optimizer)
+    state, path = _read_states(folder, len(parameters)), Path(folder, OPTIMIZER)
     for number, (parameter, values) in enumerate(zip(parameters, state, strict=True)):
         if bool(values) != bool(state[0]):
             raise UserError(f"{path}: parameter {number} has no state, or is the only one: it belongs to another run")
-        for key, value in values.items():
-            if torch.is_tensor(value) and value.dim() > 1 and not _may_be_of(parameter, value.shape):
-                raise UserError(f"{path}: {number}.{key} is {tuple(value.shape)}: it belongs to another run")
-            if torch.is_tensor(value) and not value.isfinite().all():
-                again = f"delete {folder} and resume an earlier one"
-                raise UserError(f"{path}: {number}.{key} holds NaN or infinity: {again}")
+        for key, value in values.items() if parameter is not None else ():
+            if torch.is_tensor(value):
+                value = own(parameter, value)
+                _check_state(path, f"{number}.{key}", parameter, value)
             held = optimizer.state[parameter].get(key)
             if torch.is_tensor(held):  # from the start, such as a weight in host memory
                 held.copy_(value)
             else:
                 optimizer.state[parameter][key] = value.to(parameter.device) if torch.is_tensor(value) else value
+
+
+def _read_states(folder, count):
+    """The state of each of so many parameters, by its keys."""
+    state, again = [{} for _ in range(count)], f"delete {folder} to go on from an earlier one"
+    entries = read_json(Path(folder, "optimizer.json"))
+    paths = sorted(Path(folder).glob("optimizer*.safetensors"))
+    for path in paths or [Path(folder, OPTIMIZER)]:  # which is then missed
+        entries |= read_tensors(path, again)
+    for name, value in entries.items():
+        index, _, key = name.partition(".")
+        if not index.isdecimal() or int(index) >= len(state) or not key:
+            raise UserError(
+                f"{Path(folder, OPTIMIZER)}: {name} is of no parameter of this model: it belongs to another run"
+            )
+        state[int(index)][key] = value
+    return state
+
+
+def _check_state(path, name, parameter, value):
+    """Raise UserError unless a tensor can be a state of a parameter."""
+    if value.dim() > 1 and not _may_be_of(parameter, value.shape):
+        raise UserError(f"{path}: {name} is {tuple(value.shape)}: it belongs to another run")
+    if not value.isfinite().all():
+        raise UserError(f"{path}: {name} holds NaN or infinity: delete {path.parent} and resume an earlier one")
 
 
 def _may_be_of(parameter, shape):
@@ -334,7 +374,8 @@ def _may_be_of(parameter, shape):
     return len(shape) == parameter.dim() and smaller and any(equal)
 
 
-def _parameters(optimizer):
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimiser, in its order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 

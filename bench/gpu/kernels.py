@@ -174,10 +174,10 @@ def measure_dequantizing(s, run, limits):
 def their_weight(layer):
     """bitsandbytes' own dequantisation of an NF4 layer."""
     size = (layer.out_features, layer.in_features)
-    return torch.ops.bitsandbytes.dequantize_4bit(layer.codes, layer.state.absmax, BLOCK, "nf4", size, torch.bfloat16)
+    return torch.ops.bitsandbytes.dequantize_4bit(layer.codes, layer.absmax, BLOCK, "nf4", size, torch.bfloat16)
 
 
 def their_product(layer, x):
     """bitsandbytes' own product with an NF4 layer."""
     size = (layer.out_features, layer.in_features)
-    return torch.ops.bitsandbytes.gemm_4bit(x, layer.codes, size, layer.state.absmax, BLOCK, "nf4")
+    return torch.ops.bitsandbytes.gemm_4bit(x, layer.codes, size, layer.absmax, BLOCK, "nf4")

@@ -28,7 +28,7 @@ def layer_of(kind, double_quant, shape):
 
 def parts(layer):
     """What the functions of ops/dequantize.py take of it."""
-    return layer.codes, layer.stored_scales(), layer.state.code
+    return layer.codes, layer.stored_scales(), layer.values
 
 
 def launched(monkeypatch):
@@ -56,7 +56,7 @@ def test_plain_quantising_is_bitsandbytes(kind):
     weight, values = torch.randn(8, 192), torch.tensor(KINDS[kind])
     codes, absmax = ops.plain_quantize_4bit(weight, values)
     layer = Linear4bit(weight, None, kind, double_quant=False)
-    assert torch.equal(absmax, layer.state.absmax)
+    assert torch.equal(absmax, layer.absmax)
     plain = ops.plain_dequantize_4bit(codes, BlockScales(absmax), values, weight.shape, torch.float32)
     assert torch.equal(plain, layer.dequantize(torch.float32))
 
@@ -227,4 +227,4 @@ def test_a_device_that_is_not_there(name, monkeypatch):
 
 def test_the_blocks_are_those_of_the_quantiser():
     assert quantize.BLOCK == BLOCK == layer_of("nf4", True, (2, 64)).state.blocksize
-    assert layer_of("nf4", True, (2, 64)).state.state2.blocksize == ops.SCALE_BLOCK
+    assert layer_of("nf4", True, (2, 64)).nested.blocksize == ops.SCALE_BLOCK

@@ -81,7 +81,7 @@ def test_nf4_on_the_gpu_is_the_plain_reference():
     weight = torch.randn(96, 256, device="cuda")
     layer = QUANTIZERS["bnb.nf4"](weight, None)
     codes, absmax = plain_quantize_4bit(weight, torch.tensor(NF4_VALUES, device="cuda"))
-    assert torch.equal(layer.state.absmax.flatten(), absmax)
+    assert torch.equal(layer.absmax.flatten(), absmax)
     assert (layer.codes.flatten() != codes).float().mean() < 1e-3  # a value between two codes may fall to either
 
 
@@ -94,12 +94,12 @@ def test_a_weight_dequantised_on_the_gpu_is_bitsandbytes(name, dtype, shape):
     if isinstance(layer, Linear8bit):
         expected = bitsandbytes().functional.int8_vectorwise_dequant(layer.codes, layer.scales).to(dtype)
     else:
-        given = layer.codes, layer.stored_scales(), layer.state.code, shape, dtype
+        given = layer.codes, layer.stored_scales(), layer.values, shape, dtype
         assert torch.equal(layer.block_scales(), plain_block_scales(layer.stored_scales()))
         expected = plain_dequantize_4bit(*given)
-        whole = (len(layer.state.absmax), 64)
+        whole = (len(layer.absmax), 64)
         theirs = torch.ops.bitsandbytes.dequantize_4bit(
-            layer.codes, layer.block_scales(), 64, layer.state.quant_type, whole, dtype
+            layer.codes, layer.block_scales(), 64, layer.quant_type, whole, dtype
         )
         assert torch.equal(expected, theirs.flatten()[: expected.numel()].view(shape))
     assert torch.equal(layer.dequantize(dtype), expected)

@@ -1,0 +1,119 @@
+"""How the devices of a run are divided: --parallel and --shard. Nothing heavy is imported here.
+
+Devices that differ in their place along `data` have different samples; those along `tensor` have the same samples and
+each a part of every layer (Shoeybi et al. 2019, arXiv 1909.08053). --shard divides what those along `data` would all
+hold alike (Rajbhandari et al. 2019, arXiv 1910.02054, stage 3).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shell.cli import UserError
+
+if TYPE_CHECKING:
+    from training.settings import Settings
+
+DIMENSIONS = ("data", "tensor")  # the last one changes fastest: its devices are neighbours, with the fastest link
+LORAS = ("lora", "dora", "lora-fa")  # the adapters that can be cut as their layers are
+ELEMENTWISE = ("adamw", "sgd", "schedule-free")  # optimisers that treat each number by itself, on tensors of any kind
+LOOKING_AT_NOTHING = ("default", "gaussian", "orthogonal")  # starts of adapters that need no weight
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many devices there are along each dimension, and whether those along `data` divide the model."""
+
+    data: int = 1
+    tensor: int = 1
+    shard: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """How many devices there are."""
+        return self.data * self.tensor
+
+    @property
+    def splits(self) -> bool:
+        """Whether no device has the whole model."""
+        return self.tensor > 1 or (self.shard and self.data > 1)
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """The place of a device along `data` and `tensor`."""
+        return divmod(rank, self.tensor)
+
+    def rank(self, data: int, tensor: int) -> int:
+        """The device at a place."""
+        return data * self.tensor + tensor
+
+
+def layout_of(s: Settings) -> Layout:
+    """The layout that the flags describe. Raises UserError if they do not fit together."""
+    world_size, given = s.devices * s.nodes, _parse(s.parallel)
+    tensor = given.get("tensor", 1)
+    if world_size % tensor:
+        raise UserError(f"--parallel {s.parallel}: {world_size} devices cannot be divided by {tensor}")
+    data = given.get("data", world_size // tensor)
+    if data * tensor != world_size:
+        nodes = f" on each of {s.nodes} nodes" if s.nodes > 1 else ""
+        raise UserError(
+            f"--parallel {s.parallel} is for {data * tensor} devices, --devices {s.devices}{nodes} makes {world_size}"
+        )
+    return Layout(data, tensor, s.shard)
+
+
+def _parse(text):
+    """The sizes that --parallel gives, by dimension."""
+    sizes = {}
+    for part in filter(None, (text or "").split(",")):
+        name, _, size = (each.strip() for each in part.partition("="))
+        if name not in DIMENSIONS or not size.isdecimal() or int(size) < 1 or name in sizes:
+            names = " and ".join(DIMENSIONS)
+            raise UserError(f"--parallel {text}: expected sizes of {names}, each at most once, such as data=2,tensor=2")
+        sizes[name] = int(size)
+    return sizes
+
+
+def check_layout(s: Settings) -> None:
+    """Raise UserError for flags that do not go with a model of which no device has the whole."""
+    layout = layout_of(s)
+    if s.shard and layout.data == 1:
+        raise UserError("--shard divides the model among the devices along data, of which there is one")
+    if not layout.splits:
+        return
+    flag = f"--parallel {s.parallel}" if layout.tensor > 1 else "--shard"
+    needs = [
+        (s.method == "full" or s.method in LORAS, f"--method {' or '.join((*LORAS, 'full'))}, not {s.method}"),
+        (s.optimizer in ELEMENTWISE, f"--optimizer {' or '.join(ELEMENTWISE)}: {s.optimizer} needs whole tensors"),
+        (s.lora_init in LOOKING_AT_NOTHING, f"--lora_init {' or '.join(LOOKING_AT_NOTHING)}, not {s.lora_init}"),
+        (s.precision != "16-mixed", "another --precision: with 16-mixed devices would scale their losses differently"),
+        (not s.compile, "--compile false"),
+        (s.recompute != "offload", "--recompute 1 at most"),
+        (not (s.lora_modules_to_save or s.lora_tokens), "no --lora_modules_to_save and no --lora_tokens"),
+        (s.objective != "distill", "another --objective: a teacher is read whole by each device"),
+        (s.quantize in (None, "none", "bnb.nf4", "bnb.fp4"), "--quantize bnb.nf4 or bnb.fp4, whose scales can be cut"),
+    ]  # fmt: skip
+    for holds, what in needs:
+        if not holds:
+            raise UserError(f"{flag} needs {what}")
+
+
+def check_launch(s: Settings) -> None:
+    """Raise UserError if torchrun or Slurm started another number of processes than the flags say.
+
+    Without either, finetune.py starts --devices processes by itself; on several --nodes one of them has to.
+    """
+    started = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get("SLURM_NTASKS")
+    how = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "srun"
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive") and how == "srun":
+        started = None
+    if started is not None and int(started) != s.devices * s.nodes:
+        raise UserError(
+            f"{how} has started {started} processes, but --devices {s.devices} and --nodes {s.nodes} make "
+            f"{s.devices * s.nodes}"
+        )
+    by_hand = "MASTER_ADDR" in os.environ and "NODE_RANK" in os.environ
+    if s.nodes > 1 and started is None and not by_hand:
+        raise UserError(f"--nodes {s.nodes}: start it on each node, with torchrun --nnodes {s.nodes} or with srun")

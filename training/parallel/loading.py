@@ -1,0 +1,228 @@
+"""The model of one device of several that divide it: built without memory, then filled piece by piece from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import lora
+from adapters.adapter import adapters, place
+from model import Transformer
+from quantize import BLOCKS, QuantizedLinear, quantizer_of
+from shell.cli import UserError
+from shell.files import checked
+from shell.process import is_first
+from shell.progress import bar
+from training import initialization
+from training.from_settings import DTYPES, adapter_config, base_quantization, train_only
+from training.parallel.pieces import Box, Pieces, box_of, rows_here, take
+from training.parallel.ranks import Ranks, local
+from training.parallel.saving import Divided, is_of_adapter
+from training.parallel.shard import as_parameters, shard
+from training.parallel.tensor import COLUMNS, connect, connect_adapters, norms_of_whole_rows
+from weights import peft_format
+from weights.checkpoint import model_of, read_config, read_config_json
+from weights.stored import Weights
+
+if TYPE_CHECKING:
+    from training.settings import Settings
+
+
+@torch.no_grad()
+def load_part(
+    s: Settings, ranks: Ranks, device: torch.device, newest: Path | None
+) -> tuple[Transformer, lora.AdapterConfig | None, Divided]:
+    """This device's part of the model to train, from the checkpoint `newest` if there is one, ready to train.
+
+    Returns it, the adapters' config, and what is known of the whole model. Only what this device has is read of the
+    files; never more than that and one tensor is in memory. Raises UserError as `checkpoint.load_model`.
+    """
+    folder = newest if newest and s.method == "full" else s.checkpoint_dir
+    config = read_config(s.checkpoint_dir)
+    adapter = None if s.method == "full" else adapter_config(s, config)
+    with checked(folder):
+        try:
+            _, whole, weights = model_of(read_config_json(folder)[0], Weights(folder))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        model = _without_memory(s, ranks, adapter)
+        _adapt(s, whole, adapter)
+        model.to_empty(device=device)
+        model.tie_weights()
+        norms = _fill(s, ranks, model, weights, device)
+    if adapter:
+        _fill_adapters(s, ranks, model, whole, norms, newest, device)
+    return model, adapter, Divided(whole, Pieces(model, ranks), ranks)
+
+
+def _adapt(s, model, adapter):
+    if adapter:
+        lora.add_lora(model, adapter)
+    else:
+        train_only(model, s.train)
+
+
+def _without_memory(s, ranks, adapter):
+    """This device's model on "meta": quantised, with adapters, connected to the others and sharded."""
+    part = ranks.part
+    with torch.device("meta"):
+        model = part.model().requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                module, leaf = _owner(model, name)
+                setattr(module, leaf, nn.Parameter(parameter.to(DTYPES[s.precision]), requires_grad=False))
+        model.tie_weights()
+        quantization = base_quantization(s, adapter, part.config)
+        for name, layer in _linears(model):
+            if quantizer := quantizer_of(quantization, name):
+                parent, leaf = _owner(model, name)
+                setattr(parent, leaf, quantizer(layer.weight, layer.bias))
+        as_parameters(model)
+        _adapt(s, model, adapter)
+    if ranks.layout.tensor > 1:
+        connect(model, part, ranks.group("tensor"))
+        connect_adapters(model, ranks.group("tensor"))
+    if ranks.layout.shard:
+        shard(model, ranks.mesh["data"])
+    return model
+
+
+def _linears(model):
+    """Path and module of each linear layer in the blocks."""
+    layers = lora.linear_layers(model)
+    return [(name, layer) for name, layer in layers.items() if name.startswith(BLOCKS)]
+
+
+def _owner(model, name):
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _fill(s, ranks, model, weights, device):
+    """Read what this device has of the base. Returns the row norms of the layers under DoRA, by the layer's name."""
+    norms, names = {}, [name for name, _ in model.named_parameters() if not is_of_adapter(name)]
+    codes = dict.fromkeys(name.rpartition(".")[0] for name in names if name.endswith((".codes", ".absmax")))
+    plain = [name for name in names if name.rpartition(".")[0] not in codes or name.endswith(".bias")]
+    doing = bar([*plain, *codes], "loading", unit=" tensors", shown=is_first(), stays=False)
+    for name in doing:
+        if name in codes:
+            norms[place(name)] = _fill_quantized(model.get_submodule(name), name, ranks, weights, device, s.method)
+        else:
+            _fill_plain(model, name, ranks, weights, s, norms)
+        lora.give_back_memory()
+    return norms
+
+
+def _fill_plain(model, name, ranks, weights, s, norms):
+    module, leaf = _owner(model, name)
+    parameter = getattr(module, leaf)
+    tensor = read_box(weights, place(name), box_of(parameter, ranks.part.place(name)))
+    local(parameter).copy_(tensor)
+    if parameter.dtype == torch.float16 and not local(parameter).isfinite().all():
+        raise UserError(f"tensor {name} holds values too large for float16: use --precision bf16-true")
+    if s.method == "dora" and name.endswith(".base.weight"):
+        norms[place(name).rpartition(".")[0]] = local(parameter).float().norm(dim=1)
+
+
+def _fill_quantized(layer, name, ranks, weights, device, method):
+    """Quantise the rows that this device has of a layer. Returns their norms, for DoRA."""
+    where = ranks.part.place(f"{name}.weight")
+    shape = (layer.out_features, layer.in_features)
+    box = [(0, size) for size in shape]
+    if where.dim is not None:
+        box[where.dim] = where.start, where.stop
+    _check_blocks(layer, name, where)
+    start, stop = rows_here(layer.codes) if ranks.layout.shard else (0, layer.out_features)
+    box[0] = box[0][0] + start, box[0][0] + stop
+    layer.device = device
+    if stop == start:  # more devices than rows
+        layer.values = layer_values(layer, device)
+        return torch.empty(0, device=device)
+    rows = read_box(weights, place(f"{name}.weight"), tuple(box)).to(device)
+    made = type(layer)(rows, None, layer.quant_type, False)
+    for stored, tensor in made.by_rows().items():
+        local(getattr(layer, stored)).copy_(tensor)
+    layer.values = made.values
+    return made.dequantize(torch.float32).norm(dim=1) if method == "dora" else None
+
+
+def layer_values(layer: QuantizedLinear, device: torch.device) -> Tensor:
+    """The table of the values that a layer's codes stand for."""
+    return type(layer)(torch.zeros(1, layer.in_features, device=device), None, layer.quant_type, False).values
+
+
+def _check_blocks(layer, name, where):
+    """Raise UserError if the columns of a layer were cut inside of weights that share a scale."""
+    from ops.dequantize import BLOCK
+
+    if where.dim == 1 and (where.start % BLOCK or where.stop % BLOCK):
+        raise UserError(
+            f"--parallel: {name} is cut at its columns {where.start} and {where.stop}, inside of {BLOCK} weights that "
+            "share a scale: take another size of tensor, or no --quantize"
+        )
+
+
+def read_box(weights: Weights, name: str, box: Box) -> Tensor:
+    """A box of a tensor, as stored; the rest of it is not read. Raises UserError if it holds NaN or infinity."""
+    tensor = take(weights.view(name), box).clone(memory_format=torch.contiguous_format)
+    if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        raise UserError(f"{weights.where}: tensor {weights.called(name)} holds NaN or infinity")
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def _fill_adapters(s, ranks, model, whole, norms, newest, device):
+    """Give this device's adapters their numbers: those of the checkpoint, or what a run on one device begins with.
+
+    whole: the whole model with its adapters, without memory.
+    """
+    parameters = dict(model.named_parameters())
+    here = {place(name): parameter for name, parameter in parameters.items() if is_of_adapter(name)}
+    stored = peft_format.read_for(_bare(whole), newest).tensors if newest else None
+    for path, adapter in _started(s, whole, device):
+        for leaf, start in adapter.named_parameters(recurse=False):
+            name = f"{path}.{leaf}"
+            if name not in here:
+                continue
+            box = box_of(here[name], ranks.part.place(name))
+            if stored is None and leaf == "lora_magnitude_vector":
+                local(here[name]).copy_(_magnitudes(norms[path], path, ranks))
+            else:
+                local(here[name]).copy_(take(start if stored is None else stored[path][leaf], box))
+
+
+def _bare(whole):
+    with torch.device("meta"):
+        return Transformer(whole.config)
+
+
+def _magnitudes(norms, path, ranks):
+    """DoRA's magnitudes at the start: the norms of whole rows of the base, of those rows that are here."""
+    columns = path.rpartition(".")[2] in COLUMNS and ".experts." not in path
+    if ranks.layout.tensor > 1 and columns:
+        norms = norms_of_whole_rows(norms, ranks.group("tensor"))
+    return norms.clamp(min=1e-38)
+
+
+def _started(s, whole, device):
+    """Path and adapter of the whole model, one after the other with its numbers at the start of a run.
+
+    Drawn in the order of a run on one device: so a device's part is a part of the same numbers.
+    """
+    found = adapters(whole)
+    at_random = initialization.INITIALISATIONS[s.lora_init].adapter
+    for again in (False, True) if at_random else (False,):
+        for path, adapter in found.items():
+            A, B = adapter.lora_A, adapter.lora_B
+            adapter.lora_A = nn.Parameter(torch.empty(A.shape, device=device), A.requires_grad)
+            adapter.lora_B = nn.Parameter(torch.zeros(B.shape, device=device), B.requires_grad)
+            adapter.device = device
+            at_random(adapter) if again else adapter.reset_parameters()
+            if again or not at_random:
+                yield path, adapter
+            adapter.lora_A, adapter.lora_B = A, B

@@ -1,0 +1,122 @@
+"""Which piece of each parameter a device has, and whole tensors made of the pieces of all.
+
+A piece is a box of the whole parameter: tensor parallelism cuts it along one dimension, FSDP what is left of it along
+its rows. All devices know all boxes, so that a tensor can be put together wherever it is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.parallel.ranks import Ranks, local
+from training.parallel.tensor import Part, Place
+
+Box = tuple[tuple[int, int], ...]  # along each dimension: from, to before
+
+
+def box_of(parameter: Tensor, place: Place) -> Box:
+    """Which box of the whole parameter this device has. parameter: its part along tensor, maybe sharded by FSDP."""
+    box = [(0, size) for size in parameter.shape]
+    if place.dim is not None:
+        box[place.dim] = place.start, place.stop
+    if hasattr(parameter, "placements") and box:
+        start, stop = rows_here(parameter)
+        box[0] = box[0][0] + start, box[0][0] + stop
+    return tuple(box)
+
+
+def rows_here(parameter: Tensor) -> tuple[int, int]:
+    """The rows of a parameter that FSDP has given this device: from, to before."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offset[0], offset[0] + shape[0]
+
+
+def boxes_of(model: nn.Module, part: Part) -> dict[str, Box]:
+    """The box of each parameter of this device's model, by the parameter's name."""
+    return {name: box_of(p, part.place(name)) for name, p in model.named_parameters()}
+
+
+def take(tensor: Tensor, box: Box) -> Tensor:
+    """The box of a whole tensor."""
+    return tensor[tuple(slice(*each) for each in box)]
+
+
+class Source(NamedTuple):
+    """A device that has a box of a tensor, the first of those that have the same."""
+
+    rank: int
+    box: Box
+
+
+class Pieces:
+    """Where the pieces of all parameters are. Made by all devices together."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks):
+        self.ranks, self.parameters = ranks, dict(model.named_parameters())
+        self.device = next(iter(self.parameters.values())).device
+        self.boxes = boxes_of(model, ranks.part)
+        every = [None] * ranks.layout.world_size
+        dist.all_gather_object(every, (self.boxes, {name: p.dtype for name, p in self.parameters.items()}))
+        self.sources: dict[str, list[Source]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}  # of all parameters, also of those that are elsewhere
+        for rank, (boxes, dtypes) in enumerate(every):
+            self.dtypes |= dtypes
+            for name, box in boxes.items():
+                known = self.sources.setdefault(name, [])
+                if box not in [source.box for source in known] and all(stop > start for start, stop in box):
+                    known.append(Source(rank, box))
+
+    def gather(
+        self,
+        wanted: Iterable[tuple[str, int]],
+        piece: Callable[[str], Tensor | None],
+        layout: dict[str, tuple[torch.dtype, tuple]],
+        of: Callable[[str], str] = lambda name: name,
+    ) -> Iterator[Tensor | None]:
+        """For each pair of a name and its owner, a device, the whole tensor there and None elsewhere.
+
+        All devices call this alike. piece: what this device has for a name: its parameter, or a state of that shape.
+        layout: dtype and whole shape by name. of: the parameter whose pieces those of a name lie like. A few pairs are
+        under way at one time: so owners should take turns, and one writes while the next ones receive.
+        """
+        for pairs in _rounds(wanted, self.ranks.layout.world_size):
+            sent = [each for name, owner in pairs for each in self._send(name, self.sources[of(name)], owner, piece)]
+            for name, owner in pairs:
+                yield (
+                    self._receive(name, self.sources[of(name)], piece, *layout[name])
+                    if owner == self.ranks.rank
+                    else None
+                )
+            for request, _ in sent:
+                request.wait()
+
+    def _send(self, name, sources, owner, piece):
+        """Begin to send what the owner needs of this device. Yields requests, with the tensors that they read."""
+        for _ in [each for each in sources if each.rank == self.ranks.rank != owner]:
+            tensor = local(piece(name)).detach().contiguous()
+            yield dist.isend(tensor, owner), tensor
+
+    def _receive(self, name, sources, piece, dtype, shape):
+        whole = torch.empty(shape, dtype=dtype, device=self.device)
+        for rank, box in sources:
+            target = take(whole, box)
+            if rank == self.ranks.rank:
+                target.copy_(local(piece(name)).detach())
+            else:
+                received = torch.empty(target.shape, dtype=dtype, device=self.device)
+                dist.recv(received, rank)
+                target.copy_(received)
+        return whole
+
+
+def _rounds(wanted, size):
+    """Lists of `size` pairs, the last one shorter."""
+    wanted = list(wanted)
+    return [wanted[i : i + size] for i in range(0, len(wanted), size)]

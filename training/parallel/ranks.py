@@ -1,0 +1,163 @@
+"""This process among the others of a run: its place in the layout, and what is added up over whom."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from batching import PLANNERS, Samples, Step
+from training.parallel.layout import Layout
+from training.parallel.sharing import share_out
+from training.parallel.tensor import Part
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from model import Config
+    from training.settings import Settings
+
+BUCKET = 25 * 2**20  # bytes of gradients that are added up at one time
+
+
+@dataclass
+class Ranks:
+    """This process in its layout. Of a run on one device nothing here does anything.
+
+    mesh: torch's, of the dimensions of the layout; None on one device. part: of the model, along tensor.
+    kv_group: the processes along tensor that have the same keys and values, if there are others.
+    """
+
+    layout: Layout = field(default_factory=Layout)
+    rank: int = 0
+    mesh: DeviceMesh | None = None
+    part: Part | None = None
+    kv_group: Any = None
+
+    @property
+    def data_rank(self) -> int:
+        """The place along data: which of the samples are this device's."""
+        return self.layout.place(self.rank)[0]
+
+    @property
+    def tensor_rank(self) -> int:
+        """The place along tensor: which part of the layers this device has."""
+        return self.layout.place(self.rank)[1]
+
+    def group(self, dimension: str) -> Any:
+        """torch's process group of the devices along a dimension that differ in nothing else."""
+        return self.mesh.get_group(dimension)
+
+    def share(self, s: Settings, micro_batches: Step, samples: Samples) -> Step:
+        """The micro-batches of this device, of those of a step or a validation."""
+        return self.shares(s, micro_batches, samples)[self.data_rank]
+
+    def shares(self, s: Settings, micro_batches: Step, samples: Samples) -> list[Step]:
+        """The micro-batches of each device along data."""
+        if self.layout.data == 1:
+            return [micro_batches]
+        planner = PLANNERS[s.planner]
+        padded = planner.layout is Samples.padded
+        return share_out(
+            micro_batches, planner.lengths(samples), s.micro_batch_tokens, self.layout.data, self.layout.shard, padded
+        )
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum of the devices' numbers, over the samples of all."""
+        if self.layout.data > 1:
+            numbers = numbers.clone()
+            dist.all_reduce(numbers, group=self.group("data"))
+        return numbers
+
+    def all_sum(self, numbers: Tensor) -> Tensor:
+        """The sum of the numbers of all devices, whatever they share."""
+        if self.layout.world_size > 1:
+            numbers = numbers.clone()
+            dist.all_reduce(numbers)
+        return numbers
+
+    # ------------------------------------------------------------------------------------------------------ gradients
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Make the gradient of each weight that of the whole step. A device without a micro-batch adds zeros.
+
+        FSDP has added up those of what it shards, over data.
+        """
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for _, parameter in trained if self.layout.world_size > 1 else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.layout.data > 1 and not self.layout.shard:
+            add_up([p.grad for _, p in trained], self.group("data"))
+        if self.layout.tensor > 1:
+            places = {name: self.part.place(name).summed for name, _ in trained}
+            add_up([local(p.grad) for name, p in trained if places[name] == "tensor"], self.group("tensor"))
+            add_up([local(p.grad) for name, p in trained if places[name] == "kv"], self.kv_group)
+
+    def clip_gradients(self, model: nn.Module, most: float) -> Tensor:
+        """The norm of the gradient, a scalar; then it is clipped to `most`. For models that are divided."""
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        squares = [self._square(name, p) for name, p in trained]
+        norm = self.all_sum(torch.stack(squares).sum()).sqrt().float()
+        if most < math.inf:
+            factor = (most / (norm + 1e-6)).clamp(max=1.0)
+            for _, parameter in trained:
+                local(parameter.grad).mul_(factor.to(parameter.dtype))
+        return norm
+
+    def _square(self, name, parameter):
+        """The sum of the squares of a gradient, of what is counted at this device and no other."""
+        square = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float64).square()
+        return square if self.counts(name) else torch.zeros_like(square)
+
+    def counts(self, name: str) -> bool:
+        """Whether this device is the first of those that have the same numbers of a parameter."""
+        if self.data_rank and not self.layout.shard:
+            return False
+        place = self.part.place(name)
+        if place.dim is not None:
+            return place.summed != "kv" or self.tensor_rank % self.part.sharers == 0
+        return self.tensor_rank == 0 or ".experts." in name
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor that are here: all of it, or the piece that FSDP has given this device."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def add_up(tensors: list[Tensor], group: Any) -> None:
+    """Replace tensors by their sums over a process group, many small ones at one time."""
+    bucket, size = [], 0
+    for number, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        size += tensor.nbytes
+        last = number + 1 == len(tensors)
+        if last or size >= BUCKET or tensors[number + 1].dtype != tensor.dtype:
+            flat = torch.cat([each.flatten() for each in bucket])
+            dist.all_reduce(flat, group=group)
+            for each, summed in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+                each.copy_(summed.view_as(each))
+            bucket, size = [], 0
+
+
+def make_ranks(layout: Layout, config: Config, device: torch.device) -> Ranks:
+    """The `Ranks` of this process, after torch's process group was made. config: of the whole model."""
+    if layout.world_size == 1:
+        return Ranks(part=Part(config))
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device.type, (layout.data, layout.tensor), mesh_dim_names=("data", "tensor"))
+    rank = dist.get_rank()
+    part = Part(config, layout.place(rank)[1], layout.tensor)
+    ranks = Ranks(layout, rank, mesh, part)
+    if part.sharers > 1:  # every process takes part in making every group
+        for data in range(layout.data):
+            for first in range(0, layout.tensor, part.sharers):
+                members = [layout.rank(data, first + i) for i in range(part.sharers)]
+                group = dist.new_group(members)
+                ranks.kv_group = group if rank in members else ranks.kv_group
+    return ranks
