@@ -79,7 +79,7 @@ def test_plain_nf4_is_bitsandbytes_bit_for_bit(kind):
     layer = QUANTIZERS["bnb.nf4"](weight, None)
     codes, absmax = nf4_quantize(weight)
     assert torch.equal(codes, layer.codes.flatten())
-    assert torch.equal(absmax, layer.state.absmax)
+    assert torch.equal(absmax, layer.absmax)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         plain, fast = nf4_dequantize(codes, absmax, weight.shape, dtype), layer.dequantize(dtype)
         assert plain.dtype == fast.dtype == dtype and plain.shape == fast.shape == weight.shape
