@@ -1,10 +1,10 @@
 """Steps of training on several devices: processes that each run all of a list of cases, for tests of training/parallel.
 
-    python tests/training/devices.py CASES FOLDER
+    python tests/training/devices.py KIND CASES FOLDER
 
-CASES: a JSON file with a list of settings of finetune.py. Each process runs a step of each case, without changing a
-weight, and the first one writes the gradient of the whole model to FOLDER/N.safetensors, with loss and norm. It is
-started by `gradients_on`, with the environment that torchrun gives.
+KIND: a key of `KINDS`. CASES: a JSON file with a list of settings of finetune.py. Of each case the first process writes
+the gradient of the whole model to FOLDER/N.safetensors. `gradients_on` starts them with the environment that torchrun
+gives.
 """
 
 import json
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+VOCABULARY = 160  # of the families' tiny models
 
 
 def start_processes(count, command, **environment):
@@ -29,32 +30,30 @@ def start_processes(count, command, **environment):
     shared = os.environ | {name: str(value) for name, value in shared.items()}
     return [
         subprocess.Popen(
-            command, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+            [*map(str, command)], cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(count)
     ]  # fmt: skip
 
 
-def gradients_on(count, cases, folder):
-    """Of each case, a dict of settings, the gradient by name on so many devices, with "loss" and "norm"."""
+def gradients_on(count, kind, cases, folder):
+    """Of each case, a `Settings`, what the function `KINDS[kind]` finds on so many devices: tensors by name."""
     from safetensors.torch import load_file
 
     folder.mkdir(exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases, default=str))
-    processes = start_processes(count, [sys.executable, __file__, folder / "cases.json", folder])
+    values = [{name: value for name, value in vars(s).items() if name != "started"} for s in cases]
+    (folder / "cases.json").write_text(json.dumps(values, default=str))
+    processes = start_processes(count, [sys.executable, __file__, kind, folder / "cases.json", folder])
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(outputs)
     return [load_file(folder / f"{number}.safetensors") for number in range(len(cases))]
 
 
-def gradient_of(s):
-    """The gradient of the first step of a run with these settings, of the whole model by name, at the first device."""
-    import torch
-
+def gradient_of_step(s):
+    """Of the first step of a run with these settings: the gradient by name, with "loss" and "norm"."""
     import finetune
     from training import build
-    from training.parallel.saving import Divided
     from training.steps import planned_steps, total_steps
 
     data = build.open_data(s)
@@ -64,18 +63,54 @@ def gradient_of(s):
     _, micro_batches = next(iter(planned_steps(s, data.train, 0, total_steps(s, data.train))))
     units = data.train.unit_counts[[i for indices in micro_batches for i in indices]].sum().item()
     found = finetune.backward_passes(run, run.share(micro_batches, data.train), 0, units)
-    gradients = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
-    if run.divided:
-        divided: Divided = run.divided
+    gradients = whole_gradient(run.model, run.divided)
+    return gradients | {"loss": found.loss.detach().clone(), "norm": finetune.gradient_norm(run).clone()}
+
+
+def gradient_of_model(s):
+    """Of the sum of the losses of four random samples on the model of these settings: the gradient by name."""
+    import torch
+
+    from batching import shift
+    from model import Transformer
+    from training import build
+    from training.parallel.layout import layout_of
+    from training.parallel.loading import load_part
+    from training.parallel.ranks import make_ranks
+    from weights.checkpoint import read_config
+
+    fabric, layout, divided = build.start_fabric(s), layout_of(s), None
+    ranks = make_ranks(layout, read_config(s.checkpoint_dir), fabric.device)
+    if layout.splits:
+        model, _, divided = load_part(s, ranks, fabric.device, None)
+    else:
+        model, _ = build.build_model(s, fabric.device, None)
+    model: Transformer = model.train()
+    generator = torch.Generator().manual_seed(1)
+    for number, size in enumerate((9, 14, 5, 2)):
+        ids = torch.randint(3, VOCABULARY, (size,), generator=generator)
+        if number % layout.data == ranks.data_rank:
+            inputs, targets = shift(ids, torch.arange(size) > 1)
+            x = model.hidden_states(inputs[None], offsets=[0, size - 1])
+            model.target_losses(x, targets[None])[0].backward()
+    ranks.sum_gradients(model)
+    return whole_gradient(model, divided)
+
+
+def whole_gradient(model, divided):
+    """The gradient of a model by name: of a model that is divided at the first device."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    if divided:
         layout = divided.shapes(lambda name: divided.whole.get_parameter(name).requires_grad)
         gathered = divided.pieces.gather([(name, 0) for name in layout], gradients.get, layout)
         gradients = dict(zip(layout, gathered, strict=True))
-    norm = finetune.gradient_norm(run)
-    more = {"loss": found.loss.detach().clone(), "norm": norm.detach().clone()}
-    return {name: grad.detach().clone() for name, grad in {**gradients, **more}.items() if grad is not None}
+    return {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
 
 
-def main(cases, folder):
+KINDS = {"step": gradient_of_step, "model": gradient_of_model}
+
+
+def main(kind, cases, folder):
     import torch
     import torch.distributed as dist
     from safetensors.torch import save_file
@@ -85,7 +120,7 @@ def main(cases, folder):
     torch.set_num_threads(1)
     for number, flags in enumerate(json.loads(Path(cases).read_text())):
         paths = {name: Path(flags[name]) for name in ("checkpoint_dir", "data_dir", "out_dir")}
-        gradient = gradient_of(Settings(**(flags | paths)))
+        gradient = KINDS[kind](Settings(**(flags | paths)))
         if dist.get_rank() == 0:
             save_file(gradient, Path(folder, f"{number}.safetensors"))
         dist.barrier()
