@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shell import cli
 from training.settings import Settings
@@ -50,10 +51,14 @@ from training.metrics import (
 )
 from training.nonfinite import NotFinite, check_finite
 from training.optimizer import OPTIMIZERS, InBackward, begin_step, weights_to_keep
+from training.parallel.watch import watched
 from training.run_folder import explained_write_errors
 from training.schedule import Schedule
 from training.steps import dropout_seed, planned_steps, steps_per_epoch, total_steps
 from training.sweep.loop import SweepFunctions, train_sweep
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 SKIPPED_STEPS = 20  # in a row, after which 16-mixed no longer looks for its loss scale
 
@@ -90,6 +95,13 @@ def main(s: Settings) -> None:
 def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
     """Train from the start, or from the checkpoint folder `newest`, and write final/ and the report."""
     fabric = build.start_fabric(s)
+    newest = fabric.broadcast(newest)  # which the first device has found after it had cleared the folder up
+    with watched(fabric.global_rank, fabric.world_size, f"--resume goes on from the newest checkpoint in {s.out_dir}"):
+        train_on(s, fabric, data, newest, identity)
+
+
+def train_on(s: Settings, fabric: "Fabric", data: Data, newest: Path | None, identity: dict) -> None:
+    """`train` on the devices of `fabric`."""
     before = budget.memory_before(s, fabric.device)
     schedule = Schedule(s, total_steps(s, data.train), len(data.val) > 0, run_folder.schedule_state(newest))
     with budget.explained_out_of_memory(s, data.train, fabric.device):
@@ -98,8 +110,10 @@ def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
         if fabric.is_global_zero:
             run_folder.record_run(s, newest, identity)
         reference.prepare(run, run_folder.step_of(newest))
-        trainable, frozen = parameter_counts(run.model)
+        trainable, frozen = parameter_counts(run.whole)
         fabric.print(f"{trainable:,} trainable parameters beside {frozen:,} frozen ones\n{schedule.describe()}")
+        if fabric.world_size > 1:
+            fabric.print(run.ranks.describe(s, data.train, schedule.total))
         with run_folder.signals_noted() as signals:
             metrics, flops_per_token, signal = train_loop(run, schedule, run_folder.step_of(newest), signals)
             if not signal:
@@ -111,7 +125,7 @@ def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
         measured = peak_memory_since(before, fabric.device)  # before the prediction takes some itself
         memory = {"predicted": budget.predicted_peak(s, data.train), "measured": measured}
         with explained_write_errors(s.out_dir):
-            report(s.out_dir, run.model, metrics, flops_per_token, memory)
+            report(s.out_dir, run.whole, metrics, flops_per_token, memory)
         if s.publish:
             run_folder.publish_final(s)
 
@@ -315,6 +329,8 @@ def progress_bar(start: int, total: int, shown: bool) -> tqdm:
 
 def show_progress(bar: tqdm, row: dict) -> None:
     """Move the bar by a step, with its losses; the last validation loss stays on it."""
+    if bar.disable:
+        return
     if "val_loss" in row:
         bar.val_loss = row["val_loss"]
         perplexity = f", perplexity {row['val_perplexity']:.3f}" if "val_perplexity" in row else ""

@@ -31,8 +31,17 @@ def set_defaults() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes, of the several that share a run's devices."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    """Whether this is the process that writes, of the several that share a run's devices, on all its nodes."""
+    if "RANK" in os.environ:  # torchrun's
+        return os.environ["RANK"] == "0"
+    if "LOCAL_RANK" in os.environ:  # Fabric's, which has started it; the user numbers the nodes
+        return os.environ["LOCAL_RANK"] == os.environ.get("NODE_RANK", "0") == "0"
+    return os.environ.get("SLURM_PROCID", "0") == "0"
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started this process again (--max-restarts), as one of its run has ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def environment_without_defaults() -> dict[str, str]:

@@ -89,6 +89,11 @@ class Run:
     def __post_init__(self):
         self.objective = OBJECTIVES[self.settings.objective](self.settings)
 
+    @property
+    def whole(self) -> Transformer:
+        """The whole model, which may be without memory: to count its parameters."""
+        return self.divided.whole if self.divided else self.model
+
     def share(self, micro_batches: Step, samples: Samples) -> Step:
         """Of the micro-batches of a step or a validation those of this device."""
         return self.ranks.share(self.settings, micro_batches, samples)

@@ -35,7 +35,7 @@ from shell.files import (
     whole_file,
     write_json,
 )
-from shell.process import SIGNALS, is_first, signals_handled
+from shell.process import SIGNALS, is_first, is_restarted, signals_handled
 from store.cache import address_of
 from store.publish import check_address, publish
 from text.style_templates import save_chat_template
@@ -61,7 +61,7 @@ SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line
 HARMLESS = (  # settings that a resumed run may change; for the folders their contents are compared instead
     "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops",
     "memory_budget", "checkpoint_dir", "data_dir", "logger", "log_adapter", "publish", "sweep", "forgetting_source",
-    "teacher_dir",
+    "teacher_dir", "devices", "nodes", "parallel", "shard",
 )  # fmt: skip
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
 WRITTEN = ("step-*", FINAL, SOURCE, "*.csv", CONFIG, "*.json", DIFF, "loss.png")
@@ -89,10 +89,10 @@ def only_process(out_dir: Path) -> Iterator[None]:
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir {out_dir} is a file: choose another")
+    out_dir.mkdir(parents=True, exist_ok=True)
     if not is_first():
         yield
         return
-    out_dir.mkdir(parents=True, exist_ok=True)
     with _locked(out_dir):
         try:
             clear_leftovers(out_dir, WRITTEN)
@@ -265,7 +265,7 @@ def newest_checkpoint(s: Settings) -> Path | None:
 
     If --micro_batch_tokens is auto, `s` gets the number that the checkpoint's run used.
     """
-    if not s.resume:
+    if not (s.resume or is_restarted()):
         if (s.out_dir / METRICS).exists():
             raise UserError(
                 f"{s.out_dir} holds a run already: add --resume to continue it, or choose another --out_dir"

@@ -7,6 +7,7 @@ the gradient of the whole model to FOLDER/N.safetensors. `gradients_on` starts t
 gives.
 """
 
+import faulthandler
 import json
 import os
 import socket
@@ -45,7 +46,7 @@ def gradients_on(count, kind, cases, folder):
     values = [{name: value for name, value in vars(s).items() if name != "started"} for s in cases]
     (folder / "cases.json").write_text(json.dumps(values, default=str))
     processes = start_processes(count, [sys.executable, __file__, kind, folder / "cases.json", folder])
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(outputs)
     return [load_file(folder / f"{number}.safetensors") for number in range(len(cases))]
 
@@ -107,7 +108,15 @@ def whole_gradient(model, divided):
     return {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
 
 
-KINDS = {"step": gradient_of_step, "model": gradient_of_model}
+def train(s):
+    """A whole run, which leaves its folder."""
+    import finetune
+
+    finetune.main(s)
+    return {}
+
+
+KINDS = {"step": gradient_of_step, "model": gradient_of_model, "run": train}
 
 
 def main(kind, cases, folder):
@@ -118,6 +127,7 @@ def main(kind, cases, folder):
     from training.settings import Settings
 
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(60, exit=True)
     for number, flags in enumerate(json.loads(Path(cases).read_text())):
         paths = {name: Path(flags[name]) for name in ("checkpoint_dir", "data_dir", "out_dir")}
         gradient = KINDS[kind](Settings(**(flags | paths)))

@@ -1,10 +1,17 @@
 """Runs on several devices: a step's gradient is that of one process, in every layout."""
 
-import pytest
-from devices import gradient_of_step, gradients_on
-from test_finetune import random_sample, settings
+import shutil
 
-__all__ = ["settings"]
+import pytest
+import torch
+from devices import gradient_of_step, gradients_on
+from safetensors.torch import load_file
+from test_finetune import random_sample, random_samples, rows, run, settings
+
+import finetune
+from shell.files import check_manifest
+
+__all__ = ["run", "settings"]
 
 LAYOUTS = {  # by the number of devices
     2: [{}, {"shard": True}, {"parallel": "tensor=2"}],
@@ -48,3 +55,57 @@ def test_the_gradient_is_that_of_one_process(settings, model_dirs, tmp_path, dev
         print(s.method, s.quantize, s.parallel, s.shard)
         assert one["norm"] > 0.01
         check_same(found, one)
+
+
+def weights_of(folder):
+    """The tensors of a model or adapter, in one file or several, by name."""
+    files = sorted(folder.glob("*model*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def check_same_run(found, expected, step):
+    """Two run folders have the same weights at a step and at the end, up to what AdamW makes of rounding."""
+    for name in (f"step-{step:06d}", "final"):
+        check_manifest(found / name)
+        ours, theirs = weights_of(found / name), weights_of(expected / name)
+        assert ours.keys() == theirs.keys()
+        squares = [((ours[key] - one).square().sum(), one.square().sum()) for key, one in theirs.items()]
+        distance, size = map(torch.stack, zip(*squares, strict=True))
+        assert (distance.sum() / size.sum()).sqrt() < 1e-4, name
+    for row, one in zip(rows(found), rows(expected), strict=True):  # with validation losses where there are some
+        assert row == pytest.approx(one, rel=1e-4)
+
+
+def cut_back(folder, step):
+    """Leave a run's folder as it was after a step."""
+    shutil.rmtree(folder / "final")
+    for path in folder.glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+
+
+def test_a_run_goes_on_with_another_number_of_devices(settings, run, model_dirs, tmp_path):
+    """On two devices in one layout, from its second step on one, from its fourth on two in the other layout."""
+    flags = dict(max_steps=6, save_interval=2, keep_last=0, eval_interval=3, micro_batch_tokens=40, learning_rate=1e-3)
+    flags["checkpoint_dir"] = model_dirs("llama", **SIZES, num_attention_heads=6, num_key_value_heads=3)
+    methods = {
+        "lora": {"optimizer": "schedule-free", "schedule": "constant"}, "dora": {"method": "dora"},
+        "full": {"method": "full", "optimizer": "sgd", "learning_rate": 0.1}, "qlora": {"quantize": "bnb.nf4"},
+    }  # fmt: skip
+    samples = random_samples(20), random_samples(5)
+    expected = {name: run(*samples, name=f"{name}-one", **(flags | own)) for name, own in methods.items()}
+    layouts = {"parallel": "tensor=2"}, {"shard": True}
+    for number, devices in enumerate((2, 1, 2)):
+        cases = []
+        for i, (name, own) in enumerate(methods.items()):
+            layout = layouts[(number // 2 + i) % 2] if devices == 2 else {}
+            cases.append(settings(name=name, devices=devices, resume=number > 0, **layout, **(flags | own)))
+            if number:
+                cut_back(cases[-1].out_dir, 2 * number)
+        if devices == 2:
+            gradients_on(2, "run", cases, tmp_path / f"found-{number}")
+        else:
+            for s in cases:
+                finetune.main(s)
+        for s, folder in zip(cases, expected.values(), strict=True):
+            check_same_run(s.out_dir, folder, 2 * number + 2)

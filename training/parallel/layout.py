@@ -103,17 +103,21 @@ def check_layout(s: Settings) -> None:
 def check_launch(s: Settings) -> None:
     """Raise UserError if torchrun or Slurm started another number of processes than the flags say.
 
-    Without either, finetune.py starts --devices processes by itself; on several --nodes one of them has to.
+    Without either, finetune.py starts --devices processes by itself; on several --nodes somebody has to start it there.
     """
-    started = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get("SLURM_NTASKS")
-    how = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "srun"
-    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive") and how == "srun":
-        started = None
-    if started is not None and int(started) != s.devices * s.nodes:
+    count, environ = s.devices * s.nodes, os.environ
+    started, how = None, ""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        started, how = environ["WORLD_SIZE"], "torchrun"
+    elif "SLURM_STEP_NUM_TASKS" in environ:
+        started, how = environ["SLURM_STEP_NUM_TASKS"], "srun"
+    if started is not None and int(started) != count:
         raise UserError(
-            f"{how} has started {started} processes, but --devices {s.devices} and --nodes {s.nodes} make "
-            f"{s.devices * s.nodes}"
+            f"{how} has started {started} processes, --devices {s.devices} and --nodes {s.nodes} are {count}"
         )
-    by_hand = "MASTER_ADDR" in os.environ and "NODE_RANK" in os.environ
+    in_job = "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    if count > 1 and started is None and in_job:
+        raise UserError(f"--devices {s.devices}: in a Slurm job start finetune.py with srun, as {count} tasks")
+    by_hand = "MASTER_ADDR" in environ and "NODE_RANK" in environ
     if s.nodes > 1 and started is None and not by_hand:
         raise UserError(f"--nodes {s.nodes}: start it on each node, with torchrun --nnodes {s.nodes} or with srun")

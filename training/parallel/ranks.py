@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from batching import PLANNERS, Samples, Step
 from training.parallel.layout import Layout
-from training.parallel.sharing import share_out
+from training.parallel.sharing import share_out, surplus
 from training.parallel.tensor import Part
+from training.steps import planned_steps
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from training.settings import Settings
 
 BUCKET = 25 * 2**20  # bytes of gradients that are added up at one time
+STEPS_LOOKED_AT = 100  # for how evenly they are shared out
 
 
 @dataclass
@@ -64,6 +66,18 @@ class Ranks:
         padded = planner.layout is Samples.padded
         return share_out(
             micro_batches, planner.lengths(samples), s.micro_batch_tokens, self.layout.data, self.layout.shard, padded
+        )
+
+    def describe(self, s: Settings, samples: Samples, total: int) -> str:
+        """How the devices are divided, and how evenly the tokens of the first steps are, of `total`, in words."""
+        if self.layout.data == 1:
+            return f"{self.layout.tensor} devices share each layer" if self.layout.tensor > 1 else ""
+        steps = planned_steps(s, samples, 0, min(total, STEPS_LOOKED_AT))
+        found = surplus([self.shares(s, step, samples) for _, step in steps], PLANNERS[s.planner].lengths(samples))
+        each = f", {self.layout.tensor} devices each" if self.layout.tensor > 1 else ""
+        return (
+            f"{self.layout.data} shares of each step's tokens{each}: the largest has {found.mean:.1%} more than the "
+            f"mean, {found.worst:.1%} at the worst"
         )
 
     def sum(self, numbers: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,6 +19,19 @@ class _Share:
     def add(self, micro_batch, sizes):
         self.micro_batches.append(micro_batch)
         self.tokens += sum(sizes[i] for i in micro_batch)
+
+    def give(self, other, sizes, room):
+        """Exchange a sample for one of another share, or for none, if that brings them closer. Returns whether."""
+        given, taken = _exchange(self.sizes(sizes), other.sizes(sizes), self.tokens - other.tokens)
+        if given is not None:
+            other.take(given, self, sizes, room)
+        if taken is not None:
+            self.take(taken, other, sizes, room)
+        return given is not None
+
+    def sizes(self, sizes):
+        """Pairs of the tokens and the number of each sample, in order."""
+        return sorted((sizes[i], i) for micro_batch in self.micro_batches for i in micro_batch)
 
     def take(self, sample, other, sizes, room):
         """Take a sample from another share, into a row that has room for it or a new one."""
@@ -38,9 +52,9 @@ def share_out(
 ) -> list[Step]:
     """The micro-batches of a step for each of `count` devices.
 
-    Whole micro-batches first, the largest to the device that has the fewest tokens; then single samples move from the
-    device with the most to that with the fewest, as long as that makes the most less. A pure function of its arguments,
-    the same on all devices; the gradient is that of the step, however it is cut.
+    Whole micro-batches first, the largest to the device that has the fewest tokens; then samples are exchanged between
+    the device with the most and another, first that with the fewest, as long as that brings them closer. A pure
+    function of its arguments, the same on all devices; the gradient is that of the step, however it is cut.
 
     lengths: (N,) of all samples. budget: the positions of a micro-batch, as planners take it. padded: whether its rows
     are padded to one length. even: whether all devices get the same number of micro-batches, of which the last may be
@@ -55,16 +69,27 @@ def share_out(
     shares = [_Share() for _ in range(count)]
     for micro_batch in sorted(step, key=lambda each: -sum(sizes[i] for i in each)):  # stable: the same everywhere
         min(shares, key=lambda share: share.tokens).add([*micro_batch], sizes)
-    for _ in sizes:  # each sample moves once, about
-        most, least = (choose(shares, key=lambda share: share.tokens) for choose in (max, min))
-        gap = most.tokens - least.tokens
-        movable = [i for each in most.micro_batches for i in each if sizes[i] < gap]
-        if not movable:
+    for _ in sizes:  # each sample moves once, at most
+        *others, most = sorted(shares, key=lambda share: share.tokens)
+        if not any(most.give(other, sizes, room) for other in others):
             break
-        least.take(min(movable, key=lambda i: (abs(gap - 2 * sizes[i]), i)), most, sizes, room)
     if even:
         _level(shares)
     return [share.micro_batches for share in shares]
+
+
+def _exchange(most, least, gap):
+    """Which sample is to move from the fuller share, and which one back or None, so that the gap becomes smallest.
+
+    (None, None) if it would not become smaller. most, least: pairs of tokens and number, in order.
+    """
+    best = gap, None, None
+    for size, sample in most:
+        wanted = size - gap / 2  # of the one that comes back
+        place = bisect.bisect_left(least, (wanted, -1))
+        for other, back in [(0, None), *least[max(0, place - 1) : place + 1]]:
+            best = min(best, (abs(gap - 2 * (size - other)), sample, back), key=lambda found: found[0])
+    return best[1:]
 
 
 def _level(shares):
