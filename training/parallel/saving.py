@@ -205,7 +205,7 @@ def load_states(divided: Divided, s: Settings, optimizer: torch.optim.Optimizer,
             return value
         piece = take(value, box_of(parameter, part.place(names[id(parameter)])))
         if not hasattr(parameter, "placements"):
-            return piece.to(parameter.device)
+            return piece.to(parameter.device, copy=True).contiguous()  # fused steps do not look at strides
         state = torch.zeros_like(parameter, dtype=value.dtype).detach()
         local(state).copy_(piece)
         return state
