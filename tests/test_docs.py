@@ -42,12 +42,17 @@ OTHERS = {
     "scancel",
     "sky",
     "source",
+    "srun",
     "tensorboard",
+    "torchrun",
     "wandb",
 }  # programs that are not ours
 EVERYWHERE = {"help", "config", "print_config"}  # flags of every script
 # Of pip, docker, MLflow and Metaflow.
-FOREIGN_FLAGS = {"index-url", "build-arg", "backend-store-uri", "artifacts-destination", "production"}
+FOREIGN_FLAGS = {
+    "index-url", "build-arg", "backend-store-uri", "artifacts-destination", "production", "ntasks-per-node", "gres",
+    "max-restarts", "requeue",
+}  # fmt: skip
 OURS = r"[\w./-]+\.(py|sh|cpp|h|md|toml|cff|conf)|requirements[\w-]*\.txt|(bench/results|configs)/\S+"  # files
 MADE = (  # folders that scripts make
     r"(final|source|results|tracking|tensorboard|\.metaflow|tracking/wandb|step-NNNNNN|((checkpoints|prepared|out)(/\w+)*))/"

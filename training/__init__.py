@@ -19,11 +19,13 @@ metrics.py     what a run measures: a row of metrics.csv for each step, memory, 
 run_folder.py  the folder of a run: checkpoints, rotation, disk space, what must match to resume
 nonfinite.py   a step whose loss or gradient is not finite: which samples cause it, and replaying it
 sweep/         several variants over one base, trained together. Its map is in sweep/__init__.py
+parallel/      several devices: what each has of the data and of the model. Its map is in parallel/__init__.py
 memory/        peak memory predicted and tried out before the first step. Its map is in memory/__init__.py
 
 from_settings.py imports targets.py and initialization.py, which imports eva.py and steps.py; mezo.py imports
 update_rules.py, optimizer.py both; offload.py imports optimizer.py; forgetting.py, reference.py import none;
 teacher.py imports from_settings.py; build.py imports from_settings.py, initialization.py, forgetting.py, offload.py,
-optimizer.py and teacher.py; nonfinite.py imports build.py and steps.py; memory/ imports from_settings.py, metrics.py,
+optimizer.py, parallel/ and teacher.py; parallel/ imports from_settings.py, initialization.py, optimizer.py and steps.py;
+nonfinite.py imports build.py and steps.py; memory/ imports from_settings.py, metrics.py,
 offload.py, optimizer.py, steps.py and teacher.py; sweep/ imports build.py, memory/ and what they import.
 """

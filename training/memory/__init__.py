@@ -6,5 +6,5 @@ machine.py      memory that this process may still take, in a container too; the
 budget.py       from a run's settings to its plan, the largest micro-batch that fits, what to change when none does
 dry_run.py      the largest micro-batch of a run, forward and backward once before the first step
 
-plan.py imports allocations.py, budget.py imports plan.py and machine.py.
+plan.py imports allocations.py and parallel/, budget.py imports plan.py and machine.py.
 """

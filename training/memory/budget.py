@@ -25,6 +25,7 @@ from training.from_settings import DTYPES, adapter_config, autocast_dtype, base_
 from training.memory import machine, plan
 from training.metrics import peak_memory, start_measuring
 from training.optimizer import OPTIMIZERS, build_optimizer, moment_bytes
+from training.parallel.layout import layout_of
 from training.steps import planned_steps, steps_per_epoch, total_steps
 from training.teacher import common_vocabulary, likeliest, teacher_dtype, without_virtual_tokens
 from weights.checkpoint import read_config
@@ -42,7 +43,7 @@ OUT_OF_MEMORY = re.compile("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|std
 
 def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
     """The `plan.Job` of this run."""
-    config = read_config(s.checkpoint_dir)
+    config, layout = read_config(s.checkpoint_dir), layout_of(s)
     adapter = None if s.method == "full" else adapter_config(s, config)
     if OPTIMIZERS[s.optimizer].gradient == "forward":
         gradients = "none"
@@ -63,6 +64,8 @@ def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
         betas=s.betas,
         apollo_rank=s.apollo_rank,
         loss=OBJECTIVES[s.objective](s).traced_loss,
+        tensor=layout.tensor,
+        shares=layout.data if layout.shard else 1,
     )
 
 

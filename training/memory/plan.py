@@ -34,6 +34,7 @@ from training.from_settings import train_only
 from training.memory.allocations import Allocations, trace_step
 from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
 from training.optimizer import moment_bytes
+from training.parallel.tensor import Part
 from weights.beside import train_beside
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ aten = torch.ops.aten
 HOST = "host memory"  # no part of the device's
 PARTS = ("weights", "adapters", "gradients", "moments", "saved activations", "working set", "loss")
 TRACED_BLOCKS = 2  # of equal ones in a row: the input of the very first may need no gradient, so it keeps less
+GATHERED_BLOCKS = 3  # by --shard: the one that runs, the next one, and the buffer in which that comes
 TOKEN_STEP = 64  # of micro_batch_tokens, between which a budget decides
 CUDA_BLOCK = 512  # bytes to whose multiples CUDA's caching allocator rounds
 # Assumed, not measured here: what a process takes on a card beside its tensors (context and kernels, holes between
@@ -69,6 +71,8 @@ class Job:
     quantize: as `quantize.read_quantization` returns it. adapter: a `lora.AdapterConfig`, None to train the weights;
         then train: only those with such names, as --train has them; None for all.
     optimizer, recompute, betas, apollo_rank: as in finetune.py.
+    tensor: how many devices have a part of each layer; the plan is for the one with the largest. shares: among how many
+        --shard divides weights, gradients and states.
     loss: a scalar of the model, of what its head gets (B, T, E) and of the targets (B, T), as
         `objectives.Objective.traced_loss`.
     gradients: "kept" from earlier micro-batches of a step, "new" if it has only one, "freed" one by one if the
@@ -92,6 +96,8 @@ class Job:
     betas: tuple[float | None, float | None] = (0.9, 0.999)
     apollo_rank: int = 256
     loss: Callable[[model_file.Transformer, Tensor, Tensor], Tensor] = sum_of_losses
+    tensor: int = 1
+    shares: int = 1
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
         return None if number is None else f"{quantize.BLOCKS}{number}.{name[block.end() :]}"
 
     with torch.device("meta"):
-        model = model_file.Transformer(job.config.of_layers(numbers))
+        model = Part(job.config.of_layers(numbers), job.tensor - 1, job.tensor).model()
     for name, parameter in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -259,9 +265,27 @@ class Predictor:
             shared = {id(tensor) for tensor in (*before.parameters(), *before.buffers())}
             block = parameter_bytes(self.model.model["layers"][number], job, shared)
             self.fixed.update({part: count * nbytes for part, nbytes in block.items()})
+        if job.shares > 1:
+            self._divide()
         self.host = self.fixed.pop(HOST, 0) + self._host_working_bytes()
         if job.device == "cpu":  # there it is all one memory
             self.fixed["moments"] += self.host
+
+    def _divide(self):
+        """Leave a device's share of what --shard divides, and add what is gathered at one time.
+
+        That is embedding, norm and head from the beginning to the end of a micro-batch; the block that runs, the one
+        that is fetched meanwhile, and the buffer it comes in. Gradients of these are whole too, until they are shared.
+        """
+        blocks = [parameter_bytes(block, self.job) for block in self.model.model.layers]
+        stored = [sum(block[part] for part in ("weights", "adapters")) for block in blocks]
+        inside = {id(tensor) for tensor in self.model.model.layers.parameters()}
+        outside = [p for p in self.model.parameters() if id(p) not in inside]
+        gathered = sum(p.nbytes for p in outside) + GATHERED_BLOCKS * max(stored)
+        training = [sum(p.nbytes for p in block.parameters() if p.requires_grad) for block in self.model.model.layers]
+        gradients = sum(p.nbytes for p in outside if p.requires_grad) + GATHERED_BLOCKS * max(training)
+        self.fixed = Counter({part: -(-nbytes // self.job.shares) for part, nbytes in self.fixed.items()})
+        self.fixed["working set"] += gathered + gradients
 
     def _host_working_bytes(self):
         """What --offload optimizer takes in host memory beside states and gradients that stay."""

@@ -77,7 +77,7 @@ class Watch:
             if self.seen.get(other, (None,))[0] != beat:
                 self.seen[other] = beat, now
             if now - self.seen[other][1] > SILENCE or self._is_dead(other):
-                return f"{self.name(other)} has died or hangs, so {self.own_name()} ends: {self.go_on}"
+                return f"{self.name(other)} has died, or hangs, so {self.own_name()} ends: {self.go_on}"
         return None
 
     def first_is_gone(self) -> str:
