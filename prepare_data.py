@@ -352,7 +352,7 @@ def tokenize_all(tokenizing: Tokenizing, numbers: np.ndarray, copy: int = 0) -> 
     waiting = deque()  # the chunks in work: numbers of records, and for each those of its examples
 
     def tasks():
-        for chunk in chunks(numbers.tolist()):
+        for chunk in chunks(map(int, numbers)):  # not all of them as objects at once
             of = [records.sources[number] for number in chunk]
             examples = [sample_examples(sources[i], pools[i], seed, n, copy) for i, n in zip(of, chunk, strict=True)]
             waiting.append((chunk, examples))

@@ -56,7 +56,7 @@ def ray_workers(context: Context) -> Iterator[Callable]:
 
         def parallel_map(function, tasks):
             blocks = _blocks(tasks)
-            while some := list(itertools.islice(blocks, ROUND * cpus)):
+            while some := [ray.put(block) for block in itertools.islice(blocks, ROUND * cpus)]:
                 yield from _map_blocks(function, shared, some, workers)
 
         yield parallel_map
@@ -82,6 +82,11 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[None]:
         yield
     except (ray.exceptions.RayTaskError, ray.exceptions.UserCodeException):
         raise  # a fault of ours, with its traceback
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+        raise UserError(
+            f"the same rows have ended a worker process {RETRIES + 1} times, perhaps for want of memory: try fewer "
+            "--workers"
+        ) from None
     except ray.exceptions.RayError as error:
         raise UserError(f"--engine ray: {_first_line(error)}") from None
     finally:
@@ -97,6 +102,7 @@ def _connect(address: str | None, workers: int | None, folder: Path) -> None:
         _check_answers(address)
     for name in CODE:
         shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "requirements.txt", folder / "code")  # by which a missing package is explained
     # As the working directory: of another kind of code, what lies in the current folder would come first.
     environment = {"working_dir": str(folder / "code"), "env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
     started = {"_temp_dir": str(folder), "num_cpus": workers or cores(), "include_dashboard": False}
@@ -141,7 +147,7 @@ def _blocks(tasks: Iterable) -> Iterator["pyarrow.Table"]:
 
 
 def _map_blocks(
-    function: Callable, shared: "ray.ObjectRef", blocks: list["pyarrow.Table"], workers: int | None
+    function: Callable, shared: "ray.ObjectRef", blocks: list["ray.ObjectRef"], workers: int | None
 ) -> Iterator:
     """The results of all tasks in the blocks, in order. A UserError is raised when its turn has come."""
     import ray.data
@@ -150,7 +156,7 @@ def _map_blocks(
         warnings.simplefilter(
             "ignore"
         )  # that max_retries will have another place from Ray 2.64 on: not known yet where
-        results = ray.data.from_arrow(blocks).map_batches(
+        results = ray.data.from_arrow_refs(blocks).map_batches(
             _work, fn_kwargs={"function": function, "shared": [shared]}, batch_size=None, batch_format="pyarrow",
             concurrency=workers, num_cpus=1, max_retries=RETRIES,
         )  # fmt: skip

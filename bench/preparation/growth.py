@@ -8,8 +8,8 @@ an earlier question, one in fifty repeats it whole, and one in a hundred has wor
 has two workers. Printed, and added to --out_file as JSON lines:
 
 seconds         of the whole command; what others do on the machine shows in it
-driver, worker  microseconds of processor time for each row: of the process that reads, decides and writes, and of all
-                that filter and tokenise together, their starts included
+driver s        processor time of the process that reads, decides and writes, its start included; workers s: that of
+                all that filter and tokenise together, without the last quarter of a second
 driver MB       the most that the first took, worker MB: that one of the others took, without pages that processes share
 total MB        the most that all took together, shared pages counted once
 
@@ -66,8 +66,8 @@ if __name__ == "__main__":
 import psutil
 
 COLUMNS = {
-    "engine": "{engine}", "rows": "{rows:,}", "seconds": "{seconds:.0f}", "driver µs/row": "{driver_us:.0f}",
-    "worker µs/row": "{worker_us:.0f}", "driver MB": "{driver_mb:.0f}", "worker MB": "{worker_mb:.0f}",
+    "engine": "{engine}", "rows": "{rows:,}", "seconds": "{seconds:.0f}", "driver s": "{driver_seconds:.1f}",
+    "workers s": "{worker_seconds:.1f}", "driver MB": "{driver_mb:.0f}", "worker MB": "{worker_mb:.0f}",
     "total MB": "{total_mb:.0f}",
 }  # fmt: skip
 
@@ -81,7 +81,6 @@ def main(s):
             sides = [{"engine": engine, "rows": rows} for engine in s.engines]
             measured = alternate(sides, 1, partial(measure, s, data, benchmark), s, call)
             for line in measured:
-                line |= per_row(line)
                 lines.append(line)
                 print(json.dumps(line), flush=True)
             data.unlink()
@@ -163,18 +162,13 @@ def is_worker(process, command):
     return found == command or found[:1] in (["ray::MapBatches(_work)"], ["ray::IDLE"])
 
 
-def per_row(line):
-    return {f"{kind}_us": line[f"{kind}_seconds"] * 1e6 / line["rows"] for kind in ("driver", "worker")}
-
-
 def predict(lines, engine, rows):
     """A line for so many rows, on the straight line through an engine's last two."""
     before, last = [line for line in lines if line["engine"] == engine][-2:]
     share = (rows - last["rows"]) / (last["rows"] - before["rows"])
     names = ("seconds", "driver_seconds", "worker_seconds", "driver_mb", "worker_mb", "total_mb")
     line = {name: last[name] + share * (last[name] - before[name]) for name in names}
-    line |= {"engine": engine, "rows": rows}
-    return line | per_row(line)
+    return line | {"engine": engine, "rows": rows}
 
 
 if __name__ == "__main__":

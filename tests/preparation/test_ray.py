@@ -25,6 +25,7 @@ pytest.importorskip("ray", reason="needs requirements-ray.txt")
 
 import prepare_data
 from preparation import ray_workers, workers
+from preparation.workers import Context
 from prepare_data import Settings
 from shell.cli import UserError
 
@@ -197,6 +198,24 @@ def test_workers_that_are_killed_change_nothing(prepare, tmp_path, cluster):
         killer.join()
     assert len(killed) >= 2
     assert ray == prepare("local", data, workers=1, **settings)
+
+
+def test_rows_that_end_every_process_end_the_run(cluster, monkeypatch):
+    monkeypatch.setattr(ray_workers, "RETRIES", 1)
+    context = Context(Settings(show=1, out_dir=Path("x"), engine="ray", ray_address=cluster), [], None, None, [])
+
+    def end(context, number):
+        if number == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    results = []
+    with (
+        pytest.raises(UserError, match="the same rows have ended a worker process 2 times"),
+        ray_workers.ray_workers(context) as parallel_map,
+    ):
+        results.extend(parallel_map(end, range(20)))
+    assert results == list(range(len(results))) and len(results) <= 12
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
