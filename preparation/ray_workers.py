@@ -112,7 +112,8 @@ def _connect(address: str | None, workers: int | None, folder: Path) -> None:
             **({} if address else started),
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--ray_address {address}: cannot be used: {_first_line(error)}") from None
+        what = f"--ray_address {address}: cannot be used" if address else "--engine ray: cannot be started"
+        raise UserError(f"{what}: {_first_line(error)}") from None
 
 
 def _check_answers(address: str) -> None:
@@ -153,9 +154,8 @@ def _map_blocks(
     import ray.data
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # that max_retries will have another place from Ray 2.64 on: not known yet where
+        # From Ray 2.64 on max_retries has another place. Which, 2.60 does not say yet.
+        warnings.simplefilter("ignore")
         results = ray.data.from_arrow_refs(blocks).map_batches(
             _work, fn_kwargs={"function": function, "shared": [shared]}, batch_size=None, batch_format="pyarrow",
             concurrency=workers, num_cpus=1, max_retries=RETRIES,
