@@ -10,8 +10,8 @@ has two workers. Printed, and added to --out_file as JSON lines:
 seconds         of the whole command; what others do on the machine shows in it
 driver s        processor time of the process that reads, decides and writes, its start included; workers s: that of
                 all that filter and tokenise together, without the last quarter of a second
-driver MB       the most that the first took, worker MB: that one of the others took, without pages that processes share;
-                what it has read of Ray's object store is the first's alone once Ray's own processes have ended
+driver MB       the most that the first took, worker MB: that one of the others took; without what processes share, but
+                what the first has read of Ray's object store is its own once Ray's processes have ended
 total MB        the most that all took together, shared pages counted once
 
 Then what follows for --predicted rows from the largest two sizes, by a straight line through them: not measured.
