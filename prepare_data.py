@@ -11,6 +11,7 @@ few-shot examples where a source asks for them; `mix` repeats samples by the sou
 small however much is read. dropped.jsonl lists each row that was dropped, and why.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +63,11 @@ class Settings:
         mix_size: How many of these the weighted sources have together; as many as they have, if not given.
         val_fraction: Share of the samples that is held back for validation.
         seed: Of all that is random: the validation part, few-shot examples, the order of choices, the mixture.
-        workers: Processes that tokenise; one for each core, if not given.
+        engine: What runs the passes: the processes of this machine, or a Ray cluster, of which the same bytes come.
+            ray needs requirements-ray.txt.
+        ray_address: Of a Ray cluster: HOST:PORT, or auto for the one of this machine. If not given, one is started on
+            this machine and ended.
+        workers: Processes that filter and tokenise; one for each core of the machine or cluster, if not given.
         show: Print so many samples of the prepared folder, targets in colour.
     """
 
@@ -92,6 +97,8 @@ class Settings:
     mix_size: int | None = None
     val_fraction: float = 0.05
     seed: int = 1337
+    engine: Literal[cli.table_keys("preparation/engines.py", "ENGINES")] = "local"
+    ray_address: str | None = None
     workers: int | None = None
     show: int = 0
 
@@ -105,12 +112,22 @@ class Settings:
         cli.check_numbers(self, "max_tokens", "mix_size", "workers", least=1)
         cli.check_numbers(self, "near_duplicates", "similar", "leak_cosine", "max_repetition", least=0, most=1)
         cli.check_numbers(self, "val_fraction", least=0, below=1)
+        self._check_ray_address()
         if not self.data:
             if not self.show or self.out_dir is None:
                 raise UserError("--data is required (or --show N and --out_dir, to look at a prepared folder)")
             return
         if self.checkpoint_dir is None:
             raise UserError("--checkpoint_dir is required")
+
+    def _check_ray_address(self) -> None:
+        """Raise UserError for an address that is none, or that no engine would use."""
+        if self.ray_address is None:
+            return
+        if self.engine != "ray":
+            raise UserError(f"--ray_address {self.ray_address}: is for --engine ray")
+        if self.ray_address != "auto" and not re.fullmatch(r"[\w.-]+:\d+", self.ray_address):
+            raise UserError(f"--ray_address {self.ray_address}: expected HOST:PORT, or auto")
 
 
 if __name__ == "__main__":
@@ -127,6 +144,7 @@ from tqdm import tqdm
 from preparation import cleaning
 from preparation.benchmarks import BenchmarkSample, benchmark_ngrams, read_benchmarks
 from preparation.dropping import drop_by_embedding, drop_exact_duplicates, drop_near_duplicates
+from preparation.engines import ENGINES
 from preparation.filtering import FilteredRow, filter_rows
 from preparation.markup import harmless
 from preparation.mixture import Source, find_sources
@@ -148,7 +166,7 @@ from preparation.sampling import copies_of_samples, example_pools, resampled_sou
 from preparation.shapes import with_aliases
 from preparation.show import show_folder
 from preparation.version import is_prepared, version_of, with_version
-from preparation.workers import Context, chunks, worker_count, worker_pool
+from preparation.workers import Context, chunks
 from shell.files import new_folder, read_json
 from shell.progress import bar
 from store.fetch import fetch_folders
@@ -183,8 +201,7 @@ def prepare(s: Settings) -> None:
     check_replaceable(s.out_dir)
     benchmarks = read_benchmarks(benchmark_sources, s.seed)
     context = Context(s, sources, tokenizer, *benchmark_ngrams(benchmarks, s.leak_words))
-    workers = worker_count(s.workers, sources)
-    with new_folder(s.out_dir.absolute()) as folder, worker_pool(context, workers) as parallel_map:
+    with new_folder(s.out_dir.absolute()) as folder, ENGINES[s.engine](context) as parallel_map:
         with open(folder / "dropped.jsonl", "w", encoding="utf-8") as log:
             records = Records(folder.parent, [source.name for source in sources], log)
             read_all(s, sources, records, parallel_map)
@@ -335,7 +352,7 @@ def tokenize_all(tokenizing: Tokenizing, numbers: np.ndarray, copy: int = 0) -> 
     waiting = deque()  # the chunks in work: numbers of records, and for each those of its examples
 
     def tasks():
-        for chunk in chunks(numbers.tolist()):
+        for chunk in chunks(map(int, numbers)):  # not all of them as objects at once
             of = [records.sources[number] for number in chunk]
             examples = [sample_examples(sources[i], pools[i], seed, n, copy) for i, n in zip(of, chunk, strict=True)]
             waiting.append((chunk, examples))

@@ -18,6 +18,8 @@ dropping.py         drops what cleaning.py finds among all records
 sampling.py         all that is random: validation split, few-shot examples, copies by a mixture's weights
 rendering.py        a record to tokens and targets, cut to length
 workers.py          the pool of processes that filter and render
+ray_workers.py      the same on a Ray cluster
+engines.py          which of the two: a new one is a line in `ENGINES`
 record_store.py     records and tokens in temporary files between two passes
 prepared_folder.py  the files that are written: samples and data.json
 version.py          one hash of all that they depend on: what is prepared already is not prepared again
@@ -25,6 +27,6 @@ report.py           report.html, with histogram.py (lengths as SVG) and markup.p
 show.py             samples on the terminal
 
 A file may import those named before it: reading.py, columns.py, shapes.py, dialects.py, multiple_choice.py, pairs.py,
-records.py, mixture.py, cleaning.py, workers.py, rendering.py, filtering.py, record_store.py, benchmarks.py,
-dropping.py, sampling.py, markup.py, prepared_folder.py, version.py, report.py.
+records.py, mixture.py, cleaning.py, workers.py, ray_workers.py, engines.py, rendering.py, filtering.py,
+record_store.py, benchmarks.py, dropping.py, sampling.py, markup.py, prepared_folder.py, version.py, report.py.
 """

@@ -59,7 +59,7 @@ def _embed_prompts(records: Records, file: IO[bytes]) -> np.ndarray:
     """(N, 384) float16 in `file`: the embedding of each prompt that is not dropped, zeros for the others."""
     embeddings = np.memmap(file, np.float16, "w+", shape=(max(1, len(records)), 384))
     with bar(what="embedding", unit=" samples", total=int(records.kept().sum())) as progress:
-        for numbers in chunks(np.flatnonzero(records.kept()).tolist()):
+        for numbers in chunks(map(int, np.flatnonzero(records.kept()))):
             texts = [records[number]["key"] for number in numbers]
             embeddings[numbers] = cleaning.embed(texts, EMBEDDED)
             progress.update(len(numbers))

@@ -38,12 +38,13 @@ _context = None  # a worker process has one, from its start
 
 
 @contextlib.contextmanager
-def worker_pool(context: Context, workers: int) -> Iterator[Callable]:
-    """Yields `parallel_map(function, tasks)`: the results of function(context, task), in order, by so many processes.
+def local_workers(context: Context) -> Iterator[Callable]:
+    """Yields `parallel_map(function, tasks)`: the results of function(context, task), in order, by several processes.
 
     Only a few tasks are taken ahead, so that they can come from a file of any size. With one worker all is done in
     this process.
     """
+    workers = worker_count(context.settings.workers, context.sources)
     if workers == 1:
         yield lambda function, tasks: map(partial(function, context), tasks)
         return
@@ -104,11 +105,15 @@ def _call(function, task):
 
 def worker_count(workers: int | None, sources: list[Source]) -> int:
     """`workers` if given; otherwise as many as this process has cores, or fewer for little data."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if any(isinstance(source.path, str) for source in sources):  # a dataset's name: its size is not known
-        return workers or cores
+        return workers or cores()
     size = sum(path.stat().st_size for source in sources for path in source.path)
-    return workers or min(cores, 1 + size // BIG)
+    return workers or min(cores(), 1 + size // BIG)
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def chunks(values: Iterable, size: Callable[[Any], int] = lambda value: 0) -> Iterator[list]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = tuple(
-    f"requirements{part}.txt" for part in ("", "-eval", "-data", "-tracking", "-sweep", "-store", "-flows", "-dev")
+    f"requirements{part}.txt"
+    for part in ("", "-eval", "-data", "-ray", "-tracking", "-sweep", "-store", "-flows", "-dev")
 )
 MODULES = {
     "PyYAML": "yaml",
