@@ -30,7 +30,8 @@ from eval.http_server import EventStream, Server, event, make_config, open_to_cl
 from eval.server_metrics import FrontMetrics
 from shell.cli import UserError
 
-PASSED_BACK = ("content-type", "retry-after", "allow")  # of an answer's
+PASSED_ON = ("content-type", "host")  # of a request's headers; the second is in the address of a redirection
+PASSED_BACK = ("content-type", "retry-after", "allow", "location")  # of an answer's
 STEP = 256  # characters: how finely prompts are compared
 STEPS_KEPT = 2**16  # of each engine: prompts of 16 million characters
 SECONDS_FOR_NEWS = 5  # that an engine has to say how it is
@@ -80,7 +81,7 @@ class Front:
     async def start(self) -> None:
         """Start the first engine, then the others: what is wrong is then said once. Exits if one does not start."""
         self.session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False, skip_auto_headers=("Content-Type",),
             # A connection for each request: one that is kept may be closed by the engine just when it is used again.
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
         )  # fmt: skip
@@ -174,11 +175,9 @@ class Front:
 
     async def _reply(self, engine, request, body):
         """The beginning of an engine's answer: (the response, its content); of a stream only what comes first."""
-        scope, headers = request.scope, self.token
-        path = scope["raw_path"].decode("latin-1") + ("?" if scope["query_string"] else "")
-        url = URL(f"http://127.0.0.1:{engine.port}{path}{scope['query_string'].decode('latin-1')}", encoded=True)
-        if "content-type" in request.headers:
-            headers = headers | {"Content-Type": request.headers["content-type"]}
+        path, query = (request.scope[name].decode("latin-1") for name in ("raw_path", "query_string"))
+        url = URL(f"http://127.0.0.1:{engine.port}{path}" + (f"?{query}" if query else ""), encoded=True)
+        headers = self.token | {name: request.headers[name] for name in PASSED_ON if name in request.headers}
         upstream = await self.session.request(request.method, url, data=body, headers=headers, allow_redirects=False)
         try:
             stream = upstream.content_type == "text/event-stream"

@@ -43,11 +43,15 @@ OTHERS = {
     "sky",
     "source",
     "tensorboard",
+    "vllm",
     "wandb",
 }  # programs that are not ours
 EVERYWHERE = {"help", "config", "print_config"}  # flags of every script
-# Of pip, docker, MLflow and Metaflow.
-FOREIGN_FLAGS = {"index-url", "build-arg", "backend-store-uri", "artifacts-destination", "production"}
+# Of pip, docker, MLflow, Metaflow and vLLM.
+FOREIGN_FLAGS = {
+    "index-url", "build-arg", "backend-store-uri", "artifacts-destination", "production", "enable-lora", "lora-modules",
+    "max-lora-rank", "max-loras", "chat-template",
+}  # fmt: skip
 OURS = r"[\w./-]+\.(py|sh|cpp|h|md|toml|cff|conf)|requirements[\w-]*\.txt|(bench/results|configs)/\S+"  # files
 MADE = (  # folders that scripts make
     r"(final|source|results|tracking|tensorboard|\.metaflow|tracking/wandb|step-NNNNNN|((checkpoints|prepared|out)(/\w+)*))/"
