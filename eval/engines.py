@@ -29,6 +29,7 @@ class StartFailed(Exception):
     """An engine has ended before it was ready. status: its exit status, below 0 for a signal."""
 
     def __init__(self, status: int):
+        super().__init__(f"{how(status)} before it was ready")
         self.status = status
 
 
@@ -39,13 +40,16 @@ class EngineProcess:
     """
 
     def __init__(self, number: int, run: Callable, s: Any, environment: dict[str, str]):
-        """run: called in the process with `s` and a connection, to which it sends (port, names) when it is ready."""
+        """run: called in the process with `s` and a connection, to which it sends (port, names) when it is ready.
+
+        Or it sends the UserError or OSError that it cannot start for.
+        """
         self.number, self.environment, self._run, self._settings = number, environment, run, s
         self.process: Any = None
         self.port, self.names, self.up, self.seconds = 0, [], False, 1.0
 
     async def start(self) -> None:
-        """Start it, and wait until it is ready. Raises StartFailed."""
+        """Start it, and wait until it is ready. Raises StartFailed, or what it sends."""
         began = time.monotonic()
         told, tell = SPAWN.Pipe(duplex=False)
         self.process = SPAWN.Process(target=self._run, args=(self._settings, tell), daemon=True)
@@ -55,9 +59,13 @@ class EngineProcess:
         with told:
             await readable(told.fileno())
             try:
-                self.port, self.names = told.recv()
+                said = told.recv()
             except EOFError:
                 raise StartFailed(await self.ended()) from None
+        if isinstance(said, Exception):
+            await self.ended()
+            raise said
+        self.port, self.names = said
         self.up, self.seconds = True, time.monotonic() - began
 
     async def ended(self) -> int:
@@ -73,8 +81,8 @@ class EngineProcess:
         while not self.up:
             try:
                 await self.start()
-            except StartFailed as failure:
-                note(f"engine {self.number} {how(failure.status)} before it was ready; again in {pause} s")
+            except (StartFailed, UserError, OSError) as failure:
+                note(f"engine {self.number}: {failure}; it is started again in {pause} s")
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 

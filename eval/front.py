@@ -79,7 +79,10 @@ class Front:
         self.app = make_app(self, s.max_body_bytes)
 
     async def start(self) -> None:
-        """Start the first engine, then the others: what is wrong is then said once. Exits if one does not start."""
+        """Start the first engine, then the others: what is wrong is then said once.
+
+        Raises what an engine says that it cannot start for. Exits if one has ended with a traceback.
+        """
         self.session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False, skip_auto_headers=("Content-Type",),
             # A connection for each request: one that is kept may be closed by the engine just when it is used again.
@@ -91,10 +94,8 @@ class Front:
             await asyncio.gather(*(engine.start() for engine in others))
         except StartFailed as failure:
             if failure.status > 0:
-                sys.exit(failure.status)  # it has said why
-            raise UserError(
-                f"--engines {len(self.engines)}: an engine {how(failure.status)} while it started"
-            ) from None
+                sys.exit(failure.status)
+            raise UserError(f"--engines {len(self.engines)}: an engine {failure}") from None
         for engine in self.engines:
             self._begun(engine)
         self._keepers = [asyncio.create_task(self._keep(engine)) for engine in self.engines]
@@ -118,7 +119,7 @@ class Front:
             self.metrics.up[engine.number].set(0)
             self.metrics.end(engine.number)
             self.held[engine.number] = Held()
-            note(f"engine {engine.number} {how(status)}: it is started again")
+            note(f"engine {engine.number}: {how(status)}; it is started again")
             await engine.start_again()
             self._begun(engine)
 

@@ -102,7 +102,6 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -139,14 +138,16 @@ def main(s: Settings) -> None:
 
 
 def run_engine(s: Settings, ready: Connection) -> None:
-    """One of several engines, in a process of its own: as `main`, at a port of this machine that `ready` is told."""
+    """One of several engines, in a process of its own: as `main`, at a port of this machine that `ready` is told.
+
+    It is told of a mistake of the user, too, which the front then says.
+    """
     begin_in_process()
-    cli.run(partial(_run_engine, ready), s)
-
-
-def _run_engine(ready, s):
-    sock = bind("127.0.0.1", 0)
-    service = Service(s)
+    try:
+        sock, service = bind("127.0.0.1", 0), Service(s)
+    except (UserError, OSError) as mistake:
+        ready.send(mistake)
+        return
     sock.listen(BACKLOG)
     ready.send((sock.getsockname()[1], service.names))
     answer_until_signal(service, sock, s)

@@ -4,7 +4,8 @@
 
 The first --shots rows of the file are the examples that each prompt begins with; the rows after them are the questions,
 which --clients ask at a time. The two engines answer the same questions in turn, over one model; each run begins with
-an empty cache. The answers are the likeliest tokens, and must be equal. Results are added to --out_file as JSON lines.
+an empty cache. The answers are the likeliest tokens: with --dtype fp32 they are equal, in bf16 up to rounding. Results
+are added to --out_file as JSON lines.
 """
 
 import sys

@@ -184,8 +184,9 @@ def test_every_path_is_passed_on(both, lone, path, body):
 
 
 def test_a_redirection_is_to_the_front(both):
-    status, _, headers = ask(both, f"{T}/?a=b", {"text": "a"})
-    assert status == 307 and headers["location"] == f"http://127.0.0.1:{both.port}{T}?a=b"
+    response = send(both, f"{T}/?a=b", {"text": "a"}).getresponse()
+    assert response.status == 307
+    assert response.headers["location"] == f"http://127.0.0.1:{both.port}{T}?a=b"
 
 
 def test_a_prompt_goes_where_its_beginning_is(both):
@@ -486,6 +487,10 @@ def test_what_is_inherited_is_put_back(monkeypatch):
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
 
 
+async def mistaken(text):
+    raise UserError(text)
+
+
 def test_an_engine_that_does_not_start_is_tried_again(monkeypatch, capfd):
     engine = engines.EngineProcess(1, operator.is_, None, {})  # it says nothing, and ends
     with pytest.raises(engines.StartFailed) as caught:
@@ -495,11 +500,17 @@ def test_an_engine_that_does_not_start_is_tried_again(monkeypatch, capfd):
 
     async def note_pause(seconds):
         pauses.append(seconds)
-        engine.up = len(pauses) == 3
+        engine.up = len(pauses) >= 3
 
     # Not that of the module: a server in a thread of this process sleeps, too.
     own = SimpleNamespace(sleep=note_pause, Event=asyncio.Event, get_running_loop=asyncio.get_running_loop)
     monkeypatch.setattr(engines, "asyncio", own)
     asyncio.run(engine.start_again())
     assert pauses == [1, 2, 4]
-    assert capfd.readouterr().err.count("note: engine 1 has ended with status 0 before it was ready") == 3
+    with monkeypatch.context() as broken:
+        engine.up = False
+        broken.setattr(engine, "start", lambda: mistaken("model/config.json is gone"))
+        asyncio.run(engine.start_again())
+    lines = capfd.readouterr().err
+    assert "note: engine 1: model/config.json is gone; it is started again in 1 s\n" in lines
+    assert lines.count("note: engine 1: has ended with status 0 before it was ready;") == 3
