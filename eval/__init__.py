@@ -10,8 +10,12 @@ quality.py          what quantising and merging cost an adapter: every variant o
                     divergence.py        KL, agreement and perplexity of one model against another
                     sensitivity.py       which layers suffer most from quantisation, and a plan that fits a budget
 between_runs.py     how far the models of two runs are from each other and from their bases, for runs.py
-helm_server.py      the server for HELM and for OpenAI's clients (challenge_api.py, openai_api.py; http_gate.py: token,
-                    limits and metrics)
+helm_server.py      the server for HELM and for OpenAI's clients (challenge_api.py, openai_api.py)
+                    http_gate.py         its token, and the limits of requests
+                    http_server.py       how uvicorn runs; streams of events
+                    server_metrics.py    what it counts, for Prometheus
+                    front.py             several engines behind one port
+                    engines.py           their processes
 Dockerfile, submission.sh    the submission to the LLM Efficiency Challenge
 run_helm.sh, helm.conf       HELM run against the server
                     helm_results.py      the scores of a suite

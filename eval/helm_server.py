@@ -6,7 +6,8 @@
 The challenge's paths: POST /process, /tokenize, /decode (challenge_api.py). OpenAI's: POST /v1/completions and
 /v1/chat/completions, GET /v1/models and /v1/models/ID (openai_api.py). GET /health, /metrics (Prometheus) and
 /openapi.json, which describes them all. Requests are answered together as they come (inference/serving.py). With a
-token set, every path but /health asks for it; size and time of a request are limited (http_gate.py).
+token set, every path but /health asks for it; size and time of a request are limited (http_gate.py). With --engines
+there are several processes that do this, behind another one that passes requests on to them (front.py).
 
 There is no page at /docs: FastAPI's loads its scripts from a foreign host.
 """
@@ -39,8 +40,11 @@ class Settings:
         prompt_style: How the messages of a chat are rendered, if not as in training. Other prompts stay as they are.
         host: Address to listen on; 0.0.0.0 for all of the machine's.
         port: Port to listen on, 0 for any that is free.
-        max_batch_size: Answers that are generated at one time.
-        max_queue: Answers that may wait for that; a request beyond it gets status 429.
+        engines: Processes with a model each, behind one port. Each has a GPU of its own; on a CPU they share its cores.
+        max_batch_size: Answers that are generated at one time, by each engine.
+        max_queue: Answers that may wait for that, of all engines together; a request beyond it gets status 429.
+        prefix_cache: Memory for what prompts begin with, such as a benchmark's examples, so that it is not read again:
+            a size such as 2GB or 800MB for each engine, where its model is; "none" for none.
         max_body_bytes: Size of a request's body at most; a larger one gets status 413.
         request_seconds: Time in which a request must arrive, header and body; a slower one gets status 408.
         api_key: Token that every request but /health must have ("Authorization: Bearer TOKEN").
@@ -56,8 +60,10 @@ class Settings:
     prompt_style: str | None = None
     host: str = "127.0.0.1"
     port: int = 8080
+    engines: int = 1
     max_batch_size: int = 16
     max_queue: int = 256
+    prefix_cache: str = "1GB"
     max_body_bytes: int = 2**20
     request_seconds: float = 60
     api_key: str | None = None
@@ -68,8 +74,9 @@ class Settings:
         cli.check_model(self)
         self.adapters = cli.named_folders(self.adapters, "adapters") or None
         cli.check_numbers(self, "port", least=0, below=2**16)
-        above_zero = ("max_batch_size", "max_queue", "max_body_bytes", "request_seconds", "grace_seconds")
+        above_zero = ("engines", "max_batch_size", "max_queue", "max_body_bytes", "request_seconds", "grace_seconds")
         cli.check_numbers(self, *above_zero, above=0)
+        self.prefix_bytes()
         if self.api_key is not None and self.api_key_env is not None:
             raise UserError("--api_key and --api_key_env exclude each other")
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
@@ -77,33 +84,41 @@ class Settings:
         if self.api_key == "":
             raise UserError("--api_key: an empty token protects nothing; leave it out for none")
 
+    def prefix_bytes(self) -> int:
+        """The size of the prefix cache, 0 for none. Raises UserError if it is no size."""
+        return 0 if self.prefix_cache == "none" else cli.number_of_bytes(self.prefix_cache, "prefix_cache")
+
+    def bearer(self) -> bytes | None:
+        """What the header Authorization of a request must be; None for anything."""
+        key = self.api_key or os.environ.get(self.api_key_env or "")
+        return f"Bearer {key}".encode() if key else None
+
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)
 
 import asyncio
 import contextlib
-import json
-import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from functools import partial
+from collections.abc import AsyncIterator, Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import prometheus_client
-import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.types import Receive, Scope, Send
 
-from eval import openai_api
+from eval import front, openai_api
 from eval.challenge_api import DecodeRequest, ProcessRequest, TokenizeRequest, process_answer
-from eval.http_gate import Gate, Metrics, TimedProtocol, error
+from eval.engines import begin_in_process
+from eval.http_gate import GETS, POSTS, Gate, error
+from eval.http_server import BACKLOG, EventStream, Server, bind, event, make_config, open_to_clients, until_gone
 from eval.openai_api import Answer, ChatRequest, CompletionRequest, Stream
+from eval.server_metrics import EngineMetrics
 from inference.serving import Engine, QueueFull, Task, check_ids, encode_text, make_tasks
 from inference.writer import Voice, Writer
 from store.cache import address_of
@@ -111,48 +126,37 @@ from store.fetch import fetch_folders
 
 
 def main(s: Settings) -> None:
-    """Load the model and answer requests until a signal."""
+    """Load the model and answer requests until a signal; or let engines do it."""
     fetch_folders(s)
     sock = bind(s.host, s.port)
+    if s.engines > 1:
+        front.serve(sock, s, run_engine)
+        return
     service = Service(s)
-    sock.listen(1024)
-    host = f"[{s.host}]" if ":" in s.host else s.host
-    print(f"serving {', '.join(service.names)} on http://{host}:{sock.getsockname()[1]}", flush=True)
-    Server(make_config(service, s)).run(sockets=[sock])
-    service.engine.close()
+    open_to_clients(sock, service.names, s.host)
+    answer_until_signal(service, sock, s)
 
 
-def make_config(service: "Service", s: Settings) -> uvicorn.Config:
-    """How uvicorn is to run: HTTP/1.1 with `TimedProtocol`, no WebSockets (they would pass by the token)."""
-    return uvicorn.Config(
-        make_app(service), http=partial(TimedProtocol, request_seconds=s.request_seconds), ws="none", lifespan="off",
-        log_level="warning", timeout_graceful_shutdown=s.grace_seconds,
-    )  # fmt: skip
+def run_engine(s: Settings, ready: Connection) -> None:
+    """One of several engines, in a process of its own: as `main`, at a port of this machine that `ready` is told.
 
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at this address, which does not listen yet. So a port in use is found before the model is loaded.
-
-    Raises UserError if the address cannot be used.
+    It is told of a mistake of the user, too, which the front then says.
     """
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    begin_in_process()
     try:
-        sock.bind((host, port))
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
-    return sock
+        sock, service = bind("127.0.0.1", 0), Service(s)
+    except (UserError, OSError) as mistake:
+        ready.send(mistake)
+        return
+    sock.listen(BACKLOG)
+    ready.send((sock.getsockname()[1], service.names))
+    answer_until_signal(service, sock, s)
 
 
-class Server(uvicorn.Server):
-    """uvicorn, which lets requests in progress end after a signal, and then exits. It would raise the signal again."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Let SIGTERM and SIGINT begin the end."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle_exit)
-        yield
+def answer_until_signal(service: "Service", sock: socket.socket, s: Settings) -> None:
+    """Answer requests at a socket that listens."""
+    Server(make_config(make_app(service), s)).run(sockets=[sock])
+    service.engine.close()
 
 
 # --------------------------------------------------------------------------------------------------------- the service
@@ -167,10 +171,9 @@ class Service:
         self.tokenizer = self.writer.tokenizer
         self.names = list(self.writer.named) or [address_of(s.adapter_dir or s.checkpoint_dir)]
         self.name, self.started = self.names[0], int(time.time())  # name: of what answers where a request names none
-        self.engine = Engine(self.writer.decoder, s.max_batch_size, s.max_queue)
-        self.metrics = Metrics(self.engine)
-        self.max_body_bytes, key = s.max_body_bytes, s.api_key or os.environ.get(s.api_key_env or "")
-        self.api_key = key and f"Bearer {key}".encode()
+        self.engine = Engine(self.writer.decoder, s.max_batch_size, s.max_queue, s.prefix_bytes())
+        self.metrics = EngineMetrics(self.engine)
+        self.max_body_bytes, self.api_key = s.max_body_bytes, s.bearer()
 
     async def process(self, body: ProcessRequest, request: Request) -> dict:
         """POST /process: continue a prompt."""
@@ -235,8 +238,7 @@ class Service:
 
     def show_metrics(self) -> Response:
         """GET /metrics: for Prometheus."""
-        text = prometheus_client.generate_latest(self.metrics.registry)
-        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return Response(self.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     # ------------------------------------------------------------------------------------------- from request to answer
 
@@ -300,18 +302,13 @@ class Service:
         Raises HTTPException then, and if the model failed.
         """
         reports = self.submit(tasks, lambda task: task if task.ended else None)
-        gone = asyncio.ensure_future(disconnected(request))
+        ended = asyncio.ensure_future(all_ended(reports, len(tasks)))
         try:
-            for _ in tasks:
-                report = asyncio.ensure_future(reports.get())
-                await asyncio.wait({report, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not report.done():
-                    report.cancel()
-                    raise HTTPException(499, "the client closed the connection")
-                if report.result().error:
-                    raise HTTPException(500, report.result().error)
+            if not await until_gone(request, ended):
+                raise HTTPException(499, "the client closed the connection")
+            if ended.result():
+                raise HTTPException(500, ended.result())
         finally:
-            gone.cancel()
             self.release(tasks)
 
     async def answer(self, answer: Answer, body: CompletionRequest | ChatRequest, request: Request) -> Any:
@@ -341,30 +338,13 @@ class Service:
         yield "data: [DONE]\n\n"
 
 
-class EventStream(StreamingResponse):
-    """A stream of events that calls `release` at its end, also if the client closes the connection before the first."""
-
-    def __init__(self, events: AsyncIterator[str], release: Callable[[], None]):
-        super().__init__(events, media_type="text/event-stream")
-        self.release = release
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.release()
-
-
-def event(value: dict) -> str:
-    """A JSON object as a server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-async def disconnected(request: Request) -> None:
-    """Wait until the client closes the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def all_ended(reports: asyncio.Queue, number: int) -> str | None:
+    """Wait until so many tasks have been reported; why the model failed, as soon as one says so."""
+    for _ in range(number):
+        task = await reports.get()
+        if task.error:
+            return task.error
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------- paths and errors
@@ -373,19 +353,11 @@ async def disconnected(request: Request) -> None:
 def make_app(service: Service) -> FastAPI:
     """The ASGI app: a path for each method of the service, and a JSON object for each error."""
     app = FastAPI(title="onetune", docs_url=None, redoc_url=None)
-    gets = {
-        "/v1/models": service.models, "/v1/models/{name:path}": service.model, "/health": service.health,
-        "/metrics": service.show_metrics,
-    }  # fmt: skip
-    posts = {
-        "/process": service.process, "/tokenize": service.tokenize, "/decode": service.decode,
-        "/v1/completions": service.completions, "/v1/chat/completions": service.chat,
-    }  # fmt: skip
-    for method, paths in (("GET", gets), ("POST", posts)):
-        for path, function in paths.items():
-            app.add_api_route(path, function, methods=[method], response_model=None)
+    for method, paths in (("GET", GETS), ("POST", POSTS)):
+        for path, name in paths.items():
+            app.add_api_route(path, getattr(service, name), methods=[method], response_model=None)
     app.add_middleware(
-        Gate, metrics=service.metrics, paths={*gets, *posts}, max_body_bytes=service.max_body_bytes,
+        Gate, metrics=service.metrics, paths={*GETS, *POSTS}, max_body_bytes=service.max_body_bytes,
         api_key=service.api_key,
     )  # fmt: skip
     app.add_exception_handler(UserError, lambda request, e: error(request.url.path, 400, str(e)))

@@ -1,4 +1,4 @@
-"""What every HTTP request passes before it reaches a path of helm_server.py: time, token, size; and what is counted.
+"""What every HTTP request passes before it reaches a path of helm_server.py: time, token, size; and it is counted.
 
 uvicorn limits how long an idle connection is kept, but not how long a request may take to arrive. `TimedProtocol` does.
 """
@@ -9,14 +9,22 @@ from asyncio import BaseTransport
 from typing import Any
 
 import h11
-import prometheus_client
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from eval import openai_api
-from inference.serving import Engine
+from eval.server_metrics import Metrics
+
+# The paths, each with the method of helm_server.py's `Service` that answers it.
+GETS = {
+    "/v1/models": "models", "/v1/models/{name:path}": "model", "/health": "health", "/metrics": "show_metrics",
+}  # fmt: skip
+POSTS = {
+    "/process": "process", "/tokenize": "tokenize", "/decode": "decode", "/v1/completions": "completions",
+    "/v1/chat/completions": "chat",
+}  # fmt: skip
 
 
 def error(
@@ -25,22 +33,6 @@ def error(
     """One JSON object with the reason, in OpenAI's form for the paths below /v1."""
     body = openai_api.error(status, message, where) if path.startswith("/v1/") else {"detail": message}
     return JSONResponse(body, status, headers)
-
-
-class Metrics:
-    """What /metrics shows."""
-
-    def __init__(self, engine: Engine):
-        self.registry = registry = prometheus_client.CollectorRegistry()
-        new = {"namespace": "onetune", "registry": registry}
-        self.requests = prometheus_client.Counter("requests", "Requests.", ["path", "status"], **new)
-        self.seconds = prometheus_client.Histogram("request_seconds", "From request to answer.", ["path"], **new)
-        self.tokens_in = prometheus_client.Counter("prompt_tokens", "Tokens of prompts.", **new)
-        self.tokens_out = prometheus_client.Counter("generated_tokens", "Tokens generated.", **new)
-        queue = prometheus_client.Gauge("queue_length", "Answers that wait.", **new)
-        queue.set_function(lambda: len(engine.waiting))
-        batch = prometheus_client.Gauge("batch_size", "Answers that are being generated.", **new)
-        batch.set_function(lambda: engine.running)
 
 
 class Gate:

@@ -30,6 +30,7 @@ from adapters.adapter import Adapter, adapters
 from adapters.virtual_tokens import virtual_ids
 from experts import Experts, choose
 from inference.kv_cache import KVCache, joined
+from inference.prefix_cache import PrefixCache, Text, fill, length_of
 from inference.several import SeveralLinear, choice_of, recordable, use
 from inference.slots import Slots, StepCache
 from lora import DoRALinear
@@ -207,6 +208,10 @@ class Decoder:
         """Go on without rows."""
         self.cache = None
 
+    def text(self, ids: list[int], adapter: int) -> Text:
+        """A prompt, virtual tokens included, and what its keys and values depend on beside its tokens."""
+        return Text((adapter, *turned_by(self.model.config, len(ids))), ids)
+
     def prepare(self) -> None:
         """Make what a step needs, for the cache as it now is."""
 
@@ -253,6 +258,7 @@ class Reading:
     def __init__(self, decoder: Decoder, tokens: Tensor, cache: KVCache, scores: Scorers):
         """tokens (B, T), to be read into the cache, which has nothing yet. scores: as in `Decoder.read`."""
         self.decoder, self.tokens, self.cache, self.scores = decoder, tokens, cache, scores
+        self.begun_at = 0  # the first column that is read
         self.logits: Tensor | None = None  # (B, V), after the last tokens, once it is done
 
     @property
@@ -265,9 +271,41 @@ class Reading:
         """Read the next chunk: at most so many positions, those of all rows together, but at least one of each."""
         start = self.cache.length
         end = start + max(1, positions // len(self.tokens))
-        if start == 0:
+        if start == self.begun_at:
             end = max(end, self._first_end())
         self.logits = self.decoder.extend(self.tokens[:, start:end], self.cache, self.scores)
+
+    @torch.inference_mode()
+    def reuse(self, prefixes: PrefixCache) -> None:
+        """Take from a cache what it holds of all prompts, before any of them is read, and begin behind it.
+
+        All rows are read from one column on, that of the row with most to read. A row that is scored is read whole.
+        """
+        texts, cache, T = self._texts(), self.cache, self.tokens.size(1)
+        found = [[] if row in self.scores else prefixes.find(text) for row, text in enumerate(texts)]
+        unread = [len(text.ids) - length_of(blocks) for text, blocks in zip(texts, found, strict=True)]
+        self.begun_at = cache.length = T - max(unread)
+        for row, (text, blocks) in enumerate(zip(texts, found, strict=True)):
+            first, reused = T - len(text.ids), max(0, cache.length - (T - len(text.ids)))
+            if reused:
+                columns = slice(first, first + reused)
+                fill(cache.k[:, row, :, columns], cache.v[:, row, :, columns], blocks)
+            prefixes.count(len(text.ids), reused)
+
+    @torch.inference_mode()
+    def hold(self, prefixes: PrefixCache) -> None:
+        """Let a cache hold the prompts, which have been read."""
+        for row, text in enumerate(self._texts()):
+            columns = slice(self.cache.length - len(text.ids), self.cache.length)
+            prefixes.add(text, self.cache.k[:, row, :, columns], self.cache.v[:, row, :, columns])
+
+    def _texts(self):
+        padding, adapters = (
+            [none] * len(self.tokens) if numbers is None else numbers.tolist()
+            for none, numbers in ((0, self.cache.padding), (1, self.cache.adapters))
+        )
+        rows = zip(self.tokens.tolist(), padding, adapters, strict=True)
+        return [self.decoder.text(row[unused:], adapter) for row, unused, adapter in rows]
 
     def finish(self) -> "Reading":
         """Read what is left."""
@@ -299,6 +337,13 @@ class Reading:
 def longrope_contexts(config: Config) -> set[int]:
     """The lengths beyond which a text's positions are turned by longrope's other factors."""
     return {rope.original_context for rope in config.ropes if rope is not None and rope.scaling == "longrope"}
+
+
+def turned_by(config: Config, length: int) -> list[int | bool]:
+    """What the length of a prompt decides about how its positions are turned: equal lists, equally turned."""
+    dynamic = [rope.original_context for rope in config.ropes if rope is not None and rope.scaling == "dynamic"]
+    longer = [length > context for context in sorted(longrope_contexts(config))]
+    return [*longer, length if any(length > context for context in dynamic) else 0]
 
 
 def score_stretches(

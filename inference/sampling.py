@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from inference.decode import CHUNK, Decoder, Reading
+from inference.prefix_cache import PrefixCache
 from shell.cli import UserError
 from text.tokenizer import StreamDecoder, Tokenizer
 
@@ -97,10 +98,12 @@ class Batch:
 
     Prompts of unequal lengths are padded on the left. Rows that have ended stay until half of the batch has ended, or
     until others join, if taking them out copies the cache. Where positions are learned they leave at once.
+
+    prefixes: what prompts share is taken from it and not read again; what is read goes into it.
     """
 
-    def __init__(self, decoder: Decoder):
-        self.decoder, self.config = decoder, decoder.model.config
+    def __init__(self, decoder: Decoder, prefixes: PrefixCache | None = None):
+        self.decoder, self.config, self.prefixes = decoder, decoder.model.config, prefixes
         self.device = decoder.model.model.embed_tokens.weight.device
         self.rows: list[Row] = []  # in the decoder's order, those included that have ended
         self.joining: list[Row] = []  # whose prompts are being read, in the order of `reading`
@@ -138,6 +141,8 @@ class Batch:
         room = longest if self.rows else longest + max(row.room for row in rows)
         adapters = torch.tensor([row.adapter for row in rows], device=self.device)
         self.joining, self.reading = rows, self.decoder.read(tokens, padding, room, scores, adapters)
+        if self.prefixes is not None:
+            self.reading.reuse(self.prefixes)
 
     def read(self, positions: int = CHUNK) -> list[Row]:
         """Read at most so many positions more of the prompts; returns the rows that have joined, when all are read.
@@ -156,11 +161,20 @@ class Batch:
         joined, self.joining, self.reading = self.joining, [], None
         return joined if wanted else []
 
+    def unread(self, row: Row) -> int:
+        """How many tokens of a row's prompt have to be read, as far as that is known before it is begun with."""
+        if self.prefixes is None or row.score_prompt:
+            return len(row.prompt)
+        text = self.decoder.text(self.decoder.virtual + row.prompt, row.adapter)
+        return len(text.ids) - self.prefixes.held(text)
+
     @torch.inference_mode()
     def _join(self):
         """The rows whose prompts have been read become part of the batch, with their first tokens."""
         rows = self.joining
         self._remove_ended(self.going)
+        if self.prefixes is not None:
+            self.reading.hold(self.prefixes)
         more = max(row.room - row.reply.length for row in (*self.rows, *rows))
         logits = self.decoder.take(self.reading, more)
         seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=self.device)

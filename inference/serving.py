@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from inference.decode import CHUNK, Decoder
+from inference.prefix_cache import PrefixCache
 from inference.sampling import Batch, Reply, Row, room_for
 from shell.cli import UserError
 from text.tokenizer import StreamDecoder, Tokenizer
@@ -46,11 +47,15 @@ class Task(Row):
 
 
 class Engine:
-    """A queue of tasks and the thread with the model. max_batch_size: rows at one time. max_queue: tasks that wait."""
+    """A queue of tasks and the thread with the model. max_batch_size: rows at one time. max_queue: tasks that wait.
 
-    def __init__(self, decoder: Decoder, max_batch_size: int, max_queue: int):
+    prefix_bytes: of keys and values of prompts that are kept for later ones that begin alike; 0 for none.
+    """
+
+    def __init__(self, decoder: Decoder, max_batch_size: int, max_queue: int, prefix_bytes: int = 0):
         self.decoder, self.max_batch_size, self.max_queue = decoder, max_batch_size, max_queue
-        self.waiting, self.batch = collections.deque(), Batch(decoder)
+        self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
+        self.waiting, self.batch = collections.deque(), Batch(decoder, self.prefixes)
         self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
@@ -106,12 +111,18 @@ class Engine:
                 )
 
     def _take(self):
-        """Take from the queue the tasks that the batch has room for, and whose prompts fit one pass; or one task."""
+        """Take from the queue the tasks that the batch has room for, and whose prompts fit one pass; or one task.
+
+        Of a prompt counts what is to be read. So one that is held is not read with one that is not, which is long.
+        """
         taken, longest, rows, places = [], 0, 0, self.max_batch_size - len(self.batch.going)
         while self.waiting:
             each = (self.waiting[0], *self.waiting[0].members)
-            rows, longest = rows + len(each), max(longest, *(len(one.prompt) for one in each))
-            if rows > places or taken and longest * rows > CHUNK:
+            rows += len(each)
+            if rows > places:
+                break
+            longest = max(longest, *map(self.batch.unread, each))
+            if taken and longest * rows > CHUNK:
                 break
             taken.append(self.waiting.popleft())
         return taken
@@ -128,7 +139,7 @@ class Engine:
             self._notify(self.batch.read(CHUNK_BETWEEN_STEPS if self.batch.going else CHUNK))
 
     def _fail(self, tasks, why):
-        self.batch = Batch(self.decoder)
+        self.batch = Batch(self.decoder, self.prefixes)
         for task in dict.fromkeys(tasks):
             task.error = why
         self._notify(dict.fromkeys(tasks))

@@ -207,6 +207,7 @@ GOOD_FLAGS = {
     "bench/random_model.py": lambda p: {"shape": "Pythia-160M", "tokenizer_dir": p.model, "out_dir": "random"},
     "bench/training/gradients.py": lambda p: {"checkpoint_dir": p.model},
     "bench/inference/speed.py": model_and_data,
+    "bench/inference/prefixes.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
     "bench/gpu/measure.py": lambda p: {"part": "kernels", "out_dir": p.out},
     "bench/machine/flex_kernels.py": lambda p: {},
     "bench/machine/kernels.py": lambda p: {},

@@ -45,13 +45,14 @@ OTHERS = {
     "srun",
     "tensorboard",
     "torchrun",
+    "vllm",
     "wandb",
 }  # programs that are not ours
 EVERYWHERE = {"help", "config", "print_config"}  # flags of every script
-# Of pip, docker, MLflow and Metaflow.
+# Of pip, docker, MLflow, Metaflow, vLLM, torchrun and Slurm.
 FOREIGN_FLAGS = {
-    "index-url", "build-arg", "backend-store-uri", "artifacts-destination", "production", "ntasks-per-node", "gres",
-    "max-restarts", "requeue",
+    "index-url", "build-arg", "backend-store-uri", "artifacts-destination", "production", "enable-lora", "lora-modules",
+    "max-lora-rank", "max-loras", "chat-template", "ntasks-per-node", "gres", "max-restarts", "requeue",
 }  # fmt: skip
 OURS = r"[\w./-]+\.(py|sh|cpp|h|md|toml|cff|conf)|requirements[\w-]*\.txt|(bench/results|configs)/\S+"  # files
 MADE = (  # folders that scripts make

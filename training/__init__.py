@@ -24,8 +24,8 @@ memory/        peak memory predicted and tried out before the first step. Its ma
 
 from_settings.py imports targets.py and initialization.py, which imports eva.py and steps.py; mezo.py imports
 update_rules.py, optimizer.py both; offload.py imports optimizer.py; forgetting.py, reference.py import none;
-teacher.py imports from_settings.py; build.py imports from_settings.py, initialization.py, forgetting.py, offload.py,
-optimizer.py, parallel/ and teacher.py; parallel/ imports from_settings.py, initialization.py, optimizer.py and steps.py;
-nonfinite.py imports build.py and steps.py; memory/ imports from_settings.py, metrics.py,
-offload.py, optimizer.py, steps.py and teacher.py; sweep/ imports build.py, memory/ and what they import.
+teacher.py imports from_settings.py; parallel/ imports from_settings.py, initialization.py, optimizer.py and steps.py;
+build.py imports from_settings.py, initialization.py, forgetting.py, offload.py, optimizer.py, parallel/ and teacher.py;
+nonfinite.py imports build.py and steps.py; memory/ imports from_settings.py, metrics.py, offload.py, optimizer.py,
+parallel/, steps.py and teacher.py; sweep/ imports build.py, memory/ and what they import.
 """

@@ -44,6 +44,24 @@ def test_generation_against_transformers(tiny_model_dir, tiny_data, tmp_path, ru
     assert out_file.with_suffix(".png").stat().st_size > 1000
 
 
+def test_examples_that_are_read_once(tiny_model_dir, tmp_path, run_script):
+    """The longer beginnings are, the fewer tokens are read; and the answers are the same."""
+    rows = [{"question": f"what is the answer {number}", "answer": f"it is {number}"} for number in range(14)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = run_script(
+        "bench/inference/prefixes.py", "--checkpoint_dir", tiny_model_dir, "--data", tmp_path / "rows.jsonl",
+        "--dtype", "fp32", "--shots", 8, "--clients", 2, "--new_tokens", 4, "--runs", 2,
+        "--out_file", tmp_path / "out.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["side"] for line in lines] == ["with the cache", "without"] * 2
+    assert [line["hits"] for line in lines if line["side"] == "without"] == [0, 0]
+    for line in lines[::2]:
+        assert line["hits"] >= 4 and line["tokens_read"] < 0.5 * line["prompt_tokens"]
+    assert "6 of 6 are equal" in out
+
+
 def test_a_side_that_fails_is_reported_in_one_line(tiny_model_dir, tiny_data, tmp_path, run_script):
     """LitGPT does not know the tiny model; here its place is taken by an environment without it."""
     code, out, err = run_script(

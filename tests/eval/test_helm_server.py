@@ -24,7 +24,7 @@ import uvicorn
 from conftest import ROOT, write_tiny_tokenizer
 
 import lora
-from eval import helm_server, openai_api
+from eval import helm_server, http_server, openai_api
 from generate import Settings as Sampled
 from inference.sampling import Batch, Reply, Row
 from inference.several import use
@@ -48,8 +48,8 @@ def serve(model_dir, **flags):
     flags = {"max_batch_size": 8, "precision": "32-true", **flags}
     settings = helm_server.Settings(checkpoint_dir=model_dir, **flags)
     service = helm_server.Service(settings)
-    sock = helm_server.bind("127.0.0.1", 0)
-    server = uvicorn.Server(helm_server.make_config(service, settings))
+    sock = http_server.bind("127.0.0.1", 0)
+    server = uvicorn.Server(http_server.make_config(helm_server.make_app(service), settings))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
     thread.start()
     place = SimpleNamespace(service=service, port=sock.getsockname()[1], model=service.writer.model)
@@ -1369,7 +1369,7 @@ def test_a_port_that_is_taken(run_script, tiny_model_dir):
 
 def test_it_listens_to_this_machine_alone_unless_told(tiny_model_dir):
     assert helm_server.Settings(checkpoint_dir=tiny_model_dir).host == "127.0.0.1"
-    sock = helm_server.bind("::1", 0) if socket.has_ipv6 and has_loopback_6() else helm_server.bind("127.0.0.1", 0)
+    sock = http_server.bind("::1", 0) if socket.has_ipv6 and has_loopback_6() else http_server.bind("127.0.0.1", 0)
     assert sock.getsockname()[0] in ("::1", "127.0.0.1")
     sock.close()
 

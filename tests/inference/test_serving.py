@@ -40,8 +40,11 @@ class Client:
 
     def ask(self, length, tokens, **options):
         """A task with a random prompt, in the queue."""
+        return self.ask_for([random.randrange(3, 512) for _ in range(length)], tokens, **options)
+
+    def ask_for(self, prompt, tokens, **options):
+        """A task with this prompt, in the queue."""
         s = Settings(checkpoint_dir="any", temperature=0, max_new_tokens=tokens)
-        prompt = [random.randrange(3, 512) for _ in range(length)]
         task = Task(prompt, Ids(), s, 0, notify=self.note, **options)
         self.ended[task] = threading.Event()
         self.tasks.append(task)

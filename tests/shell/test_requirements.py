@@ -64,7 +64,7 @@ def test_every_script_without_what_reads_the_command_line(run_without, script, m
         ),
         *(
             (module, "requirements-eval.txt", "eval/helm_server.py", "--checkpoint_dir x")
-            for module in ("prometheus_client", "uvicorn", "fastapi", "pydantic")
+            for module in ("prometheus_client", "uvicorn", "fastapi", "pydantic", "aiohttp")
         ),
     ],
 )
