@@ -226,5 +226,6 @@ def test_a_device_that_is_not_there(name, monkeypatch):
 
 
 def test_the_blocks_are_those_of_the_quantiser():
-    assert quantize.BLOCK == BLOCK == layer_of("nf4", True, (2, 64)).state.blocksize
-    assert layer_of("nf4", True, (2, 64)).nested.blocksize == ops.SCALE_BLOCK
+    layer = layer_of("nf4", True, (2, 64))
+    assert quantize.BLOCK == BLOCK == 2 * layer.codes.numel() // layer.absmax.numel()
+    assert layer.nested.blocksize == ops.SCALE_BLOCK

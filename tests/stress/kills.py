@@ -85,7 +85,7 @@ WAYS = {
 # Functions at whose calls a process is killed: those that save, rotate and report.
 POINTS = (
     (os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (files, "_exchange"), (files, "_seal"),
-    (files, "_take_place"), (files, "sha256"), (checkpoint, "_write_shard"), (metrics, "write_rows"),
+    (files, "_take_place"), (files, "sha256"), (checkpoint, "write_shard"), (metrics, "write_rows"),
     (pathlib.Path, "rename"), (pathlib.Path, "write_text"), (pathlib.Path, "mkdir"), (shutil, "copy"),
     (finetune, "train_step"), (finetune, "validate"),
 )  # fmt: skip
