@@ -46,7 +46,7 @@ def gradients_on(count, kind, cases, folder):
     values = [{name: value for name, value in vars(s).items() if name != "started"} for s in cases]
     (folder / "cases.json").write_text(json.dumps(values, default=str))
     processes = start_processes(count, [sys.executable, __file__, kind, folder / "cases.json", folder])
-    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(outputs)
     return [load_file(folder / f"{number}.safetensors") for number in range(len(cases))]
 
@@ -127,7 +127,7 @@ def main(kind, cases, folder):
     from training.settings import Settings
 
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(60, exit=True)
+    faulthandler.dump_traceback_later(250, exit=True)
     for number, flags in enumerate(json.loads(Path(cases).read_text())):
         paths = {name: Path(flags[name]) for name in ("checkpoint_dir", "data_dir", "out_dir")}
         gradient = KINDS[kind](Settings(**(flags | paths)))
