@@ -19,7 +19,7 @@ from conftest import ROOT, write_tiny_tokenizer
 from test_finetune import random_samples, run, settings  # noqa: F401 (fixtures)
 
 import runs
-from batching import Samples
+from batching import open_samples
 from eval.between_runs import distances, trained
 from model import IGNORE
 from shell.cli import UserError
@@ -280,7 +280,7 @@ def test_kl_between_two_runs_is_that_of_their_probabilities(run, tmp_path, tiny_
     else:
         models = [model_of(folders[0], tiny_model_dir), model_of(folders[1], tiny_model_dir, quantize=b.quantize)]
     bases = [load_model(tiny_model_dir, torch.float32, quantize=each.quantize) for each in (a, b)]
-    data, logps = Samples(tmp_path / "data" / "val.safetensors"), {}
+    data, logps = open_samples(tmp_path / "data", "val"), {}
     for name, model in zip(("a", "b", "base of a", "base of b"), [*models, *bases], strict=True):
         rows = []
         for i in range(len(data)):
