@@ -165,11 +165,11 @@ def test_a_run_that_is_killed_goes_on(published, folder, flags, local, start, tm
 @pytest.mark.parametrize("action", [cut, flip])
 def test_faults_on_the_way_change_nothing(published, flags, through, fetched, local, tmp_path, action):
     """A connection that is cut, a bit that is flipped, now and then: a shard is used only if its hash is right."""
-    faults = [Fault("down", 12_000 * (k + 1), 1, action) for k in range(5)]
-    through.faults += faults
+    fault = Fault("down", 12_000, 3 if action is cut else 1, action)  # twice wrong is refused
+    through.faults.append(fault)
     trained(*flags("streamed", NAME))
     same(tmp_path / "streamed", local)
-    assert sum(fault.happened for fault in faults) >= 3
+    assert fault.happened >= 1
 
 
 def test_a_connection_that_stalls(published, flags, through, local, tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_a_shard_that_is_damaged_at_the_store_ends_the_run(published, s3, flags,
 
 def test_a_shard_that_is_damaged_in_the_cache_is_fetched_again(published, flags, fetched, local, tmp_path):
     """The hash of what is there already is compared, too."""
-    trained(*flags("first", NAME, data_cache="50GB", max_steps=1))
+    trained(*flags("first", NAME, data_cache="50GB", shuffle_window=0, max_steps=1))  # which needs all of them
     blob = cache.root() / "blobs" / published.hashes[2]
     blob.chmod(0o644)
     blob.write_bytes(flip(blob.read_bytes()))

@@ -336,7 +336,7 @@ def test_the_page_in_a_browser(tmp_path, capsys):
     data = tmp_path / "data & more"
     data.mkdir()
     (data / "report.html").write_text("x")
-    write_json(data / "manifest.json", dict.fromkeys(PARTS, "a" * 64))
+    write_json(data / "data.json", {part: {"hash": "a" * 64} for part in PARTS})
     config = yaml.safe_load((folders[0] / "config.yaml").read_text()) | {"data_dir": str(data)}
     (folders[0] / "config.yaml").write_text(yaml.safe_dump(config))
     show(capsys, out_dir=out, html=html)
