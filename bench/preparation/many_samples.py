@@ -10,6 +10,7 @@ Printed as JSON. Each run is a line of --out_file.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -70,7 +71,10 @@ def main(s):
     for count in s.samples:
         with tempfile.TemporaryDirectory(dir=s.folder) as place:
             data = Path(place, "data")
-            write_samples(data, s, count)
+            # In a process of its own: a run's peak, as the system has it, begins at that of the process that starts it.
+            writing = multiprocessing.get_context("spawn").Process(target=write_samples, args=(data, s, count))
+            writing.start()
+            writing.join()
             for number in range(s.repeats):
                 found = {"samples": count, **one_start(data, Path(place, f"run{number}"), s), **one_step(data)}
                 add_line(s.out_file, describe(s) | found)
