@@ -79,14 +79,14 @@ def main(s: Settings) -> None:
         publish.check_reachable(publish.check_address(s.publish, "publish"))  # rather now than after the last step
     with run_folder.only_process(s.out_dir):
         newest = run_folder.newest_checkpoint(s)
-        identity = run_folder.identity(s, data.info)
-        if newest:
-            run_folder.check_same(s, newest, identity)
-        run_folder.check_room(s, skeleton, total_steps(s, data.train))
         with fetching_ahead(s, data, run_folder.step_of(newest)):
             budget.choose_micro_batch(s, data.train)
             budget.check_micro_batches(s, data.train)
             budget.check_host_memory(s, data.train)
+            identity = run_folder.identity(s, data.info)
+            if newest:
+                run_folder.check_same(s, newest, identity)
+            run_folder.check_room(s, skeleton, total_steps(s, data.train))
             with following([s.out_dir], s.logger, s.log_adapter):
                 train(s, data, newest, identity)
 

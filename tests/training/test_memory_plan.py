@@ -283,7 +283,7 @@ def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(settings):
         found.append(tokens)
     assert longest == found[0] < found[1]
     assert (
-        plan.largest_micro_batch(predictor, samples, 6, 1e12) >= samples.lengths.topk(6).values.sum()
+        plan.largest_micro_batch(predictor, samples, 6, 1e12) >= samples.lengths[:].topk(6).values.sum()
     )  # all of a step
     assert plan.largest_micro_batch(predictor, samples, 6, 1e5) == 0
 

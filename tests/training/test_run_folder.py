@@ -460,9 +460,7 @@ def test_a_damaged_sample_is_not_trained_on(settings, name):  # noqa: F811
     data = bytearray(path.read_bytes())
     data[start + header[name]["data_offsets"][0] + place * width] ^= 1
     path.write_bytes(data)
-    with pytest.raises(
-        UserError, match=r"train\.safetensors is damaged .its sample \d+ .*make it again with"
-    ):
+    with pytest.raises(UserError, match=r"train\.safetensors is damaged .its sample \d+ .*make it again with"):
         finetune.main(s)
     done = step_of(checkpoints(s.out_dir)[-1])
     assert done == step or name == "offsets" and done <= step  # which belongs to two samples
