@@ -75,8 +75,10 @@ def main(s):
             writing = multiprocessing.get_context("spawn").Process(target=write_samples, args=(data, s, count))
             writing.start()
             writing.join()
-            for number in range(s.repeats):
-                found = {"samples": count, **one_start(data, Path(place, f"run{number}"), s), **one_step(data)}
+            starts = [one_start(data, Path(place, f"run{number}"), s) for number in range(s.repeats)]
+            step = one_step(data)  # after all starts: it takes memory, too
+            for start in starts:
+                found = {"samples": count, **start, **step}
                 add_line(s.out_file, describe(s) | found)
                 print(json.dumps(found))
 
