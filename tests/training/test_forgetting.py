@@ -14,7 +14,7 @@ KEEP = SOURCES[1]["name"]
 def kl_of(base, tuned, samples, source):
     """KL(base | tuned) for each target of the samples of a source, from all logits."""
     total, count = 0.0, 0
-    for i in (samples.sources == source).nonzero().flatten().tolist():
+    for i in (samples.sources[:] == source).nonzero().flatten().tolist():
         tokens, targets = samples.inputs_and_targets(i)
         log_p, log_q = (model(tokens[None])[0].log_softmax(-1)[targets != -100] for model in (base, tuned))
         total, count = total + (log_p.exp() * (log_p - log_q)).sum().item(), count + len(log_p)
