@@ -55,6 +55,7 @@ from training.parallel.watch import watched
 from training.run_folder import explained_write_errors
 from training.schedule import Schedule
 from training.steps import dropout_seed, planned_steps, steps_per_epoch, total_steps
+from training.streaming import fetching_ahead, find_data
 from training.sweep.loop import SweepFunctions, train_sweep
 
 if TYPE_CHECKING:
@@ -72,24 +73,27 @@ def main(s: Settings) -> None:
     if s.sweep:
         train_sweep(s, SweepFunctions(finish_step, step_row, validate))
         return
+    find_data(s)
     data = build.open_data(s)
     skeleton = build.check_model(s, data)
     if s.plan:
-        budget.print_plan(s, data.train)
+        with fetching_ahead(s, data, 0):
+            budget.print_plan(s, data.train)
         return
     if s.publish:
         publish.check_reachable(publish.check_address(s.publish, "publish"))  # rather now than after the last step
     with run_folder.only_process(s.out_dir):
         newest = run_folder.newest_checkpoint(s)
-        budget.choose_micro_batch(s, data.train)
-        budget.check_micro_batches(s, data.train)
-        budget.check_host_memory(s, data.train)
-        identity = run_folder.identity(s, data.info)
-        if newest:
-            run_folder.check_same(s, newest, identity)
-        run_folder.check_room(s, skeleton, total_steps(s, data.train))
-        with following([s.out_dir], s.logger, s.log_adapter):
-            train(s, data, newest, identity)
+        with fetching_ahead(s, data, run_folder.step_of(newest)):
+            budget.choose_micro_batch(s, data.train)
+            budget.check_micro_batches(s, data.train)
+            budget.check_host_memory(s, data.train)
+            identity = run_folder.identity(s, data.info)
+            if newest:
+                run_folder.check_same(s, newest, identity)
+            run_folder.check_room(s, skeleton, total_steps(s, data.train))
+            with following([s.out_dir], s.logger, s.log_adapter):
+                train(s, data, newest, identity)
 
 
 def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
@@ -140,7 +144,7 @@ def train_loop(run: Run, schedule: Schedule, start: int, signals: list[int]) -> 
         memory_dry_run(run, forward)
     metrics = open_metrics(run, start)
     flops, signal = FirstStepFlops(), 0
-    validation_tokens = run.val.lengths.sum().item()
+    validation_tokens = run.val.positions()
     per_epoch = steps_per_epoch(s, run.train)
     with progress_bar(start, schedule.total, fabric.is_global_zero) as bar:
         for step, micro_batches in planned_steps(s, run.train, start, schedule.total):
@@ -308,17 +312,16 @@ def validate(run: Run) -> dict:
     run.model.eval()
     loss = torch.zeros((), device=fabric.device)
     sums = Sums(run)
-    planner = PLANNERS[s.planner]
-    micro_batches = in_order(planner, planner.lengths(val), val.target_counts, s.micro_batch_tokens)
+    micro_batches = in_order(PLANNERS[s.planner], val, s.micro_batch_tokens)
     for indices in run.share(micro_batches, val):
         result = forward(run, val, indices)
         loss += result.summed
         sums.add(result, val, indices)
     run.model.train()
     (loss,), *sums.numbers = read_numbers(run.ranks.sum(loss), *sums.over_devices())
-    loss = loss / val.unit_counts.sum().item()
+    loss = loss / sum(val.units_by_source())
     perplexity = {"val_perplexity": math.exp(min(loss, 700))} if run.objective.is_likelihood else {}
-    return {"val_loss": loss, **perplexity, **sums.means(val, slice(None), "val_"), **forgetting(run)}
+    return {"val_loss": loss, **perplexity, **sums.means(val, None, "val_"), **forgetting(run)}
 
 
 def progress_bar(start: int, total: int, shown: bool) -> tqdm:

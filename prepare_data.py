@@ -62,6 +62,7 @@ class Settings:
         mix_by: What the weights of a mixture count: samples or target tokens.
         mix_size: How many of these the weighted sources have together; as many as they have, if not given.
         val_fraction: Share of the samples that is held back for validation.
+        shard_tokens: Tokens that a file of samples may have; larger parts are in several files.
         seed: Of all that is random: the validation part, few-shot examples, the order of choices, the mixture.
         engine: What runs the passes: the processes of this machine, or a Ray cluster, of which the same bytes come.
             ray needs requirements-ray.txt.
@@ -96,6 +97,7 @@ class Settings:
     mix_by: Literal["samples", "targets"] = "samples"
     mix_size: int | None = None
     val_fraction: float = 0.05
+    shard_tokens: int = 50_000_000
     seed: int = 1337
     engine: Literal[cli.table_keys("preparation/engines.py", "ENGINES")] = "local"
     ray_address: str | None = None
@@ -109,7 +111,7 @@ class Settings:
         cli.check_numbers(self, "show", "leak_words", "min_words", "seed", least=0)
         cli.check_numbers(self, "max_seq_length", least=2)
         cli.check_numbers(self, "overlap", least=0, below=self.max_seq_length)
-        cli.check_numbers(self, "max_tokens", "mix_size", "workers", least=1)
+        cli.check_numbers(self, "max_tokens", "mix_size", "workers", "shard_tokens", least=1)
         cli.check_numbers(self, "near_duplicates", "similar", "leak_cosine", "max_repetition", least=0, most=1)
         cli.check_numbers(self, "val_fraction", least=0, below=1)
         self._check_ray_address()
@@ -158,7 +160,7 @@ from preparation.prepared_folder import (
     write_folder,
 )
 from preparation.reading import BadRow, Row, read_rows
-from preparation.record_store import Records, TokenizedSamples
+from preparation.record_store import Records, TokenizedSamples, count_targets
 from preparation.records import describe_row
 from preparation.rendering import Rendered, render_records
 from preparation.report import report_details, write_report
@@ -373,15 +375,17 @@ def add_sample(
 ) -> None:
     """Add what was rendered of record `number`, or drop the record with the reason why nothing was."""
     source = records.sources[number]
-    if not result.samples:
-        reason, _, detail = result.outcome.partition(": ")
+    trained = [each for each in result.samples if all(count_targets(each.is_target, each.beginning, each.first_end))]
+    if not trained:
+        reason, _, detail = ("no target" if result.samples else result.outcome).partition(": ")
         records.drop(number, reason, detail=detail or None)
         return
     if not copy:
         records.cut[source] += result.outcome == "prompt cut"
         records.notes[source].update(result.notes)
         records.notes[source]["documents cut into pieces"] += result.outcome == "cut into pieces"
-    for tokens in result.samples:
+        records.notes[source]["pieces without a target, left out"] += len(result.samples) - len(trained)
+    for tokens in trained:
         samples.add(source, number, examples[: result.examples], tokens)
 
 

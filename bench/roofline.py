@@ -127,7 +127,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from batching import PLANNERS, Samples
+from batching import PLANNERS, open_samples
 from bench import operations
 from bench.machine import limits, replay
 from bench.operations import Operation
@@ -364,7 +364,7 @@ def bytes_of_cache(config: Config, batch: int, context: int) -> int:
 def compare(s):
     """Predict steps of finetune.py from timed operations, measure them, in turns, and print both."""
     training = settings_of(s)
-    samples = Samples(s.data_dir / "train.safetensors")
+    samples = open_samples(s.data_dir, "train")
     steps = dict(planned_steps(training, samples, 0, s.runs + peers.SKIP + 1))
     *_, other = steps.values()  # of the last step nothing is trained: its samples are what operations are timed with
     job = budget.plan_job(training, "kept" if any(len(step) > 1 for step in steps.values()) else "new")
@@ -395,7 +395,7 @@ def between_operations(training, samples, job, step, bandwidth) -> float:
 
     Found with the shortest sample by itself, whose operations are timed at their own sizes.
     """
-    shortest = [samples.lengths.argmin().item()]
+    shortest = [samples.lengths[:].argmin().item()]
     shape = shape_of(training, samples, shortest)
     alone = replay.record(job, shape)
     of_operations = replay.measured(alone, sizes(job, shape), bandwidth, REPLAYS)

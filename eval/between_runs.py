@@ -112,7 +112,7 @@ def validation_text(a: Trained, data_dir: Path, max_tokens: int) -> Text:
     """The first validation samples of prepared data; of a preference pair both answers."""
     if not Tokenizer(a.base_dir).fits(read_data_info(data_dir)):
         raise UserError(f"{data_dir} was made with another tokenizer or chat template than the model of {a.name} has")
-    samples = open_samples(data_dir / "val.safetensors")
+    samples = open_samples(data_dir, "val")
     if not len(samples):
         raise UserError(f"{data_dir} has no validation samples")
     sequences = (shift(*sequence) for i in range(len(samples)) for sequence in samples.sequences(i))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batching import Samples, read_data_info, shift
+from batching import open_samples, read_data_info, shift
 from eval.divergence import Text
 from eval.exact_match import Sample, first_samples
 from inference.writer import trained_style, trained_template_args
@@ -50,7 +50,7 @@ def validation_text(s: Any, tokenizer: Tokenizer) -> Text:
     if not tokenizer.fits(read_data_info(s.data_dir)):
         made_with = "was made with another tokenizer or chat template"
         raise UserError(f"--data_dir {s.data_dir} {made_with}: run prepare_data.py again")
-    samples = Samples(s.data_dir / "val.safetensors")
+    samples = open_samples(s.data_dir, "val")
     if not len(samples):
         raise UserError(f"--data_dir {s.data_dir} has no validation samples: prepare it with --val_fraction above 0")
     return first_positions(map(samples.inputs_and_targets, range(len(samples))), s.max_tokens)

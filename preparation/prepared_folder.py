@@ -1,7 +1,8 @@
-"""The prepared folder: where it goes, and the files in it. batching.py describes the tensors.
+"""The prepared folder: where it goes, and the files in it. shards.py describes the tensors.
 
-train.safetensors and val.safetensors hold the samples; samples.jsonl names the row, and the examples, that each was
-made of; data.json has settings, hashes and counts. (dropped.jsonl is record_store.py's, report.html is report.py's.)
+train.safetensors and val.safetensors, or shards of them, hold the samples; samples.jsonl names the row, and the
+examples, that each was made of; data.json has settings, hashes and counts. (dropped.jsonl is record_store.py's,
+report.html is report.py's.)
 """
 
 import json
@@ -25,7 +26,8 @@ CLEANING = (  # settings that data.json keeps, as the steps of the cleaning
     "leak_cosine", "max_tokens",
 )  # fmt: skip
 WRITTEN = (  # the last two are finetune.py's, and are of no use for other data
-    "train.safetensors", "val.safetensors", "data.json", "samples.jsonl", "dropped.jsonl", "report.html", MANIFEST,
+    "train.safetensors", "val.safetensors", "train-*-of-*.safetensors", "val-*-of-*.safetensors", "data.json",
+    "samples.jsonl", "dropped.jsonl", "report.html", MANIFEST,
     "reference-*.safetensors", "teacher-*.safetensors",
 )  # fmt: skip
 UNTRAINED = ("empty", "masked (weight 0)")  # kinds of answers
@@ -100,9 +102,7 @@ def write_folder(s: Any, folder: Path, prepared: Prepared, version: str | None) 
     parts = {"train": prepared.train, "val": np.flatnonzero(prepared.in_val[samples.records()])}
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
         for part, numbers in parts.items():
-            samples.writer.save(folder / f"{part}.safetensors", numbers)
-            tokens, targets = samples.lengths()[numbers].sum(), samples.target_counts()[numbers].sum()
-            sizes[part] = {"samples": len(numbers), "tokens": int(tokens), "targets": int(targets)}
+            sizes[part] = samples.writer.save(folder, part, numbers, s.shard_tokens)
             file.writelines(_origin(records, samples, part, number) for number in numbers.tolist())
     in_template = any(source.prompt_style == "checkpoint" for source in prepared.sources)
     info = {

@@ -4,6 +4,7 @@ Both are in temporary files without a name, which the system removes when the pr
 Memory has a few numbers for each, in columns, so it stays small however much is read.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -19,10 +20,12 @@ import numpy as np
 from preparation.cleaning import SIGNATURE
 from preparation.filtering import FilteredRow
 from preparation.rendering import Tokens
+from shards import COLUMNS, CUTS, checksum, hash_of
 from shell.cli import UserError
 from weights.safetensors_format import encode_header
 
 LEAKS = ("words of a benchmark", "similar to a benchmark")  # the reasons for which a line names a benchmark's sample
+WIDTHS = {"I64": 8, "I32": 4, "BOOL": 1}  # bytes of safetensors' dtypes
 SHOWN = 300  # characters of a dropped prompt that are written down
 
 
@@ -120,6 +123,7 @@ class SampleWriter:
         self._tokens, self._is_target = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115 (nameless)
         self.offsets, self.target_counts, self.sources = array("q", [0]), array("i"), array("i")
         self.beginnings, self.first_ends = array("i"), array("i")
+        self.checksums, self.largest = array("i"), array("i")  # the latter: the largest token of each
 
     def __len__(self):
         return len(self.target_counts)
@@ -129,20 +133,23 @@ class SampleWriter:
     ) -> None:
         """Add one sample: token ids, for each of them whether it is a target, and the number of its source.
 
-        beginning, first_end: of a pair, where its tokens are cut: see `rendering.Tokens`.
+        beginning, first_end: of a pair, where its tokens are cut: see `rendering.Tokens`. Raises ValueError for a
+        sample without a target: nothing can be learned of it, and what reads the files counts on that there is one.
         """
-        self._tokens.write(array("i", ids))
-        self._is_target.write(bytes(is_target))
-        self.offsets.append(self.offsets[-1] + len(ids))
-        ends = [is_target]
-        if first_end:
-            ends = [is_target[beginning : beginning + first_end], is_target[beginning + first_end :]]
-        self.target_counts.append(
-            sum(sum(end[1:]) for end in ends)
-        )  # nothing precedes a first token, to predict it from
+        counts = count_targets(is_target, beginning, first_end)
+        if not all(counts):
+            raise ValueError(f"sample {len(self)} has no target")
+        tokens, marks = array("i", ids), bytes(is_target)
+        cuts = (beginning, first_end) if first_end else ()
+        self._tokens.write(tokens)
+        self._is_target.write(marks)
+        self.offsets.append(self.offsets[-1] + len(tokens))
+        self.target_counts.append(sum(counts))
         self.sources.append(source)
         self.beginnings.append(beginning)
         self.first_ends.append(first_end)
+        self.checksums.append(checksum(tokens, marks, (sum(counts), source, *cuts)))
+        self.largest.append(max(tokens))
 
     def read(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The sequence that a sample is, or the two of a pair, by its number: ids (n,) int32, is_target (n,) bool."""
@@ -156,33 +163,97 @@ class SampleWriter:
         joined = (np.r_[0:second], np.r_[0:fork, second : len(ids)])
         return [(ids[places], is_target[places]) for places in joined]
 
-    def save(self, path: Path, order: Iterable[int] | None = None) -> None:
-        """Write the samples with the numbers `order`, by default all, as one prepared file.
+    def save(
+        self, folder: Path, part: str, order: Iterable[int] | None = None, shard_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Write the samples with the numbers `order`, by default all, as a part of a prepared folder.
+
+        shard_tokens: a shard ends before the sample with which it would have more tokens; None for one shard. Returns
+        what data.json is to say of the part: `shards.Listing`, as plain values.
+        """
+        order = np.arange(len(self)) if order is None else np.asarray(order, np.int64)
+        ends = _shard_ends(np.diff(self.offsets)[order], shard_tokens)
+        names = [f"{part}-{k:05}-of-{len(ends):05}" for k in range(1, len(ends) + 1)] if len(ends) > 1 else [part]
+        shards = [
+            self._save_shard(folder / f"{name}.safetensors", order[start:end])
+            for name, start, end in zip(names, [0, *ends], ends, strict=False)
+        ]
+        whole = hashlib.sha256("\n".join(shard["hash"] for shard in shards).encode()).hexdigest()
+        return {**self._describe(order), "hash": whole, "shards": shards}
+
+    def _describe(self, order):
+        """What data.json says of a part beside its shards."""
+        sizes, targets = np.diff(self.offsets)[order], np.array(self.target_counts, np.int64)[order]
+        sources = np.array(self.sources, np.int64)[order]
+        lengths = rows = sizes - 1  # the last token is only ever a target
+        if self._are_pairs():
+            beginnings, first_ends = (
+                np.array(column, np.int64)[order] for column in (self.beginnings, self.first_ends)
+            )
+            lengths = sizes - 2
+            rows = beginnings + np.maximum(first_ends, sizes - beginnings - first_ends) - 1
+        counts = np.bincount(sources), np.bincount(sources, targets).astype(int)
+        return {
+            "samples": len(order),
+            "tokens": int(sizes.sum()),
+            "targets": int(targets.sum()),
+            "by_source": [{"samples": int(n), "targets": int(t)} for n, t in zip(*counts, strict=True)],
+            "longest": int(lengths.max(initial=0)),
+            "longest_sample": int(lengths.argmax()) if len(order) else 0,
+            "longest_row": int(rows.max(initial=0)),
+            "largest_token": int(np.array(self.largest)[order].max(initial=0)),
+            "largest_share": float((targets / lengths).max(initial=0.0)),
+        }
+
+    def _are_pairs(self):
+        return any(self.first_ends)
+
+    def _save_shard(self, path, order):
+        """Write a file. Returns it as `shards.Listed`, as plain values.
 
         Written one sample at a time, since safetensors' own writer wants whole tensors in memory.
         """
-        order = np.arange(len(self)) if order is None else np.asarray(order, np.int64)
         offsets = np.array(self.offsets)
-        short = {"target_counts": self.target_counts, "sources": self.sources}
-        if any(self.first_ends):
-            short |= {"beginnings": self.beginnings, "first_ends": self.first_ends}
         starts, ends = offsets[:-1][order], offsets[1:][order]
-        total = int((ends - starts).sum())
+        total, own = int((ends - starts).sum()), np.concatenate([[0], (ends - starts).cumsum()])
 
         def pieces(file, width):
             return (_read(file, width, int(start), int(end)) for start, end in zip(starts, ends, strict=True))
 
-        columns = {  # the widest first, so that each begins at a multiple of its width
-            "offsets": ("I64", 8, len(order) + 1, [np.concatenate([[0], (ends - starts).cumsum()]).astype("<i8")]),
-            "tokens": ("I32", 4, total, pieces(self._tokens, 4)),
-            **{name: ("I32", 4, len(order), [np.array(column)[order]]) for name, column in short.items()},
-            "is_target": ("BOOL", 1, total, pieces(self._is_target, 1)),
-        }
-        layout = {name: (dtype, [length], length * width) for name, (dtype, width, length, _) in columns.items()}
+        contents = {"offsets": [own.astype("<i8")], "tokens": pieces(self._tokens, 4)}
+        contents["is_target"] = pieces(self._is_target, 1)
+        columns = COLUMNS | (dict.fromkeys(CUTS, ("I32", 0)) if self._are_pairs() else {})
+        lengths = {name: total if more is None else len(order) + more for name, (_, more) in columns.items()}
+        # The widest first, so that each begins at a multiple of its width.
+        columns = dict(sorted(columns.items(), key=lambda item: -WIDTHS[item[1][0]]))
+        layout = {name: (dtype, [lengths[name]], lengths[name] * WIDTHS[dtype]) for name, (dtype, _) in columns.items()}
+        hash = hash_of(own, np.array(self.checksums)[order])
         with open(path, "wb") as file:
-            file.write(encode_header(layout))
-            for *_, content in columns.values():
-                file.writelines(content)
+            file.write(encode_header(layout, {"hash": hash}))
+            for name in columns:
+                file.writelines(contents.get(name) or [np.array(getattr(self, name), "<i4")[order]])
+        return {"file": path.name, "samples": len(order), "tokens": total, "hash": hash}
+
+
+def count_targets(is_target: Iterable[bool], beginning: int = 0, first_end: int = 0) -> list[int]:
+    """How many targets a sample has, or each end of a pair, which is cut there: [n] or [n, m].
+
+    Nothing precedes a first token, to predict it from; an end begins with a token that belongs to what is before it.
+    """
+    second = beginning + first_end
+    ends = [is_target[beginning:second], is_target[second:]] if first_end else [is_target]
+    return [sum(end[1:]) for end in ends]
+
+
+def _shard_ends(sizes, shard_tokens):
+    """Where each shard ends, of samples of these numbers of tokens: the last number at the end, at least one shard."""
+    totals, ends = np.cumsum(sizes), [len(sizes)] if shard_tokens is None else []
+    while not ends or ends[-1] < len(sizes):
+        start = ends[-1] if ends else 0
+        before = totals[start - 1] if start else 0
+        fitting = int(np.searchsorted(totals, before + shard_tokens, "right"))
+        ends.append(min(len(sizes), max(fitting, start + 1)))
+    return ends
 
 
 def _read(file, width, start, end):

@@ -5,6 +5,7 @@ escaped by the template beside this file, and control characters are spelled out
 """
 
 import itertools
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,18 @@ def _padding(samples, numbers, seed):
     """What each planner leaves unused in steps of samples taken at random, for several budgets."""
     import torch  # here, since the passes before do without it
 
-    from batching import PLANNERS, Samples
+    from batching import PLANNERS, Order, Samples
 
     sampled, rows = np.random.default_rng(seed).permutation(numbers)[: REPORTED_BATCH * REPORTED_STEPS], []
     for name, planner in PLANNERS.items():
         padded = planner.layout is Samples.padded
         used, lengths = map(torch.from_numpy, _positions(samples, sampled, padded))
         for budget in REPORTED_BUDGETS:
-            steps = planner.plan(lengths, None, REPORTED_BATCH, budget, seed, 0)
-            micro_batches = [micro_batch for step in steps for micro_batch in step]
+            draw = planner.draw(Order(len(sampled), seed, 0), lengths, REPORTED_BATCH)
+            steps = [draw(place) for place in range(math.ceil(len(sampled) / REPORTED_BATCH))]
+            micro_batches = [
+                step[micro_batch] for step in steps for micro_batch in planner.cut(lengths[step], None, budget)
+            ]
             tokens = int(used.sum())
             positions = sum(len(x) * int(lengths[x].max()) for x in micro_batches) if padded else tokens
             row = {"planner": name, "micro_batch_tokens": budget, "padding": 1 - tokens / positions}

@@ -37,7 +37,7 @@ def show_folder(out_dir: Path, checkpoint_dir: Path | None, count: int, seed: in
     with contextlib.suppress(AttributeError):  # where the output is no terminal or file
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    show(tokenizer, open_samples(out_dir / "train.safetensors"), info, count, seed, color)
+    show(tokenizer, open_samples(out_dir, "train"), info, count, seed, color)
 
 
 def segments(tokenizer: Tokenizer, ids: list[int], is_target: list[bool]) -> list[tuple[str, bool]]:

@@ -1,6 +1,6 @@
 """What is in the folders and files that a search names: as long as it stays the same, trials can be compared.
 
-Data are hashed whole, as finetune.py does. Of models pieces are: that finds another model, but not a flipped bit.
+Of data it is the hash in their data.json. Of models pieces are hashed: that finds another model, but not a flipped bit.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from search.search_file import Search
 from shell.files import hash_of_pieces, sha256
-from tracking.run_files import PARTS
+from tracking.run_files import hashes_of_data
 
 
 def contents(search: Search) -> dict[str, str | list[str]]:
@@ -22,7 +22,7 @@ def contents(search: Search) -> dict[str, str | list[str]]:
 
 
 def _data(folder):
-    return [sha256(folder / name) for name in PARTS if (folder / name).is_file()]
+    return [*hashes_of_data(folder).values()]
 
 
 def _model(folder):

@@ -3,6 +3,7 @@
     folders/s3/bucket/models/NAME@0123456789ab/    a fetched folder: hard links to blobs, where that works
     folders/s3/…/.NAME@0123456789ab.lock           who uses it; changed whenever it is used
     folders/s3/…/.NAME@0123456789ab.making         who makes it
+    streamed/…                                     the same without large files, which are blobs alone (streaming.py)
     blobs/HASH                                     the content of a file, checked, read only
     partial/HASH                                   the beginning of one that is being fetched
     locks/00 … locks/ff                            for blobs, by the first two digits of their hash
@@ -25,6 +26,7 @@ from store.address import Address, written
 
 FOLDER, LIMIT = "ONETUNE_STORE_CACHE", "ONETUNE_STORE_LIMIT"  # environment variables
 DEFAULT_LIMIT = "200GB"
+WHOLE, STREAMED = "folders", "streamed"
 _in_use = []  # descriptors of the locks of this process, which are open until it ends
 
 
@@ -45,18 +47,18 @@ def limit() -> int:
 # ------------------------------------------------------------------------------------------- folders and addresses
 
 
-def folder_of(address: Address) -> Path:
-    """Where the cache has a version, or would have it."""
-    return root() / "folders" / address.protocol / address.root.lstrip("/") / f"{address.name}@{address.version}"
+def folder_of(address: Address, kind: str = WHOLE) -> Path:
+    """Where the cache has a version, or would have it. kind: WHOLE, or STREAMED for one without its large files."""
+    return root() / kind / address.protocol / address.root.lstrip("/") / f"{address.name}@{address.version}"
 
 
 def address_of(folder: str | Path) -> str:
     """How records name a folder: by the address and version that it was fetched from, or else by its path as given."""
-    folders = root() / "folders"
-    if not Path(folder).absolute().is_relative_to(folders):
-        return str(folder)
-    protocol, *path = Path(folder).absolute().relative_to(folders).parts
-    return written(protocol, f"{'/' if protocol == 'file' else ''}{'/'.join(path)}")
+    for folders in (root() / WHOLE, root() / STREAMED):
+        if Path(folder).absolute().is_relative_to(folders):
+            protocol, *path = Path(folder).absolute().relative_to(folders).parts
+            return written(protocol, f"{'/' if protocol == 'file' else ''}{'/'.join(path)}")
+    return str(folder)
 
 
 def versions_here(address: Address) -> list[str]:
@@ -172,7 +174,8 @@ def trim(most: int, keep: Collection[str] = ()) -> list[Path]:
     removed = []
     if size() > most:
         _remove_unlinked(keep)
-    for lock in sorted((root() / "folders").rglob(".*.lock"), key=_last_use):
+    locks = [lock for kind in (WHOLE, STREAMED) for lock in (root() / kind).rglob(".*.lock")]
+    for lock in sorted(locks, key=_last_use):
         if size() <= most:
             break
         folder = lock.with_name(lock.name[1:].removesuffix(".lock"))

@@ -8,6 +8,7 @@ appears at once, with a manifest (shell/files.py), so that loading it checks it 
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,24 @@ def fetch(wanted: Address) -> Path:
     wanted = latest(remote, wanted)
     folder = cache.folder_of(wanted)
     while not cache.use(folder):
-        with cache.making(folder):
-            if not folder.is_dir():  # another process may just have made it
-                _download(remote, wanted, folder)
+        fetch_files(remote, wanted, files_of(remote, wanted), folder)
     return folder
+
+
+def fetch_files(
+    remote: Remote,
+    wanted: Address,
+    files: dict[str, Entry],
+    folder: Path,
+    add: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Make the cache's folder of these files of a version, unless another process has just made it.
+
+    add: writes what is to be in the folder beside them.
+    """
+    with cache.making(folder):
+        if not folder.is_dir():
+            _download(remote, wanted, files, folder, add)
 
 
 def pull(wanted: Address, out_dir: Path) -> Address:
@@ -139,9 +154,8 @@ def verify(wanted: Address) -> tuple[Address, dict[str, Entry]]:
 # ------------------------------------------------------------------------------------------------------- downloading
 
 
-def _download(remote, wanted, folder):
-    """Make the cache's folder of a version."""
-    files = files_of(remote, wanted)
+def _download(remote, wanted, files, folder, add):
+    """Make the cache's folder of these files of a version."""
     contents = {entry.sha256: entry.size for entry in files.values()}
     missing = {sha256: size for sha256, size in contents.items() if not (cache.root() / "blobs" / sha256).exists()}
     begun = [cache.root() / "partial" / sha256 for sha256 in missing]
@@ -150,17 +164,21 @@ def _download(remote, wanted, folder):
     hashes = {name: entry.sha256 for name, entry in files.items()}
     done = bar(what=f"fetching {wanted}", total=sum(contents.values()), unit="B")
     with done, new_folder(folder, hashes) as temporary:
+        add(temporary)
         for name, entry in files.items():
             target = temporary / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with cache.blob(entry.sha256) as (whole, partial):
                 if not whole.is_file() or sha256(whole) != entry.sha256:
-                    _fetch_blob(remote, wanted, name, entry, whole, partial, done)
+                    fetch_blob(remote, wanted, name, entry, whole, partial, done)
                 _link(whole, target)
 
 
-def _fetch_blob(remote, wanted, name, entry, whole, partial, done):
-    """Write a blob of the cache, if what comes has the right hash. Raises UserError if it has not a second time."""
+def fetch_blob(remote: Remote, wanted: Address, name: str, entry: Entry, whole: Path, partial: Path, done: Any) -> None:
+    """Write a blob of the cache, if what comes has the right hash. Raises UserError if it has not a second time.
+
+    whole, partial: the paths that `cache.blob` gave. done: its `update` is called with the bytes that have come.
+    """
     place = wanted.blob(entry.sha256)
     for _ in range(DOWNLOADS):
         size = remote.size(place)

@@ -221,6 +221,7 @@ GOOD_FLAGS = {
     "bench/training/saving.py": lambda p: {},
     "bench/preparation/speed.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
     "bench/preparation/growth.py": lambda p: {"checkpoint_dir": p.model},
+    "bench/preparation/many_samples.py": lambda p: {"checkpoint_dir": p.model},
     "bench/preparation/chat_templates.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
 }
 TABLE = yaml.safe_load((ROOT / "tests" / "bad_inputs.yaml").read_text(encoding="utf-8"))

@@ -5,41 +5,57 @@ import itertools
 import json
 import math
 import random
+import re
+import shutil
 import time
+import zlib
+from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared_parts import write_part
 from safetensors.torch import load_file, save_file
+from scipy.stats import chisquare
 
 from batching import (
     IGNORE,
     PLANNERS,
+    Order,
+    OrderInWindows,
     Planner,
     Samples,
-    grouped,
     in_order,
+    longest_first,
+    open_samples,
+    order_of,
     packed_in_step,
-    random_in_step,
     read_data_info,
-    sample_steps,
-    sorted_in_step,
+    shuffled,
     source_names,
 )
 from preparation.record_store import SampleWriter
+from shards import COLUMNS
 from shell.cli import UserError
+from shell.files import new_folder, read_json, write_json
 from training.steps import planned_steps
+from weights.safetensors_format import read_header, read_metadata
 
-PLANS = pytest.mark.parametrize("planner", [planner.plan for planner in PLANNERS.values()])
-DRAWN = pytest.mark.parametrize("planner", [packed_in_step, sorted_in_step, random_in_step])  # steps from the whole set
+PLANS = pytest.mark.parametrize("planner", PLANNERS.values(), ids=PLANNERS)
+DRAWN = pytest.mark.parametrize(  # steps from the whole set
+    "planner", [planner for planner in PLANNERS.values() if planner.draw is shuffled]
+)
+SEARCH = settings(max_examples=60, deadline=None)  # the machine may be busy
+SORTED, RANDOM = PLANNERS["sorted_in_step"], PLANNERS["random"]
 
 
 def positions(planner, lengths, micro_batch):
     """How many positions a micro-batch takes in the model, padding included."""
     sizes = [lengths[i] for i in micro_batch]
-    return sum(sizes) if planner is packed_in_step else len(sizes) * max(sizes)
+    return sum(sizes) if planner.cut is packed_in_step else len(sizes) * max(sizes)
 
 
 def padding(planner, lengths, steps):
@@ -58,14 +74,6 @@ def random_samples(N, longest=40):
     return samples
 
 
-def write(path, samples):
-    writer = SampleWriter()
-    for sample in samples:
-        writer.add(*sample)
-    writer.save(path)
-    return writer
-
-
 def flat(step):
     return [i for micro_batch in step for i in micro_batch]
 
@@ -73,36 +81,88 @@ def flat(step):
 # ------------------------------------------------------------------------------------------------------- on disk
 
 
-def test_what_is_written_is_read(tmp_path):
-    written = random_samples(random.randint(5, 60))
-    writer = write(tmp_path / "train.safetensors", written)
-    samples = Samples(tmp_path / "train.safetensors")
-    assert len(samples) == len(writer) == len(written)
-    assert samples.lengths.tolist() == [len(ids) - 1 for ids, _, _ in written]
-    assert samples.target_counts.tolist() == [sum(wanted) for _, wanted, _ in written]
-    assert samples.sources.tolist() == [source for _, _, source in written]
+@pytest.mark.parametrize("shard_tokens", [None, 100, 1])
+def test_what_is_written_is_read(tmp_path, shard_tokens):
+    """In one shard, in some, and in one for each sample."""
+    written = random_samples(random.randint(20, 60))
+    samples = open_samples(write_part(tmp_path, written, shard_tokens=shard_tokens), "train")
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    N = len(files)
+    assert files == ([f"train-{k:05}-of-{N:05}.safetensors" for k in range(1, N + 1)] if shard_tokens else
+                     ["train.safetensors"])  # fmt: skip
+    assert len(written) == N if shard_tokens == 1 else N > 2 if shard_tokens else N == 1
+    assert len(samples) == len(written)
+    assert samples.lengths[:].tolist() == [len(ids) - 1 for ids, _, _ in written]
+    assert samples.target_counts[:].tolist() == [sum(wanted) for _, wanted, _ in written]
+    assert samples.sources[:].tolist() == [source for _, _, source in written]
+    some = random.choices(range(len(written)), k=9)  # in any order, some of them twice
+    assert samples.lengths[some].tolist() == [len(written[i][0]) - 1 for i in some]
+    assert samples.lengths[torch.tensor(some)].dtype == torch.int64 and samples.sources[some].dtype == torch.int32
     for i, (ids, wanted, _) in enumerate(written):
         tokens, targets, _ = samples.padded([i])
-        assert tokens.tolist() == [ids[:-1]]
+        assert tokens.tolist() == [ids[:-1]] and samples.lengths[i].item() == len(ids) - 1
         assert targets.tolist() == [[id if w else IGNORE for id, w in zip(ids[1:], wanted[1:], strict=True)]]
+    for beyond in (-1, len(written)):
+        with pytest.raises(IndexError):
+            samples.lengths[[0, beyond]]
+
+
+def test_shards_are_as_large_as_they_may_be(tmp_path):
+    written = [([5] * n, [False] + [True] * (n - 1), 0) for n in (10, 20, 30, 70, 5, 25, 40)]
+    write_part(tmp_path, written, shard_tokens=60)
+    shards = read_json(tmp_path / "data.json")["train"]["shards"]
+    assert [(shard["samples"], shard["tokens"]) for shard in shards] == [(3, 60), (1, 70), (2, 30), (1, 40)]
+
+
+def test_data_json_says_what_a_run_has_to_know(tmp_path):
+    """What would take a pass over all samples: the same for any number of shards, but for these themselves."""
+    written, listed = random_samples(40), []
+    for shard_tokens in (None, 100):
+        folder = tmp_path / str(shard_tokens)
+        folder.mkdir()
+        samples = open_samples(write_part(folder, written, shard_tokens=shard_tokens), "train")
+        info = read_json(folder / "data.json")["train"]
+        assert len({shard["hash"] for shard in info["shards"]}) == len(info["shards"]) == len(samples.shards)
+        listed.append({key: value for key, value in info.items() if key not in ("shards", "hash")})
+    lengths, counts = [len(ids) - 1 for ids, _, _ in written], [sum(wanted) for _, wanted, _ in written]
+    sources = [[i for i, sample in enumerate(written) if sample[2] == k] for k in range(3)]
+    assert listed[0] == listed[1] == {
+        "samples": 40, "tokens": sum(lengths) + 40, "targets": sum(counts),
+        "by_source": [{"samples": len(own), "targets": sum(counts[i] for i in own)} for own in sources],
+        "longest": max(lengths), "longest_sample": lengths.index(max(lengths)), "longest_row": max(lengths),
+        "largest_token": max(max(ids) for ids, _, _ in written),
+        "largest_share": pytest.approx(max(n / length for n, length in zip(counts, lengths, strict=True))),
+    }  # fmt: skip
+    assert samples.positions() == sum(lengths) and samples.longest() == max(lengths)
+    samples.prepend([7, 8])
+    assert samples.positions() == samples.lengths[:].sum() and samples.longest() == samples.lengths[:].max()
+    assert samples.units_by_source() == [info["by_source"][k]["targets"] for k in range(3)]
 
 
 def test_the_format_is_what_the_module_says(tmp_path):
-    write(tmp_path / "x.safetensors", [([7, 8, 9], [False, True, True], 1), ([5, 6], [False, True], 0)])
-    tensors = load_file(tmp_path / "x.safetensors")
+    samples = [([7, 8, 9], [False, True, True], 1), ([5, 6], [False, True], 0)]
+    write_part(tmp_path, samples)
+    tensors = load_file(tmp_path / "train.safetensors")
+    checksums = [
+        zlib.crc32(b"".join(number.to_bytes(4, "little") for number in ids) + bytes(wanted)
+                   + b"".join(number.to_bytes(4, "little") for number in (sum(wanted), source)))
+        for ids, wanted, source in samples
+    ]  # fmt: skip
     assert {name: (t.dtype, t.tolist()) for name, t in tensors.items()} == {
         "tokens": (torch.int32, [7, 8, 9, 5, 6]),
         "is_target": (torch.bool, [False, True, True, False, True]),
         "offsets": (torch.int64, [0, 3, 5]),
         "target_counts": (torch.int32, [2, 1]),
         "sources": (torch.int32, [1, 0]),
+        "checksums": (torch.int32, [(crc + 2**31) % 2**32 - 2**31 for crc in checksums]),
     }
+    assert {*tensors} == {*COLUMNS}
 
 
 def test_micro_batch_by_hand(tmp_path):
     long, short = [11, 12, 13, 14, 15], [21, 22, 23]
-    write(tmp_path / "x.safetensors", [(short, [False, False, True], 0), (long, [False, True, False, True, True], 0)])
-    tokens, targets = Samples(tmp_path / "x.safetensors").padded([1, 0])[:2]
+    write_part(tmp_path, [(short, [False, False, True], 0), (long, [False, True, False, True, True], 0)])
+    tokens, targets = open_samples(tmp_path, "train").padded([1, 0])[:2]
     assert tokens.dtype == targets.dtype == torch.int64
     assert targets.tolist() == [[12, IGNORE, 14, 15], [IGNORE, 23, IGNORE, IGNORE]]
     assert tokens[0].tolist() == [11, 12, 13, 14]
@@ -112,8 +172,7 @@ def test_micro_batch_by_hand(tmp_path):
 
 def test_the_padding_is_as_long_as_the_longest_of_the_micro_batch(tmp_path):
     written = random_samples(30)
-    write(tmp_path / "x.safetensors", written)
-    samples = Samples(tmp_path / "x.safetensors")
+    samples = open_samples(write_part(tmp_path, written), "train")
     some = random.sample(range(30), 7)
     tokens, targets, _ = samples.padded(some)
     assert tokens.shape == targets.shape == (7, max(len(written[i][0]) for i in some) - 1)
@@ -122,49 +181,148 @@ def test_the_padding_is_as_long_as_the_longest_of_the_micro_batch(tmp_path):
 
 def test_a_first_token_is_never_a_target_nor_counted_as_one(tmp_path):
     """With an empty prompt and no BOS the answer's first token has nothing to be predicted from."""
-    write(tmp_path / "x.safetensors", [([4, 5, 6], [True, True, True], 0)])
-    samples = Samples(tmp_path / "x.safetensors")
-    assert samples.target_counts.tolist() == [2] == [(samples.padded([0])[1] != IGNORE).sum().item()]
+    samples = open_samples(write_part(tmp_path, [([4, 5, 6], [True, True, True], 0)]), "train")
+    assert samples.target_counts[:].tolist() == [2] == [(samples.padded([0])[1] != IGNORE).sum().item()]
+
+
+def test_a_sample_without_a_target_is_not_written():
+    writer = SampleWriter()
+    for is_target in ([False] * 3, [True, False, False]):  # nothing comes before the first
+        with pytest.raises(ValueError, match="sample 0 has no target"):
+            writer.add([4, 5, 6], is_target, 0)
 
 
 def test_a_part_without_samples(tmp_path):
-    write(tmp_path / "val.safetensors", [])
-    samples = Samples(tmp_path / "val.safetensors")
-    assert len(samples) == 0
-    assert all(in_order(planner, samples.lengths, samples.target_counts, 100) == [] for planner in PLANNERS.values())
+    samples = open_samples(write_part(tmp_path, [], "val"), "val")
+    assert len(samples) == 0 == samples.positions() and samples.lengths[:].tolist() == []
+    assert all(in_order(planner, samples, 100) == [] for planner in PLANNERS.values())
 
 
-def test_damaged_data_is_refused_by_name(tmp_path):
-    path = tmp_path / "train.safetensors"
-    with pytest.raises(UserError, match="train.safetensors"):
-        Samples(path)  # missing
-    write(path, random_samples(20))
-    whole = path.read_bytes()
+# ------------------------------------------------------------------------------------------------------- damage
+
+
+def read_all(folder):
+    """What a run does: it opens the part, and reads each sample."""
+    samples = open_samples(folder, "train")
+    for i in range(len(samples)):
+        samples.sequences(i)
+
+
+def test_damaged_files_are_refused_at_the_start(tmp_path):
+    """A file that is missing, cut off, of other columns or of other samples: whatever its header shows."""
+    write_part(tmp_path, random_samples(20), shard_tokens=100)
+    path = random.choice(sorted(tmp_path.glob("*.safetensors")))
+    whole, tensors = path.read_bytes(), load_file(path)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path.name} does not exist: make it again"):
+        open_samples(tmp_path, "train")
     for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="train.safetensors"):
-            Samples(path)
-    path.write_bytes(whole)
-    tensors = load_file(path)
+        with pytest.raises(UserError, match=path.name):
+            open_samples(tmp_path, "train")
     changes = {
         "a tensor is missing": {k: v for k, v in tensors.items() if k != "offsets"},
+        "another tensor": tensors | {"more": tensors["offsets"]},
         "too few tokens": tensors | {"tokens": tensors["tokens"][:-1]},
         "too few marks": tensors | {"is_target": tensors["is_target"][:-1]},
-        "offsets start late": tensors | {"offsets": tensors["offsets"] + 1},
         "offsets end early": tensors | {"offsets": tensors["offsets"][:-1]},
         "no offsets": tensors | {"offsets": tensors["offsets"][:0]},
-        "a sample without length": tensors | {"offsets": tensors["offsets"].clone().index_fill(0, torch.tensor(1), 0)},
         "too few counts": tensors | {"target_counts": tensors["target_counts"][:-1]},
+        "another dtype": tensors | {"sources": tensors["sources"].long()},
+        "another shape": tensors | {"sources": tensors["sources"][None]},
     }
+    path.write_bytes(whole)
+    hash = read_metadata(path, "")
     for what, changed in changes.items():
-        save_file({k: v.contiguous().clone() for k, v in changed.items()}, path)
-        with pytest.raises(UserError, match="train.safetensors"):
-            Samples(path)
+        save_file({k: v.contiguous().clone() for k, v in changed.items()}, path, hash)
+        with pytest.raises(UserError, match=f"{path.name}.* make it again"):
+            open_samples(tmp_path, "train")
             pytest.fail(what)
+    save_file(tensors, path)  # whole, but it does not say that it is this one
+    with pytest.raises(UserError, match=f"{path.name} has changed since data.json was written"):
+        open_samples(tmp_path, "train")
+
+
+def test_a_shard_of_other_samples_is_refused(tmp_path):
+    """Of the same shapes: only the hash of its samples tells."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write_part(tmp_path / name, [([random.randrange(2**20) for _ in range(9)], [True] * 9, 0) for _ in range(5)])
+    shutil.copy(tmp_path / "one" / "train.safetensors", tmp_path / "other")
+    with pytest.raises(UserError, match="train.safetensors has changed since data.json was written"):
+        open_samples(tmp_path / "other", "train")
+
+
+def test_any_flipped_bit_is_found_when_its_sample_is_read(tmp_path):
+    """Also one in a number by which samples are planned; the others can still be read."""
+    written = random_samples(12)
+    write_part(tmp_path, written)
+    path, (size, _) = tmp_path / "train.safetensors", read_header(tmp_path / "train.safetensors", "")
+    whole = path.read_bytes()
+    for place in random.sample(range(size, len(whole)), 150):
+        data = bytearray(whole)
+        data[place] ^= 1 << random.randrange(8)
+        path.write_bytes(data)
+        samples, bad = open_samples(tmp_path, "train"), []
+        for i, (ids, _, _) in enumerate(written):
+            try:
+                assert samples.sequences(i)[0][0].tolist() == ids
+            except UserError as error:
+                assert re.search(f"train.safetensors is damaged .its sample {i} .* make it again", str(error))
+                bad.append(i)
+        assert 1 <= len(bad) <= 2  # two that share an offset
+
+
+def test_a_changed_number_that_overflows_is_found(tmp_path):
+    write_part(tmp_path, random_samples(9))
+    path = tmp_path / "train.safetensors"
+    tensors, hash = load_file(path), read_metadata(path, "")
+    for value in (-(2**63), 2**63 - 1, -1, 10**6):
+        offsets = tensors["offsets"].clone()
+        offsets[random.randrange(10)] = value
+        save_file(tensors | {"offsets": offsets}, path, hash)
+        with pytest.raises(UserError, match="train.safetensors is damaged"):
+            read_all(tmp_path)
+
+
+def test_damage_of_data_json_is_found_by_the_manifest(tmp_path):
+    with new_folder(tmp_path / "data") as folder:
+        write_part(folder, random_samples(9), shard_tokens=100)
+    path = tmp_path / "data" / "data.json"
+    write_json(path, read_json(path) | {"version": "another"})
+    with pytest.raises(UserError, match="data.json has changed since it was written: make it again"):
+        open_samples(tmp_path / "data", "train")
+
+
+def test_a_data_json_that_does_not_list_its_shards_is_refused(tmp_path):
+    """One of an earlier version, or one that was changed by hand, where there is no manifest."""
+    write_part(tmp_path, random_samples(9), shard_tokens=100)
+    path = tmp_path / "data.json"
+    info = read_json(path)
+    train, first = info["train"], info["train"]["shards"][0]
+    changes = [
+        None, 5, [], {}, train | {"shards": []}, train | {"samples": 8}, train | {"tokens": "9"},
+        train | {"longest": -1}, train | {"largest_share": 2.0}, train | {"by_source": [{}]}, train | {"more": 1},
+        {key: value for key, value in train.items() if key != "largest_token"},
+        {"samples": 9, "tokens": 100, "targets": 50},
+        *(train | {"shards": [first | change, *train["shards"][1:]]} for change in
+          ({"file": "../x.safetensors"}, {"file": "/x"}, {"samples": 1e3}, {"hash": None}, {"more": 1})),
+    ]  # fmt: skip
+    for changed in changes:
+        write_json(path, info | {"train": changed})
+        with pytest.raises(UserError, match="data.json does not list the shards of train, or is damaged: make"):
+            open_samples(tmp_path, "train")
+            pytest.fail(str(changed))
+
+
+# ------------------------------------------------------------------------------------------------- data.json
 
 
 def test_data_info(tmp_path):
-    path, info = tmp_path / "data.json", {"tokenizer_hash": "ab", "prompt_style": "plain", "sources": []}
+    path, info = (
+        tmp_path / "data.json",
+        {"tokenizer_hash": "ab", "prompt_style": "plain", "sources": [], "kind": "samples"},
+    )
     with pytest.raises(UserError, match="prepare_data.py"):
         read_data_info(tmp_path)
     path.write_text(json.dumps(info))
@@ -180,8 +338,7 @@ def test_data_info(tmp_path):
 
 
 def test_names_of_sources(tmp_path):
-    write(tmp_path / "x.safetensors", [([5, 6], [False, True], source) for source in (0, 2, 1)])
-    samples = Samples(tmp_path / "x.safetensors")
+    samples = open_samples(write_part(tmp_path, [([5, 6], [False, True], source) for source in (0, 2, 1)]), "train")
     older, named = {"path": "/somewhere/else/train.v2.jsonl"}, {"name": "chess v1.5", "path": "a/b.json"}
     assert source_names({"sources": [older, named, older]}, samples) == ["train.v2-1", "chess v1.5", "train.v2-3"]
     assert source_names({"sources": [named]}, samples) == source_names({"sources": []}, samples) == []
@@ -189,14 +346,108 @@ def test_names_of_sources(tmp_path):
         source_names({"sources": [older, named]}, samples)
 
 
+# -------------------------------------------------------------------------------------------- the order of an epoch
+
+
+def orders(N, count):
+    """The orders of N numbers for so many seeds, as tuples."""
+    first = random.randrange(10**6)
+    return [tuple(Order(N, first + k, epoch=k % 3)[:].tolist()) for k in range(count)]
+
+
+@SEARCH
+@given(N=st.one_of(st.integers(0, 70), st.integers(0, 20_000)), seed=st.integers(0, 2**63), epoch=st.integers(0, 99))
+def test_an_order_has_each_number_once(N, seed, epoch):
+    assert sorted(Order(N, seed, epoch)[:].tolist()) == list(range(N))
+
+
+@SEARCH
+@given(N=st.one_of(st.integers(1, 300), st.integers(1, 10**12)), seed=st.integers(0, 2**31), data=st.data())
+def test_a_place_of_an_order_is_found_without_the_others(N, seed, data):
+    """Also of a trillion: memory does not grow with N, nor is a generator's state passed on."""
+    order, start = Order(N, seed, 1), data.draw(st.integers(0, N - 1))
+    here = order[start : start + 100].tolist()
+    assert all(0 <= i < N for i in here) and len(set(here)) == len(here) == min(100, N - start)
+    assert [order[start + k : start + k + 1].item() for k in range(min(3, len(here)))] == here[:3]
+    assert Order(N, seed, 1)[start : start + 100].tolist() == here
+
+
+@pytest.mark.parametrize("N", [2, 3, 4, 5])
+def test_all_orders_of_a_few_come_equally_often(N):
+    """Chi-square below what one sound run in 1e9 exceeds."""
+    every = [*itertools.permutations(range(N))]
+    counts = Counter(orders(N, max(400, 20 * len(every))))
+    observed = [counts[order] for order in every]
+    assert chisquare(observed).pvalue > 1e-9 and min(observed) > 0
+
+
+def test_each_number_is_in_each_place_equally_often():
+    """And the next number is any other one: of 40, the place and the step between neighbours."""
+    found = np.array(orders(40, 4000))
+    steps = (found[:, 1:] - found[:, :-1]) % 40
+    assert min(chisquare(np.bincount(column, minlength=40)).pvalue for column in found.T) > 1e-9
+    assert min(chisquare(np.bincount(column, minlength=40)[1:]).pvalue for column in steps.T) > 1e-9
+
+
+def test_orders_of_other_seeds_epochs_and_streams_are_others():
+    given = [*itertools.product(range(3), range(3), range(2))]
+    found = [Order(100, *each)[:] for each in given]
+    alike = [(a == b).sum().item() for a, b in itertools.combinations(found, 2)]
+    assert max(alike) < 12  # 1 on average; 12 in one of 1e9
+
+
+@SEARCH
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=20), window=st.integers(1, 20), data=st.data())
+def test_an_order_in_windows_has_the_samples_of_a_few_shards_at_a_time(sizes, window, data):
+    starts = np.cumsum([0, *sizes])
+    order, N = OrderInWindows(starts, window, data.draw(st.integers(0, 99)), epoch=1), sum(sizes)
+    numbers = order[:].tolist()
+    assert sorted(numbers) == list(range(N)) and len(order) == N
+    assert sorted(itertools.chain(*order.windows)) == list(range(len(sizes)))
+    assert [*map(len, order.windows)] == [window] * (len(sizes) // window) + [len(sizes) % window] * (
+        len(sizes) % window > 0
+    )
+    for place, number in enumerate(numbers):
+        assert np.searchsorted(starts, number, "right") - 1 in order.windows[order.window_of(place)]
+    start = data.draw(st.integers(0, N - 1))
+    assert order[start : start + 7].tolist() == numbers[start : start + 7]
+
+
+def test_an_order_in_windows_mixes_them():
+    """Shards, samples inside a window, and other epochs otherwise."""
+    found = [OrderInWindows(np.arange(0, 1001, 100), 2, seed=1, epoch=epoch) for epoch in range(3)]
+    assert len({str(order.windows) for order in found}) == 3
+    for order in found:
+        first = order[:100] // 100
+        assert 20 < (first == order.windows[0][0]).sum() < 80 and not order[:100].equal(order[:100].sort().values)
+    inside = [order[:200] % 100 for order in found]
+    assert not inside[0].equal(inside[1]) and not inside[1].equal(inside[2])
+
+
+def test_the_window_of_all_shards_is_no_window(tmp_path):
+    samples = open_samples(write_part(tmp_path, random_samples(40), shard_tokens=100), "train")
+    everything = Order(40, seed=3, epoch=1)[:]
+    for window in (0, len(samples.shards), 99):
+        assert order_of(samples, window, 3, 1)[:].equal(everything)
+    assert not order_of(samples, 2, 3, 1)[:].equal(everything)
+
+
 # ------------------------------------------------------------------------------------------------------ planning
 
 
+def drawn(planner, lengths, global_batch_size, seed, epoch):
+    """The samples of each step of an epoch."""
+    draw = planner.draw(Order(len(lengths), seed, epoch), torch.tensor(lengths), global_batch_size)
+    return [draw(place) for place in range(math.ceil(len(lengths) / global_batch_size))]
+
+
 def plan(planner, lengths, global_batch_size=16, micro_batch_tokens=200, seed=1, epoch=0):
-    return planner(torch.tensor(lengths), torch.ones(len(lengths)), global_batch_size, micro_batch_tokens, seed, epoch)
-
-
-SEARCH = settings(max_examples=60, deadline=None)  # the machine may be busy
+    """The steps of an epoch, as `Planner.plan` and training/steps.py make them, of samples of these lengths."""
+    steps = []
+    for step in drawn(planner, lengths, global_batch_size, seed, epoch):
+        sizes = torch.tensor(lengths)[step]
+        steps.append([step[places].tolist() for places in planner.cut(sizes, sizes // 2, micro_batch_tokens)])
+    return steps
 
 
 @st.composite
@@ -258,9 +509,8 @@ def test_a_plan_is_a_function_of_its_arguments(planner, job, torch_seed):
 @given(job=jobs(), ranks=st.integers(1, 9))
 def test_any_number_of_ranks_does_the_same_steps(planner, job, ranks):
     """A planner is not told it; cut as `train_step` does, every micro-batch is some rank's, and no other's."""
-    assert list(inspect.signature(planner).parameters) == [
-        "lengths", "target_counts", "global_batch_size", "micro_batch_tokens", "seed", "epoch",
-    ]  # fmt: skip
+    assert list(inspect.signature(planner.cut).parameters) == ["lengths", "target_counts", "micro_batch_tokens"]
+    assert list(inspect.signature(planner.draw).parameters) == ["order", "lengths", "global_batch_size"]
     for step in plan(planner, **job):
         shares = [step[rank::ranks] for rank in range(ranks)]
         assert sorted(itertools.chain(*shares)) == sorted(step)
@@ -279,9 +529,9 @@ def test_seeds_and_epochs_give_other_plans(planner):
 def test_the_budget_is_used_by_padded_rows():
     """The next sample of a step would not have fit in."""
     lengths = [random.randint(1, 60) for _ in range(64)]
-    for step in plan(sorted_in_step, lengths, global_batch_size=32):
+    for step in plan(SORTED, lengths, global_batch_size=32):
         for micro_batch, following in zip(step, step[1:], strict=False):
-            assert positions(sorted_in_step, lengths, [*micro_batch, following[0]]) > 200
+            assert positions(SORTED, lengths, [*micro_batch, following[0]]) > 200
 
 
 def like_gsm8k(N):
@@ -299,8 +549,8 @@ def test_packed_rows_are_full(make_lengths):
     """To 98%, but for the last of each step, which has what is left; hardly a step takes a row more than it must."""
     lengths = make_lengths(20 * 128)
     rows, fewest = 0, 0
-    for step in plan(packed_in_step, lengths, global_batch_size=128, micro_batch_tokens=4096):
-        sizes = sorted(positions(packed_in_step, lengths, row) for row in step)
+    for step in plan(PLANNERS["packed"], lengths, global_batch_size=128, micro_batch_tokens=4096):
+        sizes = sorted(positions(PLANNERS["packed"], lengths, row) for row in step)
         assert sum(sizes[1:]) >= 0.98 * 4096 * (len(sizes) - 1)
         rows, fewest = rows + len(step), fewest + math.ceil(sum(sizes) / 4096)
     assert fewest <= rows <= fewest + 5
@@ -308,24 +558,23 @@ def test_packed_rows_are_full(make_lengths):
 
 def test_packed_rows_by_hand():
     """Each sample, the longest first, in the fullest row that has room."""
-    lengths = [2, 3, 4, 5, 6]
-    (step,) = plan(packed_in_step, lengths, micro_batch_tokens=10)
-    assert [[lengths[i] for i in row] for row in step] == [[6, 4], [5, 3, 2]]
+    lengths = torch.tensor([5, 2, 6, 3, 4])
+    step = packed_in_step(lengths, None, micro_batch_tokens=10)
+    assert [lengths[row].tolist() for row in step] == [[6, 4], [5, 3, 2]]
 
 
 def test_a_plan_of_an_epoch_is_quick():
-    """20,000 samples in under a second, of which it takes some hundredths."""
-    lengths = torch.tensor(like_t0(20_000))
+    """20,000 samples in under two seconds, of which it takes some tenths."""
+    lengths = like_t0(20_000)
     for planner in PLANNERS.values():
         started = time.process_time()
-        planner.plan(lengths, None, 128, 4096, seed=1, epoch=0)
-        in_order(planner, lengths, lengths // 2, 4096)
-        assert time.process_time() - started < 1
+        plan(planner, lengths, 128, 4096)
+        assert time.process_time() - started < 2
 
 
 def test_samples_of_length_one():
     for planner in PLANNERS.values():
-        sizes = [[len(row) for row in step] for step in plan(planner.plan, [1] * 50, 20, micro_batch_tokens=7)]
+        sizes = [[len(row) for row in step] for step in plan(planner, [1] * 50, 20, micro_batch_tokens=7)]
         assert sorted(sizes) == [[7, 3], [7, 7, 6], [7, 7, 6]]
 
 
@@ -334,15 +583,15 @@ def test_which_samples_share_a_step_does_not_depend_on_the_budget(planner):
     lengths = [random.randint(1, 60) for _ in range(100)]
     plans = [plan(planner, lengths, micro_batch_tokens=budget) for budget in (1, 100, 10**6)]
     sets = [[sorted(flat(step)) for step in steps] for steps in plans]
-    drawn = sample_steps(torch.tensor(lengths), 16, seed=1, epoch=0)
-    assert sets[0] == sets[1] == sets[2] == [sorted(step.tolist()) for step in drawn]
+    expected = Order(100, seed=1, epoch=0)[:].split(16)
+    assert sets[0] == sets[1] == sets[2] == [sorted(step.tolist()) for step in expected]
     assert all(len(step) == 1 for step in plans[2]) and all(len(step) == len(flat(step)) for step in plans[0])
 
 
 def test_a_step_has_its_longest_samples_first():
     """So that memory runs out in the first step or never."""
     lengths = [random.randint(1, 60) for _ in range(100)]
-    for step in plan(sorted_in_step, lengths):
+    for step in plan(SORTED, lengths):
         in_this = [lengths[i] for i in flat(step)]
         assert in_this == sorted(in_this, reverse=True)
 
@@ -355,7 +604,7 @@ def test_every_step_is_a_draw_from_the_whole_set(planner):
 
 def test_grouped_steps_are_not():
     """Neighbours in length share a step, and long and short steps follow each other in random order."""
-    shares = shares_of_the_long(grouped)
+    shares = shares_of_the_long(PLANNERS["grouped"])
     assert set(shares) == {0.0, 1.0} and shares not in (sorted(shares), sorted(shares, reverse=True))
 
 
@@ -370,13 +619,14 @@ def shares_of_the_long(planner):
 def test_grouped_steps_are_neighbours_in_length():
     lengths = [random.randint(1, 500) for _ in range(20 * 16)]
     spans = sorted(
-        (min(sizes), max(sizes)) for sizes in ([lengths[i] for i in flat(s)] for s in plan(grouped, lengths))
+        (min(sizes), max(sizes))
+        for sizes in ([lengths[i] for i in flat(s)] for s in plan(PLANNERS["grouped"], lengths))
     )
     assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(spans))
 
 
 def test_equal_lengths_are_grouped_anew_in_every_epoch():
-    plans = [plan(grouped, [7] * 200, epoch=epoch) for epoch in range(3)]
+    plans = [plan(PLANNERS["grouped"], [7] * 200, epoch=epoch) for epoch in range(3)]
     sets = [{tuple(sorted(flat(step))) for step in steps} for steps in plans]
     assert not sets[0] & sets[1] and not sets[1] & sets[2]
 
@@ -384,38 +634,34 @@ def test_equal_lengths_are_grouped_anew_in_every_epoch():
 def test_padding_of_each_planner():
     """On lengths like GSM8K's, steps of 128 samples and 1,024 positions: under 3% sorted in the step."""
     lengths = like_gsm8k(40 * 128)
-    left = {
-        name: padding(planner.plan, lengths, plan(planner.plan, lengths, 128, 1024))
-        for name, planner in PLANNERS.items()
-    }
+    left = {name: padding(planner, lengths, plan(planner, lengths, 128, 1024)) for name, planner in PLANNERS.items()}
     assert left["packed"] == 0 and left["grouped"] < 0.01 < left["sorted_in_step"] < 0.03 < 0.2 < left["random"]
 
 
 def test_random_keeps_the_order_of_the_draw():
-    lengths = torch.tensor(like_gsm8k(100))
-    drawn = [step.tolist() for step in sample_steps(lengths, 16, seed=1, epoch=0)]
-    assert [flat(step) for step in plan(random_in_step, lengths.tolist(), micro_batch_tokens=1000)] == drawn
+    lengths = like_gsm8k(100)
+    expected = [step.tolist() for step in drawn(RANDOM, lengths, 16, seed=1, epoch=0)]
+    assert [flat(step) for step in plan(RANDOM, lengths, micro_batch_tokens=1000)] == expected
 
 
-def test_epochs_and_seeds_do_not_share_generators():
-    """A generator per (seed, epoch): neighbouring pairs give unrelated orders."""
-    draws = [sample_steps(torch.ones(20), 1, seed, epoch) for seed in range(4) for epoch in range(4)]
-    assert len({str(steps) for steps in draws}) == len(draws)
+def test_longest_first_keeps_the_order_of_equals():
+    lengths = torch.tensor([5, 9, 5, 9, 1])
+    assert longest_first(torch.tensor([4, 2, 3, 0, 1]), lengths).tolist() == [3, 1, 2, 0, 4]
 
 
 @PLANS
-def test_in_order_takes_everything_once(planner):
-    lengths = torch.tensor([random.randint(1, 60) for _ in range(77)])
-    chosen = next(entry for entry in PLANNERS.values() if entry.plan is planner)
-    micro_batches = in_order(chosen, lengths, lengths // 2, 200)
-    assert sorted(flat(micro_batches)) == list(range(77))
-    assert all(len(m) == 1 or positions(planner, lengths.tolist(), m) <= 200 for m in micro_batches)
+def test_in_order_takes_everything_once(tmp_path, planner):
+    samples = open_samples(write_part(tmp_path, random_samples(77), shard_tokens=300), "train")
+    lengths, chosen = samples.lengths[:].tolist(), torch.tensor(random.sample(range(77), 20))
+    for some, expected in ((None, range(77)), (chosen, sorted(chosen.tolist()))):
+        micro_batches = in_order(planner, samples, 200, some)
+        assert sorted(flat(micro_batches)) == list(expected)
+        assert all(len(m) == 1 or positions(planner, lengths, m) <= 200 for m in micro_batches)
 
 
 def test_packed_samples_lie_end_to_end(tmp_path):
     written = random_samples(5)
-    write(tmp_path / "x.safetensors", written)
-    samples = Samples(tmp_path / "x.safetensors")
+    samples = open_samples(write_part(tmp_path, written, shard_tokens=50), "train")
     tokens, targets, offsets = samples.packed([3, 0, 4])
     assert tokens.shape == targets.shape == (1, offsets[-1]) and offsets[0] == 0
     for i, start, end in zip((3, 0, 4), offsets, offsets[1:], strict=False):
@@ -423,47 +669,80 @@ def test_packed_samples_lie_end_to_end(tmp_path):
         assert torch.equal(tokens[0, start:end], alone[0][0]) and torch.equal(targets[0, start:end], alone[1][0])
 
 
-def test_a_validation_has_all_samples_whatever_the_planner_makes_of_them():
-    """Also of a planner that asks for the targets, and cuts its samples into several steps."""
+def test_a_planner_is_given_the_targets_of_its_samples(tmp_path):
+    samples = open_samples(write_part(tmp_path, random_samples(20)), "train")
+    given = []
 
-    def bucketed(lengths, target_counts, global_batch_size, micro_batch_tokens, seed, epoch):
-        assert len(target_counts) == len(lengths)
-        return [[[i] for i in range(len(lengths)) if (lengths[i] > 5) == long] for long in (True, False)]
+    def by_targets(lengths, target_counts, micro_batch_tokens):
+        given.extend(target_counts.tolist())
+        return [[place] for place in target_counts.argsort().tolist()]
 
-    lengths = torch.randint(1, 11, (20,))
-    micro_batches = in_order(Planner(bucketed, Samples.packed), lengths, lengths // 2, 100)
-    assert sorted(i for micro_batch in micro_batches for i in micro_batch) == list(range(20))
+    chosen = torch.tensor([3, 9, 4])
+    assert sorted(flat(Planner(by_targets, Samples.packed).plan(samples, chosen, 100))) == [3, 4, 9]
+    assert given == samples.target_counts[[3, 9, 4]].tolist()
 
 
 @pytest.mark.parametrize(
-    ("planned", "message"),
+    ("places", "message"),
     [
-        ([[[0, 1], [2]], [[3], [4, 1]]], "sample 1 of 5 is in an epoch 2 times, not once"),
-        ([[[0, 1]], [[4, 2]]], "sample 3 of 5 is in an epoch 0 times"),
-        ([[[0, 1, 2]], [[3, 4, 5]]], "sample 5 of 5 is in an epoch 1 times"),
-        ([[[0, 1, 2, -1]], [[3, 4]]], "sample -1 of 5 is"),
-        ([[[0, 1, 2], []], [[3, 4]]], "it planned a micro-batch without samples"),
+        ([[0, 1], [1]], "not each of the 3 samples of a step is in one micro-batch"),
+        ([[0, 1]], "not each of the 3"),
+        ([[0, 1, 2, 3]], "not each of the 3"),
+        ([[0, 1, -1]], "not each of the 3"),
+        ([[0, 1, 2], []], "it planned a micro-batch without samples"),
     ],
 )
-def test_a_planner_that_does_not_plan_each_sample_once_is_refused(monkeypatch, planned, message):
+def test_a_planner_that_does_not_cut_a_step_into_its_samples_is_refused(five, monkeypatch, places, message):
     """The loss would look as always, and no one would notice."""
-    s = SimpleNamespace(global_batch_size=3, micro_batch_tokens=100, seed=1, planner="wrong")
-    monkeypatch.setitem(PLANNERS, "wrong", Planner(lambda *_: planned, Samples.packed))
+    s, samples = five
+    monkeypatch.setitem(PLANNERS, "wrong", Planner(lambda *_: places, Samples.packed))
     with pytest.raises(UserError, match=f"--planner wrong: {message}"):
-        next(planned_steps(s, FiveSamples(), 0, 2))
+        next(planned_steps(s, samples, 0, 2))
 
 
-class FiveSamples:
-    lengths = target_counts = torch.ones(5)
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([[0, 1, 1], [3, 4]], "step 1 of an epoch has 2 samples, not 3"),
+        ([[0, 1], [2]], "step 2 of an epoch has 1 samples, not 2"),
+        ([[0, 1, 2, 3], [4]], "step 1 of an epoch has 4 samples, not 3"),
+        ([[0, 1, 5], [3, 4]], "sample 5 of 5 is in a step"),
+        ([[0, 1, -1], [3, 4]], "sample -1 of 5 is in a step"),
+        ([[0, 1, 2], [2, 3]], "not each sample was in one step of the epoch"),
+        ([[0, 2, 4], [2, 3]], "not each sample was in one step of the epoch"),
+        ([[0, 3, 4], [1, 3]], "not each sample was in one step of the epoch"),
+    ],
+)
+def test_a_planner_that_does_not_draw_each_sample_once_is_refused(five, monkeypatch, steps, message):
+    s, samples = five
 
-    def __len__(self):
-        return 5
+    def draw(order, lengths, size):
+        return lambda place: torch.tensor(steps[place])
+
+    monkeypatch.setitem(PLANNERS, "wrong", RANDOM._replace(draw=draw))
+    with pytest.raises(UserError, match=f"--planner wrong: {message}"):
+        [*planned_steps(s, samples, 0, 2)]
 
 
-def test_a_planner_with_another_number_of_steps_is_refused(monkeypatch):
-    s = SimpleNamespace(global_batch_size=4, micro_batch_tokens=100, seed=1, planner="short")
-    samples = SimpleNamespace(lengths=torch.ones(10), target_counts=torch.ones(10))
-    monkeypatch.setitem(PLANNERS, "short", Planner(lambda *_: [[[0]]], Samples.packed))
-    monkeypatch.setattr("training.steps.steps_per_epoch", lambda *_: 3)
-    with pytest.raises(UserError, match="--planner short: it planned 1 steps for an epoch of 3"):
-        next(planned_steps(s, samples, 0, 3))
+def test_the_smaller_step_of_an_epoch_may_be_any(five, monkeypatch):
+    s, samples = five
+    draw = lambda *_: lambda place: torch.tensor([[4, 1], [0, 3, 2]][place])  # noqa: E731
+    monkeypatch.setitem(PLANNERS, "wrong", RANDOM._replace(draw=draw))
+    assert [sorted(flat(step)) for _, step in planned_steps(s, samples, 0, 4)] == 2 * [[1, 4], [0, 2, 3]]
+
+
+@PLANS
+def test_a_step_is_planned_without_those_before_it(five, planner):
+    """Resuming needs only its number."""
+    s, samples = five
+    s.planner = next(name for name, known in PLANNERS.items() if known is planner)
+    every = [*planned_steps(s, samples, 0, 12)]
+    for start in range(12):
+        assert [*planned_steps(s, samples, start, 12)] == every[start:]
+
+
+@pytest.fixture
+def five(tmp_path):
+    """Settings of steps of three samples, and five of these."""
+    s = SimpleNamespace(global_batch_size=3, micro_batch_tokens=100, seed=1, planner="wrong", shuffle_window=0)
+    return s, open_samples(write_part(tmp_path, random_samples(5)), "train")

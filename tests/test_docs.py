@@ -31,6 +31,7 @@ OTHERS = {
     "cd",
     "curl",
     "docker",
+    "export",
     "git",
     "helm-run",
     "kubectl",

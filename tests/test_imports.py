@@ -19,6 +19,7 @@ LAYERS = [
     ["adapters"],
     ["lora"],
     ["weights", "text"],
+    ["shards"],
     ["batching"],
     ["objectives"],
     ["inference", "preparation", "training"],

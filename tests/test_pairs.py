@@ -1,17 +1,20 @@
 """Preference pairs on disk and in micro-batches: a packed row and padded rows have the same positions and targets."""
 
-import json
 import random
+import struct
+import zlib
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared_parts import write_part, writer_of
 from safetensors.torch import load_file, save_file
 
 from batching import (
     IGNORE,
     PLANNERS,
+    Order,
     Pairs,
     Samples,
     in_order,
@@ -19,11 +22,13 @@ from batching import (
     open_samples,
     read_data_info,
     shift,
-    source_names,
 )
 from ops.forks import Forks
-from preparation.record_store import SampleWriter
+from preparation.record_store import count_targets
+from shards import CUTS
 from shell.cli import UserError
+from shell.files import read_json, write_json
+from weights.safetensors_format import read_metadata
 
 
 def random_pair(shared=None, ends=None):
@@ -34,23 +39,23 @@ def random_pair(shared=None, ends=None):
     return ids[:shared], ids[shared : shared + sizes[0]], ids[shared + sizes[0] :]
 
 
-def write(path, pairs, sources=None):
+def write(folder, pairs, sources=None, shard_tokens=None):
     """Write pairs as prepare_data.py does: answers are targets."""
-    writer = SampleWriter()
+    written = []
     for i, (prompt, chosen, rejected) in enumerate(pairs):
         beginning, last = prompt[:-1], prompt[-1:]
         ids = [*beginning, *last, *chosen, *last, *rejected]
         is_target = [0] * len(prompt) + [1] * len(chosen) + [0] * len(last) + [1] * len(rejected)
-        writer.add(ids, bytes(is_target), (sources or [0] * len(pairs))[i], len(beginning), len(last) + len(chosen))
-    writer.save(path)
-    return path
+        source = (sources or [0] * len(pairs))[i]
+        written.append((ids, bytes(is_target), source, len(beginning), len(last) + len(chosen)))
+    return write_part(folder, written, kind="pairs", shard_tokens=shard_tokens)
 
 
 @pytest.fixture
 def some(tmp_path):
     """(the pairs, as they were written; the same, opened)."""
     pairs = [random_pair() for _ in range(random.randint(5, 40))]
-    return pairs, open_samples(write(tmp_path / "x.safetensors", pairs))
+    return pairs, open_samples(write(tmp_path, pairs, shard_tokens=random.choice([None, 50])), "train")
 
 
 def rows_of(pair):
@@ -73,12 +78,21 @@ def test_what_is_written_is_read(some):
         assert sequences == [(prompt + a, [False] * len(prompt) + [True] * len(a)) for a in (chosen, rejected)]
         with pytest.raises(TypeError, match="no one sequence"):
             samples.inputs_and_targets(i)
-    assert samples.end_target_counts().tolist() == [[len(end) for end in pair[1:]] for pair in pairs]
+    assert samples.unit_counts[:].tolist() == [1] * len(pairs) and samples.units_by_source() == [len(pairs)]
+    samples.prepend([1] * 5)
+    assert samples.longest() == samples.lengths[:].max() and samples.positions() == samples.lengths[:].sum()
+    assert samples.longest_row() == samples.row_lengths[:].max() == samples.padded_longest() / 2
+    listing, shares = samples.shards.listing, samples.target_counts[:] / samples.without_virtual_tokens().lengths[:]
+    assert samples.lengths[listing.longest_sample] == samples.longest()
+    assert listing.largest_share == pytest.approx(shares.max().item())
 
 
 def test_the_format_is_what_the_module_says(tmp_path):
-    write(tmp_path / "x.safetensors", [([1, 2, 3], [4, 5], [6]), ([7], [8], [9])], sources=[1, 0])
-    tensors = load_file(tmp_path / "x.safetensors")
+    write(tmp_path, [([1, 2, 3], [4, 5], [6]), ([7], [8], [9])], sources=[1, 0])
+    tensors = load_file(tmp_path / "train.safetensors")
+    ids, marks, numbers = (1, 2, 3, 4, 5, 3, 6), bytes([0, 0, 0, 1, 1, 0, 1]), (3, 1, 2, 3)
+    crc = zlib.crc32(struct.pack("<7i", *ids) + marks + struct.pack("<4i", *numbers))
+    assert tensors.pop("checksums")[0].item() % 2**32 == crc
     assert {name: (t.dtype, t.tolist()) for name, t in tensors.items()} == {
         "tokens": (torch.int32, [1, 2, 3, 4, 5, 3, 6, 7, 8, 7, 9]),
         "is_target": (torch.bool, [bool(i) for i in (0, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1)]),
@@ -91,7 +105,7 @@ def test_the_format_is_what_the_module_says(tmp_path):
 
 
 def test_micro_batches_by_hand(tmp_path):
-    samples = open_samples(write(tmp_path / "x.safetensors", [([1, 2, 3], [4, 5], [6]), ([7], [8], [9])]))
+    samples = open_samples(write(tmp_path, [([1, 2, 3], [4, 5], [6]), ([7], [8], [9])]), "train")
     tokens, targets, forks = samples.packed([1, 0])
     assert tokens.tolist() == [[7, 7, 1, 2, 3, 4, 3]] and tokens.dtype == targets.dtype == torch.int64
     assert targets.tolist() == [[8, 9, IGNORE, IGNORE, 4, 5, 6]]
@@ -142,112 +156,71 @@ def test_any_masks_and_cuts(tmp_path_factory, beginning, data):
     ends = [data.draw(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=2)) for _ in range(2)]
     parts = [[(False, id) for _, id in beginning], *ends]
     wanted, ids = zip(*(token for part in parts for token in part), strict=True)
-    writer, path = SampleWriter(), tmp_path_factory.mktemp("any") / "x.safetensors"
-    writer.add(ids, bytes(wanted), 0, len(beginning), len(ends[0]))
-    writer.save(path)
-    samples = open_samples(path)
+    counts = [sum(wanted for wanted, _ in end[1:]) for end in ends]
+    sample = ids, bytes(wanted), 0, len(beginning), len(ends[0])
+    assert count_targets(*sample[1:2], *sample[3:]) == counts
+    if 0 in counts:
+        with pytest.raises(ValueError, match="has no target"):
+            writer_of([sample])
+        return
+    samples = open_samples(write_part(tmp_path_factory.mktemp("any"), [sample], kind="pairs"), "train")
+    assert samples.target_counts[:].tolist() == [sum(counts)]
     rows = [shift(*sequence) for sequence in samples.sequences(0)]
     # The token with which an end begins is predicted in neither: it is context, or has nothing before it.
     rows = [(inputs, targets.index_fill(0, torch.arange(len(beginning)), IGNORE)) for inputs, targets in rows]
     for row, packed in zip(rows, unpack(*samples.packed([0])), strict=True):
         assert [x.tolist() for x in row] == [x.tolist() for x in packed]
-    counts = [sum(wanted for wanted, _ in end[1:]) for end in ends]
-    assert samples.end_target_counts()[:1].tolist() == [counts] and samples.target_counts.tolist() == [sum(counts)]
-    assert samples.drop_without_target() == (0 in counts) and len(samples) == (0 not in counts)
-
-
-def test_a_pair_without_a_target_in_both_ends_is_dropped(tmp_path):
-    pairs = [random_pair() for _ in range(9)]
-    path, empty = write(tmp_path / "x.safetensors", pairs), random.sample(range(9), 3)
-    tensors = load_file(path)
-    for i, end in zip(empty, (0, 1, random.randint(0, 1)), strict=True):
-        start = tensors["offsets"][i] + tensors["beginnings"][i]
-        cut = start + tensors["first_ends"][i]
-        span = slice(start, cut) if end == 0 else slice(cut, tensors["offsets"][i + 1])
-        tensors["target_counts"][i] -= tensors["is_target"][span].sum().int()
-        tensors["is_target"][span] = False
-    save_file(tensors, path)
-    samples = open_samples(path)
-    assert samples.drop_without_target() == 3 and len(samples) == 6
-    assert samples.drop_without_target() == 0
-    kept = [i for i in range(9) if i not in empty]
-    assert samples.numbers.tolist() == kept
-    for place, i in enumerate(kept):
-        assert [x.tolist() for row in unpack(*samples.packed([place])) for x in row] == [
-            x for row in rows_of(pairs[i]) for x in row
-        ]
 
 
 def test_a_part_without_samples(tmp_path):
     """The validation part of pairs is of pairs, though it has none."""
-    writer = SampleWriter()
-    writer.add([1, 2, 1, 3], bytes([0, 1, 0, 1]), 0, 0, 2)
-    writer.save(tmp_path / "val.safetensors", [])
-    samples = open_samples(tmp_path / "val.safetensors")
-    assert isinstance(samples, Pairs) and len(samples) == 0 == samples.drop_without_target()
+    writer = writer_of([([1, 2, 1, 3], bytes([0, 1, 0, 1]), 0, 0, 2)])
+    write_json(tmp_path / "data.json", {"kind": "pairs", "val": writer.save(tmp_path, "val", [])})
+    samples = open_samples(tmp_path, "val")
+    assert isinstance(samples, Pairs) and len(samples) == 0
     for planner in PLANNERS.values():
-        assert in_order(planner, planner.lengths(samples), samples.target_counts, 100) == []
+        assert in_order(planner, samples, 100) == []
 
 
 def test_pairs_are_not_taken_for_samples(tmp_path):
-    path = write(tmp_path / "x.safetensors", [random_pair()])
-    with pytest.raises(UserError, match="x.safetensors holds preference pairs: expected samples of one answer"):
-        Samples(path)
-    writer = SampleWriter()
-    writer.add([5, 6], [False, True], 0)
-    writer.save(tmp_path / "y.safetensors")
-    assert type(open_samples(tmp_path / "y.safetensors")) is Samples
-    with pytest.raises(UserError, match="no row of torch.int32 called beginnings"):
-        Pairs(tmp_path / "y.safetensors")
+    write(tmp_path, [random_pair()])
+    path = tmp_path / "data.json"
+    write_json(path, read_json(path) | {"kind": "samples"})
+    with pytest.raises(UserError, match="train.safetensors holds beginnings, first_ends: is it of another kind"):
+        open_samples(tmp_path, "train")
+    path.unlink()
+    write_part(tmp_path, [([5, 6], [False, True], 0)])
+    assert type(open_samples(tmp_path, "train")) is Samples
+    write_json(path, read_json(path) | {"kind": "pairs"})
+    with pytest.raises(UserError, match="train.safetensors is damaged .*called beginnings"):
+        open_samples(tmp_path, "train")
 
 
-def test_damaged_files_are_refused_in_one_line(tmp_path):
-    path = write(tmp_path / "x.safetensors", [random_pair() for _ in range(6)])
-    tensors, i = load_file(path), random.randrange(6)
-    most = torch.iinfo(torch.int32).max
-
-    def changed(name, value):
-        column = tensors[name].clone()
-        column[i] = value
-        return {name: column}
-
-    size = tensors["offsets"].diff()[i].item()
-    changes = [
-        changed("beginnings", -1), changed("beginnings", most), changed("beginnings", size - 3),
-        changed("first_ends", 1), changed("first_ends", 0), changed("first_ends", -(2**31)),
-        changed("first_ends", most),
-        changed("first_ends", size - tensors["beginnings"][i].item() - 1),
-        changed("beginnings", most) | changed("first_ends", most), changed("beginnings", -(2**31)),
-        changed("target_counts", size - 1), changed("target_counts", -1), changed("sources", -1),
-        {"beginnings": tensors["beginnings"][:-1]}, {"first_ends": tensors["first_ends"].repeat(2)},
-        {"beginnings": tensors["beginnings"].long()}, {"first_ends": None}, {"beginnings": None},
-        {"first_ends": tensors["first_ends"][None]}, {"offsets": tensors["offsets"] + 1},
-        changed("offsets", -(2**63)), changed("offsets", 2**63 - 1),
-    ]  # fmt: skip
-    for change in changes:
-        kept = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
-        save_file({name: tensor.clone().contiguous() for name, tensor in kept.items()}, path)
-        with pytest.raises(UserError, match="x.safetensors is damaged .*make it again") as caught:
-            open_samples(path)
-            pytest.fail(str(change))
-        assert "\n" not in str(caught.value)
+def test_changed_cuts_are_found_when_their_pair_is_read(tmp_path):
+    write(tmp_path, [random_pair() for _ in range(6)])
+    path = tmp_path / "train.safetensors"
+    tensors, hash, i = load_file(path), read_metadata(path, ""), random.randrange(6)
+    for name in CUTS:
+        for value in (-1, 0, 1, 2**31 - 1, -(2**31)):
+            column = tensors[name].clone()
+            column[i] = value
+            if column.equal(tensors[name]):
+                continue
+            save_file(tensors | {name: column}, path, hash)
+            samples = open_samples(tmp_path, "train")
+            for layout in (samples.packed, samples.padded):
+                with pytest.raises(UserError, match=f"train.safetensors is damaged .its sample {i} .* make it again"):
+                    layout([i])
 
 
 def test_data_json_says_what_the_samples_are(tmp_path):
     info = {"tokenizer_hash": "ab", "prompt_style": "plain", "sources": [{"name": "a"}]}
-    pairs = open_samples(write(tmp_path / "x.safetensors", [random_pair()]))
-    for kind in ("samples", "pairs", None):
-        (tmp_path / "data.json").write_text(json.dumps(info | ({"kind": kind} if kind else {})))
-        read = read_data_info(tmp_path)
-        assert kind_of_samples(read) == (kind or "samples")
-        if kind == "pairs":
-            assert source_names(read, pairs) == []
-        else:
-            with pytest.raises(UserError, match="data.json is of samples, its samples are pairs: make it again"):
-                source_names(read, pairs)
+    for kind in ("samples", "pairs"):
+        write_json(tmp_path / "data.json", info | {"kind": kind})
+        assert kind_of_samples(read_data_info(tmp_path)) == kind
     for kind in ("triples", 5, ["pairs"], None):
-        (tmp_path / "data.json").write_text(json.dumps(info | {"kind": kind}))
-        with pytest.raises(UserError, match="data.json: key 'kind' is .*expected samples or pairs"):
+        write_json(tmp_path / "data.json", info | {"kind": kind})
+        with pytest.raises(UserError, match="data.json: key 'kind' is .*, expected samples or pairs: make it again"):
             read_data_info(tmp_path)
 
 
@@ -257,9 +230,10 @@ def test_data_json_says_what_the_samples_are(tmp_path):
 @pytest.mark.parametrize("name", PLANNERS)
 def test_micro_batches_stay_within_the_budget(tmp_path, name):
     """In its own layout no micro-batch has more positions than asked for, unless it is one pair; nor far fewer."""
-    samples = open_samples(write(tmp_path / "x.safetensors", [random_pair() for _ in range(60)]))
+    samples = open_samples(write(tmp_path, [random_pair() for _ in range(60)]), "train")
     planner, budget = PLANNERS[name], random.randint(60, 200)
-    steps = planner.plan(planner.lengths(samples), samples.target_counts, 16, budget, seed=3, epoch=0)
+    draw = planner.draw(Order(60, seed=3, epoch=0), planner.lengths(samples), 16)
+    steps = [planner.plan(samples, draw(place), budget) for place in range(4)]
     assert sorted(i for step in steps for indices in step for i in indices) == list(range(60))
     sizes = [planner.layout(samples, indices)[0].numel() for step in steps for indices in step]
     alone = [len(indices) == 1 for step in steps for indices in step]
@@ -269,6 +243,6 @@ def test_micro_batches_stay_within_the_budget(tmp_path, name):
 
 def test_a_planner_plans_by_its_own_layout(some):
     _, samples = some
-    assert PLANNERS["packed"].lengths(samples) is samples.lengths
-    for i, length in enumerate(PLANNERS["random"].lengths(samples).tolist()):
+    assert PLANNERS["packed"].lengths(samples)[:].equal(samples.lengths[:])
+    for i, length in enumerate(PLANNERS["random"].lengths(samples)[:].tolist()):
         assert length == samples.padded([i])[0].numel()

@@ -4,12 +4,14 @@ import csv
 import gzip
 import json
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from array import array
 from collections import Counter
 
 import numpy as np
@@ -20,9 +22,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import prepare_data
-from batching import Samples
+from batching import open_samples
+from preparation.filtering import FilteredRow
 from preparation.mixture import Source
 from preparation.prepared_folder import default_name
+from preparation.record_store import Records, TokenizedSamples
+from preparation.rendering import Rendered, Tokens
 from preparation.sampling import copies_of_samples
 from prepare_data import Settings
 from shell.cli import UserError
@@ -96,11 +101,14 @@ def tokenizer(tiny_model_dir):
     return Tokenizer(tiny_model_dir)
 
 
+SHARDS = dict(shard_tokens=300)
+
+
 def stored(folder, part="train"):
     """The samples of a part as lists of (ids, is_target)."""
-    samples = Samples(folder / f"{part}.safetensors")
-    cuts = list(zip(samples.offsets.tolist(), samples.offsets.tolist()[1:], strict=False))
-    return [(samples.tokens[a:b].tolist(), samples.is_target[a:b].tolist()) for a, b in cuts]
+    samples = open_samples(folder, part)
+    read = map(samples.stored, range(len(samples)))
+    return [(tokens.tolist(), is_target.tolist()) for tokens, is_target, _ in read]
 
 
 def texts(folder, tokenizer, part="train"):
@@ -189,7 +197,7 @@ def test_several_files_keep_their_order_and_their_source(prepare, tmp_path, toke
     paths = [write_rows(tmp_path / "a.csv", rows[:2]), write_rows(tmp_path / "b.json", rows[2:])]
     folder = prepare(paths)
     assert [answer for _, answer in texts(folder, tokenizer)] == [row["output"] + "<|im_end|>" for row in rows]
-    assert Samples(folder / "train.safetensors").sources.tolist() == [0] * 2 + [1] * 7
+    assert open_samples(folder, "train").sources[:].tolist() == [0] * 2 + [1] * 7
     assert [(x["name"], x["paths"], x["sha256"], x["counts"]["read"]) for x in info(folder)["sources"]] == [
         ("a", [str(paths[0])], [sha256(paths[0])], 2), ("b", [str(paths[1])], [sha256(paths[1])], 7),
     ]  # fmt: skip
@@ -511,11 +519,10 @@ def test_what_the_folder_says_about_itself(prepare, tokenizer, tmp_path, capsys)
     printed = capsys.readouterr().out
     for part, size in sizes.items():
         tensors = load_file(folder / f"{part}.safetensors")
-        assert size == {
-            "samples": len(tensors["target_counts"]),
-            "tokens": len(tensors["tokens"]),
-            "targets": tensors["is_target"].sum().item(),
-        }
+        assert size["samples"] == len(tensors["target_counts"]) and size["tokens"] == len(tensors["tokens"])
+        assert size["targets"] == tensors["is_target"].sum().item()
+        (shard,) = size["shards"]
+        assert (shard["file"], shard["samples"]) == (f"{part}.safetensors", size["samples"])
         assert f"{part}: {size['samples']} samples, {size['tokens']:,} tokens" in printed
     assert "20 read, 20 kept, 15 mixed" in printed and "finetune.py" in printed
     check_manifest(folder)
@@ -736,7 +743,7 @@ def test_a_mixture_up_and_down(prepare, tmp_path, tokenizer):
     assert all(answers[f"a{i}<|im_end|>"] == 3 for i in range(10))
     assert all("USER:" in whole for whole, targets in texts(folder, tokenizer) if targets.startswith("b"))
     assert not any("USER:" in whole for whole, targets in texts(folder, tokenizer) if targets.startswith("a"))
-    assert Samples(folder / "train.safetensors").sources.bincount().tolist() == [30, 10, 5]
+    assert open_samples(folder, "train").sources[:].bincount().tolist() == [30, 10, 5]
     assert [(x.get("weight"), x.get("samples")) for x in info(folder)["sources"]] == [(3, None), (1, None), (None, 5)]
     by_targets = prepare(mixture, mix_by="targets", mix_size=400)
     targets = [x["targets"] for x in info(by_targets)["sources"]]
@@ -825,6 +832,42 @@ def test_the_same_bytes_whatever_the_number_of_workers(prepare, tmp_path):
     for path in one.iterdir():
         assert path.read_bytes() == (three / path.name).read_bytes(), path.name
     assert (one / "train.safetensors").read_bytes() != (other / "train.safetensors").read_bytes()
+
+
+def test_shards_hold_the_samples_of_the_one_file(prepare, tmp_path):
+    """Of a bounded size, in the same order, and the same bytes whatever the number of workers."""
+    rows = [question_and_answer() for _ in range(200)]
+    whole, one, two = (
+        prepare(rows, out_dir=tmp_path / name, workers=workers, val_fraction=0.2, **more)
+        for name, workers, more in [("whole", 1, {}), ("one", 1, SHARDS), ("two", 2, SHARDS)]
+    )
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in two.iterdir()} and "train.safetensors" not in names
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    for part in ("train", "val"):
+        assert stored(one, part) == stored(whole, part)
+        shards = info(one)[part]["shards"]
+        assert [shard["file"] for shard in shards] == sorted(name for name in names if name.startswith(f"{part}-"))
+        assert len(shards) > 2 and all(shard["tokens"] <= SHARDS["shard_tokens"] for shard in shards)
+    again = prepare(rows, out_dir=one, val_fraction=0.2)  # the shards are replaced, too
+    assert {path.name for path in again.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_samples_without_a_target_are_not_written_but_reported(tmp_path):
+    """Nothing can be learned of them: a row that has no other is dropped, of another its pieces are counted."""
+    with open(tmp_path / "dropped.jsonl", "w+") as log:
+        records, samples = Records(tmp_path, ["a"], log), TokenizedSamples(tmp_path)
+        for number in range(2):
+            record = {"id": f"a:{number}", "key": "what?"}
+            records.add(0, FilteredRow(record["id"], record=pickle.dumps(record), facts={}))
+        empty, some = Tokens(array("i", [5, 6]), bytes([1, 0])), Tokens(array("i", [5, 6]), bytes([0, 1]))
+        prepare_data.add_sample(records, samples, 0, [], Rendered("whole", [empty]), copy=0)
+        prepare_data.add_sample(records, samples, 1, [], Rendered("cut into pieces", [empty, some, empty]), copy=0)
+        log.seek(0)
+        assert [json.loads(line)["reason"] for line in log] == ["no target"] == [*records.counts[0]]
+    assert len(samples) == 1 and samples.record(0) == 1
+    assert records.notes[0]["pieces without a target, left out"] == 2
 
 
 def test_a_mistake_found_by_a_worker(prepare, tmp_path):
@@ -917,7 +960,7 @@ def test_each_source_has_its_validation_part_and_one_sample_left(prepare, tmp_pa
     text = "sources: [{path: a.jsonl}, {path: b.jsonl, weight: 1}, {path: c.jsonl}]"
     mixture = mixture_of(tmp_path, text, a=numbered("a", 40), b=numbered("b", 2), c=numbered("c", 1))
     folder = prepare(mixture, val_fraction=0.5)
-    assert Samples(folder / "val.safetensors").sources.bincount(minlength=3).tolist() == [20, 1, 0]
+    assert open_samples(folder, "val").sources[:].bincount(minlength=3).tolist() == [20, 1, 0]
     assert [x["held_back"] for x in info(folder)["sources"]] == [20, 1, 0]
 
 

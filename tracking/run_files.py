@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from shell.cli import UserError
-from shell.files import MANIFEST, read_json, sha256
+from shell.files import read_json
 
 CONFIG, METRICS, SUMMARY, RECORD, DIFF = "config.yaml", "metrics.csv", "summary.json", "record.json", "git.diff"
 FINAL, SOURCE, RESULTS, TRACKING = "final", "source", "results", "tracking"  # folders
 OF_DATA = ("report.html", "data.json")  # of the prepared data: what is worth keeping with a run
-PARTS = ("train.safetensors", "val.safetensors")  # of the prepared data: record.json has their hashes
+PARTS = ("train", "val")  # of the prepared data: record.json has their hashes
 SHORT = 10_000  # characters of YAML, in which nothing can be nested too deeply for libyaml's recursion
 
 
@@ -137,20 +137,28 @@ def read_results(folder: Path) -> list[Result]:
 def data_of_run(folder: Path) -> Path | None:
     """The prepared data that a run was trained on; None if they are not there, or their folder now has others.
 
-    record.json has the hashes of both parts. They are compared with the folder's manifest; only of a folder without one
-    are the parts read.
+    record.json has the hashes of both parts. They are compared with those in the folder's data.json.
     """
     data_dir, record = read_settings(folder).get("data_dir"), folder / RECORD
     if not isinstance(data_dir, str) or not record.is_file():
         return None
     hashes = read_json(record).get("hashes", {})
     try:
-        manifest = Path(data_dir, MANIFEST)
-        now = read_json(manifest) if manifest.is_file() else {part: sha256(Path(data_dir, part)) for part in PARTS}
-    except (OSError, UserError):
+        now = hashes_of_data(Path(data_dir))
+    except UserError:
         return None
-    same = all(part in now and now[part] == hashes.get(f"data ({part})") for part in PARTS)
+    same = all(now[part] == hashes.get(f"data ({part})") for part in PARTS)
     return Path(data_dir) if same else None
+
+
+def hashes_of_data(data_dir: Path) -> dict[str, str]:
+    """The hash of each part of prepared data, as data.json has it. Raises UserError if it has none."""
+    path = data_dir / "data.json"
+    info = read_json(path)
+    try:
+        return {part: info[part]["hash"] for part in PARTS}
+    except (KeyError, TypeError):
+        raise UserError(f"{path} has no hashes of its samples: make it again with prepare_data.py") from None
 
 
 def files_to_show(folder: Path, data_dir: Path | None) -> dict[str, Path]:

@@ -8,6 +8,7 @@ eva.py         how they start with EVA
 build.py       from the flags to a `Run`: data, model, optimiser, devices
 schedule.py    the learning rate of each step, the time budget, when to validate, save and stop
 steps.py       how many steps a run has, and the micro-batches of each
+streaming.py   data at an address: which shards a run needs, and when
 optimizer.py   the optimisers by name, their groups and bytes, and one within the backward pass
 update_rules.py                the optimisers that are written out here: schedule-free AdamW, APOLLO; several as one
 mezo.py        an optimiser that needs no backward pass
@@ -24,8 +25,9 @@ memory/        peak memory predicted and tried out before the first step. Its ma
 
 from_settings.py imports targets.py and initialization.py, which imports eva.py and steps.py; mezo.py imports
 update_rules.py, optimizer.py both; offload.py imports optimizer.py; forgetting.py, reference.py import none;
-teacher.py imports from_settings.py; parallel/ imports from_settings.py, initialization.py, optimizer.py and steps.py;
-build.py imports from_settings.py, initialization.py, forgetting.py, offload.py, optimizer.py, parallel/ and teacher.py;
-nonfinite.py imports build.py and steps.py; memory/ imports from_settings.py, metrics.py, offload.py, optimizer.py,
-parallel/, steps.py and teacher.py; sweep/ imports build.py, memory/ and what they import.
+streaming.py imports steps.py; teacher.py imports from_settings.py; parallel/ imports from_settings.py,
+initialization.py, optimizer.py and steps.py; build.py imports from_settings.py, initialization.py, forgetting.py,
+offload.py, optimizer.py, parallel/, streaming.py and teacher.py; nonfinite.py imports build.py and steps.py; memory/
+imports from_settings.py, metrics.py, offload.py, optimizer.py, parallel/, steps.py and teacher.py; sweep/ imports
+build.py, memory/ and what they import.
 """

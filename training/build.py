@@ -42,6 +42,7 @@ from training.parallel.layout import check_launch, layout_of
 from training.parallel.loading import load_part
 from training.parallel.ranks import Ranks, make_ranks
 from training.parallel.saving import Divided
+from training.streaming import check_streaming
 from training.teacher import check_teacher
 from weights import peft_format
 from weights.beside import train_beside
@@ -148,13 +149,12 @@ def open_data(s: Settings) -> Data:
             f"{s.data_dir} was made with another tokenizer or chat template: run prepare_data.py again with "
             f"--checkpoint_dir {s.checkpoint_dir}"
         )
-    train, val = (open_samples(s.data_dir / f"{part}.safetensors") for part in ("train", "val"))
-    for part, samples in (("training", train), ("validation", val)):
-        if dropped := samples.drop_without_target():
-            print(f"note: {dropped} {part} samples have no target token and are left out", file=sys.stderr)
+    train, val = (open_samples(s.data_dir, part) for part in ("train", "val"))
+    check_streaming(s, train, OBJECTIVES[s.objective](s))
+    for samples in (train, val):
         samples.prepend(virtual_ids(s, config))
     if not len(train):
-        raise UserError(f"{s.data_dir} has no training sample with a target token: see how prepare_data.py was run")
+        raise UserError(f"{s.data_dir} has no training sample: see how prepare_data.py was run")
     return Data(info, train, val, source_names(info, train, val))
 
 
@@ -252,7 +252,7 @@ def check_beside(model: Transformer, adapter: lora.AdapterConfig) -> None:
 
 def check_samples(s: Settings, config: Config, parts: list[Samples]) -> None:
     """Raise UserError if a sample is longer than the model's context, or has a token beyond its vocabulary."""
-    longest, taken = max(part.row_lengths.max().item() for part in parts), len(virtual_ids(s, config))
+    longest, taken = max(part.longest_row() for part in parts), len(virtual_ids(s, config))
     if longest > config.max_position_embeddings:
         if taken:
             raise UserError(
@@ -264,7 +264,7 @@ def check_samples(s: Settings, config: Config, parts: list[Samples]) -> None:
             f"{s.data_dir} has a sample of {longest} tokens, the model's context is {config.max_position_embeddings}: "
             "run prepare_data.py with a smaller --max_seq_length"
         )
-    largest = max(part.tokens.max().item() for part in parts)
+    largest = max(part.shards.listing.largest_token for part in parts)
     if largest >= config.vocab_size:
         raise UserError(f"{s.data_dir} has the token {largest}, the model's vocabulary ends at {config.vocab_size - 1}")
 

@@ -40,7 +40,8 @@ def check_forgetting(s: Settings, data: Data) -> None:
     if s.forgetting_source not in data.sources:
         known = ", ".join(data.sources) if data.sources else "just one source"
         raise UserError(f"{where}: {s.data_dir} has {known}: name one of several")
-    if not (data.val.sources == data.sources.index(s.forgetting_source)).any():
+    counts = data.val.units_by_source()
+    if not sum(counts[data.sources.index(s.forgetting_source) :][:1]):
         raise UserError(f"{where}: it has no validation samples in {s.data_dir}: see prepare_data.py --val_fraction")
     if not s.eval_interval:
         raise UserError(f"{where} is measured at validations: give an --eval_interval above 0")
@@ -55,12 +56,12 @@ def forgetting(run: Run) -> dict[str, float]:
     s, fabric, val = run.settings, run.fabric, run.val
     if s.forgetting_source is None:
         return {}
-    chosen = (val.sources == run.sources.index(s.forgetting_source)).nonzero().squeeze(1)
+    chosen = (val.sources[:] == run.sources.index(s.forgetting_source)).nonzero().squeeze(1)
     planner = PLANNERS[s.planner]
-    places = in_order(planner, planner.lengths(val)[chosen], val.target_counts[chosen], s.micro_batch_tokens)
+    micro_batches = in_order(planner, val, s.micro_batch_tokens, chosen)
     total = torch.zeros((), dtype=torch.float64, device=fabric.device)
     run.model.eval()
-    for indices in run.share([chosen[members].tolist() for members in places], val):
+    for indices in run.share(micro_batches, val):
         batch = Batch(*planner.layout(val, indices or [0]))
         with fabric.autocast():
             found = divergence_from_base(run.model, batch)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -244,8 +243,7 @@ def fill(adapter: LoRALinear, made: Start) -> None:
 
 def training_batches(s: Settings) -> Iterable[tuple]:
     """The micro-batches of the run in its order, over and over: tokens, targets, offsets."""
-    samples = open_samples(Path(s.data_dir, "train.safetensors"))
-    samples.drop_without_target()
+    samples = open_samples(s.data_dir, "train")
     for _, micro_batches in planned_steps(s, samples, 0, sys.maxsize):
         for indices in micro_batches:
             yield PLANNERS[s.planner].layout(samples, indices)

@@ -144,16 +144,17 @@ class Sums:
         """The sums over all devices: (sources,) and (columns,) fp64."""
         return [self.run.ranks.sum(each) for each in (self.by_source, self.measured)]
 
-    def means(self, samples: Samples, indices: list[int] | slice, prefix: str = "") -> dict[str, float]:
+    def means(self, samples: Samples, indices: list[int] | None, prefix: str = "") -> dict[str, float]:
         """The means of `numbers` over the units of the samples `indices`, by the name of their column.
 
-        Sources without a unit have none. prefix: before each name, such as "val_".
+        Sources without a unit have none. indices: None for all samples. prefix: before each name, such as "val_".
         """
         by_source, measured = self.numbers
         counts = units_by_source(samples, indices, len(self.run.sources))
+        units = sum(samples.units_by_source()) if indices is None else samples.unit_counts[indices].sum()
         losses = means_of(by_source, counts)
         row = {f"{prefix}loss/{name}": losses[i] for i, name in enumerate(self.run.sources) if counts[i]}
-        measured = means_of(measured, samples.unit_counts[indices].sum())
+        measured = means_of(measured, units)
         return row | {f"{prefix}{name}": mean for name, mean in zip(self.run.objective.columns, measured, strict=True)}
 
 
@@ -174,15 +175,18 @@ def means_of(sums: list[float], counts: Tensor) -> list[float]:
     return (torch.tensor(sums, dtype=torch.float64) / counts).float().tolist()
 
 
-def units_by_source(samples: Samples, indices: list[int] | slice, source_count: int) -> Tensor:
-    """How many units (target tokens, or pairs) the samples `indices` have of each of so many sources: int64."""
+def units_by_source(samples: Samples, indices: list[int] | None, source_count: int) -> Tensor:
+    """How many units (target tokens, or pairs) the samples `indices`, None for all, have of each source: int64."""
+    if indices is None:
+        counts = samples.units_by_source()
+        return torch.tensor([*counts, *[0] * source_count][:source_count], dtype=torch.int64)
     counts = samples.unit_counts[indices].double()
     return samples.sources[indices].bincount(counts, source_count)[:source_count].long()
 
 
 def units_by_source_name(run: Run) -> dict[str, int]:
     """How many training units each source of a run has: target tokens, or pairs."""
-    counts = units_by_source(run.train, slice(None), len(run.sources)).tolist()
+    counts = units_by_source(run.train, None, len(run.sources)).tolist()
     return dict(zip(run.sources, counts, strict=True))
 
 

@@ -125,18 +125,16 @@ def explained(run: Run, micro_batches: list[list[int]], step: int) -> Iterator[N
 def sample_names(
     data_dir: Path, samples: Samples, micro_batches: list[list[int]], sources: list[str]
 ) -> list[list[str]]:
-    """For each micro-batch the names of its samples: the number in train.safetensors, the source if there are several,
+    """For each micro-batch the names of its samples: the number in the training part, the source if there are several,
 
     and the id of the row in `samples.jsonl`, in folders that have that file.
     """
-    numbers = {samples.numbers[i].item() for indices in micro_batches for i in indices}
-    ids = row_ids(data_dir, numbers)
+    ids = row_ids(data_dir, {i for indices in micro_batches for i in indices})
 
     def name(i):
-        number = samples.numbers[i].item()
         more = [sources[samples.sources[i]]] if sources else []
-        more += [str(ids[number])] if number in ids else []
-        return f"{number} ({', '.join(more)})" if more else str(number)
+        more += [str(ids[i])] if i in ids else []
+        return f"{i} ({', '.join(more)})" if more else str(i)
 
     return [[name(i) for i in indices] for indices in micro_batches]
 

@@ -87,7 +87,7 @@ def logps_by_base(run: Run, samples: Samples) -> Tensor:
     s, fabric = run.settings, run.fabric
     planner = PLANNERS[s.planner]
     result = torch.zeros(len(samples), 2, device=fabric.device)
-    micro_batches = in_order(planner, planner.lengths(samples), samples.target_counts, s.micro_batch_tokens)
+    micro_batches = in_order(planner, samples, s.micro_batch_tokens)
     mine = run.share(micro_batches, samples)
     run.model.eval()
     with switched_off(run.model), fabric.autocast():

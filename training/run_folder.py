@@ -23,7 +23,6 @@ from adapters.adapter import adapters
 from quantize import describe_quantization
 from shell.cli import ROOT, UserError
 from shell.files import (
-    MANIFEST,
     check_manifest,
     clear_leftovers,
     hash_of_pieces,
@@ -31,7 +30,6 @@ from shell.files import (
     project_version,
     read_json,
     remove_folder,
-    sha256,
     whole_file,
     write_json,
 )
@@ -40,7 +38,7 @@ from store.cache import address_of
 from store.publish import check_address, publish
 from text.style_templates import save_chat_template
 from tracking.record import record_session
-from tracking.run_files import CONFIG, DIFF, FINAL, METRICS, SOURCE
+from tracking.run_files import CONFIG, DIFF, FINAL, METRICS, SOURCE, hashes_of_data
 from training.from_settings import DTYPES
 from training.offload import STATE_BYTES
 from training.optimizer import moment_bytes, weights_to_keep
@@ -60,8 +58,8 @@ if TYPE_CHECKING:
 SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; identity, time budget, version
 HARMLESS = (  # settings that a resumed run may change; for the folders their contents are compared instead
     "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops",
-    "memory_budget", "checkpoint_dir", "data_dir", "logger", "log_adapter", "publish", "sweep", "forgetting_source",
-    "teacher_dir", "devices", "nodes", "parallel", "shard",
+    "memory_budget", "checkpoint_dir", "data_dir", "data_cache", "logger", "log_adapter", "publish", "sweep",
+    "forgetting_source", "teacher_dir", "devices", "nodes", "parallel", "shard",
 )  # fmt: skip
 SMALL_FILES = 20 * 10**6  # bytes: source, metrics, plot, tokenizer files
 WRITTEN = ("step-*", FINAL, SOURCE, "*.csv", CONFIG, "*.json", DIFF, "loss.png")
@@ -328,16 +326,11 @@ def rotate(s: Settings, steps: list, losses: list) -> None:
 def identity(s: Settings, info: dict) -> dict[str, str]:
     """A hash of everything the result depends on beside the settings, by its name.
 
-    The prepared data are hashed whole, and checked if they have a manifest. Hashing the base model's weights would take
-    as long as reading them, so only pieces are hashed: that finds another model, but not a flipped bit, unless there is
-    a manifest (`checkpoint.load_model`).
+    Of the prepared data it is what data.json says: the shards that are read are those, or refused (shards.py). Hashing
+    the base model's weights would take as long as reading them, so only pieces are hashed: that finds another model,
+    but not a flipped bit, unless there is a manifest (`checkpoint.load_model`).
     """
-    parts = [f"{part}.safetensors" for part in ("train", "val")]
-    if (s.data_dir / MANIFEST).is_file():
-        hashes = check_manifest(s.data_dir, f"make {s.data_dir} again with prepare_data.py")
-    else:
-        hashes = {name: sha256(s.data_dir / name) for name in parts}
-    result = {f"data ({name})": hashes[name] for name in parts}
+    result = {f"data ({part})": hash for part, hash in hashes_of_data(s.data_dir).items()}
     result["tokenizer"], result["prompt style"] = info["tokenizer_hash"], info["prompt_style"]
     result |= hashes_of_model(s.checkpoint_dir, "base model")
     return result | (hashes_of_model(s.teacher_dir, "teacher") if s.teacher_dir else {})

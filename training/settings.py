@@ -70,6 +70,9 @@ class Settings:
             gradient is the same up to rounding; fixed for a run.
             "auto" takes the most that fits in memory_budget.
         planner: How the samples of a step are cut into micro-batches (batching.py).
+        shuffle_window: Shards of the data that are shuffled together; 0 for all. With fewer, a run reads a few at a
+            time: for data that are streamed and larger than data_cache.
+        data_cache: Disk space for the shards of data that are streamed from an address, such as 50GB.
         epochs: Passes over the data, unless max_steps is given.
         max_steps: Optimiser steps.
         time_budget: End after this wall-clock time, such as 24h, 90m or 3600s, with the schedule complete and final/
@@ -174,6 +177,8 @@ class Settings:
     global_batch_size: int = 32
     micro_batch_tokens: int | Literal["auto"] = 2048
     planner: Literal[cli.table_keys("batching.py", "PLANNERS")] = "packed"
+    shuffle_window: int = 0
+    data_cache: str = "50GB"
     epochs: float = 1.0
     max_steps: int | None = None
     time_budget: str | None = None
@@ -248,6 +253,8 @@ class Settings:
         self._check_publish()
         if self.time_budget is not None:
             cli.number_of_seconds(self.time_budget, "time_budget")
+        cli.check_numbers(self, "shuffle_window", least=0)
+        cli.number_of_bytes(self.data_cache, "data_cache")
         if self.memory_budget is not None:
             cli.number_of_bytes(self.memory_budget, "memory_budget")
             if not self.plan and self.micro_batch_tokens != "auto":

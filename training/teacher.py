@@ -10,7 +10,6 @@ temperature, k, and how the teacher is stored. The file can be made on another m
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from batching import PLANNERS, Batch, Samples, in_order
@@ -48,7 +48,7 @@ class Teacher(NamedTuple):
 
     ids: Tensor
     logps: Tensor
-    starts: list[int]
+    starts: Tensor
 
     def of_sample(self, i: int) -> tuple[Tensor, Tensor]:
         """Its ids and logps at the targets of sample i."""
@@ -69,24 +69,17 @@ def check_teacher(s: Settings, data: Data) -> None:
     config = read_config(s.teacher_dir)
     if Tokenizer(s.teacher_dir).file_hash() != data.info["tokenizer_hash"]:
         raise UserError(f"{where} has another tokenizer than {s.data_dir}: a teacher must know tokens by the same ids")
-    parts = [without_virtual_tokens(part) for part in (data.train, data.val) if len(part)]
-    longest = max(part.row_lengths.max().item() for part in parts)
+    parts = [part.without_virtual_tokens() for part in (data.train, data.val) if len(part)]
+    longest = max(part.longest_row() for part in parts)
     if longest > config.max_position_embeddings:
         raise UserError(
             f"{s.data_dir} has a sample of {longest} tokens, the teacher's context is {config.max_position_embeddings}"
         )
-    largest = max(part.tokens.max().item() for part in parts)
+    largest = max(part.shards.listing.largest_token for part in parts)
     if largest >= config.vocab_size:
         raise UserError(
             f"{s.data_dir} has the token {largest}, the teacher's vocabulary ends at {config.vocab_size - 1}"
         )
-
-
-def without_virtual_tokens(samples: Samples) -> Samples:
-    """The samples as they are on the disk: virtual tokens are the student's own."""
-    bare = copy.copy(samples)
-    bare.lengths, bare.before = samples.lengths - len(samples.before), samples.before[:0]
-    return bare
 
 
 def kept_at(s: Settings, identity: dict) -> Path:
@@ -117,14 +110,19 @@ def prepare(s: Settings, fabric: Fabric, data: Data, identity: dict) -> None:
     path, parts = kept_at(s, identity), {"train": data.train, "val": data.val}
     k = min(s.teacher_top_k, common_vocabulary(s))
     widths = {"ids": k, "logps": k + (k < common_vocabulary(s))}
-    rows = {part: samples.target_counts.sum().item() for part, samples in parts.items()}
+    rows = {part: samples.shards.listing.targets for part, samples in parts.items()}
     shapes = {f"{part}.{name}": (rows[part], width) for part in parts for name, width in widths.items()}
     if not path.is_file():
         ask_teacher(s, fabric, parts, path, shapes)
     tensors = read_kept(path, shapes)
     for part, samples in parts.items():
-        starts = [0, *samples.target_counts.long().cumsum(0).tolist()]
+        starts = starts_of_targets(samples)
         samples.teacher = Teacher(tensors[f"{part}.ids"], tensors[f"{part}.logps"], starts)
+
+
+def starts_of_targets(samples: Samples) -> Tensor:
+    """(N + 1,) int64: how many targets the samples before each have, and at the end all: 8 bytes a sample in memory."""
+    return F.pad(samples.target_counts[:].long().cumsum(0), (1, 0))
 
 
 def read_kept(path: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
@@ -190,9 +188,9 @@ def fill(s: Settings, fabric: Fabric, parts: dict[str, Samples], path: Path, sha
     teacher = load_model(s.teacher_dir, teacher_dtype(s), fabric.device, s.teacher_quantize).eval()
     how = shapes["train.ids"][1], common_vocabulary(s), s.teacher_temperature
     for part, whole in parts.items():
-        samples = without_virtual_tokens(whole)
-        starts = samples.target_counts.long().cumsum(0) - samples.target_counts
-        micro_batches = in_order(planner, planner.lengths(samples), samples.target_counts, s.micro_batch_tokens)
+        samples = whole.without_virtual_tokens()  # which are the student's own
+        starts = starts_of_targets(samples)
+        micro_batches = in_order(planner, samples, s.micro_batch_tokens)
         mine = micro_batches[fabric.global_rank :: fabric.world_size]
         for indices in bar(mine, f"the teacher reads {part}", shown=fabric.is_global_zero, stays=False):
             batch = Batch(*planner.layout(samples, indices))

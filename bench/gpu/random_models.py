@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from batching import Samples
+from batching import open_samples
 from bench.shapes import SHAPES as PUBLISHED
 from model import Transformer
 from preparation.record_store import SampleWriter
+from shell.files import write_json
 from weights.checkpoint import fill_model
 from weights.families import config_from_json
 
@@ -46,5 +47,5 @@ def random_samples(s, vocab_size):
         ids = torch.randint(vocab_size, (s.sample_tokens + 1,), generator=tokens).tolist()
         writer.add(ids, [True] * len(ids), source=0)
     with tempfile.TemporaryDirectory() as folder:
-        writer.save(Path(folder, "train.safetensors"))
-        return Samples(Path(folder, "train.safetensors"))
+        write_json(Path(folder, "data.json"), {"kind": "samples", "train": writer.save(Path(folder), "train")})
+        return open_samples(Path(folder), "train")

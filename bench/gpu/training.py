@@ -124,7 +124,7 @@ def measure_training(s, run, limits):
         norms.append(norm)
     synchronize(device)
     seconds = time.perf_counter() - started
-    rate = s.steps * int(samples.lengths.sum()) / seconds
+    rate = s.steps * samples.positions() / seconds
     useful = rate * {"lora": 4, "qlora": 4, "full": 6}[run.kind]  # operations a second for each weight
     weights, nominal = matrix_weights(config_from_json(SHAPES[s.shape][run.shape])), limits["nominal_tflops"]
     row = {
@@ -219,7 +219,7 @@ def peer_step(s, run, shape, samples, device):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = peer_optimizer(run, parameters)
     micro_batches = torch.arange(len(samples)).split(s.tokens // s.sample_tokens)
-    target_count = samples.target_counts.sum().item()
+    target_count = samples.shards.listing.targets
 
     def step(number):
         total = torch.zeros((), device=device)

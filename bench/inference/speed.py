@@ -9,6 +9,7 @@ bandwidth, measured in the same call, allows. Results are added to --out_file as
 PNG.
 """
 
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,10 +111,11 @@ def main(s):
 
 def cut_prompts(s, batch):
     """`batch` prompts of evenly spread lengths, the longest first: lists of ids, the same in every run."""
-    from batching import Samples
+    from batching import open_samples
 
-    samples = Samples(s.data_dir / "train.safetensors")
-    text = samples.tokens[: batch * s.prompt_tokens].tolist()
+    samples = open_samples(s.data_dir, "train")
+    stored = (id for i in range(len(samples)) for id in samples.stored(i)[0].tolist())
+    text = list(itertools.islice(stored, batch * s.prompt_tokens))
     if len(text) < batch * s.prompt_tokens:
         raise UserError(f"{s.data_dir} has too little text for {batch} prompts of {s.prompt_tokens} tokens")
     shortest = max(1, s.prompt_tokens // 4)

@@ -139,10 +139,10 @@ def train_peft(job, training, data, plan, adapter_dir):
     @torch.no_grad()
     def validate():
         model.eval()
-        parts = in_order(PLANNERS["sorted_in_step"], val.lengths, val.target_counts, training.micro_batch_tokens)
+        parts = in_order(PLANNERS["sorted_in_step"], val, training.micro_batch_tokens)
         total = sum(summed_loss(val, indices).item() for indices in parts)
         model.train()
-        return total / val.target_counts.sum().item()
+        return total / val.shards.listing.targets
 
     return train_side(PEFT, step, validate, plan)
 

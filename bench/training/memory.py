@@ -82,21 +82,21 @@ def quantised(base):
 
 def measure(job):
     """One run, in its own process. Two micro-batches a step, so that gradients accumulate."""
-    from batching import Samples
+    from batching import open_samples
     from bench.training import ours
     from training import build, metrics
     from training.memory import budget, plan
     from training.settings import Settings as TrainingSettings
     from training.steps import planned_steps
 
-    samples = Samples(Path(job["data_dir"], "train.safetensors"))
+    samples = open_samples(Path(job["data_dir"]), "train")
     tokens, base = job["micro_batch_tokens"], job["base"]
     settings = TrainingSettings(
         Path(job["checkpoint_dir"]), Path(job["data_dir"]), method=job["method"], recompute=job["recompute"],
         **{"quantize" if quantised(base) else "precision": base}, micro_batch_tokens=tokens, learning_rate=1e-4,
-        global_batch_size=max(2, round(1.9 * tokens / samples.lengths.double().mean().item())), max_steps=job["steps"],
+        global_batch_size=max(2, round(1.9 * tokens * len(samples) / samples.positions())), max_steps=job["steps"],
     )  # fmt: skip
-    build.check_model(settings, build.Data({}, samples, samples, []))  # which reads a plan's file
+    build.check_model(settings, build.Data({"kind": samples.kind}, samples, samples, []))  # which reads a plan's file
     fabric = build.start_fabric(settings)
     before = budget.memory_before(settings, fabric.device)
     step = ours.step_function(ours.build_run(settings, fabric, samples))

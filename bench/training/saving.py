@@ -156,14 +156,14 @@ def steps_after_saves(s):
 def write_samples(folder, s):
     """A prepared folder of random samples of one length."""
     folder.mkdir()
-    numbers = np.random.default_rng(0)
+    numbers, info = np.random.default_rng(0), {"tokenizer_hash": Tokenizer(s.checkpoint_dir).file_hash()}
     for part, count in (("train", s.steps), ("val", 0)):
         writer = SampleWriter(folder)
         for _ in range(count):
             writer.add(numbers.integers(3, 256, s.tokens).tolist(), [i > 0 for i in range(s.tokens)], 0)
-        writer.save(folder / f"{part}.safetensors")
-    info = {"tokenizer_hash": Tokenizer(s.checkpoint_dir).file_hash(), "prompt_style": "plain"}
-    write_json(folder / "data.json", info | {"sources": [{"name": "random"}]})
+        info[part] = writer.save(folder, part)
+    more = {"kind": "samples", "prompt_style": "plain", "sources": [{"name": "random"}]}
+    write_json(folder / "data.json", info | more)
 
 
 if __name__ == "__main__":

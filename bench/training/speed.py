@@ -148,16 +148,17 @@ def compare(s):
 
 def make_job(s):
     """What all sides are to do: paths, the mode, and the samples of each step."""
-    from batching import PLANNERS
+    from batching import PLANNERS, Order
 
-    samples = open_samples(s.data_dir, s.mask_prompt)
+    samples = samples_of(s.data_dir, s.mask_prompt)
     if len(samples) < s.steps * s.global_batch_size:
         raise UserError(
             f"{s.data_dir} has {len(samples)} samples, --steps {s.steps} of {s.global_batch_size} need more"
         )
-    arguments = (samples.lengths, samples.target_counts, s.global_batch_size)
+    planner = PLANNERS[s.planner]
+    draw = planner.draw(Order(len(samples), 1, 0), planner.lengths(samples), s.global_batch_size)
     plans = {  # by tokens in a micro-batch; each samples the same for a step
-        size: PLANNERS[s.planner].plan(*arguments, size, seed=1, epoch=0)[: s.steps] for size in s.micro_batch_tokens
+        size: [planner.plan(samples, draw(place), size) for place in range(s.steps)] for size in s.micro_batch_tokens
     }
     steps, *others = [[sorted(sum(step, [])) for step in plan] for plan in plans.values()]
     assert all(other == steps for other in others), "the planner chooses other samples for other micro-batches"
@@ -178,24 +179,28 @@ def make_job(s):
     }
 
 
-def open_samples(data_dir, mask_prompt):
+def samples_of(data_dir, mask_prompt):
     """The training samples of a prepared folder, every token a target if prompts are not to be masked."""
-    import torch
+    from batching import Samples, open_samples
 
-    from batching import Samples
+    class Unmasked(Samples):
+        """The same samples, with every token as a target."""
 
-    samples = Samples(Path(data_dir) / "train.safetensors")
-    if not mask_prompt:
-        samples.is_target = torch.ones_like(samples.is_target)
-        samples.target_counts = samples.lengths.int()
-    return samples
+        target_counts = Samples.lengths
+
+        def stored(self, i):
+            tokens, is_target, cuts = super().stored(i)
+            return tokens, is_target.new_ones(len(tokens)), cuts
+
+    samples = open_samples(Path(data_dir), "train")
+    return samples if mask_prompt else Unmasked(samples.shards)
 
 
 def as_lists(samples, i):
     """A sample for the peers: its ids, and labels that are -100 where nothing is to be predicted."""
-    start, end = samples.offsets[i].item(), samples.offsets[i + 1].item()
-    ids, wanted = samples.tokens[start:end].tolist(), samples.is_target[start:end].tolist()
-    labels = [token if target else -100 for token, target in zip(ids, wanted, strict=True)]
+    tokens, wanted, _ = samples.stored(i)
+    ids = tokens.tolist()
+    labels = [token if target else -100 for token, target in zip(ids, wanted.tolist(), strict=True)]
     return {"ids": ids, "labels": [-100, *labels[1:]]}  # nothing comes before the first
 
 
@@ -228,7 +233,7 @@ def train_ours(job, clock):
         compile=job["compile"],
         max_grad_norm=0.0,
     )
-    samples = open_samples(job["data_dir"], job["mask_prompt"])
+    samples = samples_of(job["data_dir"], job["mask_prompt"])
     step = ours.step_function(ours.build_run(settings, build.start_fabric(settings), samples))
     return [step(number, part)["loss"] for number, part in enumerate(job["plans"][str(job["micro_batch"])])]
 

@@ -11,7 +11,7 @@ from test_finetune import random_samples, rows, write_data
 import convert_hf_checkpoint
 import finetune
 from adapters.virtual_tokens import virtual_ids
-from batching import Samples
+from batching import open_samples
 from inference import decode, scoring
 from inference.sampling import generate
 from inference.writer import Writer
@@ -171,10 +171,10 @@ def gradients(model, micro_batches, **how):
 def test_the_gradient_is_the_same_for_every_layout(kind, family, with_adapter, tmp_path, model_dirs):
     """One sample by one, packed, padded, recomputed; the second and the third are also cut."""
     model = with_adapter(kind, family, "bnb.nf4" if family == "mixtral" else None)
-    samples = Samples(write_data(tmp_path / "data", model_dirs(family), random_samples(5)) / "train.safetensors")
-    lengths = samples.lengths.clone()
+    samples = open_samples(write_data(tmp_path / "data", model_dirs(family), random_samples(5)), "train")
+    lengths = samples.lengths[:]
     samples.prepend(virtual_ids(model))
-    assert (samples.lengths == lengths + len(virtual_ids(model))).all()
+    assert (samples.lengths[:] == lengths + len(virtual_ids(model))).all()
     every = list(range(5))
     expected = gradients(model, [samples.padded([i]) for i in every])
     assert all(gradient.abs().max() > 0 for gradient in expected.values())

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, SMALL
 
 import prepare_data
-from batching import PLANNERS
+from batching import Order
 from bench import measuring
 from bench.machine import limits
 from bench.training import gradients, peers
@@ -71,9 +71,8 @@ def test_share_of_the_limit(compared, tiny_data):
     (call,) = bench.calls(bench.read_lines(compared[1]))
     D, inner, d = SMALL["hidden_size"], SMALL["intermediate_size"], SMALL["hidden_size"] // 6
     blocks = SMALL["num_hidden_layers"] * (2 * D * D + 2 * D * 3 * d + 3 * D * inner)
-    samples = bench.open_samples(tiny_data, mask_prompt=True)
-    steps = PLANNERS["packed"].plan(samples.lengths, None, 12, 64, seed=1, epoch=0)[2:4]
-    run = [i for step in steps for micro_batch in step for i in micro_batch]  # of the steps that count
+    samples = bench.samples_of(tiny_data, mask_prompt=True)
+    run = Order(len(samples), 1, 0)[2 * 12 : 4 * 12]  # of the steps that count
     share = samples.target_counts[run].sum().item() / samples.lengths[run].sum().item()
     assert 0.05 < share < 0.95
     rows = {row["side"]: row for row in bench.table_rows(call)}
@@ -193,13 +192,13 @@ def test_report_of_nothing(run_script, tmp_path):
 
 def test_samples_for_peers(tiny_data):
     """Ids as they are, labels -100 for prompts, or for nothing but the first token."""
-    samples = bench.open_samples(tiny_data, mask_prompt=True)
+    samples = bench.samples_of(tiny_data, mask_prompt=True)
     for i in (0, 5):
         sample = bench.as_lists(samples, i)
         tokens, targets, _ = samples.padded([i])
         assert sample["ids"][:-1] == tokens[0].tolist() and sample["labels"][1:] == targets[0].tolist()
         assert sum(label != -100 for label in sample["labels"]) == samples.target_counts[i] < samples.lengths[i]
-    everything = bench.open_samples(tiny_data, mask_prompt=False)
+    everything = bench.samples_of(tiny_data, mask_prompt=False)
     sample = bench.as_lists(everything, 5)
     assert sample["labels"] == [-100, *sample["ids"][1:]] and everything.target_counts[5] == everything.lengths[5]
 

@@ -11,10 +11,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from conftest import SEED, write_tiny_tokenizer
+from prepared_parts import write_part
 
-from batching import Samples
+from batching import open_samples
 from preparation import histogram, markup, report, show
-from preparation.record_store import SampleWriter
 from text.prompts import encode_dialog
 from text.tokenizer import Tokenizer
 
@@ -90,13 +90,14 @@ def test_a_split_character_shows_once_and_half_a_one_as_one_sign(tokenizer):
 
 
 def prepared(tokenizer, folder, dialogs):
-    writer = SampleWriter()
+    samples = []
     for number, (question, answer) in enumerate(dialogs):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         [(ids, is_target)] = encode_dialog(tokenizer, messages, "chatml")
-        writer.add(ids, is_target, number % 2)
-    writer.save(folder / "train.safetensors")
-    return Samples(folder / "train.safetensors"), {"sources": [{"name": "first"}, {"name": "sec\x1b[2Jond\n"}]}
+        samples.append((ids, is_target, number % 2))
+    return open_samples(write_part(folder, samples), "train"), {
+        "sources": [{"name": "first"}, {"name": "sec\x1b[2Jond\n"}]
+    }
 
 
 @pytest.mark.parametrize("color", [True, False])

@@ -151,7 +151,7 @@ def test_the_data_are_those_of_the_run(trained, tmp_path, tiny_model_dir, capsys
     push(out, out_dir=tmp_path / "two")
     text = head_and_text(tmp_path / "two")[1]
     assert "| gsm8k |" not in text and "not at hand" in text
-    assert json.loads((out / "record.json").read_text())["hashes"]["data (train.safetensors)"] in text
+    assert json.loads((out / "record.json").read_text())["hashes"]["data (train)"] in text
     assert f"{data} is not there, or has other data now" in capsys.readouterr().out
 
 

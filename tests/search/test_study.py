@@ -20,6 +20,7 @@ from search import study as studies
 from search.children import Signals, child
 from search.study import explained, open_study, own_database, release, take_trial, trial_folder
 from shell.cli import UserError
+from shell.files import read_json, write_json
 
 PARAMETERS = {
     "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
@@ -232,7 +233,7 @@ def test_the_database_is_in_the_folder_whatever_it_is_called(search_of, tmp_path
     assert [*tmp_path.glob("**/*.db")] == [tmp_path / name / "study.db"]
 
 
-@pytest.mark.parametrize("changed", ["data/train.safetensors", "model/config.json", "teacher/model.safetensors",
+@pytest.mark.parametrize("changed", ["data/data.json", "model/config.json", "teacher/model.safetensors",
                                      "layers.json", "rows.jsonl"])  # fmt: skip
 def test_a_search_over_files_that_have_changed_is_refused(search_of, tiny_model_dir, prepared, tmp_path, changed):
     model, teacher, data = (
@@ -247,8 +248,12 @@ def test_a_search_over_files_that_have_changed_is_refused(search_of, tiny_model_
     search = search_of(PARAMETERS | folders, trials=1, metric={"exact_match": str(tmp_path / "rows.jsonl")})
     opened(search, tmp_path / "out")
     opened(search, tmp_path / "out")
-    with open(tmp_path / changed, "a") as file:
-        file.write(" \n")
+    if changed == "data/data.json":
+        info = read_json(tmp_path / changed)
+        write_json(tmp_path / changed, info | {"train": info["train"] | {"hash": "0" * 64}})
+    else:
+        with open(tmp_path / changed, "a") as file:
+            file.write(" \n")
     path = tmp_path / changed if "." in changed.split("/")[0] else (tmp_path / changed).parent
     with pytest.raises(UserError, match=f"^{path}: changed since the search there began; choose another --out_dir"):
         opened(search, tmp_path / "out")

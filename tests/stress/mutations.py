@@ -30,12 +30,12 @@ import gguf
 import numpy as np
 import torch
 from conftest import write_tiny_tokenizer
+from prepared_parts import write_part
 
 import batching
 import convert_hf_checkpoint
 import lora
 from model import Transformer
-from preparation.record_store import SampleWriter
 from shell.cli import UserError
 from shell.files import MANIFEST, check_manifest, new_folder, read_json, write_json
 from text.tokenizer import Tokenizer
@@ -86,12 +86,11 @@ def make_all(root):
                 write_json(folder / "settings.json", {"lora_r": 2, "seed": 1337})
     with new_folder(root / "data") as folder:
         for part in ("train", "val"):
-            writer = SampleWriter()
-            for i in range(9):
-                writer.add(range(3, 5 + i), [j > 0 for j in range(2 + i)], 0)
-            writer.save(folder / f"{part}.safetensors")
+            samples = [(range(3, 5 + i), [j > 0 for j in range(2 + i)], 0) for i in range(9)]
+            write_part(folder, samples, part, shard_tokens=30)  # three shards
         sources = [{"name": "a", "paths": ["a.jsonl"], "counts": {"read": 9}}]
-        write_json(folder / "data.json", {"tokenizer_hash": "0" * 64, "prompt_style": "plain", "sources": sources})
+        more = {"tokenizer_hash": "0" * 64, "prompt_style": "plain", "sources": sources}
+        write_json(folder / "data.json", read_json(folder / "data.json") | more)
     write_gguf(root / "tiny.gguf", parameters, root / "tokenizer")
     loaders = {
         "model": load_model, "sharded": load_model, "adapter": load_adapter, "checkpoint": load_checkpoint,
@@ -165,9 +164,10 @@ def load_data(folder):
     info, values = batching.read_data_info(folder), {}
     values["info"] = repr(info)
     for part in ("train", "val"):
-        samples = batching.Samples(folder / f"{part}.safetensors")
-        values |= {f"{part}.{name}": getattr(samples, name).clone() for name in (*batching.COLUMNS, "lengths")}
-        values[f"{part}.batch"] = samples.padded(list(range(len(samples))))[1] if len(samples) else None
+        samples = batching.open_samples(folder, part)
+        columns = ("lengths", "target_counts", "sources")
+        values |= {f"{part}.{name}": getattr(samples, name)[:] for name in columns}
+        values |= {f"{part}.batch.{k}": x for k, x in enumerate(samples.padded(list(range(len(samples))))[:2])}
     return values
 
 

@@ -14,7 +14,7 @@ from test_tokenizer import make_llama
 import convert_hf_checkpoint
 import finetune
 import prepare_data
-from batching import Samples
+from batching import open_samples
 from convert_hf_checkpoint import Settings
 from text.tokenizer import Tokenizer
 from weights.checkpoint import load_model, read_config
@@ -127,8 +127,9 @@ def test_new_tokens_train_alone(tiny_model_dir, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepared = tmp_path / "data"
     prepare_data.main(prepare_data.Settings(data=data, checkpoint_dir=folder, out_dir=prepared, val_fraction=0))
-    samples = Samples(prepared / "train.safetensors")
-    assert ((samples.tokens == 512).sum(), (samples.tokens == 513).sum()) == (12, 12)
+    samples = open_samples(prepared, "train")
+    tokens = torch.cat([samples.stored(i)[0] for i in range(len(samples))])
+    assert ((tokens == 512).sum(), (tokens == 513).sum()) == (12, 12)
     s = finetune.Settings(
         checkpoint_dir=folder, data_dir=prepared, out_dir=tmp_path / "run", precision="32-true", max_steps=20,
         global_batch_size=8, learning_rate=0.1, warmup_steps=0, lora_r=1, lora_targets=["q_proj"], lora_layers=[0],

@@ -19,7 +19,7 @@ from conftest import ROOT, write_tiny_tokenizer
 from test_finetune import random_samples, run, settings  # noqa: F401 (fixtures)
 
 import runs
-from batching import Samples
+from batching import open_samples
 from eval.between_runs import distances, trained
 from model import IGNORE
 from shell.cli import UserError
@@ -280,7 +280,7 @@ def test_kl_between_two_runs_is_that_of_their_probabilities(run, tmp_path, tiny_
     else:
         models = [model_of(folders[0], tiny_model_dir), model_of(folders[1], tiny_model_dir, quantize=b.quantize)]
     bases = [load_model(tiny_model_dir, torch.float32, quantize=each.quantize) for each in (a, b)]
-    data, logps = Samples(tmp_path / "data" / "val.safetensors"), {}
+    data, logps = open_samples(tmp_path / "data", "val"), {}
     for name, model in zip(("a", "b", "base of a", "base of b"), [*models, *bases], strict=True):
         rows = []
         for i in range(len(data)):
@@ -336,7 +336,7 @@ def test_the_page_in_a_browser(tmp_path, capsys):
     data = tmp_path / "data & more"
     data.mkdir()
     (data / "report.html").write_text("x")
-    write_json(data / "manifest.json", dict.fromkeys(PARTS, "a" * 64))
+    write_json(data / "data.json", {part: {"hash": "a" * 64} for part in PARTS})
     config = yaml.safe_load((folders[0] / "config.yaml").read_text()) | {"data_dir": str(data)}
     (folders[0] / "config.yaml").write_text(yaml.safe_dump(config))
     show(capsys, out_dir=out, html=html)

@@ -127,6 +127,9 @@ def test_torchrun_goes_on_by_itself(of_devices, tmp_path):
         "--standalone",
     ]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    refused = subprocess.run([*start, *map(str, command_of(s)[1:])], env=environment, capture_output=True, text=True)
+    assert "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment" in refused.stderr
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*start, *map(str, command_of(s)[1:])], env=environment, stdout=log, stderr=log)
     wait_for(lambda: len(run_folder.checkpoints(s.out_dir)) >= 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_finetune import SOURCES, column, random_samples, rows, run, settings  # noqa: F401 (fixtures)
 
-from batching import Samples
+from batching import open_samples
 from shell.cli import UserError
 from weights.checkpoint import load_model
 
@@ -14,7 +14,7 @@ KEEP = SOURCES[1]["name"]
 def kl_of(base, tuned, samples, source):
     """KL(base | tuned) for each target of the samples of a source, from all logits."""
     total, count = 0.0, 0
-    for i in (samples.sources == source).nonzero().flatten().tolist():
+    for i in (samples.sources[:] == source).nonzero().flatten().tolist():
         tokens, targets = samples.inputs_and_targets(i)
         log_p, log_q = (model(tokens[None])[0].log_softmax(-1)[targets != -100] for model in (base, tuned))
         total, count = total + (log_p.exp() * (log_p - log_q)).sum().item(), count + len(log_p)
@@ -32,7 +32,7 @@ def test_it_is_the_kl_of_the_two_models(flags, run, tiny_model_dir, tmp_path):  
     base = load_model(tiny_model_dir, torch.float32)
     tuned = load_model(tiny_model_dir, torch.float32, adapter_dir=out / "final")
     with torch.no_grad():
-        expected = kl_of(base, tuned, Samples(tmp_path / "data" / "val.safetensors"), 1)
+        expected = kl_of(base, tuned, open_samples(tmp_path / "data", "val"), 1)
     assert found[-1] == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, Ids
+from prepared_parts import write_part
 
 import finetune
 import lora
-from batching import Samples
+from batching import open_samples
 from generate import Settings as Sampling
 from inference.decode import fastest_decoder
 from inference.sampling import generate
@@ -20,7 +21,6 @@ from ops.alibi import alibi_slopes
 from ops.attention import Scores, choose_attention, flash_varlen_attention, flex_attention, plain_attention
 from ops.dequantize import NF4_VALUES, plain_block_scales, plain_dequantize_4bit, plain_quantize_4bit
 from ops.offload import Parking
-from preparation.record_store import SampleWriter
 from quantize import QUANTIZERS, Linear8bit, bitsandbytes
 from training import build
 from training.metrics import flop_counter
@@ -42,11 +42,9 @@ def _exact_products():
 
 @pytest.fixture
 def samples(tmp_path):
-    writer = SampleWriter()
-    for length in (9, 30, 17, 24):
-        writer.add(torch.randint(3, 500, (length,)).tolist(), [False] * 4 + [True] * (length - 4), source=0)
-    writer.save(tmp_path / "train.safetensors")
-    return Samples(tmp_path / "train.safetensors")
+    lengths = (9, 30, 17, 24)
+    written = [(torch.randint(3, 500, (n,)).tolist(), [False] * 4 + [True] * (n - 4), 0) for n in lengths]
+    return open_samples(write_part(tmp_path, written), "train")
 
 
 def trainer(folder, samples, **changes):

@@ -17,7 +17,7 @@ from test_finetune import random_samples, write_data
 import finetune
 import lora
 import model as model_file
-from batching import Samples
+from batching import open_samples
 from bench.shapes import SHAPES as PUBLISHED
 from model import IGNORE
 from ops.cpp import compiled_library
@@ -272,9 +272,9 @@ def test_operations_of_many_shapes_from_one():
 
 
 def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(settings):
-    samples = Samples(settings().data_dir / "train.safetensors")
+    samples = open_samples(settings().data_dir, "train")
     predictor = Predictor(tiny_job("lora", config=tiny_config(layers=1)))
-    longest, found = samples.lengths.max().item(), []
+    longest, found = samples.lengths[:].max().item(), []
     for extra in (0, 200):
         budget = predictor.peak(plan.full_shape(samples, longest + extra)) + 1
         tokens = plan.largest_micro_batch(predictor, samples, 6, budget)
@@ -283,7 +283,7 @@ def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(settings):
         found.append(tokens)
     assert longest == found[0] < found[1]
     assert (
-        plan.largest_micro_batch(predictor, samples, 6, 1e12) >= samples.lengths.topk(6).values.sum()
+        plan.largest_micro_batch(predictor, samples, 6, 1e12) >= samples.lengths[:].topk(6).values.sum()
     )  # all of a step
     assert plan.largest_micro_batch(predictor, samples, 6, 1e5) == 0
 
@@ -305,7 +305,7 @@ def settings(tmp_path, tiny_model_dir):
 
 def test_what_fits_in_a_budget_fits_with_the_samples_of_the_run(settings):
     s = settings(micro_batch_tokens="auto", memory_budget="4MB")
-    samples = Samples(s.data_dir / "train.safetensors")
+    samples = open_samples(s.data_dir, "train")
     budget.choose_micro_batch(s, samples)
     assert isinstance(s.micro_batch_tokens, int) and s.memory_budget is None
     assert budget.predicted_peak(s, samples) <= 4e6
@@ -349,8 +349,8 @@ def test_the_time_of_a_plan_is_of_all_devices(settings, capsys):
 
 def test_a_plan_says_how_much_recomputation_is_needed(settings, capsys):
     s = settings(plan=True, plan_tflops=1, quantize="bnb.nf4", recompute=0.75, global_batch_size=2)
-    samples = Samples(s.data_dir / "train.safetensors")
-    longest = plan.full_shape(samples, samples.lengths.max().item())
+    samples = open_samples(s.data_dir, "train")
+    longest = plan.full_shape(samples, samples.lengths[:].max().item())
     most_of_them, all_of_them = (
         Predictor(budget.plan_job(dataclasses.replace(s, recompute=share))).peak(longest) for share in (0.75, 1.0)
     )

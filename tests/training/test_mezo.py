@@ -22,7 +22,7 @@ from test_finetune import (  # noqa: F401 (fixtures)
 from test_memory_plan import SHAPES, activations, real_trace, tiny_job
 
 import finetune
-from batching import IGNORE, Samples
+from batching import IGNORE, open_samples
 from model import Transformer
 from shell.cli import UserError
 from training import build, mezo
@@ -42,7 +42,7 @@ def started(s):
     model, _ = build.build_model(s, fabric.device, None)
     if s.method != "full":
         randomise_adapters(model)
-    samples = Samples(s.data_dir / "train.safetensors")
+    samples = open_samples(s.data_dir, "train")
     return Run(s, fabric, model.train(), build.place_optimizer(s, fabric, model), samples), samples
 
 
@@ -117,7 +117,7 @@ def test_on_average_it_goes_along_the_gradient(settings):  # noqa: F811
     total = torch.zeros(d)
     for step in range(n):
         zs = directions(run, step)
-        finetune.forward_passes(run, micro_batches, step, samples.target_counts.sum().item())
+        finetune.forward_passes(run, micro_batches, step, samples.target_counts[:].sum().item())
         total += run.optimizer.projected.item() * torch.cat([zs[p].flatten() for p in trainable])
     cosine = torch.nn.functional.cosine_similarity(total, gradient, dim=0).item()
     expected = (n / (n + d)) ** 0.5

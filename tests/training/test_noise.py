@@ -10,7 +10,7 @@ from families.tiny import distance
 from test_finetune import column, final_weights, random_sample, random_samples, run, settings  # noqa: F401 (fixtures)
 
 import finetune
-from batching import Batch, Samples
+from batching import Batch, open_samples
 from finetune import Settings
 from objectives import CrossEntropy, up_to_last_target
 from ops.forks import Forks
@@ -25,7 +25,7 @@ SIZES = ((3, 4), (1, 1), (9, 2), (2, 12))  # tokens of prompt and of answer
 @pytest.fixture
 def samples(settings):  # noqa: F811
     s = settings([random_sample(*each) for each in SIZES])
-    return Samples(s.data_dir / "train.safetensors")
+    return open_samples(s.data_dir, "train")
 
 
 def test_each_token_has_the_noise_of_its_own_sample(samples):
@@ -105,7 +105,7 @@ def test_noise_in_training_alone_and_from_the_steps_seed(settings, method, flags
     s = settings([random_sample(*each) for each in SIZES], method=method, neftune_alpha=100.0, **flags)
     fabric = build.start_fabric(s)
     model, _ = build.build_model(s, fabric.device, None)
-    the_run = Run(s, fabric, model.train(), None, Samples(s.data_dir / "train.safetensors"))
+    the_run = Run(s, fabric, model.train(), None, open_samples(s.data_dir, "train"))
 
     def loss(seed, recompute=0.0):
         torch.manual_seed(seed)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_finetune import column, final_weights, random_sample, random_samples, rows, write_data
 
 import finetune
-from batching import PLANNERS, Samples
+from batching import PLANNERS, open_samples
 from model import Transformer
 from shell import files
 from shell.cli import UserError
@@ -170,18 +170,17 @@ def test_an_infinite_loss_is_nobody_elses(settings, spoil, flags):
 
 def test_samples_are_named_by_number_source_and_row(settings, spoil):
     train = with_bad_token([1, 4])
-    train.insert(0, ([5, 6, 7, 8], [False] * 4, 0))  # has no target, and counts all the same
     s = settings(train)
     with open(s.data_dir / "samples.jsonl", "w") as file:
         for part, N in (("train", 7), ("val", 7)):
             file.writelines(json.dumps({"part": part, "id": f"{part}.jsonl:{3 * i}"}) + "\n" for i in range(N))
     spoil(plant_nan)
     message = stopped(s)
-    for name in ("2 (age, gender/v1.5, train.jsonl:6)", "5 (gsm8k, train.jsonl:15)"):
+    for name in ("1 (age, gender/v1.5, train.jsonl:3)", "4 (gsm8k, train.jsonl:12)"):
         assert name in message
     (s.data_dir / "samples.jsonl").write_text("{broken")
     shutil.rmtree(s.out_dir)
-    assert "2 (age, gender/v1.5)" in stopped(s)
+    assert "1 (age, gender/v1.5)" in stopped(s)
 
 
 def infinite_gradient(model):
@@ -380,41 +379,6 @@ def test_what_cannot_be_replayed_is_refused(settings, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------- what never starts
 
 
-def test_samples_without_a_target_are_left_out_with_a_count(settings, capsys):
-    """They take no part in epochs, steps or losses: the run is that of the others."""
-    train = random_samples(8)
-    whole = settings(train, name="whole", global_batch_size=2, epochs=2)
-    finetune.main(whole)
-    for place in (0, 3, 9):  # before the first, among them, after the last
-        train.insert(place, ([random.randrange(3, 512) for _ in range(5)], [place == 3] + [False] * 4, 0))
-    more = settings(train, name="more", global_batch_size=2, epochs=2)
-    capsys.readouterr()
-    finetune.main(more)
-    assert "note: 3 training samples have no target token and are left out" in capsys.readouterr().err
-    assert rows(more.out_dir) == rows(whole.out_dir)
-    assert final_weights(more.out_dir).read_bytes() == final_weights(whole.out_dir).read_bytes()
-
-
-def test_the_samples_that_stay_keep_their_tokens_and_numbers(settings):
-    train = random_samples(7)
-    for i in (1, 2, 6):
-        train[i] = (train[i][0], [False] * len(train[i][0]), 0)
-    path = settings(train).data_dir / "train.safetensors"
-    every, some = Samples(path), Samples(path)
-    assert every.numbers.tolist() == list(range(7)) and some.drop_without_target() == 3
-    assert some.numbers.tolist() == [0, 3, 4, 5] and len(some) == 4
-    for place, number in enumerate(some.numbers.tolist()):
-        for a, b in zip(some.inputs_and_targets(place), every.inputs_and_targets(number), strict=True):
-            assert torch.equal(a, b)
-
-
-def test_a_run_of_masked_targets_never_starts(settings):
-    s = settings([(ids, [False] * len(ids), source) for ids, _, source in random_samples(4)])
-    with pytest.raises(UserError, match="no training sample with a target token"):
-        finetune.main(s)
-    assert not s.out_dir.exists()
-
-
 def test_optimiser_states_that_are_not_finite_are_refused(settings, tmp_path):
     s = settings(random_samples(6), max_steps=1, save_interval=1)
     finetune.main(s)
@@ -572,7 +536,7 @@ def test_the_suggestions_help(settings, monkeypatch, flags, ways):
     found = re.findall(r"((?:prepare_data.py )?--\S+ \S+) \((\S+) GB\)", message)
     assert [way for way, _ in found if any(way.startswith(name) for name in ways)] == [way for way, _ in found]
     assert len(found) == len(ways)
-    train, now = Samples(s.data_dir / "train.safetensors"), float(re.search(r"peak of (\S+) GB", message)[1])
+    train, now = open_samples(s.data_dir, "train"), float(re.search(r"peak of (\S+) GB", message)[1])
     for way, predicted in found:
         assert float(predicted) < now
         flag, value = way.removeprefix("prepare_data.py ").removeprefix("--").split()

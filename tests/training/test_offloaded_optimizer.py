@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_finetune import distance, final_weights, random_samples, rows, run, settings  # noqa: F401
 
 import finetune
-from batching import PLANNERS, Samples
+from batching import PLANNERS, open_samples
 from shell.cli import UserError
 from training import build, offload, run_folder
 from training.memory import budget, machine, plan
@@ -44,7 +44,7 @@ def test_bf16_weights_follow_fp32_ones(run, tiny_model_dir):  # noqa: F811
     out = run(random_samples(8), offload="optimizer", name="offloaded", **flags)
     ended = load_file(final_weights(out))
     s = finetune.Settings(tiny_model_dir, out.parent / "data", **flags | {"global_batch_size": 4})
-    samples = Samples(s.data_dir / "train.safetensors")
+    samples = open_samples(s.data_dir, "train")
     model = load_model(tiny_model_dir, torch.bfloat16).requires_grad_(True).train()
     masters = {name: p.detach().float().requires_grad_() for name, p in model.named_parameters()}
     matrices, others = [w for w in masters.values() if w.dim() > 1], [w for w in masters.values() if w.dim() < 2]
@@ -77,7 +77,7 @@ def offloaded(s, monkeypatch, lazy=False):
     fabric = build.start_fabric(s)
     model, _ = build.build_model(s, fabric.device, None)
     optimizer = build.place_optimizer(s, fabric, model)
-    return build.Run(s, fabric, model.train(), optimizer, Samples(s.data_dir / "train.safetensors"))
+    return build.Run(s, fabric, model.train(), optimizer, open_samples(s.data_dir, "train"))
 
 
 @pytest.mark.parametrize("most", [0.0, 0.5])

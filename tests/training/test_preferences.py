@@ -11,7 +11,7 @@ from test_finetune import column, final_weights, rows
 import finetune
 import objectives
 import prepare_data
-from batching import Pairs
+from batching import open_samples
 from finetune import Settings
 from objectives import PREFERENCE_LOSSES
 from shell.cli import UserError
@@ -68,7 +68,7 @@ def test_the_first_step_is_that_of_the_pairs_by_themselves(loss, run, tiny_model
     for one, other in zip(packed, padded, strict=True):
         for key in one.keys() - {"tokens", "padding"}:
             assert one[key] == pytest.approx(other[key], rel=1e-4, abs=2e-6), key
-    model, pairs = load_model(tiny_model_dir, torch.float32), Pairs(pairs_dir / "train.safetensors")
+    model, pairs = load_model(tiny_model_dir, torch.float32), open_samples(pairs_dir, "train")
     with torch.no_grad():
         found = [logps(model, pairs, i) for i in range(len(pairs))]
     sums, lengths = (torch.tensor([pair[k] for pair in found], dtype=torch.float64) for k in (0, 1))

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from batching import fill_rows, longest_first
+from batching import packed_in_step
 from model import Config
 from ops.rope import RoPE
 from shell.cli import UserError
@@ -17,7 +17,7 @@ from training.parallel.tensor import Part
 def random_step(N, longest, budget):
     """Lengths of samples, and a step of all of them in rows of at most `budget` positions."""
     lengths = torch.randint(1, longest, (N,))
-    return lengths, fill_rows(longest_first(torch.arange(N), lengths), lengths, budget)
+    return lengths, packed_in_step(lengths, lengths, budget)
 
 
 def tokens_of(share, lengths):

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SMALL
+from prepared_parts import write_part
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import finetune
 import lora
-from batching import Samples
+from batching import open_samples
 from model import Transformer
 from ops import devices
-from preparation.record_store import SampleWriter
 from quantize import QUANTIZERS
 from training import build
 from training.steps import planned_steps
@@ -73,12 +73,11 @@ def _autocast_without_meta(monkeypatch):
 
 
 def samples_of(folder, sources):
-    writer = SampleWriter()
+    written = []
     for number, length in enumerate((9, 30, 17, 24)):
         ids = torch.randint(3, 500, (length,)).tolist()
-        writer.add(ids, [False] * 4 + [True] * (length - 4), source=number % sources)
-    writer.save(folder / "train.safetensors")
-    return Samples(folder / "train.safetensors")
+        written.append((ids, [False] * 4 + [True] * (length - 4), number % sources))
+    return open_samples(write_part(folder, written), "train")
 
 
 def make_run(config, folder, sources=2, **flags):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
 import sys
 import traceback
@@ -26,8 +27,8 @@ from training.memory import machine, plan
 from training.metrics import peak_memory, start_measuring
 from training.optimizer import OPTIMIZERS, build_optimizer, moment_bytes
 from training.parallel.layout import layout_of
-from training.steps import planned_steps, steps_per_epoch, total_steps
-from training.teacher import common_vocabulary, likeliest, teacher_dtype, without_virtual_tokens
+from training.steps import LOOKED_AT, looked_at, planned_steps, steps_per_epoch, total_steps
+from training.teacher import common_vocabulary, likeliest, teacher_dtype
 from weights.checkpoint import read_config
 
 if TYPE_CHECKING:
@@ -83,14 +84,16 @@ def teacher_peak(s: Settings, train: Samples) -> int:
         read_config(s.teacher_dir), plan_job(s).device, teacher_dtype(s), quantize=s.teacher_quantize,
         gradients="none", optimizer="mezo", loss=likeliest_sum,
     )  # fmt: skip
-    return plan.Predictor(job).peak(plan.full_shape(without_virtual_tokens(train), s.micro_batch_tokens))
+    return plan.Predictor(job).peak(plan.full_shape(train.without_virtual_tokens(), s.micro_batch_tokens))
 
 
 def planned_job(s: Settings, train: Samples) -> tuple[plan.Job, list[list[plan.Shape]]]:
-    """The `plan.Job` of this run, and for each step (of its first epoch) the shapes of its micro-batches."""
-    total = min(total_steps(s, train), steps_per_epoch(s, train))
-    layout = PLANNERS[s.planner].layout
-    steps = [[plan.shape_of(train, layout, rows) for rows in step] for _, step in planned_steps(s, train, 0, total)]
+    """The `plan.Job` of this run, and the shapes of the micro-batches of its first steps, up to an epoch of those that
+
+    `looked_at` has.
+    """
+    layout, first = PLANNERS[s.planner].layout, itertools.islice(looked_at(s, train), steps_per_epoch(s, train))
+    steps = [[plan.shape_of(train, layout, rows) for rows in step] for step in first]
     return plan_job(s, "kept" if any(len(shapes) > 1 for shapes in steps) else "new"), steps
 
 
@@ -102,9 +105,13 @@ def predicted_peak(s: Settings, train: Samples) -> int:
 
 
 def largest_planned_micro_batch(s: Settings, samples: Samples) -> tuple[list[int], int]:
-    """The micro-batch with the highest peak of the run, as sample numbers, and the most micro-batches of a step."""
+    """The micro-batch with the highest peak of the run, as sample numbers, and the most micro-batches of a step.
+
+    Of a run of many steps it is the largest of the first ones, `looked_at`, and of the longest sample by itself: what
+    a planner fills to the budget hardly differs, and a sample that exceeds it is never joined by another.
+    """
     packed, padded, most = (0, 0, []), (0, 0, []), 0  # the largest by either way to count: positions, targets, samples
-    for _, step in planned_steps(s, samples, 0, total_steps(s, samples)):
+    for step in itertools.chain(looked_at(s, samples), longest_alone(s, samples)):
         most = max(most, len(step))
         for indices in step:
             lengths, targets = samples.lengths[indices], samples.target_counts[indices].sum().item()
@@ -114,6 +121,14 @@ def largest_planned_micro_batch(s: Settings, samples: Samples) -> tuple[list[int
     layout = PLANNERS[s.planner].layout
     shapes = {plan.shape_of(samples, layout, indices): indices for _, _, indices in (packed, padded)}
     return shapes[plan.worst(shapes)], most
+
+
+def longest_alone(s: Settings, samples: Samples) -> Iterator[list[list[int]]]:
+    """A step of the longest sample, if it exceeds the budget by itself, and the run may come to it."""
+    longest = samples.shards.listing.longest_sample
+    few = total_steps(s, samples) <= LOOKED_AT
+    if not few and not samples.shards.stream and samples.longest() > s.micro_batch_tokens:
+        yield [[longest]]
 
 
 def memory_of_later_steps(
@@ -163,10 +178,12 @@ def choose_micro_batch(s: Settings, train: Samples) -> None:
 
 def check_micro_batches(s: Settings, train: Samples) -> None:
     """Refuse steps of several micro-batches with --optimizer_in_backward: the second would find the weights changed."""
-    steps = planned_steps(s, train, 0, total_steps(s, train))
-    if s.optimizer_in_backward and any(len(micro_batches) > 1 for _, micro_batches in steps):
+    if not s.optimizer_in_backward or s.global_batch_size * train.padded_longest() <= s.micro_batch_tokens:
+        return
+    steps = planned_steps(s, train, 0, total_steps(s, train))  # all of them: it takes as long as it takes
+    if train.shards.stream or any(len(micro_batches) > 1 for _, micro_batches in steps):
         raise UserError(
-            f"--optimizer_in_backward: {s.global_batch_size} samples do not always fit {s.micro_batch_tokens} "
+            f"--optimizer_in_backward: {s.global_batch_size} samples may not always fit {s.micro_batch_tokens} "
             "positions; raise --micro_batch_tokens or lower --global_batch_size"
         )
 
@@ -257,7 +274,7 @@ def suggestions(s: Settings, train: Samples, available: float) -> str:
     available: bytes that the largest micro-batch should fit in, if a smaller one can.
     """
     indices, most = largest_planned_micro_batch(s, train)
-    shape, longest = plan.shape_of(train, PLANNERS[s.planner].layout, indices), train.lengths.max().item()
+    shape, longest = plan.shape_of(train, PLANNERS[s.planner].layout, indices), train.longest()
     gradients = "kept" if most > 1 else "new"
 
     def peak(shape, **flags):

@@ -374,11 +374,10 @@ def full_shape(samples: Samples, positions: int) -> Shape:
 
     and has as large a share of targets as any of them.
     """
-    share = (samples.target_counts / samples.lengths).max().item()
-    targets, length, longest = math.ceil(positions * share), samples.lengths.max().item(), samples.lengths.argmax()
-    forks = samples.packed([longest.item()])[2]
-    if isinstance(forks, Forks):  # of pairs, which have whole samples in attention beside the row
-        return forked_shape(positions, forks, targets)
+    listing = samples.shards.listing
+    targets, length = math.ceil(positions * listing.largest_share), samples.longest()
+    if samples.rows_per_sample > 1:  # pairs, which have whole samples in attention beside the row
+        return forked_shape(positions, samples.packed([listing.longest_sample])[2], targets)
     return packed_shape(positions, length, targets)
 
 
@@ -394,8 +393,8 @@ def largest_micro_batch(predictor: Predictor, samples: Samples, most_rows: int, 
 
     most_rows: samples in a step. The answer is the longest sample's length or more, in steps of TOKEN_STEP.
     """
-    longest, largest = samples.lengths.max().item(), samples.lengths.topk(min(most_rows, len(samples))).values.sum()
-    choices = range(longest, largest.item() + TOKEN_STEP, TOKEN_STEP)
+    longest, largest = samples.longest(), min(samples.positions(), most_rows * samples.longest())
+    choices = range(longest, largest + TOKEN_STEP, TOKEN_STEP)
     fitting = bisect.bisect_right(choices, budget, key=lambda n: predictor.peak(full_shape(samples, n)))
     return choices[fitting - 1] if fitting else 0
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DIMENSIONS = ("data", "tensor")  # the last one changes fastest: its devices are neighbours, with the fastest link
 LORAS = ("lora", "dora", "lora-fa")  # the adapters that can be cut as their layers are
+AGENT_STORE, FRESH_STORE = "TORCHELASTIC_USE_AGENT_STORE", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"  # torchrun's
 ELEMENTWISE = ("adamw", "sgd", "schedule-free")  # optimisers that treat each number by itself, on tensors of any kind
 LOOKING_AT_NOTHING = ("default", "gaussian", "orthogonal")  # starts of adapters that need no weight
 
@@ -109,6 +110,9 @@ def check_launch(s: Settings) -> None:
     started, how = None, ""
     if "TORCHELASTIC_RUN_ID" in environ:
         started, how = environ["WORLD_SIZE"], "torchrun"
+        # Else torch 2.13 has one store for all starts of the processes, and a new one may find a dead one's address.
+        if environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environ.get(AGENT_STORE) == "True":
+            raise UserError(f"torchrun --max-restarts needs {FRESH_STORE} in its environment: start it so again")
     elif "SLURM_STEP_NUM_TASKS" in environ:
         started, how = environ["SLURM_STEP_NUM_TASKS"], "srun"
     if started is not None and int(started) != count:

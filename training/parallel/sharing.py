@@ -60,7 +60,8 @@ def share_out(
     are padded to one length. even: whether all devices get the same number of micro-batches, of which the last may be
     empty: where devices have parts of the model, all take part in each pass.
     """
-    sizes = {i: lengths[i].item() for micro_batch in step for i in micro_batch}
+    samples = [i for micro_batch in step for i in micro_batch]
+    sizes = dict(zip(samples, lengths[samples].tolist(), strict=True))
 
     def room(samples):
         own = [sizes[i] for i in samples]

@@ -27,12 +27,11 @@ class Watch:
     store: torch's, that all of them reach. go_on: what to tell the user to do, at the end of the line.
     """
 
-    def __init__(self, store, rank: int, world_size: int, go_on: str):
+    def __init__(self, store, rank: int, world_size: int, names: list[str], go_on: str):
         self.store, self.rank, self.world_size, self.go_on = store, rank, world_size, go_on
         self.ended = threading.Event()
         self.seen = {}  # by rank: its last sign of life, and when it was new
-        self.names = {}
-        store.set(f"name/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
+        self.names = names  # by rank: where the process runs
 
     def start(self) -> None:
         """Begin to give signs of life, and to look for those of the others."""
@@ -90,18 +89,12 @@ class Watch:
 
     def name(self, rank: int) -> str:
         """Which of the devices another is, and where it runs."""
-        if rank not in self.names:
-            with contextlib.suppress(Exception):
-                if self.store.check([f"name/{rank}"]):
-                    self.names[rank] = self.store.get(f"name/{rank}").decode()
-        where = f" ({self.names[rank]})" if rank in self.names else ""
-        return f"device {rank + 1} of {self.world_size}{where}"
+        return f"device {rank + 1} of {self.world_size} ({self.names[rank]})"
 
     def _is_dead(self, rank):
         """Whether a process of this machine is no more: then there is no need to wait."""
-        self.name(rank)
-        host, _, process = self.names.get(rank, "").partition(", process ")
-        if host != socket.gethostname() or not process:
+        host, _, process = self.names[rank].partition(", process ")
+        if host != socket.gethostname():
             return False
         try:
             with open(f"/proc/{process}/stat") as file:
@@ -121,7 +114,11 @@ def watched(rank: int, world_size: int, go_on: str) -> Iterator[None]:
     if world_size == 1:
         yield
         return
-    watch = Watch(_store(rank, world_size), rank, world_size, go_on)
+    import torch.distributed as dist
+
+    names = [None] * world_size
+    dist.all_gather_object(names, f"{socket.gethostname()}, process {os.getpid()}")
+    watch = Watch(_store(rank, world_size), rank, world_size, names, go_on)
     watch.start()
     try:
         yield

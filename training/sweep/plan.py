@@ -28,9 +28,9 @@ def predicted_parts(s: Settings, sweep: Sweep, train: dict[str, Samples]) -> tup
         own[name] = Counter({part: fixed[part] for part in OWN})
     largest = max(own, key=lambda name: own[name].total())
     samples = train[largest]
-    longest = max(each.lengths.max().item() for each in train.values())
+    longest = max(each.longest() for each in train.values())
     settings = dataclasses.replace(sweep.variants[largest])
-    together = sum(each.lengths.sum().item() for each in train.values())
+    together = sum(each.positions() for each in train.values())
     positions = max(longest, min(s.micro_batch_tokens, together))
     parts = plan.Predictor(budget.plan_job(settings)).parts(plan.full_shape(samples, positions))
     return sum((own[name] for name in own if name != largest), parts), largest
