@@ -321,7 +321,9 @@ def validate(run: Run) -> dict:
     (loss,), *sums.numbers = read_numbers(run.ranks.sum(loss), *sums.over_devices())
     loss = loss / sum(val.units_by_source())
     perplexity = {"val_perplexity": math.exp(min(loss, 700))} if run.objective.is_likelihood else {}
-    return {"val_loss": loss, **perplexity, **sums.means(val, None, "val_"), **forgetting(run)}
+    row = {"val_loss": loss, **perplexity, **sums.means(val, None, "val_"), **forgetting(run)}
+    run.ranks.give_back(run.model)
+    return row
 
 
 def progress_bar(start: int, total: int, shown: bool) -> tqdm:

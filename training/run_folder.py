@@ -44,7 +44,6 @@ from training.offload import STATE_BYTES
 from training.optimizer import moment_bytes, weights_to_keep
 from training.parallel import saving
 from training.parallel.saving import shared_folder
-from training.parallel.shard import give_back
 from weights import peft_format
 from weights.checkpoint import NOTES, read_config, save_model, save_optimizer
 from weights.stored import INDEX, shard_paths
@@ -184,7 +183,7 @@ def written_folder(run: Run, path: Path) -> Iterator[tuple[Path | None, dict[str
     """
     hashes = {}
     if run.divided:
-        give_back(run.model)
+        run.ranks.give_back(run.model)
         folder = shared_folder(run.ranks, path, hashes)
     else:
         folder = new_folder(path, hashes) if run.fabric.is_global_zero else contextlib.nullcontext()

@@ -18,7 +18,12 @@ LAYOUTS = {  # by the number of devices
     4: [{"shard": True}, {"parallel": "tensor=4"}, {"parallel": "data=2,tensor=2"},
         {"parallel": "tensor=2", "shard": True}],
 }  # fmt: skip
-METHODS = [{}, {"method": "dora"}, {"quantize": "bnb.nf4"}, {"method": "full", "recompute": 0.5}]
+METHODS = [
+    {"lora_init": "orthogonal"},
+    {"method": "dora"},
+    {"quantize": "bnb.nf4"},
+    {"method": "full", "recompute": 0.5},
+]
 # Keys and values of each device are those of 1 or 2 heads of 3, or for four devices those that two have in common: of 2
 # heads. Rows of weights are whole blocks of 64, and cut there.
 SIZES = dict(hidden_size=192, intermediate_size=320, num_hidden_layers=2, head_dim=64)
@@ -92,6 +97,7 @@ def test_a_run_goes_on_with_another_number_of_devices(settings, run, model_dirs,
         "lora": {"optimizer": "schedule-free", "schedule": "constant"},
         "dora": {"method": "dora", "quantize": "bnb.nf4"},
         "full": {"method": "full", "optimizer": "sgd", "learning_rate": 0.1},
+        "averaged": {"method": "full", "optimizer": "schedule-free", "schedule": "constant"},
     }  # fmt: skip
     samples = random_samples(20), random_samples(5)
     expected = {name: run(*samples, name=f"{name}-one", **(flags | own)) for name, own in methods.items()}

@@ -10,6 +10,7 @@ loading.py    the model of one device, read from the files piece by piece
 saving.py     checkpoints and final/, written by all devices at once in the formats of one
 watch.py      a device that has died, or hangs, ends the others with a line that names it
 
-layout.py, sharing.py and watch.py know nothing of the rest. tensor.py is imported by shard.py and pieces.py, all by
-loading.py and saving.py. Start with layout.py, then tensor.py.
+layout.py, sharing.py, shard.py, tensor.py and watch.py know nothing of the rest. ranks.py imports all of these but
+watch.py, pieces.py imports ranks.py, saving.py imports pieces.py, and loading.py all.
+Start with layout.py, then tensor.py.
 """

@@ -43,7 +43,7 @@ def load_part(
     folder = newest if newest and s.method == "full" else s.checkpoint_dir
     config = read_config(s.checkpoint_dir)
     adapter = None if s.method == "full" else adapter_config(s, config)
-    with checked(folder):
+    with checked(folder if is_first() else None):  # which reads all of it
         try:
             _, whole, weights = model_of(read_config_json(folder)[0], Weights(folder))
         except UserError as error:

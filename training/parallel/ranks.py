@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from batching import PLANNERS, Samples, Step
 from training.parallel.layout import Layout
+from training.parallel.shard import give_back
 from training.parallel.sharing import share_out, surplus
 from training.parallel.tensor import Part
 from training.steps import planned_steps
@@ -93,6 +94,11 @@ class Ranks:
             numbers = numbers.clone()
             dist.all_reduce(numbers)
         return numbers
+
+    def give_back(self, model: nn.Module) -> None:
+        """After passes without a backward one: keep nothing that was gathered, as weights may change meanwhile."""
+        if self.layout.shard:
+            give_back(model)
 
     # ------------------------------------------------------------------------------------------------------ gradients
 

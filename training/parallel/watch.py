@@ -27,11 +27,11 @@ class Watch:
     store: torch's, that all of them reach. go_on: what to tell the user to do, at the end of the line.
     """
 
-    def __init__(self, store, rank: int, world_size: int, names: list[str], go_on: str):
+    def __init__(self, store, rank: int, world_size: int, machines: list[tuple], go_on: str):
         self.store, self.rank, self.world_size, self.go_on = store, rank, world_size, go_on
         self.ended = threading.Event()
         self.seen = {}  # by rank: its last sign of life, and when it was new
-        self.names = names  # by rank: where the process runs
+        self.machines = machines  # by rank: where the process runs, and its number there
 
     def start(self) -> None:
         """Begin to give signs of life, and to look for those of the others."""
@@ -89,12 +89,13 @@ class Watch:
 
     def name(self, rank: int) -> str:
         """Which of the devices another is, and where it runs."""
-        return f"device {rank + 1} of {self.world_size} ({self.names[rank]})"
+        (host, _), process = self.machines[rank]
+        return f"device {rank + 1} of {self.world_size} ({host}, process {process})"
 
     def _is_dead(self, rank):
         """Whether a process of this machine is no more: then there is no need to wait."""
-        host, _, process = self.names[rank].partition(", process ")
-        if host != socket.gethostname():
+        machine, process = self.machines[rank]
+        if machine != self.machines[self.rank][0]:
             return False
         try:
             with open(f"/proc/{process}/stat") as file:
@@ -116,9 +117,9 @@ def watched(rank: int, world_size: int, go_on: str) -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    names = [None] * world_size
-    dist.all_gather_object(names, f"{socket.gethostname()}, process {os.getpid()}")
-    watch = Watch(_store(rank, world_size), rank, world_size, names, go_on)
+    machines = [None] * world_size
+    dist.all_gather_object(machines, (_machine(), os.getpid()))
+    watch = Watch(_store(rank, world_size), rank, world_size, machines, go_on)
     watch.start()
     try:
         yield
@@ -133,6 +134,14 @@ def watched(rank: int, world_size: int, go_on: str) -> Iterator[None]:
             time.sleep(2 * INTERVAL)
         raise
     watch.part()
+
+
+def _machine():
+    """The name of this machine, and which of its containers sees the same numbers of processes."""
+    try:
+        return socket.gethostname(), os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        return socket.gethostname(), str(os.getpid())
 
 
 def _is_of_others(error):
