@@ -166,8 +166,8 @@ class Linear4bit(QuantizedLinear):
         """As in `QuantizedLinear`: rows of whole blocks, whose scales are not quantised themselves."""
         if self.in_features % BLOCK or self.nested is not None:
             raise UserError(
-                f"--shard and --parallel: a layer of {self.in_features} inputs cannot be divided in 4 bits: its rows are "
-                f"no whole blocks of {BLOCK} weights with a scale each; leave --quantize out"
+                f"--shard and --parallel: a layer of {self.in_features} inputs cannot be divided in 4 bits: its rows "
+                f"are no whole blocks of {BLOCK} weights with a scale each; leave --quantize out"
             )
         return {name: getattr(self, name).view(self.out_features, -1) for name in ("codes", "absmax")}
 
