@@ -27,7 +27,15 @@ from training import settings as finetune
 
 KEYS = ("parameters", "trials", "sampler", "seed", "pruner", "metric")
 SAMPLERS = ("tpe", "random", "grid")
-OWN = ("out_dir", "resume", "sweep", "replay", "plan", "plan_tflops")  # flags that a trial cannot have for itself
+OWN = (
+    "out_dir",
+    "resume",
+    "sweep",
+    "replay",
+    "plan",
+    "plan_tflops",
+    "plan_link",
+)  # flags that a trial cannot have for itself
 FLAGS = finetune.Settings.__dataclass_fields__
 
 

@@ -27,8 +27,8 @@ from tracking.sending import status_of
 NUMBERS = ("val_loss", "tokens", "seconds")  # columns of metrics.csv from which `numbers_of` are
 WITHIN = {FINAL, SOURCE, RESULTS, TRACKING}  # folders of a run in which no other run is
 SAME_RESULT = {  # settings that say where things lie or what is kept, not what a run is
-    "out_dir", "resume", "replay", "plan", "plan_tflops", "memory_budget", "save_interval", "keep_last", "keep_best",
-    "logger", "log_adapter", "sweep",
+    "out_dir", "resume", "replay", "plan", "plan_tflops", "plan_link", "memory_budget", "save_interval", "keep_last",
+    "keep_best", "logger", "log_adapter", "sweep",
 }  # fmt: skip
 
 

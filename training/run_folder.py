@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 SETTINGS, RUN = "settings.json", "run.json"  # in a checkpoint: the command line; identity, time budget, version
 HARMLESS = (  # settings that a resumed run may change; for the folders their contents are compared instead
-    "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops",
+    "resume", "save_interval", "eval_interval", "keep_last", "keep_best", "out_dir", "plan", "plan_tflops", "plan_link",
     "memory_budget", "checkpoint_dir", "data_dir", "data_cache", "logger", "log_adapter", "publish", "sweep",
     "forgetting_source", "teacher_dir", "devices", "nodes", "parallel", "shard",
 )  # fmt: skip

@@ -148,6 +148,8 @@ class Settings:
         shard: Divide weights, gradients and the optimiser's states among the devices along data (FSDP2).
         plan: Predict memory, FLOPs and time from config.json and the data alone, print them, and stop.
         plan_tflops: The speed of a device that the plan's time assumes, in TFLOP/s; measured if not given.
+        plan_link: The speed at which a device sends to others that the plan assumes, in GB/s: 25 is about PCIe 4.0 x16;
+            NVLink between H100s has 450.
         memory_budget: Memory that a device may use, such as 24GB, for plan and for micro_batch_tokens auto; by default
             what is free.
     """
@@ -230,6 +232,7 @@ class Settings:
     shard: bool = False
     plan: bool = False
     plan_tflops: float | None = None
+    plan_link: float = 25.0
     memory_budget: str | None = None
 
     def __post_init__(self):
@@ -261,6 +264,8 @@ class Settings:
                 raise UserError(f"--memory_budget {self.memory_budget} needs --plan or --micro_batch_tokens auto")
         if self.plan_tflops is not None and not self.plan:
             raise UserError(f"--plan_tflops {self.plan_tflops:g} needs --plan")
+        if self.plan_link != 25 and not self.plan:
+            raise UserError(f"--plan_link {self.plan_link:g} needs --plan")
         if self.micro_batch_tokens == "auto" and self.devices > 1 and not (self.memory_budget or self.plan):
             raise UserError(
                 "--micro_batch_tokens auto needs --memory_budget with several --devices: each would find another "
@@ -296,6 +301,7 @@ class Settings:
             "devices",
             "nodes",
             "plan_tflops",
+            "plan_link",
             "dpo_beta",
         )
         cli.check_numbers(self, *above_zero, *more, "virtual_tokens", "adapter_layers", above=0)

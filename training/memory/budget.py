@@ -23,10 +23,10 @@ from quantize import bitsandbytes, describe_quantization
 from shell import cli
 from shell.cli import UserError
 from training.from_settings import DTYPES, adapter_config, autocast_dtype, base_quantization
-from training.memory import machine, plan
+from training.memory import layouts, machine, plan
 from training.metrics import peak_memory, start_measuring
 from training.optimizer import OPTIMIZERS, build_optimizer, moment_bytes
-from training.parallel.layout import layout_of
+from training.parallel.layout import Layout, layout_of
 from training.steps import LOOKED_AT, looked_at, planned_steps, steps_per_epoch, total_steps
 from training.teacher import common_vocabulary, likeliest, teacher_dtype
 from weights.checkpoint import read_config
@@ -213,7 +213,12 @@ def check_host_memory(s: Settings, train: Samples) -> None:
 
 
 def print_plan(s: Settings, train: Samples) -> None:
-    """Print for --plan what fits in the budget, if there is one, then the prediction for the run."""
+    """Print for --plan what fits in the budget, if there is one, then the prediction for the run.
+
+    With several devices and a budget, but no layout, the fastest that fits is proposed and planned.
+    """
+    if s.memory_budget and s.devices * s.nodes > 1 and not (s.parallel or s.shard) and not propose(s, train):
+        return
     if s.memory_budget or s.micro_batch_tokens == "auto":
         for recompute in more_recomputed(s):
             s.recompute = recompute
@@ -226,20 +231,79 @@ def print_plan(s: Settings, train: Samples) -> None:
             return
         s.micro_batch_tokens = tokens
     job, steps = planned_job(s, train)
-    rate, source = (s.plan_tflops or 0) * 1e12, "--plan_tflops"
-    if not rate:
-        rate, source = machine.measured_flops(job.device, job.autocast or job.dtype), "measured in matrix products"
-    if s.devices > 1 and (s.plan_tflops or job.device == "cuda"):  # processes on a CPU share its cores
-        rate, source = rate * s.devices, f"{source}, times {s.devices} devices"
+    rate, source = device_rate(s, job)
+    layout = layout_of(s)
+    if layout.data > 1 and (s.plan_tflops or job.device == "cuda"):  # processes on a CPU share its cores
+        rate, source = rate * layout.data, f"{source}, times {layout.data} devices"
     base = describe_quantization(s.quantize) if s.quantize else s.precision
     print(
         f"--method {s.method} on {base}, --micro_batch_tokens {s.micro_batch_tokens} "
         f"--recompute {described(s.recompute)}, {job.device}"
     )
     print(plan.describe(job, steps, rate, source, total_steps(s, train)))
+    if layout.world_size > 1:
+        print(describe_traffic(s, job, layout, steps))
     if s.teacher_dir:
         peak = teacher_peak(s, train) / 1e9
         print(f"The teacher takes {peak:.3f} GB to read the data, before this model is loaded.")
+
+
+def device_rate(s: Settings, job: plan.Job) -> tuple[float, str]:
+    """FLOP/s of a device, as --plan_tflops says or as measured here, and which of both, in words."""
+    if s.plan_tflops:
+        return s.plan_tflops * 1e12, "--plan_tflops"
+    return machine.measured_flops(job.device, job.autocast or job.dtype), "measured in matrix products"
+
+
+def describe_traffic(s: Settings, job: plan.Job, layout: Layout, steps: list[list[plan.Shape]]) -> str:
+    """What each device sends in a step of a layout, and how long that takes, in words."""
+    found = traffic_of_step(job, layout, steps)
+    parts = ", ".join(f"{name} {nbytes / 1e9:.3g}" for name, nbytes in found._asdict().items() if nbytes)
+    return (
+        f"Each device sends {sum(found) / 1e9:.3g} GB a step ({parts}): {found.seconds(s.plan_link * 1e9):.3g} s at "
+        f"{s.plan_link:g} GB/s (--plan_link), if nothing is computed meanwhile."
+    )
+
+
+def traffic_of_step(job: plan.Job, layout: Layout, steps: list[list[plan.Shape]]) -> layouts.Traffic:
+    """The mean of some steps' `layouts.Traffic`, at each device."""
+    passes = max(layouts.passes_of(shapes, layout.data) for shapes in steps)
+    positions = sum(shape.positions for shapes in steps for shape in shapes) / len(steps) / layout.data
+    return layouts.traffic(job, layout, passes, positions)
+
+
+def propose(s: Settings, train: Samples) -> bool:
+    """Print for each layout of the devices what it holds and sends, and let `s` have the fastest that fits.
+
+    Returns whether one does.
+    """
+    budget, found = cli.number_of_bytes(s.memory_budget, "memory_budget"), []
+    rate, _ = device_rate(s, plan_job(s))
+    for flags in layouts.divisions(s.devices * s.nodes, s.devices):
+        with contextlib.suppress(UserError):  # the model, or another flag, does not go with it
+            found.append(proposal(dataclasses.replace(s, **flags), flags, train, budget, rate))
+    print(f"{s.devices * s.nodes} devices of {budget / 1e9:.2f} GB, by calculation:")
+    print("\n".join(each.row(budget) for each in found))
+    chosen = layouts.fastest(found, budget)
+    if chosen is None:
+        print("no layout fits: see --recompute, --quantize and --micro_batch_tokens, or more --devices")
+        return False
+    s.parallel, s.shard = chosen.flags["parallel"], chosen.flags["shard"]
+    print(f"the fastest that fits: --parallel {s.parallel}" + " --shard" * s.shard)
+    return True
+
+
+def proposal(s: Settings, flags: dict, train: Samples, budget: float, rate: float) -> layouts.Proposal:
+    """What becomes of a run in the layout of these flags, which `s` has too. rate: FLOP/s of a device."""
+    layout = layout_of(s)
+    if s.micro_batch_tokens == "auto":
+        s.micro_batch_tokens = most_that_fits(s, train)[0] or train.longest()
+    job, steps = planned_job(s, train)
+    predictor, shapes = plan.Predictor(job), [shape for shapes in steps for shape in shapes]
+    computing = plan.step_flops(predictor, shapes) / len(steps) / rate / layout.data
+    sending = traffic_of_step(job, layout, steps).seconds(s.plan_link * 1e9)
+    peak = predictor.peak(plan.worst(shapes))
+    return layouts.Proposal(flags, peak, s.micro_batch_tokens, computing + sending, sending)
 
 
 # -------------------------------------------------------------------------------------------------------- out of memory

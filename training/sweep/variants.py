@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 KEYS = ("variants", "grid", "halving")
 SHARED = (  # what all variants have alike: the base, how it is run, and when all are looked at
     "checkpoint_dir", "quantize", "precision", "planner", "micro_batch_tokens", "recompute", "compile", "devices",
-    "objective", "eval_interval", "out_dir", "resume", "replay", "plan", "plan_tflops", "memory_budget", "time_budget",
-    "deterministic", "sweep", "logger", "log_adapter", "teacher_dir", "teacher_quantize", "teacher_top_k",
-    "teacher_temperature",
+    "nodes", "parallel", "shard", "objective", "eval_interval", "out_dir", "resume", "replay", "plan", "plan_tflops",
+    "plan_link", "memory_budget", "time_budget", "deterministic", "sweep", "logger", "log_adapter", "teacher_dir",
+    "teacher_quantize", "teacher_top_k", "teacher_temperature",
 )  # fmt: skip
 NAME = re.compile(r"[\w][\w.+=-]{0,99}")
 

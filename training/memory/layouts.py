@@ -1,0 +1,79 @@
+"""What each device of a layout sends in a step, by calculation: for --plan, and to propose the fastest that fits.
+
+Nothing here is measured. A sum over n devices sends 2 (n - 1) / n of its bytes from each, gathering or sharing out
+(n - 1) / n (ring algorithms: Patarasuk and Yuan 2009). Times are as if nothing were sent while a device computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from training.memory import plan
+from training.parallel.layout import Layout
+
+
+class Traffic(NamedTuple):
+    """Bytes that a device sends in a step: gradients and weights over data, activations over tensor."""
+
+    gradients: float
+    weights: float
+    activations: float
+
+    def seconds(self, link: float) -> float:
+        """How long that takes at so many bytes a second."""
+        return sum(self) / link
+
+
+def traffic(job: plan.Job, layout: Layout, passes: int, positions: int) -> Traffic:
+    """The `Traffic` of a run whose devices have so many micro-batches in a step, of so many positions together."""
+    data, tensor = layout.data, layout.tensor
+    held = plan.Predictor(dataclasses.replace(job, shares=1, gradients="kept")).fixed
+    stored, gradients = held["weights"] + held["adapters"], held["gradients"]
+    ring = (data - 1) / data
+    # With --shard weights are gathered for each pass, forward and backward, and gradients shared out after it.
+    over_data = (passes * ring * gradients, 2 * passes * ring * stored) if layout.shard else (2 * ring * gradients, 0.0)
+    # Attention and the MLP of each block: a sum going forward and one backward, and those going forward once more where
+    # they are computed again.
+    again = 1.0 if job.recompute == "offload" else job.recompute
+    sums = 2 * job.config.num_hidden_layers * (2 + again)
+    width = job.config.hidden_size * (job.autocast or job.dtype).itemsize
+    return Traffic(*over_data, sums * 2 * (tensor - 1) / tensor * positions * width)
+
+
+def divisions(world_size: int, devices: int) -> Iterator[dict]:
+    """The flags of each layout of so many devices, `devices` of them on a node, beyond which tensor does not go."""
+    for tensor in range(1, devices + 1):
+        if world_size % tensor == 0 and devices % tensor == 0:
+            data = world_size // tensor
+            for shard in (False, True) if data > 1 else (False,):
+                yield {"parallel": f"data={data},tensor={tensor}", "shard": shard}
+
+
+class Proposal(NamedTuple):
+    """A layout by its flags, a device's peak in bytes, --micro_batch_tokens, and a step's seconds: all, and sending."""
+
+    flags: dict
+    peak: float
+    tokens: int
+    seconds: float
+    sending: float
+
+    def row(self, budget: float) -> str:
+        """A line of a table."""
+        fits = "" if self.peak <= budget else "  does not fit"
+        flags = f"--parallel {self.flags['parallel']}" + " --shard" * self.flags["shard"]
+        step = f"{self.seconds:9.3g} s a step, {self.sending:8.3g} of it sending"
+        return f"  {flags:38} {self.peak / 1e9:8.2f} GB {step}{fits}"
+
+
+def fastest(proposals: list[Proposal], budget: float) -> Proposal | None:
+    """Of those that fit the one with the shortest step; None if none fits."""
+    return min((each for each in proposals if each.peak <= budget), key=lambda each: each.seconds, default=None)
+
+
+def passes_of(shapes: list[plan.Shape], data: int) -> int:
+    """How many micro-batches a device along data has, of those of a step."""
+    return math.ceil(len(shapes) / data)
