@@ -33,7 +33,7 @@ HEADS = {2: (6, 3), 4: (12, 2)}
 def check_same(found, expected, tolerance=1e-6):
     """Two gradients are equal to 1e-6 as a whole, and each weight's to ten times that; so are loss and norm.
 
-    Unless it is zero but for rounding, as that of a bias of keys: then to a thousandth of 1e-6 of the whole.
+    Unless it is zero but for rounding, as that of a bias of keys: then to a hundredth of 1e-6 of the whole.
     """
     assert found.keys() == expected.keys()
     squares = {name: (found[name].double() - one.double()).square().sum().item() for name, one in expected.items()}
@@ -41,7 +41,7 @@ def check_same(found, expected, tolerance=1e-6):
     total = sum(sizes.values())
     assert sum(squares.values()) <= tolerance**2 * total
     for name, square in squares.items():
-        assert square <= (10 * tolerance) ** 2 * sizes[name] + (1e-3 * tolerance) ** 2 * total, name
+        assert square <= (10 * tolerance) ** 2 * sizes[name] + (1e-2 * tolerance) ** 2 * total, name
 
 
 @pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
