@@ -110,7 +110,7 @@ def mixture_of_all(folder):
     leaked = [{"question": words(4) + " " + x["question"], "answer": "no"} for x in random.sample(rows, 30)]
     write_lines(folder / "test.jsonl", leaked)
     (folder / "mixture.yaml").write_text(
-        "sources: [{path: a.jsonl, weight: 2, few_shot: [0, 2]}, {path: b.jsonl.gz, weight: 1, min_words: 13}, "
+        "sources: [{path: a.jsonl, weight: 2, few_shot: [0, 2]}, {path: b.jsonl.gz, weight: 1, min_words: 20}, "
         "{path: c.csv, samples: 150}, {path: d.parquet, max_tokens: 60}, {path: f.jsonl}, "
         "{path: e.json, fields: {prompt: q, choices: [a, b, c], label: label}}]"
     )
