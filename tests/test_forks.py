@@ -292,9 +292,11 @@ def test_a_planner(fork):
     fork.edit(
         "batching.py",
         "PLANNERS = {",
-        "def one_by_one(lengths, targets, batch_size, budget, seed, epoch):\n"
-        "    return [[[i] for i in range(n, n + batch_size)] for n in range(0, len(lengths), batch_size)]\n\n\n"
-        'PLANNERS = {\n    "one_by_one": Planner(one_by_one, Samples.padded),',
+        "def one_by_one(lengths, targets, budget):\n"
+        "    return [[place] for place in range(len(lengths))]\n\n\n"
+        "def of_the_file(order, lengths, size):\n"
+        "    return lambda place: torch.arange(place * size, min((place + 1) * size, len(order)))\n\n\n"
+        'PLANNERS = {\n    "one_by_one": Planner(one_by_one, Samples.padded, of_the_file),',
     )
     fork.run(planner="one_by_one", global_batch_size=2, learning_rate=0.01)
     found = rows(fork.out / "run")
