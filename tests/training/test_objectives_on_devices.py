@@ -14,9 +14,12 @@ LAYOUTS = {"data": {}, "shard": {"shard": True}, "tensor": {"parallel": "tensor=
 
 
 def check_rows(folder, expected):
-    """The rows of metrics.csv are those of one device; padding is of the first device alone."""
+    """The rows of metrics.csv are those of one device; padding is of the first device alone.
+
+    And whether a reward is the larger one is by chance while all are zero but for rounding.
+    """
     for row, one in zip(rows(folder), rows(expected), strict=True):
-        for name in one.keys() - {"padding"}:
+        for name in one.keys() - {"padding", "rewards/accuracy", "val_rewards/accuracy"}:
             assert row[name] == pytest.approx(one[name], rel=1e-4, abs=3e-6), name
 
 
