@@ -380,7 +380,7 @@ def test_auto_lands_in_the_run_and_resumes(settings, tiny_model_dir, monkeypatch
 
 @pytest.fixture(scope="module")
 def wide_run(tmp_path_factory):
-    """`wide_run(*flags)`: 12 steps of finetune.py, whose micro-batches take 0.2 GB and more, as its folder."""
+    """`wide_run(*flags)`: 24 steps of finetune.py, whose micro-batches take 0.2 GB and more, as its folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder, runs = tmp_path_factory.mktemp("wide"), itertools.count()
@@ -391,7 +391,7 @@ def wide_run(tmp_path_factory):
 
     def run(*flags):
         out = folder / f"run-{next(runs)}"
-        steps = ["--max_steps", "12", "--global_batch_size", "12", "--eval_interval", "0", "--save_interval", "0"]
+        steps = ["--max_steps", "24", "--global_batch_size", "12", "--eval_interval", "0", "--save_interval", "0"]
         folders = ["--checkpoint_dir", folder / "model", "--data_dir", folder / "data", "--out_dir", out]
         command = [sys.executable, ROOT / "finetune.py", *folders, *steps, *flags]
         # As many threads as a user's run has: conftest.py's one thread is for the speed of the other tests.
@@ -421,7 +421,7 @@ def test_a_run_takes_what_the_plan_says_and_no_more_with_every_step(flags, wide_
     summary = json.loads((out / "summary.json").read_text())
     assert summary["measured_memory_gb"] <= summary["predicted_memory_gb"] + plan.CPU_OVERHEAD / 1e9
     peaks = [float(row["memory_gb"]) for row in read_rows(out / "metrics.csv")[1]]
-    assert peaks[-1] - peaks[2] < 0.04
+    assert peaks[-1] - peaks[11] < 0.02  # the first steps still bring pages of libraries, and blocks of new sizes
 
 
 @pytest.mark.parametrize(

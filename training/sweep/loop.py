@@ -176,7 +176,7 @@ def start(s: Settings, sweep: Sweep, fabric: Fabric, data: dict, newest: dict, i
         run_folder.record_run(own, place, identities[name])
         optimizer = build.place_optimizer(own, fabric, base)
         if place:
-            build.load_states(optimizer, place)
+            build.load_states(own, optimizer, place)
         adapter = adapter_config(own, read_config(own.checkpoint_dir))
         run = Run(own, fabric, base.train(), optimizer, d.train, d.val, d.sources, d.info, adapter, identities[name])
         done = run_folder.step_of(place)
