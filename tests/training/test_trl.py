@@ -30,7 +30,7 @@ def pairs(tmp_path):
     """Seven pairs of random tokens, prompts and answers of 1 to 9."""
     sizes = [[random.randint(1, 9) for _ in range(3)] for _ in range(7)]
     ids = [[random.choices(range(3, 512), k=size) for size in each] for each in sizes]
-    return open_samples(write(tmp_path / "pairs.safetensors", ids))
+    return open_samples(write(tmp_path, ids), "train")
 
 
 @pytest.fixture
