@@ -47,7 +47,7 @@ def check_same(found, expected, tolerance=1e-6):
 @pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_one_process(settings, model_dirs, tmp_path, devices):
     train = [random_sample(*sizes) for sizes in ((3, 9), (9, 4), (2, 3), (7, 12), (1, 6), (4, 4), (11, 1))]
-    flags = dict(lora_r=4, global_batch_size=7, micro_batch_tokens=24, max_steps=1, max_grad_norm=0)
+    flags = dict(lora_r=4, lora_alpha=2, global_batch_size=7, micro_batch_tokens=24, max_steps=1, max_grad_norm=0)
     H, K = HEADS[devices]
     own = SIZES | {"num_attention_heads": H, "num_key_value_heads": K, "hidden_size": SIZES["hidden_size"] * H // 6}
     flags["checkpoint_dir"] = model_dirs("llama", std=0.05, **own)
@@ -59,7 +59,7 @@ def test_the_gradient_is_that_of_one_process(settings, model_dirs, tmp_path, dev
     for found, one, s in zip(gradients_on(devices, "step", cases, tmp_path / "found"), expected, cases, strict=True):
         print(s.method, s.quantize, s.parallel, s.shard)
         assert one["norm"] > 0.01
-        check_same(found, one)
+        check_same(found, one, tolerance=2e-6)  # measured: 3e-8 to 1.2e-6, as sums are taken in another order
 
 
 def weights_of(folder):

@@ -61,6 +61,8 @@ class Watch:
                 found = self.first_is_gone()
             if found and not self.ended.is_set():
                 print(found, file=sys.stderr, flush=True)
+                if self.rank == 0:  # the store is this process's: the others are to see for themselves who has died
+                    time.sleep(2 * INTERVAL)
                 os._exit(FAILED)
 
     def look(self) -> str | None:
