@@ -65,10 +65,15 @@ def until_the_end(s, count):
     return files_of(s.out_dir)
 
 
+def newest_step(s):
+    return run_folder.step_of([None, *run_folder.checkpoints(s.out_dir)][-1])
+
+
 def kill_one(s, count, resume, least):
     """Run, and kill a random device at a random instant after `least` steps are saved. Whether the run had ended."""
+    before = newest_step(s)  # one more shows that all are there: until then they are their launcher's to watch
     processes = start_processes(count, [*command_of(s), *(["--resume"] if resume else [])])
-    wait_for(lambda: run_folder.step_of(([None, *run_folder.checkpoints(s.out_dir)])[-1]) >= least)
+    wait_for(lambda: newest_step(s) >= max(least, before + 1))
     time.sleep(random.uniform(0, 1.0))
     victim = random.randrange(count)
     processes[victim].send_signal(signal.SIGKILL)
