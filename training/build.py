@@ -103,7 +103,7 @@ class Run:
 def build_run(s: Settings, fabric: Fabric, data: Data, newest: Path | None, identity: dict) -> Run:
     """The run at its start, or as it was at the checkpoint folder `newest`."""
     layout, divided = layout_of(s), None
-    ranks = make_ranks(layout, read_config(s.checkpoint_dir), fabric.device)
+    ranks = make_ranks(layout, s.checkpoint_dir, fabric.device)
     if layout.splits:
         model, adapter, divided = load_part(s, ranks, fabric.device, newest)
     else:

@@ -78,10 +78,9 @@ def gradient_of_model(s):
     from training.parallel.layout import layout_of
     from training.parallel.loading import load_part
     from training.parallel.ranks import make_ranks
-    from weights.checkpoint import read_config
 
     fabric, layout, divided = build.start_fabric(s), layout_of(s), None
-    ranks = make_ranks(layout, read_config(s.checkpoint_dir), fabric.device)
+    ranks = make_ranks(layout, s.checkpoint_dir, fabric.device)
     if layout.splits:
         model, _, divided = load_part(s, ranks, fabric.device, None)
     else:

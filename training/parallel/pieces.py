@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.parallel.ranks import Ranks, local
-from training.parallel.tensor import Part, Place
+from training.parallel.tensor import Place
 
 Box = tuple[tuple[int, int], ...]  # along each dimension: from, to before
 
@@ -38,11 +38,6 @@ def rows_here(parameter: Tensor) -> tuple[int, int]:
     return offset[0], offset[0] + shape[0]
 
 
-def boxes_of(model: nn.Module, part: Part) -> dict[str, Box]:
-    """The box of each parameter of this device's model, by the parameter's name."""
-    return {name: box_of(p, part.place(name)) for name, p in model.named_parameters()}
-
-
 def take(tensor: Tensor, box: Box) -> Tensor:
     """The box of a whole tensor."""
     return tensor[tuple(slice(*each) for each in box)]
@@ -61,9 +56,9 @@ class Pieces:
     def __init__(self, model: nn.Module, ranks: Ranks):
         self.ranks, self.parameters = ranks, dict(model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
-        self.boxes = boxes_of(model, ranks.part)
+        boxes = {name: box_of(p, ranks.part.place(name)) for name, p in self.parameters.items()}
         every = [None] * ranks.layout.world_size
-        dist.all_gather_object(every, (self.boxes, {name: p.dtype for name, p in self.parameters.items()}))
+        dist.all_gather_object(every, (boxes, {name: p.dtype for name, p in self.parameters.items()}))
         self.sources: dict[str, list[Source]] = {}
         self.dtypes: dict[str, torch.dtype] = {}  # of all parameters, also of those that are elsewhere
         for rank, (boxes, dtypes) in enumerate(every):

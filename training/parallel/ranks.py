@@ -16,11 +16,13 @@ from training.parallel.shard import give_back
 from training.parallel.sharing import share_out, surplus
 from training.parallel.tensor import Part
 from training.steps import planned_steps
+from weights.checkpoint import read_config
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch.distributed.device_mesh import DeviceMesh
 
-    from model import Config
     from training.settings import Settings
 
 BUCKET = 25 * 2**20  # bytes of gradients that are added up at one time
@@ -164,15 +166,15 @@ def add_up(tensors: list[Tensor], group: Any) -> None:
             bucket, size = [], 0
 
 
-def make_ranks(layout: Layout, config: Config, device: torch.device) -> Ranks:
-    """The `Ranks` of this process, after torch's process group was made. config: of the whole model."""
+def make_ranks(layout: Layout, checkpoint_dir: Path, device: torch.device) -> Ranks:
+    """The `Ranks` of this process, after torch's process group was made. checkpoint_dir: of the whole model."""
     if layout.world_size == 1:
-        return Ranks(part=Part(config))
+        return Ranks()
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(device.type, (layout.data, layout.tensor), mesh_dim_names=("data", "tensor"))
     rank = dist.get_rank()
-    part = Part(config, layout.place(rank)[1], layout.tensor)
+    part = Part(read_config(checkpoint_dir), layout.place(rank)[1], layout.tensor)
     ranks = Ranks(layout, rank, mesh, part)
     if part.sharers > 1:  # every process takes part in making every group
         for data in range(layout.data):
