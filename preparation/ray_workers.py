@@ -54,12 +54,19 @@ def ray_workers(context: Context) -> Iterator[Callable]:
         # The script's own class of settings is not known in other processes.
         shared = ray.put(context._replace(settings=SimpleNamespace(**vars(context.settings))))
 
-        def parallel_map(function, tasks):
+        def results_of(function, tasks):
             blocks = _blocks(tasks)
             while some := [ray.put(block) for block in itertools.islice(blocks, ROUND * cpus)]:
                 yield from _map_blocks(function, shared, some, workers)
 
-        yield parallel_map
+        with contextlib.ExitStack() as passes:
+
+            def parallel_map(function, tasks):
+                results = results_of(function, tasks)
+                passes.callback(results.close)  # one that is left in its midst ends before Ray does
+                return results
+
+            yield parallel_map
 
 
 # ---------------------------------------------------------------------------------------------------- the cluster
@@ -69,6 +76,7 @@ def ray_workers(context: Context) -> Iterator[Callable]:
 def _cluster(address: str | None, workers: int | None) -> Iterator[None]:
     """The cluster at an address, or one of this machine that lasts as long as the block."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a thread of Ray Data's that ends late would connect once more
     import ray
     import ray.data
 
@@ -87,7 +95,7 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[None]:
             f"the same rows have ended a worker process {RETRIES + 1} times, perhaps for want of memory: try fewer "
             "--workers"
         ) from None
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
         raise UserError(f"--engine ray: {_first_line(error)}") from None
     finally:
         ray.shutdown()
@@ -160,12 +168,13 @@ def _map_blocks(
             _work, fn_kwargs={"function": function, "shared": [shared]}, batch_size=None, batch_format="pyarrow",
             concurrency=workers, num_cpus=1, max_retries=RETRIES,
         )  # fmt: skip
-    for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for data in table["result"]:
-            result = pickle.loads(data.as_buffer())
-            if isinstance(result, UserError):
-                raise result
-            yield result
+    with contextlib.closing(iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))) as tables:
+        for table in tables:
+            for data in table["result"]:
+                result = pickle.loads(data.as_buffer())
+                if isinstance(result, UserError):
+                    raise result
+                yield result
 
 
 def _work(table: "pyarrow.Table", function: Callable, shared: list["ray.ObjectRef"]) -> "pyarrow.Table":

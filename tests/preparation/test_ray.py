@@ -21,7 +21,10 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, SEED, open_terminal, pieces_from_terminal, wait_for
 
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # as --engine ray has it: Ray reads it when it is imported
 pytest.importorskip("ray", reason="needs requirements-ray.txt")
+
+import ray.data
 
 import prepare_data
 from preparation import ray_workers, workers
@@ -58,6 +61,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(workers, "CHUNK", 16)
     monkeypatch.setattr(ray_workers, "TASKS", 2)
     monkeypatch.setattr(ray_workers, "ROUND", 8)
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 300)  # of 1,800
 
 
 @pytest.fixture
