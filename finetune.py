@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from batching import PLANNERS, Batch, Samples, in_order
+from batching import PLANNERS, Samples, in_order
 from objectives import Forward
 from ops.devices import read_numbers
 from shell.progress import bar_of_run
@@ -50,7 +50,8 @@ from training.metrics import (
     report,
 )
 from training.nonfinite import NotFinite, check_finite
-from training.optimizer import OPTIMIZERS, InBackward, begin_step, weights_to_keep
+from training.optimizer import InBackward, begin_step, weights_to_keep
+from training.parallel.pipeline import pipelined_passes
 from training.parallel.watch import watched
 from training.run_folder import explained_write_errors
 from training.schedule import Schedule
@@ -191,7 +192,7 @@ def train_step(run: Run, micro_batches: list[list[int]], step: int, rate: float)
     samples, mine = run.train, run.share(micro_batches, run.train)
     all_indices = [i for indices in micro_batches for i in indices]
     begin_step(run.optimizer, rate, len(mine))
-    find_gradient = GRADIENTS[OPTIMIZERS[run.settings.optimizer].gradient]
+    find_gradient = GRADIENTS[run.gradient]
     found = find_gradient(run, mine, step, samples.unit_counts[all_indices].sum().item())
     loss, norm = finish_step(run, found)
     return step_row(run, all_indices, found, loss, norm, rate, time.perf_counter() - started)
@@ -254,7 +255,7 @@ def forward_passes(run: Run, mine: list[list[int]], step: int, units: int) -> Fo
     return Found(run.ranks.sum(loss).mean(), sums, positions, tokens)
 
 
-GRADIENTS = {"backward": backward_passes, "forward": forward_passes}  # by the `gradient` of a row of OPTIMIZERS
+GRADIENTS = {"backward": backward_passes, "forward": forward_passes, "pipeline": pipelined_passes}
 
 
 def finish_step(run: Run, found: Found) -> tuple[float, float]:
@@ -272,9 +273,8 @@ def forward(run: Run, samples: Samples, indices: list[int]) -> Forward:
     """What the run's objective makes of a micro-batch: of the samples with these numbers."""
     if not indices:  # others have one more micro-batch, in which this device takes part
         return forward(run, samples, [0]).uncounted()
-    batch = PLANNERS[run.settings.planner].layout(samples, indices)
     with run.fabric.autocast():
-        return run.objective(run.model, Batch(*batch, run.objective.known(samples, indices)))
+        return run.objective(run.model, run.batch(samples, indices))
 
 
 def gradient_norm(run: Run) -> Tensor:

@@ -84,16 +84,19 @@ class Objective:
 
         So a step, whose sum is divided by all its units, has each micro-batch's balance loss with its share of them.
         """
-        s, device = self.s, model.model.embed_tokens.weight.device
-        routed = [] if s.balance_loss and model.training else None
-        tokens = to_device(batch.tokens, device)
-        noise = self.noise(model, batch)
-        x = model.hidden_states(tokens, recompute=s.recompute, offsets=batch.offsets, routed=routed, noise=noise)
+        routed = [] if self.s.balance_loss and model.training else None
+        x = self.hidden_states(model, batch, routed)
         result = self.losses(model, x, batch)
         if not routed:
             return result
-        balance = s.balance_loss * len(result.losses) * unevenness(model, batch, routed)
+        balance = self.s.balance_loss * len(result.losses) * unevenness(model, batch, routed)
         return result._replace(trained=result.trained + balance)
+
+    def hidden_states(self, model: Transformer, batch: Batch, routed: list[Tensor] | None = None) -> Tensor:
+        """What the head gets, (B, T, E). routed: as in `Transformer.forward`."""
+        tokens = to_device(batch.tokens, model.model.embed_tokens.weight.device)
+        how = {"recompute": self.s.recompute, "offsets": batch.offsets, "noise": self.noise(model, batch)}
+        return model.hidden_states(tokens, routed=routed, **how)
 
     def noise(self, model: Transformer, batch: Batch) -> Tensor | None:
         """--neftune_alpha: the size of the noise on each embedded token (B, T) in training, else None."""

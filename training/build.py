@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 import lora
-from batching import Samples, Step, kind_of_samples, open_samples, read_data_info, source_names
+from batching import PLANNERS, Batch, Samples, Step, kind_of_samples, open_samples, read_data_info, source_names
 from experts import Experts
 from model import Config, Transformer
 from objectives import OBJECTIVES, Objective
@@ -94,6 +94,16 @@ class Run:
     def whole(self) -> Transformer:
         """The whole model, which may be without memory: to count its parameters."""
         return self.divided.whole if self.divided else self.model
+
+    @property
+    def gradient(self) -> str:
+        """How a step finds its gradient: a key of `finetune.GRADIENTS`."""
+        return "pipeline" if self.ranks.link else OPTIMIZERS[self.settings.optimizer].gradient
+
+    def batch(self, samples: Samples, indices: list[int]) -> Batch:
+        """The micro-batch of the samples with these numbers."""
+        layout = PLANNERS[self.settings.planner].layout
+        return Batch(*layout(samples, indices), self.objective.known(samples, indices))
 
     def share(self, micro_batches: Step, samples: Samples) -> Step:
         """Of the micro-batches of a step or a validation those of this device."""

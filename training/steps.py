@@ -110,11 +110,12 @@ class Seen:
 
 
 def dropout_seed(s: Settings, step: int, ranks: Ranks) -> int:
-    """torch's random seed on a device for a step (from 0): another one for each along data."""
-    return seeds_of_step(s, step, ranks.layout.data)[ranks.data_rank]
+    """torch's random seed on a device for a step (from 0): another one for each along data and pipeline."""
+    data, stages = ranks.layout.data, ranks.layout.pipeline
+    return seeds_of_step(s, step, data * stages)[ranks.stage * data + ranks.data_rank]
 
 
 def seeds_of_step(s: Settings, step: int, count: int) -> range:
-    """The random seeds of so many devices along data for a step."""
+    """The random seeds of so many devices for a step."""
     first = s.seed + 1_000_003 * (1 + step * count)
     return range(first, first + 1_000_003 * count, 1_000_003)

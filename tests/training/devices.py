@@ -63,7 +63,7 @@ def gradient_of_step(s):
     run = build.build_run(s, fabric, data, None, {})
     _, micro_batches = next(iter(planned_steps(s, data.train, 0, total_steps(s, data.train))))
     units = data.train.unit_counts[[i for indices in micro_batches for i in indices]].sum().item()
-    found = finetune.backward_passes(run, run.share(micro_batches, data.train), 0, units)
+    found = finetune.GRADIENTS[run.gradient](run, run.share(micro_batches, data.train), 0, units)
     gradients = whole_gradient(run.model, run.divided)
     return gradients | {"loss": found.loss.detach().clone(), "norm": finetune.gradient_norm(run).clone()}
 

@@ -14,9 +14,10 @@ from shell.files import check_manifest
 __all__ = ["run", "settings"]
 
 LAYOUTS = {  # by the number of devices
-    2: [{}, {"shard": True}, {"parallel": "tensor=2"}],
+    2: [{}, {"shard": True}, {"parallel": "tensor=2"}, {"parallel": "pipeline=2"}],
     4: [{"shard": True}, {"parallel": "tensor=4"}, {"parallel": "data=2,tensor=2"},
-        {"parallel": "tensor=2", "shard": True}],
+        {"parallel": "tensor=2", "shard": True}, {"parallel": "pipeline=4"}, {"parallel": "pipeline=2,tensor=2"},
+        {"parallel": "data=2,pipeline=2"}, {"parallel": "pipeline=2", "shard": True}],
 }  # fmt: skip
 METHODS = [
     {"lora_init": "orthogonal"},

@@ -10,8 +10,8 @@ from batching import packed_in_step
 from model import Config
 from ops.rope import RoPE
 from shell.cli import UserError
+from training.parallel.part import Part
 from training.parallel.sharing import share_out, surplus
-from training.parallel.tensor import Part
 
 
 def random_step(N, longest, budget):

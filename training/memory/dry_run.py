@@ -11,6 +11,7 @@ from ops.allocator import no_more_than
 from training.memory import budget
 from training.memory.machine import free_memory
 from training.optimizer import OPTIMIZERS, InBackward
+from training.parallel.pipeline import pipelined_passes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,9 +35,12 @@ def memory_dry_run(run: Run, forward: Callable) -> None:
     limit = no_more_than(free_memory("cpu")) if device.type == "cpu" else contextlib.nullcontext()
     with random_state, limit, torch.set_grad_enabled(OPTIMIZERS[s.optimizer].gradient == "backward"):
         held = budget.memory_of_later_steps(s, model, run.optimizer, gradients=most > run.fabric.world_size)
-        trained = forward(run, run.train, indices).trained
-        if trained.requires_grad:
-            trained.backward()
+        if run.ranks.link:  # as many as a stage holds at one time, at most
+            pipelined_passes(run, [indices] * run.ranks.layout.pipeline, 0, 1)
+        else:
+            trained = forward(run, run.train, indices).trained
+            if trained.requires_grad:
+                trained.backward()
     if in_backward:
         run.optimizer.take_norm()
         run.optimizer.stopped = False

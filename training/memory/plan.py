@@ -34,7 +34,7 @@ from training.from_settings import train_only
 from training.memory.allocations import Allocations, trace_step
 from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
 from training.optimizer import moment_bytes
-from training.parallel.tensor import Part
+from training.parallel.part import Part
 from weights.beside import train_beside
 
 if TYPE_CHECKING:

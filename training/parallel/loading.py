@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,12 @@ from shell.process import is_first
 from shell.progress import bar
 from training import initialization
 from training.from_settings import DTYPES, adapter_config, base_quantization, train_only
+from training.parallel.part import COLUMNS
 from training.parallel.pieces import Box, Pieces, box_of, rows_here, take
 from training.parallel.ranks import Ranks, local
 from training.parallel.saving import Divided, is_of_adapter
 from training.parallel.shard import as_parameters, shard
-from training.parallel.tensor import COLUMNS, connect, connect_adapters, norms_of_whole_rows
+from training.parallel.tensor import connect, connect_adapters, norms_of_whole_rows
 from weights import peft_format
 from weights.checkpoint import model_of, read_config, read_config_json
 from weights.stored import Weights
@@ -48,8 +50,9 @@ def load_part(
             _, whole, weights = model_of(read_config_json(folder)[0], Weights(folder))
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        model = _without_memory(s, ranks, adapter)
         _adapt(s, whole, adapter)
+        _check_stages(whole, ranks)
+        model = _without_memory(s, ranks, adapter, whole)
         model.to_empty(device=device)
         model.tie_weights()
         norms = _fill(s, ranks, model, weights, device)
@@ -65,8 +68,23 @@ def _adapt(s, model, adapter):
         train_only(model, s.train)
 
 
-def _without_memory(s, ranks, adapter):
-    """This device's model on "meta": quantised, with adapters, connected to the others and sharded."""
+def _check_stages(whole, ranks):
+    """Raise UserError if a stage of the pipeline has nothing to train: nothing would come back through it."""
+    trained = [place(name) for name, parameter in whole.named_parameters() if parameter.requires_grad]
+    for stage in range(ranks.layout.pipeline):
+        part = dataclasses.replace(ranks.part, stage=stage)
+        if not any(part.has(name) for name in trained):
+            raise UserError(
+                f"--parallel pipeline={part.stages}: nothing trains in stage {stage + 1}, layers {part.layers[0]} to "
+                f"{part.layers[-1]}"
+            )
+
+
+def _without_memory(s, ranks, adapter, whole):
+    """This device's model on "meta": quantised, with adapters, connected to the others and sharded.
+
+    whole: the whole model, with its adapters.
+    """
     part = ranks.part
     with torch.device("meta"):
         model = part.model().requires_grad_(False)
@@ -81,13 +99,25 @@ def _without_memory(s, ranks, adapter):
                 parent, leaf = _owner(model, name)
                 setattr(parent, leaf, quantizer(layer.weight, layer.bias))
         as_parameters(model)
-        _adapt(s, model, adapter)
+        _adapt_part(model, adapter, whole)
+    if ranks.link:
+        ranks.link.connect(model)
     if ranks.layout.tensor > 1:
         connect(model, part, ranks.group("tensor"))
         connect_adapters(model, ranks.group("tensor"))
     if ranks.layout.shard:
         shard(model, ranks.mesh["data"])
     return model
+
+
+def _adapt_part(model, adapter, whole):
+    """Let those parameters train that do in the whole model, in the same adapters."""
+    if adapter:
+        here = lora.linear_layers(model)
+        lora.wrap(model, adapter, [name for name in adapters(whole) if name in here])
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(whole.get_parameter(name).requires_grad)
 
 
 def _linears(model):

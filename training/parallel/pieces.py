@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.parallel.part import Place
 from training.parallel.ranks import Ranks, local
-from training.parallel.tensor import Place
 
 Box = tuple[tuple[int, int], ...]  # along each dimension: from, to before
 

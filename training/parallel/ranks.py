@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from batching import PLANNERS, Samples, Step
-from training.parallel.layout import Layout
+from training.parallel.layout import DIMENSIONS, Layout
+from training.parallel.part import Part
 from training.parallel.shard import give_back
 from training.parallel.sharing import share_out, surplus
-from training.parallel.tensor import Part
+from training.parallel.stages import Link
 from training.steps import planned_steps
 from weights.checkpoint import read_config
 
@@ -33,8 +34,9 @@ STEPS_LOOKED_AT = 100  # for how evenly they are shared out
 class Ranks:
     """This process in its layout. Of a run on one device nothing here does anything.
 
-    mesh: torch's, of the dimensions of the layout; None on one device. part: of the model, along tensor.
-    kv_group: the processes along tensor that have the same keys and values, if there are others.
+    mesh: torch's, of the dimensions of the layout; None on one device. part: of the model. link: to the other stages.
+    kv_group: the processes along tensor that have the same keys and values, if there are others. ends_group: the first
+    and the last stage, if both have the embedding.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -42,16 +44,23 @@ class Ranks:
     mesh: DeviceMesh | None = None
     part: Part | None = None
     kv_group: Any = None
+    ends_group: Any = None
+    link: Link | None = None
+
+    @property
+    def stage(self) -> int:
+        """The place along pipeline: which of the layers are this device's."""
+        return self.layout.place(self.rank).pipeline
 
     @property
     def data_rank(self) -> int:
         """The place along data: which of the samples are this device's."""
-        return self.layout.place(self.rank)[0]
+        return self.layout.place(self.rank).data
 
     @property
     def tensor_rank(self) -> int:
         """The place along tensor: which part of the layers this device has."""
-        return self.layout.place(self.rank)[1]
+        return self.layout.place(self.rank).tensor
 
     def group(self, dimension: str) -> Any:
         """torch's process group of the devices along a dimension that differ in nothing else."""
@@ -63,31 +72,43 @@ class Ranks:
 
     def shares(self, s: Settings, micro_batches: Step, samples: Samples) -> list[Step]:
         """The micro-batches of each device along data."""
-        if self.layout.data == 1:
+        data, stages = self.layout.data, self.layout.pipeline
+        if data == stages == 1:
             return [micro_batches]
         planner = PLANNERS[s.planner]
         padded = planner.layout is Samples.padded
         return share_out(
-            micro_batches, planner.lengths(samples), s.micro_batch_tokens, self.layout.data, self.layout.shard, padded
+            micro_batches, planner.lengths(samples), s.micro_batch_tokens, data, self.layout.shard, padded, stages
         )
 
     def describe(self, s: Settings, samples: Samples, total: int) -> str:
         """How the devices are divided, and how evenly the tokens of the first steps are, of `total`, in words."""
         if self.layout.data == 1:
-            return f"{self.layout.tensor} devices share each layer" if self.layout.tensor > 1 else ""
+            return self._division()
         steps = planned_steps(s, samples, 0, min(total, STEPS_LOOKED_AT))
         found = surplus([self.shares(s, step, samples) for _, step in steps], PLANNERS[s.planner].lengths(samples))
-        each = f", {self.layout.tensor} devices each" if self.layout.tensor > 1 else ""
+        division = self._division()
+        each = f", for each of which {division}" if division else ""
         return (
             f"{self.layout.data} shares of each step's tokens{each}: the largest has {found.mean:.1%} more than the "
             f"mean, {found.worst:.1%} at the worst"
         )
 
+    def _division(self):
+        """How the devices that have the same samples divide the model, in words."""
+        stages, tensor = self.layout.pipeline, self.layout.tensor
+        layer = f"{tensor} devices share each layer" if tensor > 1 else ""
+        if stages == 1:
+            return layer
+        return f"the layers are in {stages} stages" + (f", {layer}" if layer else "")
+
     def sum(self, numbers: Tensor) -> Tensor:
-        """The sum of the devices' numbers, over the samples of all."""
-        if self.layout.data > 1:
-            numbers = numbers.clone()
-            dist.all_reduce(numbers, group=self.group("data"))
+        """The sum of the devices' numbers, over the samples of all. The last stage's count: it has the losses."""
+        if self.layout.data > 1 or self.layout.pipeline > 1:
+            numbers = numbers.clone() if self.part.is_last else torch.zeros_like(numbers)
+        for dimension in ("data", "pipeline"):
+            if getattr(self.layout, dimension) > 1:
+                dist.all_reduce(numbers, group=self.group(dimension))
         return numbers
 
     def all_sum(self, numbers: Tensor) -> Tensor:
@@ -115,10 +136,10 @@ class Ranks:
                 parameter.grad = torch.zeros_like(parameter)
         if self.layout.data > 1 and not self.layout.shard:
             add_up([p.grad for _, p in trained], self.group("data"))
-        if self.layout.tensor > 1:
-            places = {name: self.part.place(name).summed for name, _ in trained}
-            add_up([local(p.grad) for name, p in trained if places[name] == "tensor"], self.group("tensor"))
-            add_up([local(p.grad) for name, p in trained if places[name] == "kv"], self.kv_group)
+        if self.part and (self.layout.tensor > 1 or self.layout.pipeline > 1):
+            groups = {"tensor": self.group("tensor"), "kv": self.kv_group, "ends": self.ends_group}
+            for summed, group in groups.items():
+                add_up([local(p.grad) for name, p in trained if self.part.place(name).summed == summed], group)
 
     def clip_gradients(self, model: nn.Module, most: float) -> Tensor:
         """The norm of the gradient, a scalar; then it is clipped to `most`. For models that are divided."""
@@ -141,6 +162,8 @@ class Ranks:
         if self.data_rank and not self.layout.shard:
             return False
         place = self.part.place(name)
+        if place.summed == "ends" and not self.part.is_first:
+            return False
         if place.dim is not None:
             return place.summed != "kv" or self.tensor_rank % self.part.sharers == 0
         return self.tensor_rank == 0 or ".experts." in name
@@ -172,14 +195,29 @@ def make_ranks(layout: Layout, checkpoint_dir: Path, device: torch.device) -> Ra
         return Ranks()
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh(device.type, (layout.data, layout.tensor), mesh_dim_names=("data", "tensor"))
     rank = dist.get_rank()
-    part = Part(read_config(checkpoint_dir), layout.place(rank)[1], layout.tensor)
+    here = layout.place(rank)
+    mesh = init_device_mesh(
+        device.type, (layout.pipeline, layout.data, layout.tensor), mesh_dim_names=DIMENSIONS
+    )  # fmt: skip
+    part = Part(read_config(checkpoint_dir), here.tensor, layout.tensor, here.pipeline, layout.pipeline)
     ranks = Ranks(layout, rank, mesh, part)
-    if part.sharers > 1:  # every process takes part in making every group
-        for data in range(layout.data):
-            for first in range(0, layout.tensor, part.sharers):
-                members = [layout.rank(data, first + i) for i in range(part.sharers)]
-                group = dist.new_group(members)
-                ranks.kv_group = group if rank in members else ranks.kv_group
+    if layout.pipeline > 1:
+        ranks.link = Link(here.pipeline, layout.pipeline, ranks.group("pipeline"))
+    if part.sharers > 1:
+        ranks.kv_group = _group_of(rank, layout, lambda place: (*place[:2], place.tensor // part.sharers))
+    if part.config.tie_word_embeddings and layout.pipeline > 1:
+        ends = 0, layout.pipeline - 1
+        ranks.ends_group = _group_of(rank, layout, lambda place: place.pipeline in ends and place[1:])
     return ranks
+
+
+def _group_of(rank, layout, key):
+    """The process group of those whose places have the same key as this device's; None if that is False."""
+    members, found = {}, None
+    for other in range(layout.world_size):
+        members.setdefault(key(layout.place(other)), []).append(other)
+    for ranks in (members[key] for key in members if key is not False):
+        group = dist.new_group(ranks)  # every process takes part in making every group
+        found = group if rank in ranks else found
+    return found

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from model import Block
 from quantize import quantized_layers
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def as_parameters(model: nn.Module) -> None:
 def shard(model: Transformer, mesh: DeviceMesh) -> None:
     """Divide a model among the devices of a mesh of one dimension. It may be on "meta", and each piece filled then."""
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        if isinstance(block, Block):  # not what stands in the place of another stage's
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

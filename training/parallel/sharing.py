@@ -46,9 +46,17 @@ class _Share:
             row.append(sample)
         self.tokens, other.tokens = self.tokens + sizes[sample], other.tokens - sizes[sample]
 
+    def cut_into(self, number):
+        """Have so many micro-batches: cut the longest of those that have fewer, then add empty ones."""
+        while len(self.micro_batches) < number:
+            longest = max(self.micro_batches, key=len, default=[])
+            half = len(longest) // 2
+            self.micro_batches.append(longest[len(longest) - half :])
+            del longest[len(longest) - half :]
+
 
 def share_out(
-    step: Step, lengths: Tensor, budget: int, count: int, even: bool = False, padded: bool = False
+    step: Step, lengths: Tensor, budget: int, count: int, even: bool = False, padded: bool = False, least: int = 1
 ) -> list[Step]:
     """The micro-batches of a step for each of `count` devices.
 
@@ -58,7 +66,8 @@ def share_out(
 
     lengths: (N,) of all samples. budget: the positions of a micro-batch, as planners take it. padded: whether its rows
     are padded to one length. even: whether all devices get the same number of micro-batches, of which the last may be
-    empty: where devices have parts of the model, all take part in each pass.
+    empty: where devices have parts of the model, all take part in each pass. least: how many micro-batches a device
+    gets at least, of which the last may be empty too: as many as a pipeline has stages.
     """
     samples = [i for micro_batch in step for i in micro_batch]
     sizes = dict(zip(samples, lengths[samples].tolist(), strict=True))
@@ -74,8 +83,9 @@ def share_out(
         *others, most = sorted(shares, key=lambda share: share.tokens)
         if not any(most.give(other, sizes, room) for other in others):
             break
-    if even:
-        _level(shares)
+    counts = [max(least, len(share.micro_batches)) for share in shares]
+    for share, number in zip(shares, counts, strict=True):
+        share.cut_into(max(counts) if even else number)
     return [share.micro_batches for share in shares]
 
 
@@ -91,17 +101,6 @@ def _exchange(most, least, gap):
         for other, back in [(0, None), *least[max(0, place - 1) : place + 1]]:
             best = min(best, (abs(gap - 2 * (size - other)), sample, back), key=lambda found: found[0])
     return best[1:]
-
-
-def _level(shares):
-    """Give all the same number of micro-batches: cut the longest of those that have fewer, then add empty ones."""
-    most = max(len(share.micro_batches) for share in shares)
-    for share in shares:
-        while len(share.micro_batches) < most:
-            longest = max(share.micro_batches, key=len, default=[])
-            half = len(longest) // 2
-            share.micro_batches.append(longest[len(longest) - half :])
-            del longest[len(longest) - half :]
 
 
 class Surplus(NamedTuple):

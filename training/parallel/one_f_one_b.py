@@ -1,0 +1,90 @@
+"""Micro-batches through the stages of a pipeline in the order of 1F1B, by torch's `Schedule1F1B`.
+
+As soon as all stages are busy, each takes one micro-batch forward and one backward in turn (Narayanan et al. 2019,
+arXiv 1806.03377). So stage k of S (from 0) keeps the activations of S - k micro-batches at most, and is idle in S - 1 of
+the n + S - 1 turns that n micro-batches take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+from training.parallel.stages import hidden_dtype
+
+if TYPE_CHECKING:
+    from training.build import Run
+
+
+class Stage(PipelineStage):
+    """This device's stage for the micro-batches of one step, whose sizes differ.
+
+    torch's own stage has room for as many equal tensors as there are micro-batches, all the time. This one makes room
+    for the hidden states of a micro-batch before they arrive, and gives it back when they have gone backward.
+    """
+
+    def __init__(self, run: Run, shapes: list[torch.Size], hidden_states: Callable[[int], Tensor]):
+        """shapes: (B, T) of each micro-batch. hidden_states: of its number, what this stage makes of `link.arrived`."""
+        link, model, device = run.ranks.link, run.model, run.fabric.device
+        self.link, self.shapes, self.width = link, shapes, model.config.hidden_size
+        self.dtype = hidden_dtype(model)
+        nothing = torch.empty(0, dtype=self.dtype, device=device, requires_grad=True)
+        super().__init__(
+            _Passes(link, hidden_states), link.stage, link.stages, device,
+            input_args=(nothing,) if link.stage else (), output_args=(nothing,), group=link.group,
+        )  # fmt: skip
+
+    def run(self, loss: Callable[[Tensor, int], Tensor]) -> None:
+        """All micro-batches, forward and backward. loss: of what the head gets and their number, what is minimised."""
+
+        def numbered(x, number):
+            return loss(x, int(number))
+
+        count = len(self.shapes)
+        schedule = Schedule1F1B(self, count, numbered, scale_grads=False)
+        numbers = torch.arange(count)
+        self.link.by_itself = False
+        try:
+            schedule.step(number=numbers, target=numbers, return_outputs=False)
+        finally:
+            self.link.by_itself = True
+
+    def _room(self, number):
+        return torch.empty(*self.shapes[number], self.width, dtype=self.dtype, device=self.device)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list:
+        """Make room for what the stage before sends, and say so."""
+        for info in () if self.is_first else self.args_recv_info[fwd_chunk_id]:
+            info.buffer = self._room(fwd_chunk_id)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list:
+        """Make room for the gradient that the next stage sends, and say so."""
+        for info in () if self.is_last else self.grad_recv_info[bwd_chunk_id]:
+            info.buffer = self._room(bwd_chunk_id)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **more: Any) -> None:
+        """A backward pass, after which nothing of the micro-batch is kept."""
+        super().backward_one_chunk(bwd_chunk_id, *arguments, **more)
+        for info in (*self.args_recv_info[bwd_chunk_id], *self.grad_recv_info.get(bwd_chunk_id, ())):
+            info.buffer = None
+
+
+class _Passes(nn.Module):
+    """What `PipelineStage` calls: the hidden states that have arrived, and the number of their micro-batch."""
+
+    def __init__(self, link, hidden_states):
+        super().__init__()
+        self.link, self.hidden_states = link, hidden_states
+
+    def forward(self, arrived: Tensor | None = None, *, number: Tensor) -> Tensor:
+        self.link.arrived = arrived
+        try:
+            return self.hidden_states(int(number))
+        finally:
+            self.link.arrived = None
