@@ -1,4 +1,4 @@
-"""Every family divided among devices: along tensor, and by FSDP."""
+"""Every family divided among devices: along tensor, along pipeline, and by FSDP."""
 
 from devices import gradient_of_model, gradients_on
 from families.rows import each_row
@@ -6,7 +6,7 @@ from test_devices import check_same
 
 from training.settings import Settings
 
-LAYOUTS = {"parallel": "tensor=2"}, {"shard": True}
+LAYOUTS = {"parallel": "tensor=2"}, {"shard": True}, {"parallel": "pipeline=2"}
 METHODS = (
     {"method": "full"}, {"method": "lora", "lora_r": 2, "lora_targets": "all-linear"}, {"method": "dora", "lora_r": 3},
 )  # fmt: skip
@@ -15,7 +15,7 @@ METHODS = (
 def test_the_gradient_is_that_of_the_whole_model(tiny_models, tmp_path):
     """Each row of the table in one layout and with one method, in turn."""
     rows = each_row()
-    how = [(METHODS[number % 3], LAYOUTS[(number + number // 6) % 2]) for number, _ in enumerate(rows)]
+    how = [(METHODS[number % 3], LAYOUTS[(number + number // 3) % 3]) for number, _ in enumerate(rows)]
     flags = [
         dict(checkpoint_dir=tiny_models(row).folder, data_dir=tmp_path, out_dir=tmp_path, precision="32-true", **method)
         for row, (method, _) in zip(rows, how, strict=True)

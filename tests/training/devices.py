@@ -77,6 +77,7 @@ def gradient_of_model(s):
     from training import build
     from training.parallel.layout import layout_of
     from training.parallel.loading import load_part
+    from training.parallel.one_f_one_b import Stage
     from training.parallel.ranks import make_ranks
 
     fabric, layout, divided = build.start_fabric(s), layout_of(s), None
@@ -87,12 +88,21 @@ def gradient_of_model(s):
         model, _ = build.build_model(s, fabric.device, None)
     model: Transformer = model.train()
     generator = torch.Generator().manual_seed(1)
-    for number, size in enumerate((9, 14, 5, 2)):
-        ids = torch.randint(3, VOCABULARY, (size,), generator=generator)
-        if number % layout.data == ranks.data_rank:
-            inputs, targets = shift(ids, torch.arange(size) > 1)
-            x = model.hidden_states(inputs[None], offsets=[0, size - 1])
-            model.target_losses(x, targets[None])[0].backward()
+    samples = [torch.randint(3, VOCABULARY, (size,), generator=generator) for size in (9, 14, 5, 2)]
+    samples = [shift(ids, torch.arange(len(ids)) > 1) for ids in samples[ranks.data_rank :: layout.data]]
+
+    def hidden_states(number):
+        tokens, _ = samples[number]
+        return model.hidden_states(tokens[None], offsets=[0, len(tokens)])
+
+    def loss(x, number):
+        return model.target_losses(x, samples[number][1][None])[0]
+
+    if ranks.link:
+        Stage(model, ranks.link, [tokens[None].shape for tokens, _ in samples], hidden_states).run(loss)
+    else:
+        for number, _ in enumerate(samples):
+            loss(hidden_states(number), number).backward()
     ranks.sum_gradients(model)
     return whole_gradient(model, divided)
 

@@ -91,7 +91,7 @@ def cut_back(folder, step):
 
 
 def test_a_run_goes_on_with_another_number_of_devices(settings, run, model_dirs, tmp_path):
-    """On two devices in one layout, from its second step on one, from its fourth on two in the other layout."""
+    """On two devices in one layout, from its second step on one, from its fourth on two in another layout."""
     flags = dict(max_steps=6, save_interval=2, keep_last=0, eval_interval=3, micro_batch_tokens=40, learning_rate=1e-3)
     flags["checkpoint_dir"] = model_dirs("llama", **SIZES, num_attention_heads=6, num_key_value_heads=3)
     methods = {
@@ -102,11 +102,11 @@ def test_a_run_goes_on_with_another_number_of_devices(settings, run, model_dirs,
     }  # fmt: skip
     samples = random_samples(20), random_samples(5)
     expected = {name: run(*samples, name=f"{name}-one", **(flags | own)) for name, own in methods.items()}
-    layouts = {"parallel": "tensor=2"}, {"shard": True}
+    layouts = {"parallel": "tensor=2"}, {"shard": True}, {"parallel": "pipeline=2"}
     for number, devices in enumerate((2, 1, 2)):
         cases = []
         for i, (name, own) in enumerate(methods.items()):
-            layout = layouts[(number // 2 + i) % 2] if devices == 2 else {}
+            layout = layouts[(number // 2 + i) % 3] if devices == 2 else {}
             cases.append(settings(name=name, devices=devices, resume=number > 0, **layout, **(flags | own)))
             if number:
                 cut_back(cases[-1].out_dir, 2 * number)

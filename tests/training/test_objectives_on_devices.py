@@ -10,7 +10,8 @@ from training.settings import Settings
 
 __all__ = ["pairs_dir", "run", "settings"]
 
-LAYOUTS = {"data": {}, "shard": {"shard": True}, "tensor": {"parallel": "tensor=2"}}
+LAYOUTS = {"data": {}, "shard": {"shard": True}, "tensor": {"parallel": "tensor=2"},
+           "pipeline": {"parallel": "pipeline=2"}}  # fmt: skip
 
 
 def check_rows(folder, expected):

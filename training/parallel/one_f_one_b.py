@@ -1,23 +1,21 @@
 """Micro-batches through the stages of a pipeline in the order of 1F1B, by torch's `Schedule1F1B`.
 
 As soon as all stages are busy, each takes one micro-batch forward and one backward in turn (Narayanan et al. 2019,
-arXiv 1806.03377). So stage k of S (from 0) keeps the activations of S - k micro-batches at most, and is idle in S - 1 of
-the n + S - 1 turns that n micro-batches take.
+arXiv 1806.03377). So stage k of S (from 0) keeps the activations of S - k micro-batches at most, and of the n + S - 1
+turns that n micro-batches take it is idle in S - 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from training.parallel.stages import hidden_dtype
-
-if TYPE_CHECKING:
-    from training.build import Run
+from model import Transformer
+from training.parallel.stages import Link, hidden_dtype
 
 
 class Stage(PipelineStage):
@@ -27,9 +25,11 @@ class Stage(PipelineStage):
     for the hidden states of a micro-batch before they arrive, and gives it back when they have gone backward.
     """
 
-    def __init__(self, run: Run, shapes: list[torch.Size], hidden_states: Callable[[int], Tensor]):
+    def __init__(
+        self, model: Transformer, link: Link, shapes: list[torch.Size], hidden_states: Callable[[int], Tensor]
+    ):
         """shapes: (B, T) of each micro-batch. hidden_states: of its number, what this stage makes of `link.arrived`."""
-        link, model, device = run.ranks.link, run.model, run.fabric.device
+        device = model.model.embed_tokens.weight.device
         self.link, self.shapes, self.width = link, shapes, model.config.hidden_size
         self.dtype = hidden_dtype(model)
         nothing = torch.empty(0, dtype=self.dtype, device=device, requires_grad=True)

@@ -38,7 +38,7 @@ def pipelined_passes(run: Run, mine: list[list[int]], step: int, units: int) -> 
             sums.add(result, samples, mine[number])
         return result.trained / units if mine[number] else result.trained * 0
 
-    stage = Stage(run, [batch.tokens.shape for batch in batches], hidden_states)
+    stage = Stage(run.model, run.ranks.link, [batch.tokens.shape for batch in batches], hidden_states)
     stage.run(trained)
     run.ranks.sum_gradients(run.model)
     positions = sum(batch.tokens.numel() for batch, indices in zip(batches, mine, strict=True) if indices)
