@@ -59,10 +59,13 @@ def test_a_layout_is_proposed_and_planned(settings, capsys):
     out = capsys.readouterr().out
     rows = re.findall(r"^  --parallel (\S+)( --shard)? +(\S+) GB +(\S+) s a step, +(\S+) of it", out, re.MULTILINE)
     assert [row[:2] for row in rows] == [
-        ("data=4,tensor=1", ""),
-        ("data=4,tensor=1", " --shard"),
+        ("data=4", ""),
+        ("data=4", " --shard"),
         ("data=2,tensor=2", ""),
         ("data=2,tensor=2", " --shard"),
+        ("pipeline=2,data=2", ""),
+        ("pipeline=2,data=2", " --shard"),
+        ("pipeline=2,tensor=2", ""),
     ]  # fmt: skip (three heads of keys and values cannot be divided among four devices)
     proposed = re.search(r"fastest that fits: --parallel (\S+)( --shard)?", out)
     assert float(min(rows, key=lambda row: float(row[3]))[3]) == float(
@@ -71,4 +74,4 @@ def test_a_layout_is_proposed_and_planned(settings, capsys):
     assert "Each device sends" in out and "together" in out
     finetune.main(settings(memory_budget="0.01MB", **flags))
     out = capsys.readouterr().out
-    assert out.count("does not fit") == 4 and "no layout fits" in out and "together" not in out
+    assert out.count("does not fit") == 7 and "no layout fits" in out and "together" not in out

@@ -67,6 +67,7 @@ def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
         loss=OBJECTIVES[s.objective](s).traced_loss,
         tensor=layout.tensor,
         shares=layout.data if layout.shard else 1,
+        stages=layout.pipeline,
     )
 
 
@@ -100,7 +101,7 @@ def planned_job(s: Settings, train: Samples) -> tuple[plan.Job, list[list[plan.S
 def predicted_peak(s: Settings, train: Samples) -> int:
     """Predicted bytes at the peak of the run, or of the teacher's reading before it."""
     job, steps = planned_job(s, train)
-    own = plan.Predictor(job).peak(plan.worst([shape for shapes in steps for shape in shapes]))
+    own = plan.predictor_of(job).peak(plan.worst([shape for shapes in steps for shape in shapes]))
     return max(own, teacher_peak(s, train))
 
 
@@ -161,7 +162,7 @@ def most_that_fits(s: Settings, train: Samples) -> tuple[int, float]:
     given = s.memory_budget and cli.number_of_bytes(s.memory_budget, "memory_budget")
     overhead = plan.CPU_OVERHEAD if job.device == "cpu" else plan.CUDA_OVERHEAD
     budget = given or machine.free_memory(job.device) - overhead
-    return plan.largest_micro_batch(plan.Predictor(job), train, s.global_batch_size, budget), budget
+    return plan.largest_micro_batch(plan.predictor_of(job), train, s.global_batch_size, budget), budget
 
 
 def choose_micro_batch(s: Settings, train: Samples) -> None:
@@ -205,7 +206,7 @@ def check_host_memory(s: Settings, train: Samples) -> None:
     if not s.offload and s.recompute != "offload":
         return
     job, steps = planned_job(s, train)
-    need = s.devices * plan.Predictor(job).host_peak(plan.worst([shape for shapes in steps for shape in shapes]))
+    need = s.devices * plan.predictor_of(job).host_peak(plan.worst([shape for shapes in steps for shape in shapes]))
     free = machine.free_memory("cpu")
     if need > free:
         flags = ["--offload optimizer"] * bool(s.offload) + ["--recompute offload"] * (s.recompute == "offload")
@@ -259,15 +260,16 @@ def describe_traffic(s: Settings, job: plan.Job, layout: Layout, steps: list[lis
     """What each device sends in a step of a layout, and how long that takes, in words."""
     found = traffic_of_step(job, layout, steps)
     parts = ", ".join(f"{name} {nbytes / 1e9:.3g}" for name, nbytes in found._asdict().items() if nbytes)
+    idle = f"It is idle for {layouts.idle(layout, steps):.0%} of a step.\n" if layout.pipeline > 1 else ""
     return (
-        f"Each device sends {sum(found) / 1e9:.3g} GB a step ({parts}): {found.seconds(s.plan_link * 1e9):.3g} s at "
+        f"{idle}Each device sends {sum(found) / 1e9:.3g} GB a step ({parts}): {found.seconds(s.plan_link * 1e9):.3g} s at "
         f"{s.plan_link:g} GB/s (--plan_link), if nothing is computed meanwhile."
     )
 
 
 def traffic_of_step(job: plan.Job, layout: Layout, steps: list[list[plan.Shape]]) -> layouts.Traffic:
     """The mean of some steps' `layouts.Traffic`, at each device."""
-    passes = max(layouts.passes_of(shapes, layout.data) for shapes in steps)
+    passes = max(layouts.passes_of(shapes, layout) for shapes in steps)
     positions = sum(shape.positions for shapes in steps for shape in shapes) / len(steps) / layout.data
     return layouts.traffic(job, layout, passes, positions)
 
@@ -299,8 +301,9 @@ def proposal(s: Settings, flags: dict, train: Samples, budget: float, rate: floa
     if s.micro_batch_tokens == "auto":
         s.micro_batch_tokens = most_that_fits(s, train)[0] or train.longest()
     job, steps = planned_job(s, train)
-    predictor, shapes = plan.Predictor(job), [shape for shapes in steps for shape in shapes]
+    predictor, shapes = plan.predictor_of(job), [shape for shapes in steps for shape in shapes]
     computing = plan.step_flops(predictor, shapes) / len(steps) / rate / layout.data
+    computing /= 1 - layouts.idle(layout, steps)
     sending = traffic_of_step(job, layout, steps).seconds(s.plan_link * 1e9)
     peak = predictor.peak(plan.worst(shapes))
     return layouts.Proposal(flags, peak, s.micro_batch_tokens, computing + sending, sending)
@@ -342,11 +345,11 @@ def suggestions(s: Settings, train: Samples, available: float) -> str:
     gradients = "kept" if most > 1 else "new"
 
     def peak(shape, **flags):
-        return plan.Predictor(plan_job(dataclasses.replace(s, **flags), gradients)).peak(shape)
+        return plan.predictor_of(plan_job(dataclasses.replace(s, **flags), gradients)).peak(shape)
 
     now, changes = peak(shape), {}
     if longest < shape.positions and not s.optimizer_in_backward:
-        predictor, tokens = plan.Predictor(plan_job(s)), max(longest, shape.positions // 2)
+        predictor, tokens = plan.predictor_of(plan_job(s)), max(longest, shape.positions // 2)
         while tokens > longest and predictor.peak(plan.full_shape(train, tokens)) > available:
             tokens = max(longest, tokens // 2)
         changes[f"--micro_batch_tokens {tokens}"] = predictor.peak(plan.full_shape(train, tokens))

@@ -7,6 +7,7 @@ Nothing here is measured. A sum over n devices sends 2 (n - 1) / n of its bytes 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from training.parallel.layout import Layout
 
 
 class Traffic(NamedTuple):
-    """Bytes that a device sends in a step: gradients and weights over data, activations over tensor."""
+    """Bytes that a device sends in a step: gradients and weights over data, activations over tensor and pipeline."""
 
     gradients: float
     weights: float
@@ -30,7 +31,7 @@ class Traffic(NamedTuple):
 def traffic(job: plan.Job, layout: Layout, passes: int, positions: int) -> Traffic:
     """The `Traffic` of a run whose devices have so many micro-batches in a step, of so many positions together."""
     data, tensor = layout.data, layout.tensor
-    held = plan.Predictor(dataclasses.replace(job, shares=1, gradients="kept")).fixed
+    held = plan.predictor_of(dataclasses.replace(job, shares=1, gradients="kept")).fixed
     stored, gradients = held["weights"] + held["adapters"], held["gradients"]
     ring = (data - 1) / data
     # With --shard weights are gathered for each pass, forward and backward, and gradients shared out after it.
@@ -38,18 +39,20 @@ def traffic(job: plan.Job, layout: Layout, passes: int, positions: int) -> Traff
     # Attention and the MLP of each block: a sum going forward and one backward, and those going forward once more where
     # they are computed again.
     again = 1.0 if job.recompute == "offload" else job.recompute
-    sums = 2 * job.config.num_hidden_layers * (2 + again)
+    sums = 2 * len(job.in_stage.layers) * (2 + again)
     width = job.config.hidden_size * (job.autocast or job.dtype).itemsize
-    return Traffic(*over_data, sums * 2 * (tensor - 1) / tensor * positions * width)
+    over_pipeline = min(2, layout.pipeline - 1)  # to the next stage, and back to the one before
+    return Traffic(*over_data, (sums * 2 * (tensor - 1) / tensor + over_pipeline) * positions * width)
 
 
 def divisions(world_size: int, devices: int) -> Iterator[dict]:
     """The flags of each layout of so many devices, `devices` of them on a node, beyond which tensor does not go."""
-    for tensor in range(1, devices + 1):
-        if world_size % tensor == 0 and devices % tensor == 0:
-            data = world_size // tensor
-            for shard in (False, True) if data > 1 else (False,):
-                yield {"parallel": f"data={data},tensor={tensor}", "shard": shard}
+    for pipeline, tensor in itertools.product(range(1, world_size + 1), range(1, devices + 1)):
+        if world_size % (pipeline * tensor) == 0 and devices % tensor == 0:
+            sizes = {"pipeline": pipeline, "data": world_size // (pipeline * tensor), "tensor": tensor}
+            for shard in (False, True) if sizes["data"] > 1 else (False,):
+                parallel = ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+                yield {"parallel": parallel, "shard": shard}
 
 
 class Proposal(NamedTuple):
@@ -74,6 +77,12 @@ def fastest(proposals: list[Proposal], budget: float) -> Proposal | None:
     return min((each for each in proposals if each.peak <= budget), key=lambda each: each.seconds, default=None)
 
 
-def passes_of(shapes: list[plan.Shape], data: int) -> int:
-    """How many micro-batches a device along data has, of those of a step."""
-    return math.ceil(len(shapes) / data)
+def passes_of(shapes: list[plan.Shape], layout: Layout) -> int:
+    """How many micro-batches a device has, of those of a step: one for each stage at least."""
+    return max(layout.pipeline, math.ceil(len(shapes) / layout.data))
+
+
+def idle(layout: Layout, steps: list[list[plan.Shape]]) -> float:
+    """The share of a step in which a device of a pipeline waits for others, on average."""
+    turns = [passes_of(shapes, layout) + layout.pipeline - 1 for shapes in steps]
+    return sum((layout.pipeline - 1) / each for each in turns) / len(turns)

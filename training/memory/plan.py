@@ -34,7 +34,8 @@ from training.from_settings import train_only
 from training.memory.allocations import Allocations, trace_step
 from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
 from training.optimizer import moment_bytes
-from training.parallel.part import Part
+from training.parallel.part import Part, without_head
+from training.parallel.stages import hidden_dtype
 from weights.beside import train_beside
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Job:
         then train: only those with such names, as --train has them; None for all.
     optimizer, recompute, betas, apollo_rank: as in finetune.py.
     tensor: how many devices have a part of each layer; the plan is for the one with the largest. shares: among how many
-        --shard divides weights, gradients and states.
+        --shard divides weights, gradients and states. stages: how many a pipeline has; stage: which one it is.
     loss: a scalar of the model, of what its head gets (B, T, E) and of the targets (B, T), as
         `objectives.Objective.traced_loss`.
     gradients: "kept" from earlier micro-batches of a step, "new" if it has only one, "freed" one by one if the
@@ -98,6 +99,13 @@ class Job:
     loss: Callable[[model_file.Transformer, Tensor, Tensor], Tensor] = sum_of_losses
     tensor: int = 1
     shares: int = 1
+    stages: int = 1
+    stage: int = 0
+
+    @property
+    def in_stage(self) -> Part:
+        """Which of the layers there are in this stage, and whether embedding and head."""
+        return Part(self.config, stage=self.stage, stages=self.stages)
 
 
 @dataclass(frozen=True)
@@ -184,8 +192,11 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
         number = here.get(int(block[1]))
         return None if number is None else f"{quantize.BLOCKS}{number}.{name[block.end() :]}"
 
+    stage = job.in_stage
+    config = (job.config if stage.is_last else without_head(job.config)).of_layers(numbers)
     with torch.device("meta"):
-        model = Part(job.config.of_layers(numbers), job.tensor - 1, job.tensor).model()
+        model = Part(config, job.tensor - 1, job.tensor).model()
+        stage.leave_out_ends(model)
     for name, parameter in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -197,7 +208,9 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
         else:
             setattr(module, leaf, nn.Parameter(tensor))
     model.tie_weights()
-    names = {own: name for name in chosen_parts(job) if (own := in_this_model(name)) is not None}
+    if not stage.is_first:
+        arrive_from_nowhere(model, job)
+    names = {own: name for name in chosen_parts(job) if stage.has(name) and (own := in_this_model(name)) is not None}
     if job.adapter:
         with NoRandomness():
             lora.wrap(model, job.adapter, [*names], [*names.values()])
@@ -206,6 +219,23 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
     return model.train()
+
+
+def arrive_from_nowhere(model: model_file.Transformer, job: Job) -> None:
+    """Let hidden states be there without an embedding, as they arrive at a later stage of a pipeline."""
+    weight = model.model.embed_tokens.weight = model.model.embed_tokens.weight.to(device=job.device, dtype=job.dtype)
+    dtype, width = hidden_dtype(model), job.config.hidden_size
+
+    def embed(tokens, positions, noise=None):
+        shape, trains = (*tokens.shape, width), torch.is_grad_enabled()
+        return torch.empty(shape, dtype=dtype, device=weight.device, requires_grad=trains)
+
+    model.embed = embed
+
+
+def gradient_arrives(model: model_file.Transformer, x: Tensor, targets: Tensor) -> Tensor:
+    """In the place of a loss: a scalar whose backward pass begins with a gradient of x, as the next stage sends it."""
+    return (x * torch.empty_like(x)).sum()
 
 
 def parameter_bytes(module: nn.Module, job: Job, elsewhere: Collection[int] = ()) -> Counter:
@@ -238,20 +268,23 @@ class Predictor:
     """Predicts for a `Job` the peak memory and the FLOPs of micro-batches. Every shape is traced once."""
 
     def __init__(self, job: Job):
-        L = job.config.num_hidden_layers
+        L, self.layers = job.config.num_hidden_layers, job.in_stage.layers
         offloads = job.recompute == "offload"
         recomputed = [offloads or number < round(job.recompute * L) for number in range(L)]
         quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
         chosen = chosen_parts(job)
         parts = [chosen_in_block(job, chosen, number) for number in range(L)]
         kinds = list(zip(job.config.kinds_of_layers(), recomputed, quantizers, parts, strict=True))
-        runs = [list(run) for _, run in itertools.groupby(range(L), key=kinds.__getitem__)]  # numbers of equal blocks
+        runs = [
+            list(run) for _, run in itertools.groupby(self.layers, key=kinds.__getitem__)
+        ]  # numbers of equal blocks
         traced = [number for run in runs for number in run[:TRACED_BLOCKS]]
         last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1
         more = [len(run) - TRACED_BLOCKS for run in runs]
         self.left_out = {end - 1: count for end, count in zip(last, more, strict=True) if count > 0}
         share = "offload" if offloads else sum(recomputed[number] for number in traced) / len(traced)
-        self.job = dataclasses.replace(job, recompute=share)
+        loss = job.loss if job.in_stage.is_last else gradient_arrives
+        self.job = dataclasses.replace(job, recompute=share, loss=loss)
         self.traces = {}
         if job.quantize:  # its table of 8-bit values must be a real tensor: the first one is cached for the process
             functional = quantize.bitsandbytes().functional
@@ -306,11 +339,12 @@ class Predictor:
                 blocks = trace_step(self.model, (tokens, tokens, offsets), allocations, self.job, self.left_out)
             more = sum(count * blocks[number][1] for number, count in self.left_out.items())
             # Of the blocks' inputs, which are of one size, the trace has seen those of the traced blocks.
-            parked = allocations.host_peak * self.job.config.num_hidden_layers // len(self.model.model["layers"])
+            parked = allocations.host_peak * len(self.layers) // len(self.model.model["layers"])
             at_peak, flops = allocations.at_peak, allocations.flops + more
             if self.job.gradients == "none":  # nothing is saved, and there are two passes
                 at_peak["working set"] += at_peak.pop("saved activations", 0)
                 flops *= 2
+            at_peak["saved activations"] *= self.job.stages - self.job.stage  # micro-batches that wait for the others
             self.traces[shape] = at_peak, flops, parked
         return self.traces[shape]
 
@@ -329,6 +363,39 @@ class Predictor:
     def flops(self, shape: Shape) -> int:
         """FLOPs of a micro-batch, forward and backward, or twice forward."""
         return self.trace(shape)[1]
+
+
+class Stages:
+    """Predicts as `Predictor` does, for the stage of a pipeline that takes most.
+
+    That is the first one, with the embedding and the activations of as many micro-batches as there are stages, or the
+    last one, with the head: those between them have no more than the first.
+    """
+
+    def __init__(self, job: Job):
+        self.ends = [Predictor(dataclasses.replace(job, stage=stage)) for stage in (0, job.stages - 1)]
+        self.fixed = max((end.fixed for end in self.ends), key=Counter.total)
+
+    def parts(self, shape: Shape) -> Counter:
+        """Bytes by part at the peak of a step."""
+        return max((end.parts(shape) for end in self.ends), key=Counter.total)
+
+    def peak(self, shape: Shape) -> int:
+        """Bytes at the peak of a step."""
+        return self.parts(shape).total()
+
+    def host_peak(self, shape: Shape) -> int:
+        """Bytes of host memory that a CUDA device uses at the peak of a step."""
+        return max(end.host_peak(shape) for end in self.ends)
+
+    def flops(self, shape: Shape) -> int:
+        """FLOPs of a micro-batch, forward and backward."""
+        return max(end.flops(shape) for end in self.ends)
+
+
+def predictor_of(job: Job) -> Predictor | Stages:
+    """What predicts for the device that takes most."""
+    return Stages(job) if job.stages > 1 else Predictor(job)
 
 
 # ------------------------------------------------------------------------------------------------ shapes and budgets
@@ -354,7 +421,7 @@ def worst(shapes: Iterable[Shape]) -> Shape:
     return max(shapes, key=lambda shape: (shape.positions, shape.targets, max(sample_lengths(shape))))
 
 
-def step_flops(predictor: Predictor, shapes: list[Shape]) -> float:
+def step_flops(predictor: Predictor | Stages, shapes: list[Shape]) -> float:
     """FLOPs of all these micro-batches, from one of about their mean size, cut into samples of one length.
 
     Attention takes the square of a sample's length, so the mean of lengths is one over positions, not over samples.
@@ -388,7 +455,7 @@ def forked_shape(positions: int, forks: Forks, targets: int) -> Shape:
     return Shape(1, forks.offsets()[-1], targets, forks)
 
 
-def largest_micro_batch(predictor: Predictor, samples: Samples, most_rows: int, budget: float) -> int:
+def largest_micro_batch(predictor: Predictor | Stages, samples: Samples, most_rows: int, budget: float) -> int:
     """The largest micro_batch_tokens whose peak, whatever the samples, stays within `budget` bytes; 0 if none does.
 
     most_rows: samples in a step. The answer is the longest sample's length or more, in steps of TOKEN_STEP.
@@ -408,7 +475,7 @@ def describe(job: Job, steps: list[list[Shape]], flops_per_second: float, source
     steps: the `Shape`s of the micro-batches of some steps. source: where `flops_per_second` comes from. total: steps of
     the run.
     """
-    predictor, shapes = Predictor(job), [shape for shapes in steps for shape in shapes]
+    predictor, shapes = predictor_of(job), [shape for shapes in steps for shape in shapes]
     shape = worst(shapes)
     parts = predictor.parts(shape)
     flops = step_flops(predictor, shapes) / len(steps)

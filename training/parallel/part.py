@@ -130,9 +130,7 @@ class Part:
 
     def local_config(self) -> Config:
         """The `Config` of this device's model."""
-        c = self.config
-        if not self.is_last:
-            c = dataclasses.replace(c, tie_word_embeddings=False, logit_scale=1.0, logit_softcap=None)
+        c = self.config if self.is_last else without_head(self.config)
         if self.count == 1:
             return c
         (q, q_end), (k, k_end), (inner, inner_end) = self.heads("q"), self.heads("kv"), self.inner(c.intermediate_size)
@@ -205,7 +203,9 @@ class Part:
     def model(self) -> Transformer:
         """This device's model, where torch makes tensors now: on "meta" without memory."""
         model = Transformer(self.local_config())
-        self._leave_out_stages(model)
+        for number in set(range(self.config.num_hidden_layers)) - set(self.layers):
+            model.model.layers[number] = BlockElsewhere()
+        self.leave_out_ends(model)
         for number in self.layers if self.count > 1 else ():
             block = model.model.layers[number]
             if block.sparse:
@@ -217,11 +217,9 @@ class Part:
                         layer.bias = None
         return model
 
-    def _leave_out_stages(self, model):
-        """Put something that does nothing in the place of what other stages have."""
+    def leave_out_ends(self, model: Transformer) -> None:
+        """Let a model of `local_config` have neither embedding nor head, if other stages have these."""
         parts, weight = model.model, model.model.embed_tokens.weight
-        for number in set(range(len(parts.layers))) - set(self.layers):
-            parts.layers[number] = BlockElsewhere()
         if not self.is_last:
             parts["norm"], model.lm_head = nn.Identity(), HeadElsewhere(self.config.vocab_size)
             _remove(parts, "project_out")
@@ -234,6 +232,11 @@ class Part:
 def _remove(parts, *names):
     for name in set(names).intersection(parts):
         del parts[name]
+
+
+def without_head(c: Config) -> Config:
+    """The `Config` of a stage that is not the last."""
+    return dataclasses.replace(c, tie_word_embeddings=False, logit_scale=1.0, logit_softcap=None)
 
 
 def _share(total, rank, count):
