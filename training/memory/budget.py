@@ -260,10 +260,11 @@ def describe_traffic(s: Settings, job: plan.Job, layout: Layout, steps: list[lis
     """What each device sends in a step of a layout, and how long that takes, in words."""
     found = traffic_of_step(job, layout, steps)
     parts = ", ".join(f"{name} {nbytes / 1e9:.3g}" for name, nbytes in found._asdict().items() if nbytes)
-    idle = f"It is idle for {layouts.idle(layout, steps):.0%} of a step.\n" if layout.pipeline > 1 else ""
+    idle = f"Each device is idle for {layouts.idle(layout, steps):.0%} of a step.\n" if layout.pipeline > 1 else ""
     return (
-        f"{idle}Each device sends {sum(found) / 1e9:.3g} GB a step ({parts}): {found.seconds(s.plan_link * 1e9):.3g} s at "
-        f"{s.plan_link:g} GB/s (--plan_link), if nothing is computed meanwhile."
+        f"{idle}Each device sends {sum(found) / 1e9:.3g} GB a step ({parts}): "
+        f"{found.seconds(s.plan_link * 1e9):.3g} s at {s.plan_link:g} GB/s (--plan_link), "
+        "if nothing is computed meanwhile."
     )
 
 

@@ -223,12 +223,13 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
 
 def arrive_from_nowhere(model: model_file.Transformer, job: Job) -> None:
     """Let hidden states be there without an embedding, as they arrive at a later stage of a pipeline."""
-    weight = model.model.embed_tokens.weight = model.model.embed_tokens.weight.to(device=job.device, dtype=job.dtype)
+    model.model.embed_tokens.to(job.device)
+    model.hidden_dtype = job.dtype
     dtype, width = hidden_dtype(model), job.config.hidden_size
 
     def embed(tokens, positions, noise=None):
         shape, trains = (*tokens.shape, width), torch.is_grad_enabled()
-        return torch.empty(shape, dtype=dtype, device=weight.device, requires_grad=trains)
+        return torch.empty(shape, dtype=dtype, device=tokens.device, requires_grad=trains)
 
     model.embed = embed
 

@@ -101,6 +101,7 @@ def _without_memory(s, ranks, adapter, whole):
         as_parameters(model)
         _adapt_part(model, adapter, whole)
     if ranks.link:
+        model.hidden_dtype = DTYPES[s.precision]  # also where no embedding is
         ranks.link.connect(model)
     if ranks.layout.tensor > 1:
         connect(model, part, ranks.group("tensor"))

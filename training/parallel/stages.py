@@ -28,7 +28,7 @@ class BlockElsewhere(nn.Module):
 
 
 class EmbeddingElsewhere(nn.Module):
-    """In the place of an embedding that the first stage has: nothing but its dtype, its width and its device."""
+    """In the place of an embedding that the first stage has: nothing but its width and its device."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
