@@ -39,7 +39,7 @@ from training.offload import OffloadedAdamW
 from training.optimizer import OPTIMIZERS, InBackward, StepInBackward, build_optimizer, go_on, is_projected
 from training.parallel import saving
 from training.parallel.layout import check_launch, layout_of
-from training.parallel.loading import load_part
+from training.parallel.loading import check_division, load_part
 from training.parallel.ranks import Ranks, make_ranks
 from training.parallel.saving import Divided
 from training.streaming import check_streaming
@@ -196,6 +196,7 @@ def check_model(s: Settings, data: Data) -> Transformer:
         )
     if unused := idle_flags(s):
         print(f"note: {', '.join(unused)} change nothing with --method {s.method}", file=sys.stderr)
+    check_division(s, model)
     check_objective(s, data)
     check_forgetting(s, data)
     check_teacher(s, data)

@@ -1,5 +1,6 @@
 """How the micro-batches of a step are shared out among devices, and the parts of layers among those along tensor."""
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from batching import packed_in_step
-from model import Config
+from model import Config, Transformer
 from ops.rope import RoPE
 from shell.cli import UserError
 from training.parallel.part import Part
@@ -61,6 +62,20 @@ def test_a_device_may_have_nothing():
     assert sorted(share_out([[0]], torch.tensor([5]), 99, 2, even=True)) == [[[]], [[0]]]
 
 
+@pytest.mark.parametrize("even", [False, True])
+def test_each_device_has_a_micro_batch_for_each_stage(even):
+    for _ in range(50):
+        N, count, stages = random.randint(1, 40), random.randint(1, 4), random.randint(1, 5)
+        lengths, step = random_step(N, 50, 60)
+        shares = share_out(step, lengths, 60, count, even, least=stages)
+        assert Counter(i for share in shares for each in share for i in each) == Counter(range(N))
+        for share in shares:
+            samples = sum(map(len, share))
+            assert len(share) >= stages and sum(map(bool, share)) >= min(samples, stages)
+            sizes = [tokens_of([each], lengths) for each in share if len(each) > 1]
+            assert all(size <= 60 for size in sizes)
+
+
 def config(H, K, inner=64, **more):
     rope = RoPE(8, 1e4)
     return Config(160, 48, inner, 1, H, K, 8, 1e-5, (rope,), (None,), (1.0,), 64, **more)
@@ -77,6 +92,25 @@ def test_each_head_is_at_one_device(H, K, count):
         assert {head // (H // K) for head in own} == {*range(*part.heads("kv"))}
         assert len(own) % len(range(*part.heads("kv"))) == 0
         assert part.local_config().num_attention_heads == len(own)
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(5, 2), (4, 4), (7, 3), (8, 1)])
+def test_each_layer_is_in_one_stage(layers, stages):
+    whole = dataclasses.replace(config(2, 2), tie_word_embeddings=True).of_layers([0] * layers)
+    parts = [Part(whole, stage=stage, stages=stages) for stage in range(stages)]
+    assert [number for part in parts for number in part.layers] == [*range(layers)]
+    assert max(len(part.layers) for part in parts) - min(len(part.layers) for part in parts) <= 1
+    embedding, norm = (
+        [part.stage for part in parts if part.has(f"model.{name}.weight")] for name in ("embed_tokens", "norm")
+    )
+    assert embedding == sorted({0, stages - 1}) and norm == [stages - 1]
+    with torch.device("meta"):
+        names = [{name for name, _ in part.model().named_parameters()} for part in parts]
+        assert set.union(*names) == {name for name, _ in Transformer(whole).named_parameters()}
+    for part, own in zip(parts, names, strict=True):
+        assert all(part.has(name) and part.place(name) for name in own)
+    with pytest.raises(UserError, match=f"only {layers} layers"):
+        Part(whole, stages=layers + 1)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lora
 from adapters.adapter import adapters, place
 from model import Transformer
+from objectives import OBJECTIVES
 from quantize import BLOCKS, QuantizedLinear, quantizer_of
 from shell.cli import UserError
 from shell.files import checked
@@ -19,7 +20,8 @@ from shell.process import is_first
 from shell.progress import bar
 from training import initialization
 from training.from_settings import DTYPES, adapter_config, base_quantization, train_only
-from training.parallel.part import COLUMNS
+from training.parallel.layout import layout_of
+from training.parallel.part import COLUMNS, Part
 from training.parallel.pieces import Box, Pieces, box_of, rows_here, take
 from training.parallel.ranks import Ranks, local
 from training.parallel.saving import Divided, is_of_adapter
@@ -31,6 +33,24 @@ from weights.stored import Weights
 
 if TYPE_CHECKING:
     from training.settings import Settings
+
+
+def check_division(s: Settings, model: Transformer) -> None:
+    """Raise UserError if a model cannot be divided as the flags say. model: the whole one on "meta", ready to train."""
+    layout = layout_of(s)
+    part = Part(model.config, count=layout.tensor, stages=layout.pipeline)
+    trained = [place(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for stage in range(part.stages):  # through one without anything that trains nothing would come back
+        own = dataclasses.replace(part, stage=stage)
+        if not any(own.has(name) for name in trained):
+            layers = f"layers {own.layers[0]} to {own.layers[-1]}"
+            raise UserError(f"--parallel {s.parallel}: nothing trains in stage {stage + 1}, {layers}")
+    by_length = any(rope and rope.depends_on_length for rope in model.config.ropes)
+    if part.stages > 1 and by_length and OBJECTIVES[s.objective].data == "pairs":
+        raise UserError(
+            f"--parallel {s.parallel}: the two answers of a pair cannot share a prompt in this model, whose positions "
+            "depend on the length, and a pipeline needs that"
+        )
 
 
 @torch.no_grad()
@@ -51,7 +71,6 @@ def load_part(
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
         _adapt(s, whole, adapter)
-        _check_stages(whole, ranks)
         model = _without_memory(s, ranks, adapter, whole)
         model.to_empty(device=device)
         model.tie_weights()
@@ -66,18 +85,6 @@ def _adapt(s, model, adapter):
         lora.add_lora(model, adapter)
     else:
         train_only(model, s.train)
-
-
-def _check_stages(whole, ranks):
-    """Raise UserError if a stage of the pipeline has nothing to train: nothing would come back through it."""
-    trained = [place(name) for name, parameter in whole.named_parameters() if parameter.requires_grad]
-    for stage in range(ranks.layout.pipeline):
-        part = dataclasses.replace(ranks.part, stage=stage)
-        if not any(part.has(name) for name in trained):
-            raise UserError(
-                f"--parallel pipeline={part.stages}: nothing trains in stage {stage + 1}, layers {part.layers[0]} to "
-                f"{part.layers[-1]}"
-            )
 
 
 def _without_memory(s, ranks, adapter, whole):

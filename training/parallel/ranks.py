@@ -77,8 +77,9 @@ class Ranks:
             return [micro_batches]
         planner = PLANNERS[s.planner]
         padded = planner.layout is Samples.padded
+        least = stages if stages > 1 else 0
         return share_out(
-            micro_batches, planner.lengths(samples), s.micro_batch_tokens, data, self.layout.shard, padded, stages
+            micro_batches, planner.lengths(samples), s.micro_batch_tokens, data, self.layout.shard, padded, least
         )
 
     def describe(self, s: Settings, samples: Samples, total: int) -> str:

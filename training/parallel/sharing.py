@@ -56,7 +56,7 @@ class _Share:
 
 
 def share_out(
-    step: Step, lengths: Tensor, budget: int, count: int, even: bool = False, padded: bool = False, least: int = 1
+    step: Step, lengths: Tensor, budget: int, count: int, even: bool = False, padded: bool = False, least: int = 0
 ) -> list[Step]:
     """The micro-batches of a step for each of `count` devices.
 
