@@ -51,6 +51,7 @@ def test_the_gradient_is_that_of_one_process(settings, model_dirs, tmp_path, dev
     flags = dict(lora_r=4, lora_alpha=2, global_batch_size=7, micro_batch_tokens=24, max_steps=1, max_grad_norm=0)
     H, K = HEADS[devices]
     own = SIZES | {"num_attention_heads": H, "num_key_value_heads": K, "hidden_size": SIZES["hidden_size"] * H // 6}
+    own["num_hidden_layers"] = devices + 1  # so that stages differ
     flags["checkpoint_dir"] = model_dirs("llama", std=0.05, **own)
     cases, expected = [], []
     for method in METHODS:
