@@ -144,7 +144,7 @@ class Settings:
         devices: How many GPUs (or CPU processes) of each node share each step.
         nodes: How many machines, each with so many devices; started by torchrun or srun (docs/devices.md).
         parallel: How the devices are divided, such as "data=2,tensor=2": along data they have different samples, along
-            tensor each has a part of every layer. By default all along data.
+            tensor each has a part of every layer, along pipeline some of the layers. By default all along data.
         shard: Divide weights, gradients and the optimiser's states among the devices along data (FSDP2).
         plan: Predict memory, FLOPs and time from config.json and the data alone, print them, and stop.
         plan_tflops: The speed of a device that the plan's time assumes, in TFLOP/s; measured if not given.

@@ -378,5 +378,7 @@ def memory_before(s: Settings, device: torch.device) -> int:
     """Bytes that the process takes before the model is built, with imports that come later: they are no training."""
     if s.quantize:
         bitsandbytes()
+    if layout_of(s).pipeline > 1:
+        from torch.distributed import pipelining  # noqa: F401
     build_optimizer(s, nn.ParameterList([torch.zeros(2, 2)]))  # which imports what it needs
     return start_measuring(device)

@@ -35,7 +35,6 @@ from training.memory.allocations import Allocations, trace_step
 from training.offload import GRADIENT_BYTES, STATE_BYTES, buffer_bytes
 from training.optimizer import moment_bytes
 from training.parallel.part import Part, without_head
-from training.parallel.stages import hidden_dtype
 from weights.beside import train_beside
 
 if TYPE_CHECKING:
@@ -223,9 +222,7 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
 
 def arrive_from_nowhere(model: model_file.Transformer, job: Job) -> None:
     """Let hidden states be there without an embedding, as they arrive at a later stage of a pipeline."""
-    model.model.embed_tokens.to(job.device)
-    model.hidden_dtype = job.dtype
-    dtype, width = hidden_dtype(model), job.config.hidden_size
+    dtype, width = dtypes.compute_dtype(job.dtype, job.device), job.config.hidden_size
 
     def embed(tokens, positions, noise=None):
         shape, trains = (*tokens.shape, width), torch.is_grad_enabled()
