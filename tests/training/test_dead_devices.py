@@ -21,7 +21,6 @@ __all__ = ["settings"]
 
 ENDS = 60  # seconds, in which all others have ended
 STEPS = 12
-LAYOUTS = {2: {"parallel": "tensor=2"}, 4: {"parallel": "tensor=2", "shard": True}}
 
 
 def command_of(s):
@@ -45,13 +44,13 @@ def files_of(folder):
 
 @pytest.fixture
 def of_devices(settings):
-    """`of_devices(2, "name")`: the settings of a run on so many devices, with a checkpoint at every step."""
+    """`of_devices(2, "name", parallel=...)`: settings of a run on so many devices, with a checkpoint at every step."""
 
-    def make(devices, name):
+    def make(devices, name, **layout):
         train = None if (settings(name="x").data_dir).exists() else random_samples(30)
         return settings(
             train, name=name, devices=devices, max_steps=STEPS, save_interval=1, keep_last=3, micro_batch_tokens=40,
-            eval_interval=0, method="full", **LAYOUTS[devices],
+            eval_interval=0, method="full", **layout,
         )  # fmt: skip
 
     return make
@@ -90,8 +89,8 @@ def kill_one(s, count, resume, least):
 
 
 def test_a_death_ends_the_others_and_nothing_else(of_devices):
-    expected = until_the_end(of_devices(2, "alone"), 2)
-    s = of_devices(2, "killed")
+    expected = until_the_end(of_devices(2, "alone", parallel="tensor=2"), 2)
+    s = of_devices(2, "killed", parallel="tensor=2")
     kill_one(s, 2, resume=False, least=3)
     for process in start_processes(2, [*command_of(s), "--resume"]):
         assert process.communicate(timeout=200) and process.returncode == 0
@@ -99,11 +98,12 @@ def test_a_death_ends_the_others_and_nothing_else(of_devices):
 
 
 @pytest.mark.slow
-def test_twenty_deaths_among_four(of_devices):
-    expected = until_the_end(of_devices(4, "alone"), 4)
+@pytest.mark.parametrize("layout", [{"parallel": "tensor=2", "shard": True}, {"parallel": "pipeline=2,tensor=2"}])
+def test_ten_deaths_among_four(of_devices, layout):
+    expected = until_the_end(of_devices(4, "alone", **layout), 4)
     deaths = 0
-    while deaths < 20:
-        s = of_devices(4, f"killed-{deaths}")
+    while deaths < 10:
+        s = of_devices(4, f"killed-{deaths}", **layout)
         for least in (1, 3, 5, 7, 9):
             if kill_one(s, 4, resume=least > 1, least=least):
                 break
@@ -119,8 +119,8 @@ def children_of(pid):
 
 
 def test_torchrun_goes_on_by_itself(of_devices, tmp_path):
-    expected = until_the_end(of_devices(2, "alone"), 2)
-    s = of_devices(2, "restarted")
+    expected = until_the_end(of_devices(2, "alone", parallel="pipeline=2"), 2)
+    s = of_devices(2, "restarted", parallel="pipeline=2")
     start = [
         sys.executable,
         "-m",
