@@ -325,9 +325,9 @@ def rotate(s: Settings, steps: list, losses: list) -> None:
 def identity(s: Settings, info: dict) -> dict[str, str]:
     """A hash of everything the result depends on beside the settings, by its name.
 
-    Of the prepared data it is what data.json says: the shards that are read are those, or refused (shards.py). Hashing
-    the base model's weights would take as long as reading them, so only pieces are hashed: that finds another model,
-    but not a flipped bit, unless there is a manifest (`checkpoint.load_model`).
+    Of the prepared data it is what data.json says: the shards that are read are those, or refused (samples/shards.py).
+    Hashing the base model's weights would take as long as reading them, so only pieces are hashed: that finds another
+    model, but not a flipped bit, unless there is a manifest (`checkpoint.load_model`).
     """
     result = {f"data ({part})": hash for part, hash in hashes_of_data(s.data_dir).items()}
     result["tokenizer"], result["prompt style"] = info["tokenizer_hash"], info["prompt_style"]

@@ -25,7 +25,7 @@ from bench.training.peers import litgpt_checkpoint, torch_dtype, transformers_mo
 
 
 class Ids:
-    """Stands for `inference.sampling.Reply`: keeps the ids, has no tokenizer behind it, and ends with the limit alone."""
+    """Stands for `inference.sampling.Reply`: keeps the ids, has no tokenizer behind it, ends with the limit alone."""
 
     def __init__(self):
         self.ids, self.done = [], False
