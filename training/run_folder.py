@@ -49,6 +49,8 @@ from weights.checkpoint import NOTES, read_config, save_model, save_optimizer
 from weights.stored import INDEX, shard_paths
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from model import Transformer
     from training.build import Run
     from training.metrics import Metrics
@@ -289,6 +291,16 @@ def check_same(s: Settings, newest: Path, identity: dict) -> None:
     differences += differing_sources(read_json(newest / RUN), identity)
     if differences:
         raise UserError(f"{newest} cannot be resumed with {', '.join(differences)}")
+
+
+def check_same_everywhere(fabric: Fabric, identity: dict) -> None:
+    """Raise UserError if this device has found other data, or another model, than the first one. identity: its own."""
+    differences = differing_sources({"identity": fabric.broadcast(identity)}, identity)
+    if differences:
+        raise UserError(
+            f"device {fabric.global_rank + 1} has {', '.join(differences)} than the first one: give the same folders "
+            "on all machines, and addresses with their version"
+        )
 
 
 def differing_settings(before: dict, now: dict) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from training.parallel.layout import Layout
 from training.parallel.shard import give_back
 from training.parallel.sharing import share_out, surplus
 from training.parallel.tensor import Part
-from training.steps import planned_steps
+from training.steps import looked_at
 from weights.checkpoint import read_config
 
 if TYPE_CHECKING:
@@ -71,12 +72,12 @@ class Ranks:
             micro_batches, planner.lengths(samples), s.micro_batch_tokens, self.layout.data, self.layout.shard, padded
         )
 
-    def describe(self, s: Settings, samples: Samples, total: int) -> str:
-        """How the devices are divided, and how evenly the tokens of the first steps are, of `total`, in words."""
+    def describe(self, s: Settings, samples: Samples) -> str:
+        """How the devices are divided, and how evenly the tokens of the first steps are, in words."""
         if self.layout.data == 1:
             return f"{self.layout.tensor} devices share each layer" if self.layout.tensor > 1 else ""
-        steps = planned_steps(s, samples, 0, min(total, STEPS_LOOKED_AT))
-        found = surplus([self.shares(s, step, samples) for _, step in steps], PLANNERS[s.planner].lengths(samples))
+        steps = itertools.islice(looked_at(s, samples), STEPS_LOOKED_AT)
+        found = surplus([self.shares(s, step, samples) for step in steps], PLANNERS[s.planner].lengths(samples))
         each = f", {self.layout.tensor} devices each" if self.layout.tensor > 1 else ""
         return (
             f"{self.layout.data} shares of each step's tokens{each}: the largest has {found.mean:.1%} more than the "
