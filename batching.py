@@ -1,7 +1,7 @@
 """The samples of prepared data, their order, and the plan of which of them make up which micro-batch.
 
-shards.py has the files. Nothing here grows with the number of samples: a sample's numbers are read when it is its turn,
-and the order of an epoch is computed, place by place (`Order`).
+samples/shards.py has the files. Nothing here grows with the number of samples: a sample's numbers are read when it is
+its turn, and the order of an epoch is computed, place by place (`Order`).
 
 To add a batching idea: a function like `packed_in_step`, which cuts a step into micro-batches, or one like `shuffled`,
 which says what samples are in a step, and a line in `PLANNERS`.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.forks import Forks
-from shards import CUTS, DATA, DATA_AGAIN, Shard, Shards, local_shards, read_listing, streamed_shards
+from samples.shards import CUTS, DATA, DATA_AGAIN, Shard, Shards, local_shards, read_listing, streamed_shards
 from shell.cli import UserError
 from shell.files import check_listed, read_json
 from store.streaming import is_streamed
@@ -279,7 +279,8 @@ KINDS = {kind.kind: kind for kind in (Samples, Pairs)}
 def open_samples(folder: Path, part: str) -> Samples:
     """The samples of a part of a prepared folder, "train" or "val", or its `Pairs` if it holds such.
 
-    Raises UserError for a damaged folder: shards.py says which damage is found here, and which when a sample is read.
+    Raises UserError for a damaged folder: samples/shards.py says which damage is found here, and which when a sample is
+    read.
     """
     kind, listing = read_listing(folder, part)
     shards = streamed_shards if is_streamed(folder) else local_shards

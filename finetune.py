@@ -107,6 +107,7 @@ def train(s: Settings, data: Data, newest: Path | None, identity: dict) -> None:
 
 def train_on(s: Settings, fabric: "Fabric", data: Data, newest: Path | None, identity: dict) -> None:
     """`train` on the devices of `fabric`."""
+    run_folder.check_same_everywhere(fabric, identity)
     before = budget.memory_before(s, fabric.device)
     schedule = Schedule(s, total_steps(s, data.train), len(data.val) > 0, run_folder.schedule_state(newest))
     with budget.explained_out_of_memory(s, data.train, fabric.device):
@@ -118,7 +119,7 @@ def train_on(s: Settings, fabric: "Fabric", data: Data, newest: Path | None, ide
         trainable, frozen = parameter_counts(run.whole)
         fabric.print(f"{trainable:,} trainable parameters beside {frozen:,} frozen ones\n{schedule.describe()}")
         if fabric.world_size > 1:
-            fabric.print(run.ranks.describe(s, data.train, schedule.total))
+            fabric.print(run.ranks.describe(s, data.train))
         with run_folder.signals_noted() as signals:
             metrics, flops_per_token, signal = train_loop(run, schedule, run_folder.step_of(newest), signals)
             if not signal:
@@ -272,7 +273,7 @@ def finish_step(run: Run, found: Found) -> tuple[float, float]:
 def forward(run: Run, samples: Samples, indices: list[int]) -> Forward:
     """What the run's objective makes of a micro-batch: of the samples with these numbers."""
     if not indices:  # others have one more micro-batch, in which this device takes part
-        return forward(run, samples, [0]).uncounted()
+        return forward(run, samples, [samples.shards.at_hand()]).uncounted()
     with run.fabric.autocast():
         return run.objective(run.model, run.batch(samples, indices))
 

@@ -1,4 +1,4 @@
-"""The prepared folder: where it goes, and the files in it. shards.py describes the tensors.
+"""The prepared folder: where it goes, and the files in it. samples/shards.py describes the tensors.
 
 train.safetensors and val.safetensors, or shards of them, hold the samples; samples.jsonl names the row, and the
 examples, that each was made of; data.json has settings, hashes and counts. (dropped.jsonl is record_store.py's,

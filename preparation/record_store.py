@@ -20,7 +20,7 @@ import numpy as np
 from preparation.cleaning import SIGNATURE
 from preparation.filtering import FilteredRow
 from preparation.rendering import Tokens
-from shards import COLUMNS, CUTS, checksum, hash_of
+from samples.shards import COLUMNS, CUTS, checksum, hash_of
 from shell.cli import UserError
 from weights.safetensors_format import encode_header
 

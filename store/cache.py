@@ -4,6 +4,7 @@
     folders/s3/…/.NAME@0123456789ab.lock           who uses it; changed whenever it is used
     folders/s3/…/.NAME@0123456789ab.making         who makes it
     streamed/…                                     the same without large files, which are blobs alone (streaming.py)
+    streamed/…/.NAME@0123456789ab.readers          who is still to read which of these
     blobs/HASH                                     the content of a file, checked, read only
     partial/HASH                                   the beginning of one that is being fetched
     locks/00 … locks/ff                            for blobs, by the first two digits of their hash
@@ -14,6 +15,7 @@ first lock for as long as it lives. Who makes the folder has the second one alon
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -124,6 +126,50 @@ def _locked(lock, kind):
     except OSError:
         pass  # some network file systems have no locks
     return descriptor
+
+
+class Readers:
+    """Which large files of a streamed folder are still to be read, by all processes of a run on this machine.
+
+    Each is a byte in one file, locked by those that are to read it. (These locks are POSIX's, which belong to a process
+    and can be of a byte; the others, flock's, belong to a descriptor.) run: what the processes have in common, such as
+    the folder that they write: the readers of other runs are not seen. count: how many files there are.
+    """
+
+    def __init__(self, folder: Path, count: int, run: str):
+        lock = _lock_of(folder).with_suffix(".readers")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        self._first = int(hashlib.sha256(run.encode()).hexdigest()[:8], 16) * count
+
+    def add(self, number: int) -> None:
+        """This process is to read a file. Waits while another removes it."""
+        self._lock(number, fcntl.LOCK_SH)
+
+    def remove(self, number: int) -> None:
+        """This process has read it."""
+        self._lock(number, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def none(self, number: int) -> Iterator[None]:
+        """While nobody reads a file. Raises BlockingIOError if another process is to; this one must not be."""
+        self._lock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            self._lock(number, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """This process reads no more."""
+        os.close(self._descriptor)
+
+    def _lock(self, number, kind):
+        try:
+            fcntl.lockf(self._descriptor, kind, 1, self._first + number)
+        except (BlockingIOError, PermissionError):  # by either of which POSIX lets a system say it
+            raise BlockingIOError from None
+        except OSError:
+            pass  # some network file systems have no locks
 
 
 def _lock_of(folder):

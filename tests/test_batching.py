@@ -38,7 +38,7 @@ from batching import (
     source_names,
 )
 from preparation.record_store import SampleWriter
-from shards import COLUMNS
+from samples.shards import COLUMNS
 from shell.cli import UserError
 from shell.files import new_folder, read_json, write_json
 from training.steps import planned_steps

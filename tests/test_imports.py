@@ -19,7 +19,7 @@ LAYERS = [
     ["adapters"],
     ["lora"],
     ["weights", "text"],
-    ["shards"],
+    ["samples"],
     ["batching"],
     ["objectives"],
     ["inference", "preparation", "training"],

@@ -25,7 +25,7 @@ from batching import (
 )
 from ops.forks import Forks
 from preparation.record_store import count_targets
-from shards import CUTS
+from samples.shards import CUTS
 from shell.cli import UserError
 from shell.files import read_json, write_json
 from weights.safetensors_format import read_metadata

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from batching import PLANNERS, Batch
@@ -31,6 +30,7 @@ from shell.files import whole_file
 from training import build
 from training.optimizer import InBackward
 from training.steps import seeds_of_step
+from weights.checkpoint import write_shard
 
 if TYPE_CHECKING:
     from batching import Samples
@@ -86,40 +86,69 @@ class KeptStep:
 
 @contextlib.contextmanager
 def explained(run: Run, micro_batches: list[list[int]], step: int) -> Iterator[None]:
-    """Around a training step: if it raises NotFinite, find the cause, keep the step in FILE, and raise a UserError."""
-    s, fabric, layout = run.settings, run.fabric, PLANNERS[run.settings.planner].layout
+    """Around a training step: if it raises NotFinite, find the cause, keep the step in FILE, and raise a UserError.
+
+    In a model that is divided the cause is left to --replay: on one device, where a sample can be run by itself.
+    """
     try:
         yield
     except NotFinite as error:
-        if run.divided:
-            raise UserError(
-                f"step {step + 1}: {error}; with a model that is divided the cause is not looked for: see whether it "
-                "comes on one device, or at another --learning_rate"
-            ) from None
-        in_backward = isinstance(run.optimizer, InBackward)
-        scaler = getattr(fabric.strategy.precision, "scaler", None)
-        shares = run.ranks.shares(s, micro_batches, run.train)
-        micro_batches = [indices for share in shares for indices in share]
-        bad = KeptStep(
-            number=step,
-            batches=[Batch(*layout(run.train, i), run.objective.known(run.train, i)) for i in micro_batches],
-            names=sample_names(s.data_dir, run.train, micro_batches, run.sources),
-            units=sum(run.train.unit_counts[indices].sum().item() for indices in micro_batches),
-            seeds=[*seeds_of_step(s, step, len(shares))],
-            counts=[*map(len, shares)],
-            scale=scaler.get_scale() if scaler else 1.0,
-            message=str(error),
-            moved=in_backward and run.optimizer.early and error.what != "the loss",
-        )
-        kept = f"run it again with --config {s.out_dir}/config.yaml --replay {s.out_dir / FILE}"
-        if fabric.is_global_zero:
-            try:
-                write_step(s.out_dir / FILE, bad, run.model)
-            except (OSError, SafetensorError) as failure:
-                kept = f"it could not be kept to be run again ({failure})"
-        if in_backward:
+        bad = kept_step(run, micro_batches, step, error)
+        kept = keep(run, bad)
+        if isinstance(run.optimizer, InBackward):
             run.optimizer.stopped = True
-        raise UserError(f"step {step + 1}: {error}; {find_cause(run, bad)}; {kept}") from None
+        cause = "" if run.divided else f"{find_cause(run, bad)}; "
+        raise UserError(f"step {step + 1}: {error}; {cause}{kept}") from None
+
+
+def kept_step(run: Run, micro_batches: list[list[int]], step: int, error: NotFinite) -> KeptStep:
+    """The step whose loss or gradient is not finite, as it is kept."""
+    s, layout, in_backward = run.settings, PLANNERS[run.settings.planner].layout, isinstance(run.optimizer, InBackward)
+    scaler = getattr(run.fabric.strategy.precision, "scaler", None)
+    shares = run.ranks.shares(s, micro_batches, run.train)
+    micro_batches = [indices for share in shares for indices in share if indices]
+    return KeptStep(
+        number=step,
+        batches=[Batch(*layout(run.train, i), run.objective.known(run.train, i)) for i in micro_batches],
+        names=sample_names(s.data_dir, run.train, micro_batches, run.sources),
+        units=sum(run.train.unit_counts[indices].sum().item() for indices in micro_batches),
+        seeds=[*seeds_of_step(s, step, len(shares))],
+        counts=[sum(map(bool, share)) for share in shares],
+        scale=scaler.get_scale() if scaler else 1.0,
+        message=str(error),
+        moved=in_backward and run.optimizer.early and error.what != "the loss",
+    )
+
+
+def keep(run: Run, step: KeptStep) -> str:
+    """Write FILE. Returns how to run the step again, or why that cannot be, in words. All devices call it."""
+    s = run.settings
+    layout, tensors = trained_weights(run)
+    kept = f"run it again with --config {s.out_dir}/config.yaml --replay {s.out_dir / FILE}"
+    if run.divided:
+        kept += ", on one device, to see which samples cause it"
+    if run.fabric.is_global_zero:
+        try:
+            write_step(s.out_dir / FILE, step, layout, tensors)
+        except (OSError, SafetensorError) as failure:
+            kept = f"it could not be kept to be run again ({failure})"
+    for _ in tensors:  # what the first device still needs of this one
+        pass
+    return kept
+
+
+def trained_weights(run: Run) -> tuple[dict[str, tuple[torch.dtype, tuple]], Iterator[torch.Tensor | None]]:
+    """dtype and shape of each weight that trains, by its name, and one after the other the whole tensors.
+
+    Of a model that is divided the first device gets them, put together of the pieces of all, and the others None.
+    """
+    if run.divided:
+        run.ranks.give_back(run.model)
+        pieces, whole = run.divided.pieces, run.divided.whole
+        layout = run.divided.shapes(lambda name: whole.get_parameter(name).requires_grad)
+        return layout, pieces.gather([(name, 0) for name in layout], pieces.parameters.get, layout)
+    trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    return {name: (p.dtype, tuple(p.shape)) for name, p in trained.items()}, iter(trained.values())
 
 
 def sample_names(
@@ -274,14 +303,18 @@ def replay(s: Settings) -> None:
 # --------------------------------------------------------------------------------------------------------- the file
 
 
-def write_step(path: Path, step: KeptStep, model: nn.Module) -> None:
-    """Write a step and the trainable weights of the model to `path`, whole or not at all."""
-    tensors = {f"weights.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    for k, batch in enumerate(step.batches):
-        tensors |= {f"{k}.{name}": tensor for name, tensor in batch_tensors(batch).items()}
+def write_step(
+    path: Path, step: KeptStep, layout: dict[str, tuple[torch.dtype, tuple]], weights: Iterator[torch.Tensor]
+) -> None:
+    """Write a step and the weights that train (see `trained_weights`) to `path`, whole or not at all."""
+    own = {f"{k}.{name}": t for k, batch in enumerate(step.batches) for name, t in batch_tensors(batch).items()}
+    places = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in own.items()}
+    places |= {f"weights.{name}": place for name, place in layout.items()}
     values = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name != "batches"}
     with whole_file(path) as file:
-        save_file(tensors, file, metadata={"step": json.dumps(values)})
+        write_shard(
+            file, places, lambda name: own[name] if name in own else next(weights), {"step": json.dumps(values)}
+        )
 
 
 def batch_tensors(batch: Batch) -> dict[str, torch.Tensor]:

@@ -49,6 +49,8 @@ from weights.checkpoint import NOTES, read_config, save_model, save_optimizer
 from weights.stored import INDEX, shard_paths
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from model import Transformer
     from training.build import Run
     from training.metrics import Metrics
@@ -291,6 +293,16 @@ def check_same(s: Settings, newest: Path, identity: dict) -> None:
         raise UserError(f"{newest} cannot be resumed with {', '.join(differences)}")
 
 
+def check_same_everywhere(fabric: Fabric, identity: dict) -> None:
+    """Raise UserError if this device has found other data, or another model, than the first one. identity: its own."""
+    differences = differing_sources({"identity": fabric.broadcast(identity)}, identity)
+    if differences:
+        raise UserError(
+            f"device {fabric.global_rank + 1} has {', '.join(differences)} than the first one: give the same folders "
+            "on all machines, and addresses with their version"
+        )
+
+
 def differing_settings(before: dict, now: dict) -> list[str]:
     """The settings that would change the result, in words. A time budget may become longer or shorter."""
     names = [name for name in now if before.get(name) != now[name] and name not in HARMLESS]
@@ -325,9 +337,9 @@ def rotate(s: Settings, steps: list, losses: list) -> None:
 def identity(s: Settings, info: dict) -> dict[str, str]:
     """A hash of everything the result depends on beside the settings, by its name.
 
-    Of the prepared data it is what data.json says: the shards that are read are those, or refused (shards.py). Hashing
-    the base model's weights would take as long as reading them, so only pieces are hashed: that finds another model,
-    but not a flipped bit, unless there is a manifest (`checkpoint.load_model`).
+    Of the prepared data it is what data.json says: the shards that are read are those, or refused (samples/shards.py).
+    Hashing the base model's weights would take as long as reading them, so only pieces are hashed: that finds another
+    model, but not a flipped bit, unless there is a manifest (`checkpoint.load_model`).
     """
     result = {f"data ({part})": hash for part, hash in hashes_of_data(s.data_dir).items()}
     result["tokenizer"], result["prompt style"] = info["tokenizer_hash"], info["prompt_style"]

@@ -1,7 +1,8 @@
 """Data that a run reads from an address: which shards it will need, and when.
 
-A shard is fetched ahead into --data_cache and removed when the run has passed it. Every step of a run draws from all
-shards that are shuffled together (--shuffle_window), so these have to be there at once, and the next ones in time.
+A shard is fetched ahead into --data_cache and removed when the run has passed it, with all of its processes on the
+machine. Every step of a run draws from all shards that are shuffled together (--shuffle_window), so these have to be
+there at once, and the next ones in time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from batching import PLANNERS, Samples, order_of, shuffled
 from shell import cli
 from shell.cli import UserError
 from store.streaming import Stream, without_shards
-from training.parallel.layout import layout_of
 from training.steps import steps_per_epoch, total_steps
 
 if TYPE_CHECKING:
@@ -41,11 +41,6 @@ def check_streaming(s: Settings, train: Samples, objective: Objective) -> None:
         f"--objective {s.objective}": s.teacher_dir or objective.references(),
         f"--planner {s.planner}": PLANNERS[s.planner].draw is not shuffled,
     }
-    if layout_of(s).world_size > 1:
-        raise UserError(
-            f"--devices with data at an address is not supported: copy them to a folder with python store/models.py "
-            f"--pull {stream.wanted} --out_dir FOLDER"
-        )
     for flag, needed in needs_all.items():
         if needed:
             raise UserError(
@@ -97,7 +92,7 @@ def fetching_ahead(s: Settings, data: Data, start: int) -> Iterator[None]:
         return
     room = check_room(s, data)
     stream.step = min(start, total_steps(s, data.train) - 1)
-    stream.follow(windows(s, data.train, stream.step), room)
+    stream.follow(windows(s, data.train, stream.step), room, run=str(s.out_dir.absolute()))
     try:
         yield
     finally:

@@ -233,7 +233,12 @@ def write_model_weights(
     return write_weights(folder, theirs, lambda name: names.join(name, held[name], [read(own) for own in held[name]]))
 
 
-def write_shard(path: Path, layout: dict[str, tuple[torch.dtype, tuple]], read: Callable[[str], Tensor]) -> str:
+def write_shard(
+    path: Path,
+    layout: dict[str, tuple[torch.dtype, tuple]],
+    read: Callable[[str], Tensor],
+    metadata: dict[str, str] | None = None,
+) -> str:
     """Write one safetensors file, with the arguments of `write_weights`. Returns its hash.
 
     The library's own writer wants all tensors of a file in memory at once. While this thread writes, one hashes and one
@@ -244,7 +249,7 @@ def write_shard(path: Path, layout: dict[str, tuple[torch.dtype, tuple]], read: 
         name: (names[dtype], shape, torch.Size(shape).numel() * dtype.itemsize)
         for name, (dtype, shape) in layout.items()
     }
-    encoded = encode_header(places, {"format": "pt"})
+    encoded = encode_header(places, metadata or {"format": "pt"})
     digest = hashlib.sha256(encoded)
     with open(path, "wb") as file, ThreadPoolExecutor(2) as threads:
         file.write(encoded)

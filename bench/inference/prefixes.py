@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":  # the project's folder in place of this one, wherever it is started from
     sys.path[0] = str(ROOT)
 
+from bench.inference.sides import Ids
 from bench.measuring import Comparison, alternate, describe, machine_name, print_table, summarize
 from shell import cli
 from shell.cli import UserError
@@ -158,26 +159,6 @@ class Client(threading.Thread):
             ended.wait()
             self.first.append(times[0] - started)
             self.answers[number] = reply.ids
-
-
-class Ids:
-    """A reply that keeps ids and ends with the limit alone."""
-
-    def __init__(self):
-        self.ids, self.done = [], False
-
-    @property
-    def length(self) -> int:
-        """How many there are."""
-        return len(self.ids)
-
-    def push(self, id: int) -> None:
-        """Take the next."""
-        self.ids.append(id)
-
-    def finish(self) -> None:
-        """Take no more."""
-        self.done = True
 
 
 if __name__ == "__main__":

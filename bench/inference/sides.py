@@ -25,12 +25,10 @@ from bench.training.peers import litgpt_checkpoint, torch_dtype, transformers_mo
 
 
 class Ids:
-    """Stands for `inference.sampling.Reply`: keeps the ids, has no tokenizer behind it, and so never stops early."""
-
-    done = False
+    """Stands for `inference.sampling.Reply`: keeps the ids, has no tokenizer behind it, ends with the limit alone."""
 
     def __init__(self):
-        self.ids = []
+        self.ids, self.done = [], False
 
     @property
     def length(self) -> int:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from test_finetune import random_samples, settings
+from test_finetune import random_sample, random_samples, settings
 
 import finetune
 from lora import AdapterConfig
@@ -50,7 +50,11 @@ def test_the_fastest_that_fits():
     assert layouts.fastest([slow, fast, large], 4.0) is fast
     assert layouts.fastest([slow, fast, large], 1.5) is slow
     assert layouts.fastest([slow, fast, large], 0.5) is None
-    assert "does not fit" in large.row(4.0) and "does not fit" not in fast.row(4.0)
+    rows = layouts.table([fast, large], 4.0).splitlines()
+    assert ["does not fit" in row for row in rows] == [False, True]
+    assert not any("--micro_batch_tokens" in row for row in rows), "all have the same"
+    rows = layouts.table([fast, large._replace(tokens=128)], 4.0).splitlines()
+    assert [re.search(r"--micro_batch_tokens (\d+) ", row)[1] for row in rows] == ["64", "128"]
 
 
 def test_a_layout_is_proposed_and_planned(settings, capsys):
@@ -75,3 +79,14 @@ def test_a_layout_is_proposed_and_planned(settings, capsys):
     finetune.main(settings(memory_budget="0.01MB", **flags))
     out = capsys.readouterr().out
     assert out.count("does not fit") == 7 and "no layout fits" in out and "together" not in out
+
+
+def test_micro_batches_that_were_chosen_for_each_layout_are_shown(settings, capsys):
+    flags = dict(plan_tflops=1.0, devices=4, method="full", global_batch_size=32, micro_batch_tokens="auto")
+    samples = [random_sample(20, 12) for _ in range(64)]
+    finetune.main(settings(samples, plan=True, memory_budget="6MB", **flags))
+    out = capsys.readouterr().out
+    shown = dict(re.findall(r"^  --parallel (.+?) +--micro_batch_tokens (\d+) ", out, re.MULTILINE))
+    assert len(shown) == 7 and len({*shown.values()}) > 1, out
+    proposed = re.search("fastest that fits: --parallel (.+)", out)[1]
+    assert f"--method full on 32-true, --micro_batch_tokens {shown[proposed]} " in out

@@ -286,7 +286,7 @@ def propose(s: Settings, train: Samples) -> bool:
         with contextlib.suppress(UserError):  # the model, or another flag, does not go with it
             found.append(proposal(dataclasses.replace(s, **flags), flags, train, budget, rate))
     print(f"{s.devices * s.nodes} devices of {budget / 1e9:.2f} GB, by calculation:")
-    print("\n".join(each.row(budget) for each in found))
+    print(layouts.table(found, budget))
     chosen = layouts.fastest(found, budget)
     if chosen is None:
         print("no layout fits: see --recompute, --quantize and --micro_batch_tokens, or more --devices")

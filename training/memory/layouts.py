@@ -64,12 +64,19 @@ class Proposal(NamedTuple):
     seconds: float
     sending: float
 
-    def row(self, budget: float) -> str:
-        """A line of a table."""
+    def row(self, budget: float, with_tokens: bool) -> str:
+        """A line of a table. with_tokens: whether it is to have --micro_batch_tokens."""
         fits = "" if self.peak <= budget else "  does not fit"
         flags = f"--parallel {self.flags['parallel']}" + " --shard" * self.flags["shard"]
+        tokens = f" --micro_batch_tokens {self.tokens:<7}" * with_tokens
         step = f"{self.seconds:9.3g} s a step, {self.sending:8.3g} of it sending"
-        return f"  {flags:38} {self.peak / 1e9:8.2f} GB {step}{fits}"
+        return f"  {flags:38}{tokens} {self.peak / 1e9:8.2f} GB {step}{fits}"
+
+
+def table(proposals: list[Proposal], budget: float) -> str:
+    """Their rows. Those whose micro-batches were chosen to fit show of how many tokens they are."""
+    with_tokens = len({each.tokens for each in proposals}) > 1
+    return "\n".join(each.row(budget, with_tokens) for each in proposals)
 
 
 def fastest(proposals: list[Proposal], budget: float) -> Proposal | None:

@@ -23,7 +23,7 @@ def pipelined_passes(run: Run, mine: list[list[int]], step: int, units: int) -> 
 
     samples, objective, fabric = run.train, run.objective, run.fabric
     torch.manual_seed(dropout_seed(run.settings, step, run.ranks))
-    batches = [run.batch(samples, indices or [0]) for indices in mine]
+    batches = [run.batch(samples, indices or [samples.shards.at_hand()]) for indices in mine]
     loss, sums = torch.zeros((), device=fabric.device), Sums(run)
 
     def hidden_states(number):

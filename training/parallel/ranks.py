@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from training.parallel.part import Part
 from training.parallel.shard import give_back
 from training.parallel.sharing import share_out, surplus
 from training.parallel.stages import Link
-from training.steps import planned_steps
+from training.steps import looked_at
 from weights.checkpoint import read_config
 
 if TYPE_CHECKING:
@@ -82,12 +83,12 @@ class Ranks:
             micro_batches, planner.lengths(samples), s.micro_batch_tokens, data, self.layout.shard, padded, least
         )
 
-    def describe(self, s: Settings, samples: Samples, total: int) -> str:
-        """How the devices are divided, and how evenly the tokens of the first steps are, of `total`, in words."""
+    def describe(self, s: Settings, samples: Samples) -> str:
+        """How the devices are divided, and how evenly the tokens of the first steps are, in words."""
         if self.layout.data == 1:
             return self._division()
-        steps = planned_steps(s, samples, 0, min(total, STEPS_LOOKED_AT))
-        found = surplus([self.shares(s, step, samples) for _, step in steps], PLANNERS[s.planner].lengths(samples))
+        steps = itertools.islice(looked_at(s, samples), STEPS_LOOKED_AT)
+        found = surplus([self.shares(s, step, samples) for step in steps], PLANNERS[s.planner].lengths(samples))
         division = self._division()
         each = f", for each of which {division}" if division else ""
         return (

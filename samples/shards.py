@@ -192,6 +192,10 @@ class Shards:
         """Forget a shard, so that its file's room is free when the file is removed."""
         self.opened.pop(number, None)
 
+    def at_hand(self) -> int:
+        """The number of a sample that is here already: the first of a shard that is open."""
+        return int(self.starts[min(self.opened)])
+
     def of(self, samples: np.ndarray) -> np.ndarray:
         """(n,) int64: the number of the shard that each of these samples is in. Raises IndexError beyond the last."""
         if len(samples) and not 0 <= samples.min() <= samples.max() < self.starts[-1]:
