@@ -221,12 +221,14 @@ def peak_memory() -> int:
 
 def run_job(
     function: Callable[[dict], dict], job: dict, log: Path, python: str | Path = sys.executable, ours: bool = True,
-    root: Path = ROOT,
+    root: Path = ROOT, processes: int | None = None,
 ) -> dict:  # fmt: skip
     """Call `function(job)` in a new process of the interpreter `python` and return its result; `log` gets its output.
 
     ours: whether the process has the environment variables that our scripts set (shell/process.py).
     root: the checkout of the project whose function of that name is called.
+    processes: how many call it together, each with one thread, started by torchrun if there are several; the result is
+        that of the first one. None: one process, with the threads that it chooses.
 
     function: defined at the top level of a file in bench/. job, result: dicts that JSON can hold. The function finds
     two more keys: "work_dir", a temporary folder, and "started", the time at which its process was started.
@@ -242,8 +244,11 @@ def run_job(
         path.write_text(json.dumps({**job, **place, "work_dir": work_dir, "started": time.time()}))
         environment = os.environ if ours else process.environment_without_defaults()
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if processes:
+            offline["OMP_NUM_THREADS"] = "1"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         done = subprocess.run(
-            [python, root / "bench" / "measuring.py", path],
+            [python, *(torchrun if (processes or 1) > 1 else []), root / "bench" / "measuring.py", path],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**environment, **offline},
         )  # fmt: skip
         if not result.is_file():
@@ -260,14 +265,18 @@ def run_before(root: Path, function: Callable[[dict], dict], job: dict, log: Pat
 
 
 def do_job(path: Path) -> None:
-    """In the process of `run_job`: call the function that the file `path` names, and write its result beside that."""
+    """In the process of `run_job`: call the function that the file `path` names, and write its result beside that.
+
+    Of several processes the first one writes.
+    """
     job = json.loads(path.read_text())
     function = getattr(importlib.import_module(job["module"]), job["function"])
     try:
         result = function(job)
     except Unavailable as error:
         result = {"unavailable": str(error)}
-    path.with_name("result.json").write_text(json.dumps(result))
+    if os.environ.get("RANK", "0") == "0":
+        path.with_name("result.json").write_text(json.dumps(result))
 
 
 def environment(venvs_dir: Path, name: str, requirements: tuple[str, ...], log: Path) -> str | Path:

@@ -216,6 +216,8 @@ GOOD_FLAGS = {
     "bench/machine/contention.py": model_and_data,
     "bench/training/memory.py": model_and_data,
     "bench/training/planners.py": model_and_data,
+    "bench/scale.py": lambda p: {},
+    "bench/scaling/clusters.py": lambda p: {},
     "bench/training/sweep.py": model_and_data,
     "bench/methods.py": model_and_data,
     "bench/training/saving.py": lambda p: {},

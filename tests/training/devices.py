@@ -117,6 +117,37 @@ def whole_gradient(model, divided):
     return {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
 
 
+def messages_of_step(s):
+    """What the first step of a run hands to torch.distributed until it has its gradient, the loss left out.
+
+    Bytes of each message by "KIND over DIMENSION", "kv" being those along tensor that have the same keys and values.
+    """
+    import torch
+
+    import finetune
+    from bench.scaling.messages import Messages
+    from training import build
+    from training.parallel.layout import DIMENSIONS
+    from training.steps import planned_steps, total_steps
+
+    data = build.open_data(s)
+    run = build.build_run(s, build.start_fabric(s), data, None, {})
+    _, micro_batches = next(iter(planned_steps(s, data.train, 0, total_steps(s, data.train))))
+    units = data.train.unit_counts[[i for indices in micro_batches for i in indices]].sum().item()
+    with Messages() as messages:
+        finetune.GRADIENTS[run.gradient](run, run.share(micro_batches, data.train), 0, units)
+    ranks = run.ranks
+    groups = {name: ranks.group(name) for name in DIMENSIONS if getattr(ranks.layout, name) > 1}
+    groups |= {"kv": ranks.kv_group} if ranks.kv_group else {}
+    groups |= {"ends": ranks.ends_group} if ranks.ends_group else {}
+    names = {group.group_name: name for name, group in groups.items()}
+    found = {}
+    for message in [each for each in messages.found if each.nbytes > 4]:
+        assert message.count == groups[names[message.group]].size()
+        found.setdefault(f"{message.kind} over {names[message.group]}", []).append(message.nbytes)
+    return {name: torch.tensor(sizes) for name, sizes in found.items()}
+
+
 def train(s):
     """A whole run, which leaves its folder."""
     import finetune
@@ -125,7 +156,7 @@ def train(s):
     return {}
 
 
-KINDS = {"step": gradient_of_step, "model": gradient_of_model, "run": train}
+KINDS = {"step": gradient_of_step, "messages": messages_of_step, "model": gradient_of_model, "run": train}
 
 
 def main(kind, cases, folder):

@@ -64,6 +64,18 @@ def test_the_gradient_is_that_of_one_process(settings, model_dirs, tmp_path, dev
         check_same(found, one, tolerance=2e-6)  # measured: 3e-8 to 1.2e-6, as sums are taken in another order
 
 
+def test_where_the_head_alone_trains(settings, model_dirs, tmp_path):
+    """No gradient goes into what FSDP knows as the model's forward pass."""
+    flags = dict(method="full", precision="32-true", global_batch_size=6, micro_batch_tokens=24, max_steps=1)
+    flags["checkpoint_dir"] = model_dirs("llama", std=0.05, tie_word_embeddings=False)
+    alone = settings(random_samples(6), name="one", **flags)
+    shared = settings(name="two", devices=2, shard=True, **flags)
+    alone.train = shared.train = ["lm_head.weight"]
+    expected, (found,) = gradient_of_step(alone), gradients_on(2, "step", [shared], tmp_path / "found")
+    assert expected["norm"] > 0.01 and "lm_head.weight" in found
+    check_same(found, expected, tolerance=2e-6)
+
+
 def weights_of(folder):
     """The tensors of a model or adapter, in one file or several, by name."""
     files = sorted(folder.glob("*model*.safetensors"))

@@ -1,5 +1,6 @@
 """What the devices of a layout send, and which layout is proposed for a memory: by calculation."""
 
+import dataclasses
 import re
 
 import pytest
@@ -16,30 +17,42 @@ __all__ = ["settings"]
 
 
 def sizes_of(job):
-    """Bytes of all weights, adapters included, and of what trains."""
+    """Bytes of all weights of the blocks, adapters included, of all other weights, and of what trains."""
     with torch.device("meta"):
         model = plan.build(job, range(job.config.num_hidden_layers))
+    blocks = sum(p.nbytes for p in model.model.layers.parameters())
     every = [(p.nbytes, p.requires_grad) for p in model.parameters()]
-    return sum(n for n, _ in every), sum(n for n, trains in every if trains)
+    return blocks, sum(n for n, _ in every) - blocks, sum(n for n, trains in every if trains)
 
 
 @pytest.mark.parametrize("adapter", [None, AdapterConfig(r=4)])
 def test_what_is_sent(tiny_model_dir, adapter):
     config = read_config(tiny_model_dir)
     job = plan.Job(config, "cpu", torch.float32, adapter=adapter)
-    stored, trained = sizes_of(job)
+    blocks, others, trained = sizes_of(job)
     one = layouts.traffic(job, Layout(), 3, 100)
     assert sum(one) == 0
     assert layouts.traffic(job, Layout(data=4), 3, 100) == (2 * 3 / 4 * trained, 0, 0)
     shared = layouts.traffic(job, Layout(data=4, shard=True), 3, 100)
-    assert shared == (3 * 3 / 4 * trained, 2 * 3 * 3 / 4 * stored, 0)
-    # Two sums forward and two backward in each block, each of which sends 2 (n - 1) / n of its bytes.
-    activations = config.num_hidden_layers * 4 * (2 * 1 / 2) * 100 * config.hidden_size * 4
-    assert layouts.traffic(job, Layout(tensor=2), 3, 100) == (0, 0, activations)
-    again = layouts.traffic(
-        plan.Job(config, "cpu", torch.float32, adapter=adapter, recompute=1.0), Layout(tensor=2), 3, 100
-    )
-    assert again.activations == 1.5 * activations
+    # Blocks are gathered forward and backward, all else forward only.
+    assert shared == (3 * 3 / 4 * trained, 3 * 3 / 4 * (2 * blocks + others), 0)
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterConfig(r=4)])
+def test_what_is_sent_along_tensor(tiny_model_dir, adapter):
+    config = read_config(tiny_model_dir)
+    job = plan.Job(config, "cpu", torch.float32, adapter=adapter)
+    found, L, D = layouts.traffic(job, Layout(tensor=2), 3, 100), config.num_hidden_layers, config.hidden_size
+    # Two sums forward and two backward in each block, each of which sends 2 (n - 1) / n of its bytes. Where only
+    # adapters train nothing goes backward into the first block.
+    one = 2 * 1 / 2 * 100 * D * 4
+    assert found.activations == pytest.approx((4 * L - (adapter is not None)) * one)
+    # Of adapters devices have alike A of rows (q, k, v, gate, up), and B of columns (o, down).
+    assert found.gradients == (2 * 1 / 2 * L * 7 * 4 * D * 4 if adapter else 0) and found.weights == 0
+    # Of what is computed again the last sum of a block is left out: nothing after it is needed.
+    again = layouts.traffic(dataclasses.replace(job, recompute=1.0), Layout(tensor=2), 3, 100)
+    assert again.activations == pytest.approx(found.activations + L * one)
+    assert sum(layouts.traffic(dataclasses.replace(job, gradients="none"), Layout(data=2), 3, 100)) == 0
 
 
 def test_the_fastest_that_fits():

@@ -1,7 +1,10 @@
 """What each device of a layout sends in a step, by calculation: for --plan, and to propose the fastest that fits.
 
-Nothing here is measured. A sum over n devices sends 2 (n - 1) / n of its bytes from each, gathering or sharing out
-(n - 1) / n (ring algorithms: Patarasuk and Yuan 2009). Times are as if nothing were sent while a device computes.
+The messages are those that a step hands to torch.distributed: tests/training/test_messages.py counts them, and finds
+these bytes. What a device sends of a message is a convention, that of rings (Patarasuk and Yuan 2009): of a sum over n
+devices 2 (n - 1) / n of its bytes, of what is gathered or shared out (n - 1) / n. Times are as if nothing were sent
+while a device computes. Left out are single numbers (losses, norms), DoRA's row norms over tensor, and the means of a
+norm over all heads together.
 """
 
 from __future__ import annotations
@@ -10,14 +13,49 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from torch import Tensor, nn
+
+from ops.dtypes import compute_dtype
+from quantize import BLOCKS
 from training.memory import plan
 from training.parallel.layout import Layout
+from training.parallel.part import Part
+from training.parallel.ranks import BUCKET
+from training.parallel.shard import as_parameters
+
+RING = {"sum": 2.0, "gather": 1.0, "share out": 1.0}  # times (n - 1) / n
+TRACED = 64  # positions of the row that is traced
+
+
+class Message(NamedTuple):
+    """So many bytes that `count` devices along a dimension add up, gather or share out together, `times` in a step.
+
+    Or that one of them passes on to the next. over: "kv" stands for those along tensor that have the same keys and
+    values, "ends" for the first and the last stage of a pipeline. nbytes: of the whole, as one device
+    would have it; a mean where messages differ.
+    """
+
+    what: Literal["gradients", "weights", "activations"]
+    kind: Literal["sum", "gather", "share out", "pass on"]
+    over: Literal["data", "tensor", "kv", "pipeline", "ends"]
+    count: int
+    nbytes: float
+    times: int
+
+    def sent(self) -> float:
+        """The bytes that each device sends of all of them."""
+        return self.times * sent_in_ring(self.kind, self.count, self.nbytes)
+
+
+def sent_in_ring(kind: str, count: int, nbytes: float) -> float:
+    """The bytes that each of `count` devices sends of a message of so many bytes."""
+    return nbytes if kind == "pass on" else RING[kind] * (count - 1) / count * nbytes
 
 
 class Traffic(NamedTuple):
-    """Bytes that a device sends in a step: gradients and weights over data, activations over tensor and pipeline."""
+    """Bytes that a device sends in a step: gradients, weights over data, activations over tensor and pipeline."""
 
     gradients: float
     weights: float
@@ -28,21 +66,148 @@ class Traffic(NamedTuple):
         return sum(self) / link
 
 
-def traffic(job: plan.Job, layout: Layout, passes: int, positions: int) -> Traffic:
+def traffic(job: plan.Job, layout: Layout, passes: int, positions: float) -> Traffic:
     """The `Traffic` of a run whose devices have so many micro-batches in a step, of so many positions together."""
-    data, tensor = layout.data, layout.tensor
-    held = plan.predictor_of(dataclasses.replace(job, shares=1, gradients="kept")).fixed
-    stored, gradients = held["weights"] + held["adapters"], held["gradients"]
-    ring = (data - 1) / data
-    # With --shard weights are gathered for each pass, forward and backward, and gradients shared out after it.
-    over_data = (passes * ring * gradients, 2 * passes * ring * stored) if layout.shard else (2 * ring * gradients, 0.0)
-    # Attention and the MLP of each block: a sum going forward and one backward, and those going forward once more where
-    # they are computed again.
-    again = 1.0 if job.recompute == "offload" else job.recompute
-    sums = 2 * len(job.in_stage.layers) * (2 + again)
-    width = job.config.hidden_size * (job.autocast or job.dtype).itemsize
-    over_pipeline = min(2, layout.pipeline - 1)  # to the next stage, and back to the one before
-    return Traffic(*over_data, (sums * 2 * (tensor - 1) / tensor + over_pipeline) * positions * width)
+    stages = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}  # all between are like the second
+    found = [messages(dataclasses.replace(job, stage=stage), layout, passes, positions) for stage in sorted(stages)]
+    most = max(found, key=lambda messages: sum(m.sent() for m in messages))
+    return Traffic(*(sum(m.sent() for m in most if m.what == what) for what in Traffic._fields))
+
+
+# ----------------------------------------------------------------------------------------------------------- messages
+
+
+def messages(job: plan.Job, layout: Layout, passes: int, positions: float) -> list[Message]:
+    """The messages of a step, of the device of this stage that has the largest part along tensor. As for `traffic`."""
+    if layout.world_size == 1:
+        return []
+    gradients, loss = "none" if job.gradients == "none" else "kept", plan.sum_of_losses  # no objective sends anything
+    job = dataclasses.replace(
+        job, tensor=layout.tensor, stages=layout.pipeline, shares=1, gradients=gradients, loss=loss
+    )  # fmt: skip
+    predictor = plan.Predictor(job)
+    found = []
+    if layout.data > 1 and not layout.shard:
+        found += _in_buckets("data", layout.data, predictor.fixed["gradients"])
+    if layout.splits:
+        seen = _watch(predictor)
+        if layout.shard:
+            found += _of_shards(predictor, seen, layout, passes)
+        if layout.tensor > 1:
+            found += _of_activations(predictor, seen, layout, passes, positions)
+        if layout.pipeline > 1:
+            found += _of_stages(predictor.job, layout, passes, positions)
+        found += _of_what_is_alike(predictor, layout)
+    return [message for message in found if message.nbytes]
+
+
+class _Seen:
+    """Of a block in a micro-batch of `TRACED` positions: bytes of what leaves attention and the MLP going forward, each
+
+    time, of what enters them and has a gradient, and whether the backward pass goes through the block.
+    """
+
+    def __init__(self):
+        self.leaving: list[int] = []
+        self.entering: dict[nn.Module, int] = {}
+        self.passed = False
+
+    def watch(self, block):
+        """Hooks on a block, as `tensor.connect` has them."""
+        for module in (block.self_attn, block.mlp):
+            yield module.register_forward_pre_hook(self.enter)
+            yield module.register_forward_hook(self.leave)
+        yield block.register_forward_hook(self.end)
+
+    def enter(self, module, args):
+        """A gradient is added up once, even if what it is of is computed again."""
+        self.entering.setdefault(module, args[0].nbytes if args[0].requires_grad else 0)
+
+    def leave(self, module, args, result):
+        self.leaving.append((result[0] if isinstance(result, tuple) else result).nbytes)
+
+    def end(self, block, args, result):
+        self.passed |= (result[0] if isinstance(result, tuple) else result).requires_grad
+
+
+def _watch(predictor):
+    """What is seen of each block of a model of fake tensors, when it trains on a micro-batch."""
+    blocks = predictor.model.model["layers"]
+    seen = [_Seen() for _ in blocks]
+    handles = [handle for one, block in zip(seen, blocks, strict=True) for handle in one.watch(block)]
+    predictor.trace(plan.packed_shape(TRACED, TRACED, TRACED))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def _parameters(predictor) -> Iterator[tuple[int | None, int, dict[str, Tensor]]]:
+    """The number of each traced block, for how many blocks it stands, and its parameters; last, as None, all others."""
+    for number, block in enumerate(predictor.model.model["layers"]):
+        yield number, 1 + predictor.left_out.get(number, 0), dict(block.named_parameters())
+    yield None, 1, {name: p for name, p in predictor.model.named_parameters() if not name.startswith(BLOCKS)}
+
+
+def _of_shards(predictor, seen, layout, passes):
+    """A block is gathered for each pass through it, all else once forward and kept; gradients are shared out.
+
+    While a block goes backward FSDP fetches the one before it, also where no gradient goes further: so one more.
+    """
+    with plan.fake_tensors(predictor.mode, predictor.job.device):
+        as_parameters(predictor.model)
+    count = layout.data
+    first = next((number for number, block in enumerate(seen) if block.passed), 0)
+    for number, alike, parameters in _parameters(predictor):
+        stored = count * sum(_in_rows(p, count) for p in parameters.values())
+        trained = count * sum(_in_rows(p, count) for p in parameters.values() if p.requires_grad)
+        times = alike * (2 if number is not None and seen[number].passed else 1) + (number == first - 1)
+        yield Message("weights", "gather", "data", count, stored, times * passes)
+        yield Message("gradients", "share out", "data", count, trained, alike * passes)
+
+
+def _in_rows(parameter, count):
+    """The bytes that the first of `count` devices has of a parameter that is divided by its rows: the most."""
+    rows = parameter.shape[0]
+    return math.ceil(rows / count) * (parameter.nbytes // rows)
+
+
+def _in_buckets(over, count, nbytes):
+    """Sums of many gradients at one time (`ranks.add_up`)."""
+    times = math.ceil(nbytes / BUCKET)
+    return [Message("gradients", "sum", over, count, nbytes / times, times)] if times else []
+
+
+def _of_activations(predictor, seen, layout, passes, positions):
+    """What leaves attention and the MLP of each block, and the gradients of what enters them."""
+    for number, alike, _ in _parameters(predictor):
+        for nbytes in () if number is None else (*seen[number].leaving, *seen[number].entering.values()):
+            in_pass = nbytes / TRACED * positions / passes
+            yield Message("activations", "sum", "tensor", layout.tensor, in_pass, alike * passes)
+
+
+def _of_stages(job, layout, passes, positions):
+    """Hidden states to the next stage, and their gradients back to the one before."""
+    width = job.config.hidden_size * compute_dtype(job.dtype, job.device).itemsize
+    times = passes * ((not job.in_stage.is_last) + (not job.in_stage.is_first))
+    yield Message("activations", "pass on", "pipeline", layout.pipeline, positions / passes * width, times)
+
+
+def _of_what_is_alike(predictor, layout):
+    """Gradients of what several devices have alike, where each finds a part of them."""
+    job = predictor.job
+    in_block, outside = Part(job.config, layout.tensor - 1, layout.tensor), job.in_stage
+    sizes = {"tensor": 0, "kv": 0, "ends": 0}
+    for number, alike, parameters in _parameters(predictor):
+        for name, parameter in parameters.items():
+            summed = (outside if number is None else in_block).place(name).summed
+            if parameter.requires_grad and summed:
+                here = _in_rows(parameter, layout.data) if layout.shard else parameter.nbytes
+                sizes[summed] += alike * here
+    counts = {"tensor": layout.tensor, "kv": in_block.sharers, "ends": 2}
+    return [message for over, nbytes in sizes.items() for message in _in_buckets(over, counts[over], nbytes)]
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
 
 
 def divisions(world_size: int, devices: int) -> Iterator[dict]:

@@ -40,6 +40,10 @@ def shard(model: Transformer, mesh: DeviceMesh) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # plain sums: gloo has no others
     register_fsdp_forward_method(model, "hidden_states")  # what is called of it first: the head's weight is there then
+    if all(name.startswith("lm_head.") for name, p in model.named_parameters() if p.requires_grad):
+        # Then hidden states need no gradient, by whose coming FSDP learns of the head's; the losses do. If both needed
+        # one it would gather what is outside of the blocks twice.
+        register_fsdp_forward_method(model, "target_losses")
 
 
 def give_back(model: nn.Module) -> None:
