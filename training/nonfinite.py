@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from batching import PLANNERS, Batch
+from batching import Batch
 from ops.forks import Forks
 from shell.cli import UserError
 from shell.files import whole_file
@@ -103,13 +103,13 @@ def explained(run: Run, micro_batches: list[list[int]], step: int) -> Iterator[N
 
 def kept_step(run: Run, micro_batches: list[list[int]], step: int, error: NotFinite) -> KeptStep:
     """The step whose loss or gradient is not finite, as it is kept."""
-    s, layout, in_backward = run.settings, PLANNERS[run.settings.planner].layout, isinstance(run.optimizer, InBackward)
+    s, in_backward = run.settings, isinstance(run.optimizer, InBackward)
     scaler = getattr(run.fabric.strategy.precision, "scaler", None)
     shares = run.ranks.shares(s, micro_batches, run.train)
     micro_batches = [indices for share in shares for indices in share if indices]
     return KeptStep(
         number=step,
-        batches=[Batch(*layout(run.train, i), run.objective.known(run.train, i)) for i in micro_batches],
+        batches=[run.batch(run.train, indices) for indices in micro_batches],
         names=sample_names(s.data_dir, run.train, micro_batches, run.sources),
         units=sum(run.train.unit_counts[indices].sum().item() for indices in micro_batches),
         seeds=[*seeds_of_step(s, step, len(shares))],

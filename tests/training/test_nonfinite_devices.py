@@ -37,8 +37,12 @@ cli.run(finetune.main, settings)
 
 @pytest.mark.parametrize(
     "flags",
-    [dict(parallel="tensor=2", method="dora", quantize="bnb.nf4"), dict(shard=True, method="full", learning_rate=0.01)],
-    ids=["tensor", "shard"],
+    [
+        dict(parallel="tensor=2", method="dora", quantize="bnb.nf4"),
+        dict(shard=True, method="full", learning_rate=0.01),
+        dict(parallel="pipeline=2"),
+    ],
+    ids=["tensor", "shard", "pipeline"],
 )
 def test_the_replay_shows_the_same_numbers(settings, model_dirs, tmp_path, flags):
     """A sound run stops at the end of its third step, as if that were not finite."""

@@ -121,9 +121,11 @@ class Ranks:
         return numbers
 
     def give_back(self, model: nn.Module) -> None:
-        """After passes without a backward one: keep nothing that was gathered, as weights may change meanwhile."""
+        """After passes without a backward one: keep nothing that was gathered, as weights may change, or sent on."""
         if self.layout.shard:
             give_back(model)
+        if self.link:
+            self.link.flush()
 
     # ------------------------------------------------------------------------------------------------------ gradients
 

@@ -78,8 +78,14 @@ class Watch:
             if self.seen.get(other, (None,))[0] != beat:
                 self.seen[other] = beat, now
             if now - self.seen[other][1] > SILENCE or self._is_dead(other):
-                return f"{self.name(other)} has died, or hangs, so {self.own_name()} ends: {self.go_on}"
+                first = self.first_to_die(other)
+                return f"{self.name(first)} has died, or hangs, so {self.own_name()} ends: {self.go_on}"
         return None
+
+    def first_to_die(self, found: int) -> int:
+        """The process whose death was found first, by anybody. The one found here may have ended because of it."""
+        first = int(self.store.compare_set("first to die", "", str(found)))
+        return found if first == self.rank else first
 
     def first_is_gone(self) -> str:
         """The line about the first process, which kept the store."""
