@@ -221,6 +221,7 @@ GOOD_FLAGS = {
     "bench/training/sweep.py": model_and_data,
     "bench/methods.py": model_and_data,
     "bench/training/saving.py": lambda p: {},
+    "bench/training/loading.py": lambda p: {},
     "bench/preparation/speed.py": lambda p: {"checkpoint_dir": p.model, "data": p.rows},
     "bench/preparation/growth.py": lambda p: {"checkpoint_dir": p.model},
     "bench/preparation/many_samples.py": lambda p: {"checkpoint_dir": p.model},

@@ -9,6 +9,7 @@ memory.py     predicted against measured peak memory
 fits.py       the largest micro-batch of a model on a card, by prediction
 planners.py   what the choice of a step's samples does to the loss
 saving.py     what a save costs
+loading.py    what each device reads, holds, and takes at the peak when it loads its part of a model
 sweep.py      variants trained together against runs one after another
 
 peers.py runs under interpreters that have nothing but a peer installed.

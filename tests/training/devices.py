@@ -148,6 +148,27 @@ def messages_of_step(s):
     return {name: torch.tensor(sizes) for name, sizes in found.items()}
 
 
+def memory_of_loading(s):
+    """Of loading a part of the model, for each device: bytes that it then has, had at the most, and read of files."""
+    import torch
+    import torch.distributed as dist
+    from storages import Storages
+
+    from training import build
+    from training.parallel.layout import layout_of
+    from training.parallel.loading import load_part
+    from training.parallel.ranks import local, make_ranks
+
+    fabric = build.start_fabric(s)
+    ranks = make_ranks(layout_of(s), s.checkpoint_dir, fabric.device)
+    with Storages() as storages:
+        model, *_ = load_part(s, ranks, fabric.device, None)
+    held = {id(tensor): local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers())}
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (sum(held.values()), storages.peak, storages.read))
+    return {name: torch.tensor([each[i] for each in every]) for i, name in enumerate(("held", "peak", "read"))}
+
+
 def train(s):
     """A whole run, which leaves its folder."""
     import finetune
@@ -156,7 +177,10 @@ def train(s):
     return {}
 
 
-KINDS = {"step": gradient_of_step, "messages": messages_of_step, "model": gradient_of_model, "run": train}
+KINDS = {
+    "step": gradient_of_step, "messages": messages_of_step, "model": gradient_of_model, "loading": memory_of_loading,
+    "run": train,
+}  # fmt: skip
 
 
 def main(kind, cases, folder):

@@ -179,7 +179,7 @@ def _fill_quantized(layer, name, ranks, weights, device, method):
     if stop == start:  # more devices than rows
         layer.values = layer_values(layer, device)
         return torch.empty(0, device=device)
-    rows = read_box(weights, place(f"{name}.weight"), tuple(box)).to(device)
+    rows = read_box(weights, place(f"{name}.weight"), tuple(box)).to(device).contiguous()
     made = type(layer)(rows, None, layer.quant_type, False)
     for stored, tensor in made.by_rows().items():
         local(getattr(layer, stored)).copy_(tensor)
@@ -204,8 +204,11 @@ def _check_blocks(layer, name, where):
 
 
 def read_box(weights: Weights, name: str, box: Box) -> Tensor:
-    """A box of a tensor, as stored; the rest of it is not read. Raises UserError if it holds NaN or infinity."""
-    tensor = take(weights.view(name), box).clone(memory_format=torch.contiguous_format)
+    """A box of a tensor, as stored: a view of the file, the rest of which is not read. It takes no memory of its own.
+
+    Raises UserError if it holds NaN or infinity.
+    """
+    tensor = take(weights.view(name), box)
     if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise UserError(f"{weights.where}: tensor {weights.called(name)} holds NaN or infinity")
     return tensor
