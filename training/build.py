@@ -42,6 +42,7 @@ from training.parallel.layout import check_launch, layout_of
 from training.parallel.loading import load_part
 from training.parallel.ranks import Ranks, make_ranks
 from training.parallel.saving import Divided
+from training.parallel.tensor import check_quantized
 from training.streaming import check_streaming
 from training.teacher import check_teacher
 from weights import peft_format
@@ -167,6 +168,8 @@ def check_model(s: Settings, data: Data) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
         s.quantize = read_quantization(s.quantize, model)
+        if layout_of(s).splits:
+            check_quantized(config, layout_of(s).tensor, s.quantize)
         if s.method != "full":
             adapter = adapter_config(s, config)
             initialization.check(s, model, adapter)

@@ -184,8 +184,9 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
         number = here.get(int(block[1]))
         return None if number is None else f"{quantize.BLOCKS}{number}.{name[block.end() :]}"
 
+    part = Part(job.config.of_layers(numbers), job.tensor - 1, job.tensor)
     with torch.device("meta"):
-        model = Part(job.config.of_layers(numbers), job.tensor - 1, job.tensor).model()
+        model, whole = part.model(), Part(part.config).model()
     for name, parameter in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -193,7 +194,8 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
         linear = leaf == "weight" and isinstance(module, nn.Linear) and path.startswith(quantize.BLOCKS)
         if linear and (quantizer := quantize.quantizer_of(job.quantize, in_whole_model(path))):
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias))
+            cut = {"cut": part.cut(path, whole.get_submodule(path).weight.shape)} if job.tensor > 1 else {}
+            setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias, **cut))
         else:
             setattr(module, leaf, nn.Parameter(tensor))
     model.tie_weights()
@@ -253,9 +255,6 @@ class Predictor:
         share = "offload" if offloads else sum(recomputed[number] for number in traced) / len(traced)
         self.job = dataclasses.replace(job, recompute=share)
         self.traces = {}
-        if job.quantize:  # its table of 8-bit values must be a real tensor: the first one is cached for the process
-            functional = quantize.bitsandbytes().functional
-            functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with fake_tensors(self.mode, job.device):
             self.model = build(job, traced)
