@@ -11,8 +11,8 @@ To add a quantiser: a class that inherits from `QuantizedLinear` and a line in `
 - `__init__(self, weight, bias)`, which calls `super().__init__(weight, bias)` and stores the quantised weight on the
   weight's device, in plain attributes. It also runs on tensors without values ("meta"): it must not look at any.
 - `dequantize(dtype)`, the weight that the layer multiplies by, and `nbytes()`, what it takes in memory.
-It may override `forward` where there is a faster product. bitsandbytes takes seconds to import, so that waits until a
-layer is made.
+It may override `forward` where there is a faster product. If several devices are to divide its layers, `__init__` also
+takes `cut`, a `Cut`, and there is `by_rows`. bitsandbytes takes seconds to import, so that waits until a layer is made.
 """
 
 import logging
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from model import Config
 from ops.dequantize import (
     BLOCK,
+    SCALE_BLOCK,
     BlockScales,
     dequantize_4bit,
     dequantize_rows,
     fits_multiply_4bit,
     multiply_4bit,
+    part_of_scales,
     plain_multiply_4bit,
 )
 from ops.dtypes import as_multiplied
@@ -54,8 +57,42 @@ def bitsandbytes() -> ModuleType:
     return bitsandbytes
 
 
+@cache
+def scale_values() -> Tensor:
+    """bitsandbytes' table of what 8-bit scales stand for, (256,) fp32. A real tensor, also where others are made."""
+    with _disable_current_modes(), torch.device("cpu"):
+        return bitsandbytes().functional.create_dynamic_map()
+
+
+class Cut(NamedTuple):
+    """Which part of a weight a layer has, if several devices divide it: they quantise it as one device does the whole.
+
+    shape: of the whole weight. row, column: where the part begins in it. maximum: called by all of these devices with
+    tensors of one shape, gives each of the tensors the largest number at each place.
+    """
+
+    shape: tuple[int, int]
+    row: int = 0
+    column: int = 0
+    maximum: Callable[[Tensor], object] = lambda tensor: None
+
+    def of_whole(self, sizes: Tensor, columns: int) -> Tensor:
+        """From the largest size of each `columns` weights in a row, (rows, n) in this part, those of the whole."""
+        whole = sizes.new_zeros(self.shape[0], self.shape[1] // columns)
+        self.part_of(whole, sizes.shape, columns).copy_(sizes)
+        self.maximum(whole)
+        return whole
+
+    def part_of(self, whole: Tensor, shape: tuple[int, int], columns: int) -> Tensor:
+        """Of a tensor with a number for each `columns` weights in a row, those of this part, of this shape; a view."""
+        row, column = self.row, self.column // columns
+        return whole[row : row + shape[0], column : column + shape[1]]
+
+
 class QuantizedLinear(nn.Module):
     """What every quantised layer is: y = x @ dequantize(x.dtype).T + bias. The page's beginning says what to add."""
+
+    shared: tuple[str, ...] = ()  # what devices that divide a layer all have of it, by the attributes' names
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -79,7 +116,8 @@ class QuantizedLinear(nn.Module):
     def by_rows(self) -> dict[str, Tensor]:
         """What the weight is stored in, by the attribute's name, with a row for each row of the weight.
 
-        So several devices can divide the layer by its rows. Raises UserError if it cannot be divided so.
+        So several devices can divide the layer by its rows: then these are parameters of those shapes, and the rest is
+        what `shared` names. Raises UserError if it cannot be divided so.
         """
         raise UserError(f"--shard and --parallel: a weight stored as {type(self).__name__} has it cannot be divided")
 
@@ -87,15 +125,31 @@ class QuantizedLinear(nn.Module):
 class Linear4bit(QuantizedLinear):
     """4 bits a weight and one fp32 scale for each 64: 4.5 bits. `double_quant` stores the scales in 8 bits: 4.13."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, data_type: str, double_quant: bool):
+    shared = ("values", "nested", "offset")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, data_type: str, double_quant: bool, cut: Cut | None = None):
         super().__init__(weight, bias)
         # From fp32 always: the codes must not depend on the precision that the rest of the model is loaded in.
         codes, state = bitsandbytes().functional.quantize_4bit(
-            weight.float().contiguous(), blocksize=BLOCK, compress_statistics=double_quant, quant_type=data_type
+            weight.float().contiguous(), blocksize=BLOCK, quant_type=data_type
         )
         self.codes = F.pad(codes, (0, 0, 0, -len(codes) % (BLOCK // 2)))  # whole blocks of two codes a byte
-        self.absmax, self.quant_type, self.values = state.absmax, state.quant_type, state.code
-        self.nested, self.offset = (state.state2, state.offset) if double_quant else (None, None)
+        self.absmax, self.quant_type, self.values = state.absmax.flatten(), state.quant_type, state.code
+        self.nested, self.offset, self.cut = None, None, cut
+        if double_quant:
+            self._quantize_scales()
+
+    def _quantize_scales(self):
+        """Store the scales in 8 bits as bitsandbytes does: less the mean of the layer, with a scale for each 256."""
+        absmax = self.absmax.view(self.out_features, -1) if self.cut else self.absmax
+        # Of the 256 some may be in other parts.
+        whole = self.cut.of_whole(absmax, BLOCK).flatten() if self.cut else absmax
+        self.offset = whole.mean()
+        quantize = bitsandbytes().functional.quantize_blockwise
+        codes, self.nested = quantize(whole - self.offset, scale_values(), blocksize=SCALE_BLOCK)
+        if self.cut:  # a copy: no view that would keep those of the other parts
+            codes = self.cut.part_of(codes.view(self.cut.shape[0], -1), absmax.shape, BLOCK).flatten().clone()
+        self.absmax = codes
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """As in `QuantizedLinear`."""
@@ -150,24 +204,34 @@ class Linear4bit(QuantizedLinear):
         return found.shape == formula.shape and torch.allclose(found, formula, rtol=1e-4, atol=1e-4)
 
     def stored_scales(self) -> BlockScales:
-        """The scale of each block as it is stored."""
-        if self.nested is None:
-            return BlockScales(self.absmax.flatten())
-        return BlockScales(self.absmax, self.nested.code, self.nested.absmax, self.offset)
+        """The scale of each block as it is stored; of a part of a layer with double quantisation, in fp32."""
+        if self.nested is None or self._is_part():
+            return BlockScales(self.block_scales())
+        return BlockScales(self.absmax.flatten(), self.nested.code, self.nested.absmax, self.offset)
 
     def block_scales(self) -> Tensor:
         """The scale of each block of 64 weights, in row order: fp32, also where they are stored in 8 bits."""
         if self.nested is None:
             return self.absmax.flatten().float()
-        scales = bitsandbytes().functional.dequantize_blockwise(self.absmax, self.nested)
+        if self._is_part():
+            absmax = self.absmax.view(self.out_features, -1)
+            scales = BlockScales(absmax, self.nested.code, self.nested.absmax, self.offset)
+            first = self.cut.row, self.cut.column // BLOCK
+            return part_of_scales(scales, first, self.cut.shape[1] // BLOCK).flatten()
+        scales = bitsandbytes().functional.dequantize_blockwise(self.absmax.flatten(), self.nested)
         return (scales + self.offset).float()
 
+    def _is_part(self):
+        """Whether this is less than a whole layer: then its blocks are not numbered as those that share a scale are."""
+        return self.cut is not None and self.cut.shape != (self.out_features, self.in_features)
+
     def by_rows(self) -> dict[str, Tensor]:
-        """As in `QuantizedLinear`: rows of whole blocks, whose scales are not quantised themselves."""
-        if self.in_features % BLOCK or self.nested is not None:
+        """As in `QuantizedLinear`: rows of whole blocks."""
+        if self.in_features % BLOCK:
             raise UserError(
-                f"--shard and --parallel: a layer of {self.in_features} inputs cannot be divided in 4 bits: its rows "
-                f"are no whole blocks of {BLOCK} weights with a scale each; leave --quantize out"
+                f"--shard and --parallel: a layer, or a part of one, with {self.in_features} inputs cannot be divided "
+                f"in 4 bits: its rows are no whole blocks of {BLOCK} weights with a scale each; take another size of "
+                "tensor, --quantize bnb.int8 or none"
             )
         return {name: getattr(self, name).view(self.out_features, -1) for name in ("codes", "absmax")}
 
@@ -185,16 +249,26 @@ class Linear8bit(QuantizedLinear):
     Only the weight is quantised, not the activations: so their outliers need no care.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, cut: Cut | None = None):
         super().__init__(weight, bias)
-        # bitsandbytes takes fp16 alone here, whose range a weight never leaves.
-        self.codes, self.scales, _ = bitsandbytes().functional.int8_vectorwise_quant(weight.half().contiguous())
+        weight = weight.half()  # bitsandbytes takes fp16 alone here, whose range a weight never leaves
+        if cut:  # the largest of the whole row, which decides about its codes, goes along as one more column
+            largest = weight.abs().amax(dim=1, keepdim=True)
+            whole = cut.of_whole(largest.float(), cut.shape[1])
+            weight = torch.cat((weight, cut.part_of(whole, largest.shape, cut.shape[1]).half()), dim=1)
+        codes, self.scales, _ = bitsandbytes().functional.int8_vectorwise_quant(weight.contiguous())
+        self.codes = codes[:, : self.in_features].contiguous()
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """As in `QuantizedLinear`."""
+        scales = self.scales.flatten()
         if in_triton(self.codes, dtype):
-            return dequantize_rows(self.codes, self.scales, dtype)
-        return bitsandbytes().functional.int8_vectorwise_dequant(self.codes, self.scales).to(dtype)
+            return dequantize_rows(self.codes, scales, dtype)
+        return bitsandbytes().functional.int8_vectorwise_dequant(self.codes, scales).to(dtype)
+
+    def by_rows(self) -> dict[str, Tensor]:
+        """As in `QuantizedLinear`."""
+        return {"codes": self.codes, "scales": self.scales[:, None]}
 
     def nbytes(self) -> int:
         """As in `QuantizedLinear`."""
@@ -208,6 +282,18 @@ QUANTIZERS = {
     "bnb.fp4-dq": partial(Linear4bit, data_type="fp4", double_quant=True),
     "bnb.int8": Linear8bit,
 }
+
+
+def check_divisible(quantization: str | dict | None, model: nn.Module) -> None:
+    """Raise UserError if several devices cannot divide what a model without memory, not quantised yet, is to have.
+
+    quantization: as `read_quantization` returns it.
+    """
+    layers = quantizable_layers(model).items()
+    kinds = {(quantizer_of(quantization, path), layer.weight.shape): layer.weight for path, layer in layers}
+    for (quantizer, _), weight in kinds.items():
+        if quantizer:
+            quantizer(weight, None).by_rows()
 
 
 def quantized_layers(module: nn.Module) -> list[QuantizedLinear]:

@@ -78,6 +78,20 @@ def plain_block_scales(scales: BlockScales) -> Tensor:
     return scales.values[scales.absmax.int()] * shared + scales.offset
 
 
+def part_of_scales(scales: BlockScales, first: tuple[int, int], width: int) -> Tensor:
+    """The scale of each block, fp32, of a part of a weight whose scales are quantised as those of the whole weight.
+
+    scales: its absmax are the part's, (rows, blocks in a row of the part); the rest is the whole weight's. first: row
+    and column of its first block in the whole weight, of which a row has `width` blocks.
+    """
+    rows, columns = (
+        torch.arange(start, start + size, dtype=torch.int32, device=scales.absmax.device)
+        for start, size in zip(first, scales.absmax.shape, strict=True)
+    )
+    group = (rows[:, None] * width + columns) // SCALE_BLOCK
+    return scales.values[scales.absmax.int()] * scales.nested[group] + scales.offset
+
+
 def plain_dequantize_4bit(
     codes: Tensor, scales: BlockScales, values: Tensor, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:

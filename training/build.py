@@ -40,6 +40,7 @@ from training.optimizer import OPTIMIZERS, InBackward, StepInBackward, build_opt
 from training.parallel import saving
 from training.parallel.layout import check_launch, layout_of
 from training.parallel.loading import check_division, load_part
+from training.parallel.part import check_quantized
 from training.parallel.ranks import Ranks, make_ranks
 from training.parallel.saving import Divided
 from training.streaming import check_streaming
@@ -177,6 +178,8 @@ def check_model(s: Settings, data: Data) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
         s.quantize = read_quantization(s.quantize, model)
+        if layout_of(s).splits:
+            check_quantized(config, layout_of(s).tensor, s.quantize)
         if s.method != "full":
             adapter = adapter_config(s, config)
             initialization.check(s, model, adapter)

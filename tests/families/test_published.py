@@ -9,6 +9,7 @@ from weights.families import config_from_json
 
 # In billions as the model cards have it, or exactly where that is published.
 PUBLISHED = {
+    "Llama-2-70B": 68_976_648_192,  # "70B": as transformers counts them
     "Pythia-6.9B": 6_857_302_016,  # Biderman et al. 2023, arXiv 2304.01373, the model card's table
     "Falcon-7B": 6_921_720_704,  # "7B" on the card; PEFT prints 6,926,439,296 with rank 16 on query_key_value
     "Falcon-40B": 60 * (9216 * 8192 + 9 * 8192**2 + 4 * 8192) + 65024 * 8192 + 2 * 8192,  # "40B": counted by hand

@@ -177,9 +177,27 @@ def train(s):
     return {}
 
 
+def stored_bytes(s):
+    """Of a model that is divided: what this device keeps of its frozen weights, of those that are quantised, too."""
+    import torch
+
+    from quantize import quantized_layers
+    from training import build
+    from training.parallel.layout import layout_of
+    from training.parallel.loading import load_part
+    from training.parallel.ranks import local, make_ranks
+
+    fabric = build.start_fabric(s)
+    model, _, _ = load_part(s, make_ranks(layout_of(s), s.checkpoint_dir, fabric.device), fabric.device, None)
+    total = sum(local(p).untyped_storage().nbytes() for p in model.parameters() if not p.requires_grad)
+    total += sum(buffer.nbytes for buffer in model.buffers())
+    total += sum(layer.nested.absmax.nbytes for layer in quantized_layers(model) if getattr(layer, "nested", None))
+    return {"bytes": torch.tensor(total)}
+
+
 KINDS = {
     "step": gradient_of_step, "messages": messages_of_step, "model": gradient_of_model, "loading": memory_of_loading,
-    "run": train,
+    "stored": stored_bytes, "run": train,
 }  # fmt: skip
 
 

@@ -1,15 +1,18 @@
 """Runs on several devices: a step's gradient is that of one process, in every layout."""
 
+import itertools
 import shutil
 
 import pytest
 import torch
-from devices import gradient_of_step, gradients_on
+from devices import gradient_of_model, gradient_of_step, gradients_on
 from safetensors.torch import load_file
 from test_finetune import random_sample, random_samples, rows, run, settings
 
 import finetune
 from shell.files import check_manifest
+from training.memory import budget, plan
+from training.settings import Settings
 
 __all__ = ["run", "settings"]
 
@@ -19,10 +22,24 @@ LAYOUTS = {  # by the number of devices
         {"parallel": "tensor=2", "shard": True}, {"parallel": "pipeline=4"}, {"parallel": "pipeline=2,tensor=2"},
         {"parallel": "data=2,pipeline=2"}, {"parallel": "pipeline=2", "shard": True}],
 }  # fmt: skip
+EACH_QUANTISER = {  # a plan: in layers whose rows are divided, and in those whose columns are
+    f"model.layers.{number}.{name}": quantiser
+    for number, names in enumerate((
+        {"self_attn.q_proj": "bnb.nf4-dq", "self_attn.k_proj": "none", "self_attn.v_proj": "bnb.int8",
+         "self_attn.o_proj": "bnb.int8", "mlp.gate_proj": "bnb.fp4-dq", "mlp.up_proj": "bnb.nf4",
+         "mlp.down_proj": "bnb.fp4-dq"},
+        {"self_attn.q_proj": "bnb.fp4", "self_attn.k_proj": "bnb.nf4-dq", "self_attn.v_proj": "bnb.fp4-dq",
+         "self_attn.o_proj": "bnb.nf4", "mlp.gate_proj": "bnb.int8", "mlp.up_proj": "none",
+         "mlp.down_proj": "bnb.int8"},
+    ))
+    for name, quantiser in names.items()
+}  # fmt: skip
 METHODS = [
     {"lora_init": "orthogonal"},
     {"method": "dora"},
     {"quantize": "bnb.nf4"},
+    {"quantize": "bnb.nf4-dq"},
+    {"quantize": EACH_QUANTISER, "method": "dora"},
     {"method": "full", "recompute": 0.5},
 ]
 # Keys and values of each device are those of 1 or 2 heads of 3, or for four devices those that two have in common: of 2
@@ -76,6 +93,30 @@ def test_where_the_head_alone_trains(settings, model_dirs, tmp_path):
     check_same(found, expected, tolerance=2e-6)
 
 
+@pytest.mark.slow
+def test_a_device_without_a_row_of_a_layer(model_dirs, tmp_path):
+    """Six rows of keys and values are at three of four devices; the last takes part in quantising them."""
+    sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=6)
+    flags = dict(checkpoint_dir=model_dirs("llama", **sizes), data_dir=tmp_path, out_dir=tmp_path)
+    layers = {name: "none" for name in EACH_QUANTISER if ".0." in name}
+    layers |= {"model.layers.0.self_attn.k_proj": "bnb.nf4-dq", "model.layers.0.self_attn.v_proj": "bnb.int8"}
+    flags |= dict(quantize=layers, method="dora", lora_targets="all-linear", precision="32-true")
+    found = gradients_on(4, "model", [Settings(devices=4, shard=True, **flags)], tmp_path / "found")
+    check_same(found[0], gradient_of_model(Settings(**flags)), tolerance=2e-6)
+
+
+def test_a_device_keeps_what_the_plan_says(settings, model_dirs, tmp_path):
+    """Of a model in equal parts. By --shard all keep the scales of scales, which the plan counts as divided."""
+    sizes = dict(hidden_size=256, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    sizes |= dict(attention_bias=False, mlp_bias=False)  # those of outputs are at the first device alone
+    flags = dict(checkpoint_dir=model_dirs("llama", **sizes), devices=2, precision="bf16-true")
+    layouts = itertools.product(("bnb.nf4-dq", "bnb.int8"), ({"parallel": "tensor=2"}, {"shard": True}))
+    cases = [settings(quantize=name, **layout, **flags) for name, layout in layouts]
+    for s, found in zip(cases, gradients_on(2, "stored", cases, tmp_path / "found"), strict=True):
+        planned = plan.Predictor(budget.plan_job(s)).fixed["weights"]
+        assert planned <= found["bytes"].item() <= (1.001 if s.shard else 1) * planned
+
+
 def weights_of(folder):
     """The tensors of a model or adapter, in one file or several, by name."""
     files = sorted(folder.glob("*model*.safetensors"))
@@ -109,7 +150,7 @@ def test_a_run_goes_on_with_another_number_of_devices(settings, run, model_dirs,
     flags["checkpoint_dir"] = model_dirs("llama", **SIZES, num_attention_heads=6, num_key_value_heads=3)
     methods = {
         "lora": {"optimizer": "schedule-free", "schedule": "constant"},
-        "dora": {"method": "dora", "quantize": "bnb.nf4"},
+        "dora": {"method": "dora", "quantize": "bnb.nf4-dq"},
         "full": {"method": "full", "optimizer": "sgd", "learning_rate": 0.1},
         "averaged": {"method": "full", "optimizer": "schedule-free", "schedule": "constant"},
     }  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, Ids
 from prepared_parts import write_part
+from test_divided_weights import DIVISIONS, SHAPE, parts_of
 
 import finetune
 import lora
@@ -101,6 +102,16 @@ def test_a_weight_dequantised_on_the_gpu_is_bitsandbytes(name, dtype, shape):
         )
         assert torch.equal(expected, theirs.flatten()[: expected.numel()].view(shape))
     assert torch.equal(layer.dequantize(dtype), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_a_part_on_the_gpu_is_that_part_of_one_devices(name, division):
+    weight = torch.randn(SHAPE, device="cuda")
+    whole = QUANTIZERS[name](weight, None).dequantize(torch.bfloat16)
+    for ((start, stop), (first, last)), part in parts_of(weight, QUANTIZERS[name], DIVISIONS[division]):
+        assert torch.equal(part.dequantize(torch.bfloat16), whole[start:stop, first:last])
 
 
 @needs_gpu

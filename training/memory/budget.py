@@ -27,6 +27,7 @@ from training.memory import layouts, machine, plan
 from training.metrics import peak_memory, start_measuring
 from training.optimizer import OPTIMIZERS, build_optimizer, moment_bytes
 from training.parallel.layout import Layout, layout_of
+from training.parallel.part import check_quantized
 from training.steps import LOOKED_AT, looked_at, planned_steps, steps_per_epoch, total_steps
 from training.teacher import common_vocabulary, likeliest, teacher_dtype
 from weights.checkpoint import read_config
@@ -46,6 +47,8 @@ def plan_job(s: Settings, gradients: str = "kept") -> plan.Job:
     """The `plan.Job` of this run."""
     config, layout = read_config(s.checkpoint_dir), layout_of(s)
     adapter = None if s.method == "full" else adapter_config(s, config)
+    if layout.splits:
+        check_quantized(config, layout.tensor, s.quantize)
     if OPTIMIZERS[s.optimizer].gradient == "forward":
         gradients = "none"
     elif s.optimizer_in_backward or (s.offload and not s.max_grad_norm and gradients == "new"):
@@ -95,7 +98,8 @@ def planned_job(s: Settings, train: Samples) -> tuple[plan.Job, list[list[plan.S
     """
     layout, first = PLANNERS[s.planner].layout, itertools.islice(looked_at(s, train), steps_per_epoch(s, train))
     steps = [[plan.shape_of(train, layout, rows) for rows in step] for step in first]
-    return plan_job(s, "kept" if any(len(shapes) > 1 for shapes in steps) else "new"), steps
+    kept = s.shard or any(len(shapes) > 1 for shapes in steps)  # by FSDP in shares, which are there for as long
+    return plan_job(s, "kept" if kept else "new"), steps
 
 
 def predicted_peak(s: Settings, train: Samples) -> int:

@@ -193,8 +193,9 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
 
     stage = job.in_stage
     config = (job.config if stage.is_last else without_head(job.config)).of_layers(numbers)
+    part = Part(config, job.tensor - 1, job.tensor)
     with torch.device("meta"):
-        model = Part(config, job.tensor - 1, job.tensor).model()
+        model, whole = part.model(), Part(config).model()
         stage.leave_out_ends(model)
     for name, parameter in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
@@ -203,7 +204,8 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
         linear = leaf == "weight" and isinstance(module, nn.Linear) and path.startswith(quantize.BLOCKS)
         if linear and (quantizer := quantize.quantizer_of(job.quantize, in_whole_model(path))):
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias))
+            cut = {"cut": part.cut(path, whole.get_submodule(path).weight.shape)} if job.tensor > 1 else {}
+            setattr(model.get_submodule(parent), leaf, quantizer(tensor, module.bias, **cut))
         else:
             setattr(module, leaf, nn.Parameter(tensor))
     model.tie_weights()
@@ -284,9 +286,6 @@ class Predictor:
         loss = job.loss if job.in_stage.is_last else gradient_arrives
         self.job = dataclasses.replace(job, recompute=share, loss=loss)
         self.traces = {}
-        if job.quantize:  # its table of 8-bit values must be a real tensor: the first one is cached for the process
-            functional = quantize.bitsandbytes().functional
-            functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with fake_tensors(self.mode, job.device):
             self.model = build(job, traced)

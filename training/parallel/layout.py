@@ -107,7 +107,6 @@ def check_layout(s: Settings) -> None:
         (s.recompute != "offload", "--recompute 1 at most"),
         (not (s.lora_modules_to_save or s.lora_tokens), "no --lora_modules_to_save and no --lora_tokens"),
         (s.objective != "distill", "another --objective: a teacher is read whole by each device"),
-        (s.quantize in (None, "none", "bnb.nf4", "bnb.fp4"), "--quantize bnb.nf4 or bnb.fp4, whose scales can be cut"),
         (not s.balance_loss or layout.pipeline == 1, "no --balance_loss: it is of the routers of all layers together"),
     ]  # fmt: skip
     for holds, what in needs:

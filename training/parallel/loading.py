@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import lora
@@ -70,11 +72,12 @@ def load_part(
             _, whole, weights = model_of(read_config_json(folder)[0], Weights(folder))
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
+        quantization = base_quantization(s, adapter, config)
         _adapt(s, whole, adapter)
-        model = _without_memory(s, ranks, adapter, whole)
+        model = _without_memory(s, ranks, adapter, whole, quantization)
         model.to_empty(device=device)
         model.tie_weights()
-        norms = _fill(s, ranks, model, weights, device)
+        norms = _fill(s, ranks, model, weights, device, quantization)
     if adapter:
         _fill_adapters(s, ranks, model, whole, norms, newest, device)
     return model, adapter, Divided(whole, Pieces(model, ranks), ranks)
@@ -87,7 +90,7 @@ def _adapt(s, model, adapter):
         train_only(model, s.train)
 
 
-def _without_memory(s, ranks, adapter, whole):
+def _without_memory(s, ranks, adapter, whole, quantization):
     """This device's model on "meta": quantised, with adapters, connected to the others and sharded.
 
     whole: the whole model, with its adapters.
@@ -100,7 +103,6 @@ def _without_memory(s, ranks, adapter, whole):
                 module, leaf = _owner(model, name)
                 setattr(module, leaf, nn.Parameter(parameter.to(DTYPES[s.precision]), requires_grad=False))
         model.tie_weights()
-        quantization = base_quantization(s, adapter, part.config)
         for name, layer in _linears(model):
             if quantizer := quantizer_of(quantization, name):
                 parent, leaf = _owner(model, name)
@@ -139,15 +141,18 @@ def _owner(model, name):
     return model.get_submodule(path), leaf
 
 
-def _fill(s, ranks, model, weights, device):
+def _fill(s, ranks, model, weights, device, quantization):
     """Read what this device has of the base. Returns the row norms of the layers under DoRA, by the layer's name."""
     norms, names = {}, [name for name, _ in model.named_parameters() if not is_of_adapter(name)]
-    codes = dict.fromkeys(name.rpartition(".")[0] for name in names if name.endswith((".codes", ".absmax")))
-    plain = [name for name in names if name.rpartition(".")[0] not in codes or name.endswith(".bias")]
-    doing = bar([*plain, *codes], "loading", unit=" tensors", shown=is_first(), stays=False)
+    quantized = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    plain = [name for name in names if name.rpartition(".")[0] not in quantized or name.endswith(".bias")]
+    doing = bar([*plain, *quantized], "loading", unit=" tensors", shown=is_first(), stays=False)
     for name in doing:
-        if name in codes:
-            norms[place(name)] = _fill_quantized(model.get_submodule(name), name, ranks, weights, device, s.method)
+        if layer := quantized.get(name):
+            layer.device = device
+            made = _fill_quantized(layer, name, ranks, weights, quantizer_of(quantization, place(name)))
+            if s.method == "dora":
+                norms[place(name)] = made.dequantize(torch.float32)[: len(local(layer.codes))].norm(dim=1)
         else:
             _fill_plain(model, name, ranks, weights, s, norms)
         lora.give_back_memory()
@@ -165,42 +170,30 @@ def _fill_plain(model, name, ranks, weights, s, norms):
         norms[place(name).rpartition(".")[0]] = local(parameter).float().norm(dim=1)
 
 
-def _fill_quantized(layer, name, ranks, weights, device, method):
-    """Quantise the rows that this device has of a layer. Returns their norms, for DoRA."""
-    where = ranks.part.place(f"{name}.weight")
-    shape = (layer.out_features, layer.in_features)
-    box = [(0, size) for size in shape]
-    if where.dim is not None:
-        box[where.dim] = where.start, where.stop
-    _check_blocks(layer, name, where)
+def _fill_quantized(layer, name, ranks, weights, quantizer):
+    """Quantise the rows that this device has of a layer, as rows of the whole layer. Returns a layer of these alone."""
+    whole = place(f"{name}.weight")
+    cut, where = ranks.part.cut(name, weights.shapes[whole]), ranks.part.place(whole)
     start, stop = rows_here(layer.codes) if ranks.layout.shard else (0, layer.out_features)
-    box[0] = box[0][0] + start, box[0][0] + stop
-    layer.device = device
-    if stop == start:  # more devices than rows
-        layer.values = layer_values(layer, device)
-        return torch.empty(0, device=device)
-    rows = read_box(weights, place(f"{name}.weight"), tuple(box)).to(device).contiguous()
-    made = type(layer)(rows, None, layer.quant_type, False)
+    box = (cut.row + start, cut.row + stop), (cut.column, cut.column + layer.in_features)
+    rows = read_box(weights, whole, box).to(layer.device).contiguous()
+    if not len(rows):  # more devices than rows
+        rows, box = rows.new_zeros(1, layer.in_features), ((0, 1), box[1])
+    divided = ["tensor"] * (where.dim is not None) + ["data"] * ranks.layout.shard
+    own = cut._replace(row=box[0][0], maximum=partial(_maximum, ranks, divided))
+    made = quantizer(rows, None, cut=own)
     for stored, tensor in made.by_rows().items():
-        local(getattr(layer, stored)).copy_(tensor)
-    layer.values = made.values
-    return made.dequantize(torch.float32).norm(dim=1) if method == "dora" else None
+        local(getattr(layer, stored)).copy_(tensor[: stop - start])
+    for attribute in layer.shared:
+        setattr(layer, attribute, getattr(made, attribute))
+    layer.cut = cut
+    return made
 
 
-def layer_values(layer: QuantizedLinear, device: torch.device) -> Tensor:
-    """The table of the values that a layer's codes stand for."""
-    return type(layer)(torch.zeros(1, layer.in_features, device=device), None, layer.quant_type, False).values
-
-
-def _check_blocks(layer, name, where):
-    """Raise UserError if the columns of a layer were cut inside of weights that share a scale."""
-    from ops.dequantize import BLOCK
-
-    if where.dim == 1 and (where.start % BLOCK or where.stop % BLOCK):
-        raise UserError(
-            f"--parallel: {name} is cut at its columns {where.start} and {where.stop}, inside of {BLOCK} weights that "
-            "share a scale: take another size of tensor, or no --quantize"
-        )
+def _maximum(ranks, dimensions, numbers):
+    """Make numbers those of the devices along these dimensions that are the largest, at each place."""
+    for dimension in dimensions:
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=ranks.group(dimension))
 
 
 def read_box(weights: Weights, name: str, box: Box) -> Tensor:

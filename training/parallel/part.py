@@ -20,12 +20,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, NamedTuple
 
+import torch
 from torch import nn
 
 from adapters.adapter import place as place_of
 from experts import Elsewhere
 from model import Config, Transformer
 from ops.dequantize import BLOCK
+from quantize import Cut, check_divisible
 from shell.cli import UserError
 from training.parallel.stages import BlockElsewhere, EmbeddingElsewhere, HeadElsewhere
 
@@ -200,6 +202,11 @@ class Part:
     def _summed(self, of):
         return "kv" if of == "kv" and self.sharers > 1 else None
 
+    def cut(self, name: str, shape: tuple[int, int]) -> Cut:
+        """Which part of a linear layer's weight this device has. name: of the layer. shape: of the whole weight."""
+        where = self.place(f"{name}.weight")
+        return Cut(tuple(shape), *((where.start, 0), (0, where.start))[where.dim == 1])
+
     def model(self) -> Transformer:
         """This device's model, where torch makes tensors now: on "meta" without memory."""
         model = Transformer(self.local_config())
@@ -232,6 +239,16 @@ class Part:
 def _remove(parts, *names):
     for name in set(names).intersection(parts):
         del parts[name]
+
+
+def check_quantized(config: Config, count: int, quantization: str | dict | None) -> None:
+    """Raise UserError if what `count` devices along tensor have of layers cannot be quantised, or divided by --shard.
+
+    quantization: as `quantize.read_quantization` returns it.
+    """
+    for rank in range(count) if quantization else ():
+        with torch.device("meta"):
+            check_divisible(quantization, Part(config, rank, count).model())
 
 
 def without_head(c: Config) -> Config:
