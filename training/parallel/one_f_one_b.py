@@ -50,6 +50,8 @@ class Stage(PipelineStage):
         self.link.by_itself = False
         try:
             schedule.step(number=numbers, target=numbers, return_outputs=False)
+        except RuntimeError as error:  # in which torch wraps what a forward pass raises, such as a lack of memory
+            raise error.__cause__ or error from None
         finally:
             self.link.by_itself = True
 
