@@ -129,11 +129,13 @@ def watched(rank: int, world_size: int, go_on: str) -> Iterator[None]:
     dist.all_gather_object(machines, (_machine(), os.getpid()))
     watch = Watch(_store(rank, world_size), rank, world_size, machines, go_on)
     watch.start()
+    stopped = None
     try:
-        yield
-    except SystemExit:  # after a signal, for which all stop at the same step
+        try:
+            yield
+        except SystemExit as error:  # after a signal, for which all stop at the same step
+            stopped = error
         watch.part()
-        raise
     except BaseException as error:
         if _is_of_others(error):
             time.sleep(SILENCE + 5 * INTERVAL)  # in which the thread ends this process
@@ -141,7 +143,8 @@ def watched(rank: int, world_size: int, go_on: str) -> Iterator[None]:
         if rank == 0:  # the store is this process's: the others are to read why it ends
             time.sleep(2 * INTERVAL)
         raise
-    watch.part()
+    if stopped:
+        raise stopped
 
 
 def _machine():
