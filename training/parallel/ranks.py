@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from training.settings import Settings
 
 BUCKET = 25 * 2**20  # bytes of gradients that are added up at one time
+IN_FP64 = 2**20  # numbers that are copied in fp64 at one time, as a norm on a CPU does
 STEPS_LOOKED_AT = 100  # for how evenly they are shared out
 
 
@@ -158,7 +159,8 @@ class Ranks:
 
     def _square(self, name, parameter):
         """The sum of the squares of a gradient, of what is counted at this device and no other."""
-        square = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float64).square()
+        pieces = local(parameter.grad).flatten().split(IN_FP64)
+        square = sum(torch.linalg.vector_norm(piece, dtype=torch.float64).square() for piece in pieces)
         return square if self.counts(name) else torch.zeros_like(square)
 
     def counts(self, name: str) -> bool:
