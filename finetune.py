@@ -79,7 +79,7 @@ def main(s: Settings) -> None:
     skeleton = build.check_model(s, data)
     if s.plan:
         with fetching_ahead(s, data, 0):
-            budget.print_plan(s, data.train)
+            budget.print_plan(s, data.train, skeleton)
         return
     if s.publish:
         publish.check_reachable(publish.check_address(s.publish, "publish"))  # rather now than after the last step

@@ -97,4 +97,5 @@ def logps_by_base(run: Run, samples: Samples) -> Tensor:
             if indices:  # else this device only takes part in what the others do
                 result[indices] = answer_logps(run.model, x, batch.targets, batch.target_counts())
     run.model.train()
+    run.ranks.give_back(run.model)
     return run.ranks.sum(result).cpu()

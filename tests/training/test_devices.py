@@ -85,6 +85,19 @@ def test_the_gradient_is_that_of_one_process(settings, model_dirs, tmp_path, dev
         check_same(found, one, tolerance=2e-6)  # measured: 3e-8 to 1.2e-6, as sums are taken in another order
 
 
+def test_stages_whose_hidden_states_change_their_dtype(settings, model_dirs, tmp_path):
+    """OPT-350M's projection after the embedding leaves bf16 under autocast, where other models have fp32."""
+    sizes = dict(word_embed_proj_dim=32, do_layer_norm_before=False, ffn_dim=80, num_hidden_layers=2)
+    sizes["num_key_value_heads"] = 6
+    flags = dict(checkpoint_dir=model_dirs("opt", std=0.05, **sizes), precision="bf16-mixed", max_steps=1)
+    alone = settings(random_samples(6), name="one", **flags)
+    expected = gradient_of_step(alone)
+    staged = settings(name="two", devices=2, parallel="pipeline=2", **flags)
+    (found,) = gradients_on(2, "step", [staged], tmp_path / "found")
+    assert expected["norm"] > 0.01
+    check_same(found, expected, tolerance=0.02)  # as bf16 rounds
+
+
 def test_where_the_head_alone_trains(settings, model_dirs, tmp_path):
     """No gradient goes into what FSDP knows as the model's forward pass."""
     flags = dict(method="full", precision="32-true", global_batch_size=6, micro_batch_tokens=24, max_steps=1)

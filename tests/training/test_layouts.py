@@ -94,6 +94,13 @@ def test_a_layout_is_proposed_and_planned(settings, capsys):
     assert out.count("does not fit") == 7 and "no layout fits" in out and "together" not in out
 
 
+def test_a_layout_in_which_a_stage_would_not_train_is_not_listed(settings, capsys):
+    flags = dict(plan=True, plan_tflops=1.0, devices=2, memory_budget="1GB", lora_layers=[0], micro_batch_tokens=40)
+    finetune.main(settings(random_samples(12), **flags))
+    out = capsys.readouterr().out
+    assert "--parallel tensor=2" in out and "pipeline" not in out and "together" in out
+
+
 def test_micro_batches_that_were_chosen_for_each_layout_are_shown(settings, capsys):
     flags = dict(plan_tflops=1.0, devices=4, method="full", global_batch_size=32, micro_batch_tokens="auto")
     samples = [random_sample(20, 12) for _ in range(64)]

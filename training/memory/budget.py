@@ -27,6 +27,7 @@ from training.memory import layouts, machine, plan
 from training.metrics import peak_memory, start_measuring
 from training.optimizer import OPTIMIZERS, build_optimizer, moment_bytes
 from training.parallel.layout import Layout, layout_of
+from training.parallel.loading import check_division
 from training.parallel.part import check_quantized
 from training.steps import LOOKED_AT, looked_at, planned_steps, steps_per_epoch, total_steps
 from training.teacher import common_vocabulary, likeliest, teacher_dtype
@@ -217,12 +218,13 @@ def check_host_memory(s: Settings, train: Samples) -> None:
         raise UserError(f"{' and '.join(flags)}: {need / 1e9:.3g} GB of host memory are needed, {free / 1e9:.3g} free")
 
 
-def print_plan(s: Settings, train: Samples) -> None:
+def print_plan(s: Settings, train: Samples, model: nn.Module) -> None:
     """Print for --plan what fits in the budget, if there is one, then the prediction for the run.
 
     With several devices and a budget, but no layout, the fastest that fits is proposed and planned.
+    model: the whole one without memory, ready to train.
     """
-    if s.memory_budget and s.devices * s.nodes > 1 and not (s.parallel or s.shard) and not propose(s, train):
+    if s.memory_budget and s.devices * s.nodes > 1 and not (s.parallel or s.shard) and not propose(s, train, model):
         return
     if s.memory_budget or s.micro_batch_tokens == "auto":
         for recompute in more_recomputed(s):
@@ -279,16 +281,18 @@ def traffic_of_step(job: plan.Job, layout: Layout, steps: list[list[plan.Shape]]
     return layouts.traffic(job, layout, passes, positions)
 
 
-def propose(s: Settings, train: Samples) -> bool:
+def propose(s: Settings, train: Samples, model: nn.Module) -> bool:
     """Print for each layout of the devices what it holds and sends, and let `s` have the fastest that fits.
 
-    Returns whether one does.
+    Returns whether one does. model: the whole one, ready to train.
     """
     budget, found = cli.number_of_bytes(s.memory_budget, "memory_budget"), []
     rate, _ = device_rate(s, plan_job(s))
     for flags in layouts.divisions(s.devices * s.nodes, s.devices):
         with contextlib.suppress(UserError):  # the model, or another flag, does not go with it
-            found.append(proposal(dataclasses.replace(s, **flags), flags, train, budget, rate))
+            own = dataclasses.replace(s, **flags)
+            check_division(own, model)
+            found.append(proposal(own, flags, train, budget, rate))
     print(f"{s.devices * s.nodes} devices of {budget / 1e9:.2f} GB, by calculation:")
     print(layouts.table(found, budget))
     chosen = layouts.fastest(found, budget)

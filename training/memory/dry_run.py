@@ -34,7 +34,7 @@ def memory_dry_run(run: Run, forward: Callable) -> None:
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
     limit = no_more_than(free_memory("cpu")) if device.type == "cpu" else contextlib.nullcontext()
     with random_state, limit, torch.set_grad_enabled(OPTIMIZERS[s.optimizer].gradient == "backward"):
-        held = budget.memory_of_later_steps(s, model, run.optimizer, gradients=most > run.fabric.world_size)
+        held = budget.memory_of_later_steps(s, model, run.optimizer, gradients=most > run.ranks.layout.data)
         if run.ranks.link:  # as many as a stage holds at one time, at most
             pipelined_passes(run, [indices] * run.ranks.layout.pipeline, 0, 1)
         else:

@@ -55,6 +55,9 @@ class Stage(PipelineStage):
         finally:
             self.link.by_itself = True
 
+    def _validate_stage_tensors(self, *_):
+        """Nothing: with TORCH_DISTRIBUTED_DEBUG torch would compare sizes, which differ, with those it was told."""
+
     def _room(self, number):
         return torch.empty(*self.shapes[number], self.width, dtype=self.dtype, device=self.device)
 

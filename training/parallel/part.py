@@ -85,7 +85,7 @@ class Part:
 
     @property
     def layers(self) -> range:
-        """The numbers of this device's blocks. Earlier stages have one more, as the last one has the head too."""
+        """The numbers of this device's blocks. The last stage, which has the head too, never has more than others."""
         L = self.config.num_hidden_layers
         return range(-(-L * self.stage // self.stages), -(-L * (self.stage + 1) // self.stages))
 

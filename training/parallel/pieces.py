@@ -79,36 +79,53 @@ class Pieces:
 
         All devices call this alike. piece: what this device has for a name: its parameter, or a state of that shape.
         layout: dtype and whole shape by name. of: the parameter whose pieces those of a name lie like. A few pairs are
-        under way at one time: so owners should take turns, and one writes while the next ones receive.
+        under way at one time: so owners should take turns. Then all send and receive at once, as NCCL would wait for
+        ever where two devices first send to each other.
         """
         for pairs in _rounds(wanted, self.ranks.layout.world_size):
-            sent = [each for name, owner in pairs for each in self._send(name, self.sources[of(name)], owner, piece)]
+            exchange = _Exchange(self.ranks.rank, self.device)
+            wholes = []
             for name, owner in pairs:
-                yield (
-                    self._receive(name, self.sources[of(name)], piece, *layout[name])
-                    if owner == self.ranks.rank
-                    else None
-                )
-            for request, _ in sent:
-                request.wait()
+                sources = self.sources[of(name)]
+                exchange.send(sources, owner, lambda name=name: piece(name))
+                mine = owner == self.ranks.rank
+                wholes.append(exchange.receive(sources, lambda name=name: piece(name), *layout[name]) if mine else None)
+            exchange.run()
+            yield from wholes
 
-    def _send(self, name, sources, owner, piece):
-        """Begin to send what the owner needs of this device. Yields requests, with the tensors that they read."""
-        for _ in [each for each in sources if each.rank == self.ranks.rank != owner]:
-            tensor = local(piece(name)).detach().contiguous()
-            yield dist.isend(tensor, owner), tensor
 
-    def _receive(self, name, sources, piece, dtype, shape):
+class _Exchange:
+    """What a device sends to others and receives from them at one time."""
+
+    def __init__(self, rank, device):
+        self.rank, self.device = rank, device
+        self.operations, self.copies = [], []
+
+    def send(self, sources, owner, piece):
+        """Send what the owner needs of this device."""
+        for _ in [each for each in sources if each.rank == self.rank != owner]:
+            self.operations.append(dist.P2POp(dist.isend, local(piece()).detach().contiguous(), owner))
+
+    def receive(self, sources, piece, dtype, shape):
+        """The whole tensor, whose boxes are filled by `run`."""
         whole = torch.empty(shape, dtype=dtype, device=self.device)
         for rank, box in sources:
             target = take(whole, box)
-            if rank == self.ranks.rank:
-                target.copy_(local(piece(name)).detach())
-            else:
-                received = torch.empty(target.shape, dtype=dtype, device=self.device)
-                dist.recv(received, rank)
-                target.copy_(received)
+            if rank == self.rank:
+                target.copy_(local(piece()).detach())
+                continue
+            received = target if target.is_contiguous() else torch.empty(target.shape, dtype=dtype, device=self.device)
+            self.operations.append(dist.P2POp(dist.irecv, received, rank))
+            self.copies.append((target, received))
         return whole
+
+    def run(self):
+        """Wait until all is sent and received."""
+        for request in dist.batch_isend_irecv(self.operations) if self.operations else ():
+            request.wait()
+        for target, received in self.copies:
+            if received is not target:
+                target.copy_(received)
 
 
 def _rounds(wanted, size):

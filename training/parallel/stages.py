@@ -70,9 +70,12 @@ class Link:
             return self.receive(tokens, hidden_dtype(model), width) if self.by_itself else self.arrived
 
         def leaving(x):
-            if self.by_itself and self.stage < self.stages - 1:
+            if self.stage == self.stages - 1:
+                return finish(x)
+            x = x.to(hidden_dtype(model))  # which is what the next stage has room for: autocast may have left another
+            if self.by_itself:
                 self.send(x)
-            return finish(x)
+            return x
 
         model.embed, model.finish = arriving, leaving
 
