@@ -43,6 +43,7 @@ from training.metrics import (
     Found,
     Metrics,
     Sums,
+    largest_of_devices,
     open_metrics,
     parameter_counts,
     peak_memory,
@@ -127,8 +128,8 @@ def train_on(s: Settings, fabric: "Fabric", data: Data, newest: Path | None, ide
     if signal:
         fabric.print(f"stopped: --resume goes on from the newest checkpoint in {s.out_dir}")
         sys.exit(128 + signal)
+    measured = largest_of_devices(fabric, peak_memory_since(before, fabric.device))  # before predicting takes some
     if fabric.is_global_zero:
-        measured = peak_memory_since(before, fabric.device)  # before the prediction takes some itself
         memory = {"predicted": budget.predicted_peak(s, data.train), "measured": measured}
         with explained_write_errors(s.out_dir):
             report(s.out_dir, run.whole, metrics, flops_per_token, memory)

@@ -630,11 +630,12 @@ class Transformer(nn.Module):
         arguments = self.block_arguments(layout, x.dtype)
         offload = recompute == "offload"
         share, chunk = (1.0, self.mlp_chunk()) if offload else (recompute, None)
-        recomputed = round(share * len(layers)) if torch.is_grad_enabled() else 0
+        own = [number for number, block in enumerate(layers) if isinstance(block, Block)]
+        recomputed = own[: round(share * len(own))] if torch.is_grad_enabled() else []
         with Parking() if offload else contextlib.nullcontext():
             for number, block in enumerate(layers):
                 run = partial(block, chunk=chunk) if chunk else block
-                if number < recomputed:
+                if number in recomputed:
                     run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=True)
                 if routed is None:
                     x = run(x, *arguments[number], cache)
@@ -660,6 +661,10 @@ class Transformer(nn.Module):
             attend.tokens = layout.tokens  # by which adapters/virtual_tokens.py knows where it has to do something
         return [(angles[rope], attention[s]) for rope, s in zip(c.ropes, scores, strict=True)]
 
+    def block_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype in which hidden states enter the first block on a device."""
+        return compute_dtype(self.hidden_dtype or self.model.embed_tokens.weight.dtype, device.type)
+
     def embed(self, tokens: Tensor, positions: Tensor, noise: Tensor | None = None) -> Tensor:
         """The hidden states (B, T, D) before the first block, of tokens (B, T) at positions (B or 1, T).
 
@@ -667,12 +672,12 @@ class Transformer(nn.Module):
         """
         c, parts = self.config, self.model
         weight = parts.embed_tokens.weight
-        dtype = self.hidden_dtype or weight.dtype
-        x = parts.embed_tokens(tokens).to(compute_dtype(dtype, tokens.device.type))
+        x = parts.embed_tokens(tokens).to(self.block_dtype(tokens.device))
         if noise is not None:
             x = x + torch.empty_like(x, dtype=torch.float32).uniform_(-1, 1).mul_(noise[..., None]).to(x.dtype)
         if c.embedding_scale != 1:
-            x = x * weight.new_full((), c.embedding_scale, dtype=dtype)  # rounded as the weights are
+            scale = weight.new_full((), c.embedding_scale, dtype=self.hidden_dtype)  # rounded as the weights are
+            x = x * scale
         if "project_in" in parts:
             x = parts.project_in(x)
         if c.learned_positions:

@@ -5,17 +5,17 @@
 
 A random Llama in fp32 trains on random samples of one length: the same steps with 1, 2 and 4 processes of one thread
 each, so every process has fewer samples the more there are (strong scaling). Ours is `train_step` of finetune.py with
-its devices along data, along data with --shard, and along tensor; the peers' are in scaling/sides.py: accelerate with
-DistributedDataParallel, and with FSDP2. All cut a step into the same micro-batches, clip at a norm of 1.0, and have the
-same AdamW, no dropout and no activation checkpointing. The script stops if a gradient is zero, or if the loss of a
-first step is not that of the others to 1e-4.
+its devices along data, along data with --shard, along tensor, and along pipeline; the peers' are in scaling/sides.py:
+accelerate with DistributedDataParallel, and with FSDP2. All cut a step into the same micro-batches, clip at a norm of
+1.0, and have the same AdamW, no dropout and no activation checkpointing. The script stops if a gradient is zero, or if
+the loss of a first step is not that of the others to 1e-4.
 
 Added to --out_file: a JSON line for every run; the sides take turns. Printed: medians over the runs.
 
 efficiency    t1 / (n tn), tn being the time of the median step of n processes of that side and t1 that of one: the
               median over the rounds, in each of which both were measured. Of c cores more than c / n cannot be had
-sent          MB that a process sends in a step: bytes handed to torch.distributed, as counted (scaling/messages.py),
-              by the convention of rings (training/memory/layouts.py). gloo may send more
+sent          MB that the first process sends in a step: bytes handed to torch.distributed, as counted by
+              scaling/messages.py, by the convention of rings (training/memory/layouts.py). gloo may send more
 calculated    the same by training/memory/layouts.py, as --plan calculates it: without losses and norms
 memory        GB, the peak of the first process
 others        share of the CPUs that other processes took: above a few percent, measure again
@@ -53,7 +53,7 @@ SHAPES = {  # 28 million parameters, and next to none
 }  # fmt: skip
 PEER = "peft"
 # Our layouts, and the peer's that does the same with its devices: what no peer here has, beside the one for data.
-LAYOUTS = {"data": "DDP", "shard": "FSDP2", "tensor": "DDP"}
+LAYOUTS = {"data": "DDP", "shard": "FSDP2", "tensor": "DDP", "pipeline": "DDP"}
 TOLERANCE = 1e-4  # of the losses of the first step
 
 
@@ -91,7 +91,7 @@ class Settings:
         cli.check_numbers(self, "processes", least=2)
         cli.check_numbers(self, "samples", "micro_batch", "length", "runs", above=0)
         cli.check_numbers(self, "steps", above=sides.SKIP)
-        heads = SHAPES[self.shape]["num_key_value_heads"]
+        heads, layers = (SHAPES[self.shape][name] for name in ("num_key_value_heads", "num_hidden_layers"))
         for count in self.processes:
             if self.samples % (count * self.micro_batch):
                 raise UserError(
@@ -100,6 +100,8 @@ class Settings:
                 )
             if heads % count:
                 raise UserError(f"--processes {count}: the {heads} heads of keys and values cannot be divided by it")
+            if layers < count:
+                raise UserError(f"--processes {count}: {layers} layers cannot be divided among so many")
 
 
 if __name__ == "__main__":
@@ -180,7 +182,7 @@ def run_side(s, job):
 
 @functools.cache
 def calculated(shape, mode, how, count, samples, micro_batch, length):
-    """The bytes that a process of ours sends in a step, by the plan. how: the layout of so many processes."""
+    """The bytes that the first process of ours sends in a step, by the plan. how: the layout of so many processes."""
     import torch
 
     from lora import AdapterConfig
@@ -188,12 +190,13 @@ def calculated(shape, mode, how, count, samples, micro_batch, length):
     from training.parallel.layout import Layout
     from weights.families import config_from_json
 
-    layout = Layout(tensor=count) if how == "tensor" else Layout(data=count, shard=how == "shard")
+    layout = Layout(**{how: count}) if how in ("tensor", "pipeline") else Layout(data=count, shard=how == "shard")
     lora = MODES[mode].lora
     adapter = AdapterConfig(r=lora["r"], alpha=lora["alpha"], targets=tuple(lora["targets"])) if lora else None
     job = plan.Job(config_from_json(SHAPES[shape]), "cpu", torch.float32, adapter=adapter)
     passes = samples // micro_batch // layout.data
-    return sum(layouts.traffic(job, layout, passes, passes * micro_batch * length))
+    found = layouts.messages(job, layout, max(passes, layout.pipeline), passes * micro_batch * length)
+    return sum(message.sent() for message in found)
 
 
 def check(line, first_losses):
@@ -222,8 +225,9 @@ COLUMNS = {
 def label(line):
     """The side of a line, in words."""
     name = "onetune" if line["side"] == OURS else PEERS[PEER].title
-    how = {"alone": "", "data": "", "shard": " --shard", "tensor": " --parallel tensor"}
-    return f"{name}{how.get(line['layout'], ', ' + line['layout'])}, {line['processes']}"
+    flags = {"alone": "", "data": "", "shard": " --shard"}
+    flags |= {layout: f" --parallel {layout}" for layout in ("tensor", "pipeline")}
+    return f"{name}{flags.get(line['layout'], ', ' + line['layout'])}, {line['processes']}"
 
 
 def in_words(line):

@@ -214,6 +214,14 @@ def peak_memory_since(before: int, device: torch.device) -> int:
     return resident_memory("VmHWM") - before
 
 
+def largest_of_devices(fabric: Fabric, number: float) -> float:
+    """The largest of the numbers of all devices of a run, at each of them."""
+    if fabric.world_size > 1:
+        numbers = torch.tensor(number, dtype=torch.float64, device=fabric.device)
+        number = fabric.all_reduce(numbers, reduce_op="max").item()
+    return number
+
+
 def resident_memory(key: str) -> int:
     """Bytes of this process in memory: now ("VmRSS"), or the most since that was reset ("VmHWM").
 

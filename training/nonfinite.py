@@ -29,6 +29,7 @@ from shell.cli import UserError
 from shell.files import whole_file
 from training import build
 from training.optimizer import InBackward
+from training.parallel.layout import layout_of
 from training.steps import seeds_of_step
 from weights.checkpoint import write_shard
 
@@ -60,9 +61,9 @@ class KeptStep:
     """What is needed to run the step `number` (from 0) forward and backward as it was.
 
     batches: its micro-batches, one device's after the other's. names: for each the names of its samples. units: how
-    many they have. seeds: the random seed of each device; counts: how many micro-batches it has. scale: of the loss
-    (16-mixed).
-    message: what was not finite. moved: some weights had been updated before that was noticed.
+    many they have. seeds: the random seed of each device (in a pipeline: of its first stage); counts: how many
+    micro-batches it has. scale: of the loss (16-mixed). message: what was not finite. moved: some weights had been
+    updated before that was noticed.
     """
 
     number: int
@@ -112,7 +113,7 @@ def kept_step(run: Run, micro_batches: list[list[int]], step: int, error: NotFin
         batches=[run.batch(run.train, indices) for indices in micro_batches],
         names=sample_names(s.data_dir, run.train, micro_batches, run.sources),
         units=sum(run.train.unit_counts[indices].sum().item() for indices in micro_batches),
-        seeds=[*seeds_of_step(s, step, len(shares))],
+        seeds=[*seeds_of_step(s, step, len(shares) * run.ranks.layout.pipeline)[: len(shares)]],
         counts=[sum(map(bool, share)) for share in shares],
         scale=scaler.get_scale() if scaler else 1.0,
         message=str(error),
@@ -267,7 +268,7 @@ def replay(s: Settings) -> None:
 
     losses, norms of gradients, the first number that is not finite.
     """
-    step = read_step(s.replay)
+    step, in_stages = read_step(s.replay), layout_of(s).pipeline > 1
     s.devices, s.nodes, s.parallel, s.shard = 1, 1, None, False
     fabric = build.start_fabric(s)
     model, _ = build.build_model(s, fabric.device, None)
@@ -276,6 +277,8 @@ def replay(s: Settings) -> None:
     print(f"step {step.number + 1}, when {step.message}: {len(step.batches)} micro-batches")
     if step.moved:
         print("note: some weights had been updated in the backward pass before: the numbers differ from that step's")
+    if in_stages and s.lora_dropout:
+        print("note: each stage of a pipeline draws its own dropout: the numbers differ from that step's")
     loss, first = torch.zeros((), device=fabric.device), None
     model.zero_grad()
     batches = iter(step.batches)

@@ -25,7 +25,8 @@ def measure_ours(job):
     from training import build
 
     count, layout = job["processes"], job["layout"]
-    flags = {"shard": {"shard": True}, "tensor": {"parallel": f"tensor={count}"}}.get(layout, {})
+    divided = {"parallel": f"{layout}={count}"} if layout in ("tensor", "pipeline") else {}
+    flags = {"shard": True} if layout == "shard" else divided
     settings = ours.training_settings(
         job, devices=count, micro_batch_tokens=job["micro_batch"] * job["length"], planner="packed",
         global_batch_size=len(job["steps"][0]), max_grad_norm=1.0, **flags,

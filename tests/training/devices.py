@@ -120,9 +120,11 @@ def whole_gradient(model, divided):
 def messages_of_step(s):
     """What the first step of a run hands to torch.distributed until it has its gradient, the loss left out.
 
-    Bytes of each message by "KIND over DIMENSION", "kv" being those along tensor that have the same keys and values.
+    Bytes of each message at the first device of each stage, by "STAGE: KIND over DIMENSION", "kv" being those along
+    tensor that have the same keys and values.
     """
     import torch
+    import torch.distributed as dist
 
     import finetune
     from bench.scaling.messages import Messages
@@ -141,11 +143,49 @@ def messages_of_step(s):
     groups |= {"kv": ranks.kv_group} if ranks.kv_group else {}
     groups |= {"ends": ranks.ends_group} if ranks.ends_group else {}
     names = {group.group_name: name for name, group in groups.items()}
-    found = {}
-    for message in [each for each in messages.found if each.nbytes > 4]:
+    found, every = {}, [None] * dist.get_world_size()
+    for message in [each for each in messages.found if each.nbytes > 4 or each.kind != "sum"]:
         assert message.count == groups[names[message.group]].size()
-        found.setdefault(f"{message.kind} over {names[message.group]}", []).append(message.nbytes)
-    return {name: torch.tensor(sizes) for name, sizes in found.items()}
+        name = f"{ranks.stage}: {message.kind} over {names[message.group]}"
+        found.setdefault(name, []).append(message.nbytes)
+    dist.all_gather_object(every, found)
+    firsts = [every[ranks.layout.rank(stage, 0, 0)] for stage in range(ranks.layout.pipeline)]
+    return {name: torch.tensor(sizes) for first in firsts for name, sizes in first.items()}
+
+
+def largest_number(s):
+    """The largest of the devices' numbers, which are their ranks."""
+    import torch
+
+    from training import build
+    from training.metrics import largest_of_devices
+
+    fabric = build.start_fabric(s)
+    return {"largest": torch.tensor(largest_of_devices(fabric, fabric.global_rank))}
+
+
+def sums_of_tensors(s):
+    """What `add_up` makes of random tensors of several sizes and dtypes, one not contiguous, and their true sums."""
+    import torch
+    import torch.distributed as dist
+
+    from training import build
+    from training.parallel import ranks
+
+    fabric, ranks.BUCKET = build.start_fabric(s), 400
+
+    def tensors_of(rank):
+        generator = torch.Generator().manual_seed(rank)
+        sizes = [(5,), (150,), (7, 3), (20, 30), (1,), (30, 20), (50,), (50,), (51,)]
+        tensors = [torch.randn(*size, generator=generator) for size in sizes]
+        tensors[5] = tensors[5].t()
+        return [tensor.double() if number in (3, 4) else tensor for number, tensor in enumerate(tensors)]
+
+    every = [tensors_of(rank) for rank in range(fabric.world_size)]
+    named = {f"sum {number}": sum(each).contiguous() for number, each in enumerate(zip(*every, strict=True))}
+    found = every[fabric.global_rank]
+    ranks.add_up(found, dist.group.WORLD)
+    return named | {f"found {number}": tensor.contiguous() for number, tensor in enumerate(found)}
 
 
 def memory_of_loading(s):
@@ -197,7 +237,7 @@ def stored_bytes(s):
 
 KINDS = {
     "step": gradient_of_step, "messages": messages_of_step, "model": gradient_of_model, "loading": memory_of_loading,
-    "stored": stored_bytes, "run": train,
+    "stored": stored_bytes, "run": train, "largest": largest_number, "sums": sums_of_tensors,
 }  # fmt: skip
 
 

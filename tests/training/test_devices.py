@@ -98,6 +98,15 @@ def test_stages_whose_hidden_states_change_their_dtype(settings, model_dirs, tmp
     check_same(found, expected, tolerance=0.02)  # as bf16 rounds
 
 
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sums_over_devices(settings, tmp_path, devices):
+    s = settings(devices=devices)
+    ((sums,), (largest,)) = (gradients_on(devices, kind, [s], tmp_path / kind) for kind in ("sums", "largest"))
+    for number in range(len(sums) // 2):
+        torch.testing.assert_close(sums[f"found {number}"], sums[f"sum {number}"])
+    assert largest["largest"] == devices - 1
+
+
 def test_where_the_head_alone_trains(settings, model_dirs, tmp_path):
     """No gradient goes into what FSDP knows as the model's forward pass."""
     flags = dict(method="full", precision="32-true", global_batch_size=6, micro_batch_tokens=24, max_steps=1)

@@ -66,7 +66,9 @@ def test_the_fastest_that_fits():
     rows = layouts.table([fast, large], 4.0).splitlines()
     assert ["does not fit" in row for row in rows] == [False, True]
     assert not any("--micro_batch_tokens" in row for row in rows), "all have the same"
-    rows = layouts.table([fast, large._replace(tokens=128)], 4.0).splitlines()
+    long = large._replace(flags={"parallel": "pipeline=16,data=16,tensor=2", "shard": True}, tokens=128)
+    rows = layouts.table([fast, long], 4.0).splitlines()
+    assert len({row.index(" GB ") for row in rows}) == 1
     assert [re.search(r"--micro_batch_tokens (\d+) ", row)[1] for row in rows] == ["64", "128"]
 
 

@@ -30,6 +30,7 @@ LAYOUTS = {  # by the number of devices
         {"parallel": "pipeline=2,tensor=2"},
         {"parallel": "pipeline=2", "shard": True},
     ],
+    6: [{"parallel": "pipeline=3", "shard": True}],
 }
 METHODS = [
     {},
@@ -48,20 +49,22 @@ SIZES = dict(
 
 
 def calculated(s):
-    """{"KIND over DIMENSION": (messages, their bytes)} of the first step of a run."""
+    """{"STAGE: KIND over DIMENSION": (messages, their bytes)} of the first step of a run."""
     data = build.open_data(s)
     layout = layout_of(s)
     job, (shapes, *_) = budget.planned_job(s, data.train)
     positions = sum(shape.positions for shape in shapes) / layout.data
     found = {}
-    for message in layouts.messages(job, layout, layouts.passes_of(shapes, layout), positions):
-        name = f"{message.kind} over {message.over}"
-        count, nbytes = found.get(name, (0, 0))
-        found[name] = count + message.times, nbytes + message.times * message.nbytes
+    for stage in range(layout.pipeline):
+        own = dataclasses.replace(job, stage=stage)
+        for message in layouts.messages(own, layout, layouts.passes_of(shapes, layout), positions):
+            name = f"{stage}: {message.kind} over {message.over}"
+            count, nbytes = found.get(name, (0, 0))
+            found[name] = count + message.times, nbytes + message.times * message.nbytes
     return found
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [2, 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_bytes_are_those_calculated(settings, model_dirs, tmp_path, devices):
     flags = dict(lora_r=4, global_batch_size=8, micro_batch_tokens=24, max_steps=1, devices=devices)
     models = {"llama": METHODS}

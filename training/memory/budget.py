@@ -247,7 +247,7 @@ def print_plan(s: Settings, train: Samples, model: nn.Module) -> None:
         f"--method {s.method} on {base}, --micro_batch_tokens {s.micro_batch_tokens} "
         f"--recompute {described(s.recompute)}, {job.device}"
     )
-    print(plan.describe(job, steps, rate, source, total_steps(s, train)))
+    print(plan.describe(job, steps, rate, source, total_steps(s, train), layouts.idle(layout, steps)))
     if layout.world_size > 1:
         print(describe_traffic(s, job, layout, steps))
     if s.teacher_dir:
@@ -300,7 +300,7 @@ def propose(s: Settings, train: Samples, model: nn.Module) -> bool:
         print("no layout fits: see --recompute, --quantize and --micro_batch_tokens, or more --devices")
         return False
     s.parallel, s.shard = chosen.flags["parallel"], chosen.flags["shard"]
-    print(f"the fastest that fits: --parallel {s.parallel}" + " --shard" * s.shard)
+    print(f"the fastest that fits: {chosen.layout()}")
     return True
 
 

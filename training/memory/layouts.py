@@ -15,9 +15,9 @@ import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ops.dtypes import compute_dtype
 from quantize import BLOCKS
 from training.memory import plan
 from training.parallel.layout import Layout
@@ -68,8 +68,8 @@ class Traffic(NamedTuple):
 
 def traffic(job: plan.Job, layout: Layout, passes: int, positions: float) -> Traffic:
     """The `Traffic` of a run whose devices have so many micro-batches in a step, of so many positions together."""
-    stages = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}  # all between are like the second
-    found = [messages(dataclasses.replace(job, stage=stage), layout, passes, positions) for stage in sorted(stages)]
+    stages = plan.different_stages(dataclasses.replace(job, stages=layout.pipeline))
+    found = [messages(dataclasses.replace(job, stage=stage), layout, passes, positions) for stage in stages]
     most = max(found, key=lambda messages: sum(m.sent() for m in messages))
     return Traffic(*(sum(m.sent() for m in most if m.what == what) for what in Traffic._fields))
 
@@ -96,7 +96,7 @@ def messages(job: plan.Job, layout: Layout, passes: int, positions: float) -> li
         if layout.tensor > 1:
             found += _of_activations(predictor, seen, layout, passes, positions)
         if layout.pipeline > 1:
-            found += _of_stages(predictor.job, layout, passes, positions)
+            found += _of_stages(predictor, layout, passes, positions)
         found += _of_what_is_alike(predictor, layout)
     return [message for message in found if message.nbytes]
 
@@ -185,9 +185,10 @@ def _of_activations(predictor, seen, layout, passes, positions):
             yield Message("activations", "sum", "tensor", layout.tensor, in_pass, alike * passes)
 
 
-def _of_stages(job, layout, passes, positions):
+def _of_stages(predictor, layout, passes, positions):
     """Hidden states to the next stage, and their gradients back to the one before."""
-    width = job.config.hidden_size * compute_dtype(job.dtype, job.device).itemsize
+    job = predictor.job
+    width = job.config.hidden_size * predictor.model.block_dtype(torch.device(job.device)).itemsize
     times = passes * ((not job.in_stage.is_last) + (not job.in_stage.is_first))
     yield Message("activations", "pass on", "pipeline", layout.pipeline, positions / passes * width, times)
 
@@ -229,19 +230,23 @@ class Proposal(NamedTuple):
     seconds: float
     sending: float
 
-    def row(self, budget: float, with_tokens: bool) -> str:
-        """A line of a table. with_tokens: whether it is to have --micro_batch_tokens."""
+    def layout(self) -> str:
+        """Its flags as on the command line."""
+        return f"--parallel {self.flags['parallel']}" + " --shard" * self.flags["shard"]
+
+    def row(self, budget: float, width: int, with_tokens: bool) -> str:
+        """A line of a table. width: of its first column. with_tokens: whether it is to have --micro_batch_tokens."""
         fits = "" if self.peak <= budget else "  does not fit"
-        flags = f"--parallel {self.flags['parallel']}" + " --shard" * self.flags["shard"]
         tokens = f" --micro_batch_tokens {self.tokens:<7}" * with_tokens
         step = f"{self.seconds:9.3g} s a step, {self.sending:8.3g} of it sending"
-        return f"  {flags:38}{tokens} {self.peak / 1e9:8.2f} GB {step}{fits}"
+        return f"  {self.layout():{width}}{tokens} {self.peak / 1e9:8.2f} GB {step}{fits}"
 
 
 def table(proposals: list[Proposal], budget: float) -> str:
     """Their rows. Those whose micro-batches were chosen to fit show of how many tokens they are."""
     with_tokens = len({each.tokens for each in proposals}) > 1
-    return "\n".join(each.row(budget, with_tokens) for each in proposals)
+    width = max((len(each.layout()) for each in proposals), default=0)
+    return "\n".join(each.row(budget, width, with_tokens) for each in proposals)
 
 
 def fastest(proposals: list[Proposal], budget: float) -> Proposal | None:

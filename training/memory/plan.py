@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -177,6 +177,15 @@ def chosen_in_block(job: Job, names: list[str], number: int) -> tuple:
     return tuple(zip((name.removeprefix(start) for name in here + whole), ranks, strict=True))
 
 
+class Kind(NamedTuple):
+    """What decides what a block takes: its part of the config, and what the job does with it."""
+
+    config: tuple
+    recomputed: bool
+    quantizers: tuple
+    chosen: tuple
+
+
 def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
     """The model of `job` with only those of its blocks that have these numbers; to be called in `fake_tensors`."""
     here = {number: place for place, number in enumerate(numbers)}
@@ -209,6 +218,7 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
         else:
             setattr(module, leaf, nn.Parameter(tensor))
     model.tie_weights()
+    model.hidden_dtype = job.dtype  # also where no embedding is
     if not stage.is_first:
         arrive_from_nowhere(model, job)
     names = {own: name for name in chosen_parts(job) if stage.has(name) and (own := in_this_model(name)) is not None}
@@ -224,7 +234,7 @@ def build(job: Job, numbers: Sequence[int]) -> model_file.Transformer:
 
 def arrive_from_nowhere(model: model_file.Transformer, job: Job) -> None:
     """Let hidden states be there without an embedding, as they arrive at a later stage of a pipeline."""
-    dtype, width = dtypes.compute_dtype(job.dtype, job.device), job.config.hidden_size
+    dtype, width = model.block_dtype(torch.device(job.device)), job.config.hidden_size
 
     def embed(tokens, positions, noise=None):
         shape, trains = (*tokens.shape, width), torch.is_grad_enabled()
@@ -264,25 +274,33 @@ def parameter_bytes(module: nn.Module, job: Job, elsewhere: Collection[int] = ()
 # ------------------------------------------------------------------------------------------------------- predicting
 
 
+def kinds_of_blocks(job: Job) -> dict[int, Kind]:
+    """Of each block of the stage of `job`, by its number, what decides what it takes: equal blocks take the same."""
+    layers, config, chosen = job.in_stage.layers, job.config.kinds_of_layers(), chosen_parts(job)
+    recomputed = len(layers) if job.recompute == "offload" else round(job.recompute * len(layers))
+    return {
+        number: Kind(
+            config[number],
+            place < recomputed,
+            quantize.quantizers_in_block(job.quantize, number),
+            chosen_in_block(job, chosen, number),
+        )
+        for place, number in enumerate(layers)
+    }
+
+
 class Predictor:
     """Predicts for a `Job` the peak memory and the FLOPs of micro-batches. Every shape is traced once."""
 
     def __init__(self, job: Job):
-        L, self.layers = job.config.num_hidden_layers, job.in_stage.layers
-        offloads = job.recompute == "offload"
-        recomputed = [offloads or number < round(job.recompute * L) for number in range(L)]
-        quantizers = [quantize.quantizers_in_block(job.quantize, number) for number in range(L)]
-        chosen = chosen_parts(job)
-        parts = [chosen_in_block(job, chosen, number) for number in range(L)]
-        kinds = list(zip(job.config.kinds_of_layers(), recomputed, quantizers, parts, strict=True))
-        runs = [
-            list(run) for _, run in itertools.groupby(self.layers, key=kinds.__getitem__)
-        ]  # numbers of equal blocks
+        kinds, self.layers = kinds_of_blocks(job), job.in_stage.layers
+        runs = [list(run) for _, run in itertools.groupby(kinds, key=kinds.get)]  # numbers of equal blocks
         traced = [number for run in runs for number in run[:TRACED_BLOCKS]]
         last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1
         more = [len(run) - TRACED_BLOCKS for run in runs]
         self.left_out = {end - 1: count for end, count in zip(last, more, strict=True) if count > 0}
-        share = "offload" if offloads else sum(recomputed[number] for number in traced) / len(traced)
+        recomputed = sum(kinds[number].recomputed for number in traced)
+        share = job.recompute if job.recompute == "offload" else recomputed / len(traced)
         loss = job.loss if job.in_stage.is_last else gradient_arrives
         self.job = dataclasses.replace(job, recompute=share, loss=loss)
         self.traces = {}
@@ -305,7 +323,8 @@ class Predictor:
         """Leave a device's share of what --shard divides, and add what is gathered at one time.
 
         That is embedding, norm and head from the beginning to the end of a micro-batch; the block that runs, the one
-        that is fetched meanwhile, and the buffer it comes in. Gradients of these are whole too, until they are shared.
+        that is fetched meanwhile, and the buffer it comes in. Gradients of these are whole too, until they are shared,
+        and those of embedding, norm and head are copied for that.
         """
         blocks = [parameter_bytes(block, self.job) for block in self.model.model.layers]
         stored = [sum(block[part] for part in ("weights", "adapters")) for block in blocks]
@@ -313,7 +332,7 @@ class Predictor:
         outside = [p for p in self.model.parameters() if id(p) not in inside]
         gathered = sum(p.nbytes for p in outside) + GATHERED_BLOCKS * max(stored)
         training = [sum(p.nbytes for p in block.parameters() if p.requires_grad) for block in self.model.model.layers]
-        gradients = sum(p.nbytes for p in outside if p.requires_grad) + GATHERED_BLOCKS * max(training)
+        gradients = 2 * sum(p.nbytes for p in outside if p.requires_grad) + GATHERED_BLOCKS * max(training)
         self.fixed = Counter({part: -(-nbytes // self.job.shares) for part, nbytes in self.fixed.items()})
         self.fixed["working set"] += gathered + gradients
 
@@ -362,20 +381,30 @@ class Predictor:
         return self.trace(shape)[1]
 
 
+def different_stages(job: Job) -> list[int]:
+    """The first and the last stage of a pipeline, and of those between that have the same blocks the first.
+
+    That one keeps the activations of the most micro-batches.
+    """
+    found = {}
+    for stage in range(1, job.stages - 1):
+        found.setdefault((*kinds_of_blocks(dataclasses.replace(job, stage=stage)).values(),), stage)
+    return sorted({0, job.stages - 1, *found.values()})
+
+
 class Stages:
     """Predicts as `Predictor` does, for the stage of a pipeline that takes most.
 
-    That is the first one, with the embedding and the activations of as many micro-batches as there are stages, or the
-    last one, with the head: those between them have no more than the first.
+    Mostly that is the first one, with the embedding and the activations of as many micro-batches as there are stages,
+    or the last one, with the head. One between them may have larger blocks.
     """
 
     def __init__(self, job: Job):
-        self.ends = [Predictor(dataclasses.replace(job, stage=stage)) for stage in (0, job.stages - 1)]
-        self.fixed = max((end.fixed for end in self.ends), key=Counter.total)
+        self.stages = [Predictor(dataclasses.replace(job, stage=stage)) for stage in different_stages(job)]
 
     def parts(self, shape: Shape) -> Counter:
         """Bytes by part at the peak of a step."""
-        return max((end.parts(shape) for end in self.ends), key=Counter.total)
+        return max((stage.parts(shape) for stage in self.stages), key=Counter.total)
 
     def peak(self, shape: Shape) -> int:
         """Bytes at the peak of a step."""
@@ -383,11 +412,11 @@ class Stages:
 
     def host_peak(self, shape: Shape) -> int:
         """Bytes of host memory that a CUDA device uses at the peak of a step."""
-        return max(end.host_peak(shape) for end in self.ends)
+        return max(stage.host_peak(shape) for stage in self.stages)
 
     def flops(self, shape: Shape) -> int:
         """FLOPs of a micro-batch, forward and backward."""
-        return max(end.flops(shape) for end in self.ends)
+        return max(stage.flops(shape) for stage in self.stages)
 
 
 def predictor_of(job: Job) -> Predictor | Stages:
@@ -466,23 +495,26 @@ def largest_micro_batch(predictor: Predictor | Stages, samples: Samples, most_ro
 # --------------------------------------------------------------------------------------------------------- the plan
 
 
-def describe(job: Job, steps: list[list[Shape]], flops_per_second: float, source: str, total: int) -> str:
+def describe(
+    job: Job, steps: list[list[Shape]], flops_per_second: float, source: str, total: int, idle: float = 0.0
+) -> str:
     """The plan as text: peak memory by part, FLOPs and time of a step, time of the run.
 
     steps: the `Shape`s of the micro-batches of some steps. source: where `flops_per_second` comes from. total: steps of
-    the run.
+    the run. idle: the share of a step in which a device waits for others.
     """
     predictor, shapes = predictor_of(job), [shape for shapes in steps for shape in shapes]
     shape = worst(shapes)
     parts = predictor.parts(shape)
     flops = step_flops(predictor, shapes) / len(steps)
-    seconds = flops / flops_per_second
+    seconds = flops / flops_per_second / (1 - idle)
+    part = " for a part of the model" if job.tensor * job.stages > 1 else ""
     largest = f"{len(sample_lengths(shape))} samples in {shape.positions} positions, {shape.targets} of them targets"
     lines = [
         f"{largest}, take the most memory:",
         *(f"  {part:18} {parts[part] / 1e9:9.3f} GB" for part in PARTS),
         f"  {'together':18} {parts.total() / 1e9:9.3f} GB",
-        f"{flops / 1e12:.4g} TFLOP a step: {seconds:.3g} s, {seconds * total / 60:.3g} min for {total} steps,",
+        f"{flops / 1e12:.4g} TFLOP a step{part}: {seconds:.3g} s, {seconds * total / 60:.3g} min for {total} steps,",
     ]
     if host := predictor.host_peak(shape):
         lines.insert(-1, f"  {'host memory':18} {host / 1e9:9.3f} GB beside that, pinned or of the optimiser")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from model import Transformer
-from training.parallel.stages import Link, hidden_dtype
+from training.parallel.stages import Link
 
 
 class Stage(PipelineStage):
@@ -31,7 +31,7 @@ class Stage(PipelineStage):
         """shapes: (B, T) of each micro-batch. hidden_states: of its number, what this stage makes of `link.arrived`."""
         device = model.model.embed_tokens.weight.device
         self.link, self.shapes, self.width = link, shapes, model.config.hidden_size
-        self.dtype = hidden_dtype(model)
+        self.dtype = model.block_dtype(device)
         nothing = torch.empty(0, dtype=self.dtype, device=device, requires_grad=True)
         super().__init__(
             _Passes(link, hidden_states), link.stage, link.stages, device,
@@ -57,6 +57,15 @@ class Stage(PipelineStage):
 
     def _validate_stage_tensors(self, *_):
         """Nothing: with TORCH_DISTRIBUTED_DEBUG torch would compare sizes, which differ, with those it was told."""
+
+    def _warmup_forward_vote(self, *_: Any, **__: Any) -> Tensor:
+        """1, as at every stage: sizes are known. torch would ask all stages before each step, and the host would wait.
+
+        So it would open NCCL's connections; `ranks.make_ranks` does that once.
+        """
+        return torch.ones(())
+
+    _warmup_backward_result = _warmup_forward_vote
 
     def _room(self, number):
         return torch.empty(*self.shapes[number], self.width, dtype=self.dtype, device=self.device)

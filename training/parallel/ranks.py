@@ -181,18 +181,28 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def add_up(tensors: list[Tensor], group: Any) -> None:
-    """Replace tensors by their sums over a process group, many small ones at one time."""
+    """Replace tensors by their sums over a process group: many small ones at one time, a large one where it is."""
+    for bucket in _buckets(tensors):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0], group=group)
+            continue
+        flat = torch.cat([each.flatten() for each in bucket])
+        dist.all_reduce(flat, group=group)
+        for each, summed in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            each.copy_(summed.view_as(each))
+
+
+def _buckets(tensors):
+    """Neighbours of one dtype, together no larger than BUCKET, or alone."""
     bucket, size = [], 0
-    for number, tensor in enumerate(tensors):
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
         bucket.append(tensor)
         size += tensor.nbytes
-        last = number + 1 == len(tensors)
-        if last or size >= BUCKET or tensors[number + 1].dtype != tensor.dtype:
-            flat = torch.cat([each.flatten() for each in bucket])
-            dist.all_reduce(flat, group=group)
-            for each, summed in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
-                each.copy_(summed.view_as(each))
-            bucket, size = [], 0
+    if bucket:
+        yield bucket
 
 
 def make_ranks(layout: Layout, checkpoint_dir: Path, device: torch.device) -> Ranks:
@@ -210,6 +220,8 @@ def make_ranks(layout: Layout, checkpoint_dir: Path, device: torch.device) -> Ra
     ranks = Ranks(layout, rank, mesh, part)
     if layout.pipeline > 1:
         ranks.link = Link(here.pipeline, layout.pipeline, ranks.group("pipeline"))
+        # NCCL connects a group when it is first used, for which all of its devices must come, not two that send.
+        dist.all_reduce(torch.zeros(1, device=device), group=ranks.group("pipeline"))
     if part.sharers > 1:
         ranks.kv_group = _group_of(rank, layout, lambda place: (*place[:2], place.tensor // part.sharers))
     if part.config.tie_word_embeddings and layout.pipeline > 1:

@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ops.dtypes import compute_dtype
-
 if TYPE_CHECKING:
     from model import Transformer
 
@@ -67,12 +65,12 @@ class Link:
         def arriving(tokens, positions, noise=None):
             if self.stage == 0:
                 return embed(tokens, positions, noise)
-            return self.receive(tokens, hidden_dtype(model), width) if self.by_itself else self.arrived
+            return self.receive(tokens, model.block_dtype(tokens.device), width) if self.by_itself else self.arrived
 
         def leaving(x):
             if self.stage == self.stages - 1:
                 return finish(x)
-            x = x.to(hidden_dtype(model))  # which is what the next stage has room for: autocast may have left another
+            x = x.to(model.block_dtype(x.device))  # for which the next stage has room: autocast may have left another
             if self.by_itself:
                 self.send(x)
             return x
@@ -96,9 +94,3 @@ class Link:
         for request, _ in self.sending:
             request.wait()
         self.sending.clear()
-
-
-def hidden_dtype(model: Transformer) -> torch.dtype:
-    """The dtype of the hidden states between a model's blocks."""
-    weight = model.model.embed_tokens.weight
-    return compute_dtype(model.hidden_dtype or weight.dtype, weight.device.type)
