@@ -630,7 +630,7 @@ class Transformer(nn.Module):
         arguments = self.block_arguments(layout, x.dtype)
         offload = recompute == "offload"
         share, chunk = (1.0, self.mlp_chunk()) if offload else (recompute, None)
-        own = [number for number, block in enumerate(layers) if isinstance(block, Block)]
+        own = [number for number, block in enumerate(layers) if isinstance(block, Block)]  # others do nothing
         recomputed = own[: round(share * len(own))] if torch.is_grad_enabled() else []
         with Parking() if offload else contextlib.nullcontext():
             for number, block in enumerate(layers):

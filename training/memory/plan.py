@@ -274,9 +274,12 @@ def parameter_bytes(module: nn.Module, job: Job, elsewhere: Collection[int] = ()
 # ------------------------------------------------------------------------------------------------------- predicting
 
 
-def kinds_of_blocks(job: Job) -> dict[int, Kind]:
-    """Of each block of the stage of `job`, by its number, what decides what it takes: equal blocks take the same."""
-    layers, config, chosen = job.in_stage.layers, job.config.kinds_of_layers(), chosen_parts(job)
+def kinds_of_blocks(job: Job, chosen: list[str]) -> dict[int, Kind]:
+    """Of each block of the stage of `job`, by its number, what decides what it takes: equal blocks take the same.
+
+    chosen: its `chosen_parts`.
+    """
+    layers, config = job.in_stage.layers, job.config.kinds_of_layers()
     recomputed = len(layers) if job.recompute == "offload" else round(job.recompute * len(layers))
     return {
         number: Kind(
@@ -293,7 +296,7 @@ class Predictor:
     """Predicts for a `Job` the peak memory and the FLOPs of micro-batches. Every shape is traced once."""
 
     def __init__(self, job: Job):
-        kinds, self.layers = kinds_of_blocks(job), job.in_stage.layers
+        kinds, self.layers = kinds_of_blocks(job, chosen_parts(job)), job.in_stage.layers
         runs = [list(run) for _, run in itertools.groupby(kinds, key=kinds.get)]  # numbers of equal blocks
         traced = [number for run in runs for number in run[:TRACED_BLOCKS]]
         last = itertools.accumulate(len(run[:TRACED_BLOCKS]) for run in runs)  # of each run, counted from 1
@@ -386,9 +389,10 @@ def different_stages(job: Job) -> list[int]:
 
     That one keeps the activations of the most micro-batches.
     """
-    found = {}
+    found, chosen = {}, chosen_parts(job)
     for stage in range(1, job.stages - 1):
-        found.setdefault((*kinds_of_blocks(dataclasses.replace(job, stage=stage)).values(),), stage)
+        kinds = kinds_of_blocks(dataclasses.replace(job, stage=stage), chosen)
+        found.setdefault((*kinds.values(),), stage)
     return sorted({0, job.stages - 1, *found.values()})
 
 
