@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -287,7 +288,8 @@ def start_fabric(s: Settings) -> Fabric:
     """Lightning's Fabric on the devices of the run, with torch's seed set. Raises UserError if they are not there."""
     from lightning.fabric import Fabric
 
-    check_launch(s)
+    check_launch(s)  # which says when srun is needed, so Fabric need not
+    warnings.filterwarnings("ignore", "The `srun` command is available on your system")
     # The model is loaded in its dtype. Fabric's own "bf16-true" would cast the fp32 adapter too.
     precision = s.precision if autocast_dtype(s) else "32-true"
     try:

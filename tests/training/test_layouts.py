@@ -1,6 +1,7 @@
 """What the devices of a layout send, and which layout is proposed for a memory: by calculation."""
 
 import dataclasses
+import os
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from test_finetune import random_sample, random_samples, settings
 
 import finetune
 from lora import AdapterConfig
+from training import build
 from training.memory import layouts, plan
 from training.parallel.layout import Layout
 from weights.checkpoint import read_config
@@ -112,3 +114,11 @@ def test_micro_batches_that_were_chosen_for_each_layout_are_shown(settings, caps
     assert len(shown) == 7 and len({*shown.values()}) > 1, out
     proposed = re.search("fastest that fits: --parallel (.+)", out)[1]
     assert f"--method full on 32-true, --micro_batch_tokens {shown[proposed]} " in out
+
+
+def test_nothing_is_said_of_srun_where_it_is_not_needed(settings, tmp_path, monkeypatch, recwarn):
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    build.start_fabric(settings())
+    assert not [each for each in recwarn if "srun" in str(each.message)]
